@@ -1,0 +1,315 @@
+"""Bytes → upright 8-bit sRGB pixels, or a named rejection: the one normaliser of the project.
+
+`read_image` decodes every pixel, which is how corpora are prepared; `load_image` decodes no more than its target size needs, which is
+how training reads them. JPEG goes through libjpeg-turbo without Pillow's copies (simplejpeg), all else through Pillow.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+Pixels = NDArray[np.uint8]
+ImageFormat = Literal["jpg", "png", "webp"]
+
+REASONS: tuple[str, ...] = ("empty", "not-an-image", "truncated", "too-large")
+MAX_DECODE_PIXELS = 180_000_000
+
+# Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+_JPEG_DAMAGE = ("premature end", "bad huffman code", "corrupt arithmetic code", "instead of rst")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_SRGB_TOLERANCE = 3  # levels of 255 by which a profile may differ from sRGB and still count as sRGB
+
+
+class Rejection(ValueError):
+    """An image that cannot be used: `reason` is one of `REASONS`, `detail` says more for people."""
+
+    def __init__(self, reason: str, *, detail: str = "") -> None:
+        assert reason in REASONS, reason
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A decoded image: `pixels` is (H, W, 3) uint8, upright, sRGB; `changes` names what was done to get there.
+
+    `clean` says that the bytes are a JPEG which every reader shows as `pixels`, so that they may be kept as they are.
+    `original_height` and `original_width` are those of the stored image, before it was turned upright.
+    """
+
+    pixels: Pixels
+    clean: bool
+    format: str
+    original_height: int
+    original_width: int
+    changes: tuple[str, ...]
+
+
+def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Picture:
+    """Decode an image in full and normalise it. Raises `Rejection`; the pixel limit is checked before anything is decoded."""
+    image = _open(data, max_decode_pixels=max_decode_pixels)
+    format_name = "JPEG" if image.format == "MPO" else str(image.format)
+    width, height = image.size
+    components = len(image.getbands())
+
+    decoded, profile, orientation = _decode(image, data=data)
+    changes = [] if format_name == "JPEG" else [f"from-{format_name.lower()}"]
+    if format_name != "JPEG" and _animated(image):
+        changes.append("first-frame")
+    decoded, alpha, colour_changes = _to_rgb(decoded, profile=profile)
+    changes += colour_changes
+    if alpha is not None:
+        decoded = Image.composite(decoded, Image.new("RGB", decoded.size, "white"), alpha)
+        changes.append("alpha-on-white")
+    if orientation in _UPRIGHT:
+        decoded = decoded.transpose(_UPRIGHT[orientation])
+        changes.append(f"orientation-{orientation}")
+    return Picture(
+        pixels=np.asarray(decoded),
+        clean=format_name == "JPEG" and components == 3 and not changes,
+        format=format_name,
+        original_height=height,
+        original_width=width,
+        changes=tuple(changes),
+    )
+
+
+def load_image(data: bytes, *, resize: tuple[int, int], crop: tuple[int, int], flip: bool = False) -> Pixels:
+    """Decode, scale to `resize` = (height, width) with antialiasing, and cut the central `crop` = (height, width): (h, w, 3) uint8 sRGB.
+
+    A large JPEG is decoded at 1/2, 1/4 or 1/8 of its size as long as that leaves twice the target size for the resampling, which cannot
+    be told from a full decode by eye and is several times faster. Raises `Rejection`.
+    """
+    (target_height, target_width), (height, width) = resize, crop
+    assert 0 < height <= target_height, (resize, crop)
+    assert 0 < width <= target_width, (resize, crop)
+    pixels = _load_shrunk_jpeg(data, target_height=target_height, target_width=target_width)
+    if pixels is None:
+        pixels = read_image(data).pixels
+    if pixels.shape[:2] != resize:
+        image = Image.fromarray(pixels).resize((target_width, target_height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        pixels = np.asarray(image)
+    top, left = (target_height - height) // 2, (target_width - width) // 2
+    pixels = pixels[top : top + height, left : left + width]
+    return np.array(pixels[:, ::-1] if flip else pixels, order="C")
+
+
+def encode_image(pixels: Pixels, *, format: ImageFormat) -> bytes:
+    """(H, W, 3) uint8 → file bytes: `jpg` at quality 95 without chroma subsampling, `png` and `webp` without loss."""
+    if format == "jpg":
+        return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=95, colorspace="RGB", colorsubsampling="444")
+    buffer = io.BytesIO()
+    if format == "png":
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=6)
+    else:
+        Image.fromarray(pixels).save(buffer, "WEBP", lossless=True, quality=50, method=2)
+    return buffer.getvalue()
+
+
+@contextmanager
+def _no_pillow_limit() -> Iterator[None]:
+    """Pillow's own bomb limit (a process-wide constant) would overrule ours; it is lifted only while one header is read."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _open(data: bytes, *, max_decode_pixels: int) -> Image.Image:
+    """Read the header only, and check the size that it claims."""
+    if not data:
+        raise Rejection("empty", detail="0 bytes")
+    claimed = _webp_size(data)  # Pillow's WebP reader allocates the whole canvas as soon as it opens a file
+    if claimed is not None:
+        _check_size(*claimed, max_decode_pixels=max_decode_pixels)
+    try:
+        with _no_pillow_limit(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except MemoryError as error:
+        raise Rejection("too-large", detail="not enough memory to open it") from error
+    except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
+        if claimed is not None or data.startswith(_MAGIC):
+            raise Rejection("truncated", detail="its header cannot be read") from error
+        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        raise Rejection("not-an-image", detail=detail) from error
+    _check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
+    return image
+
+
+def _check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
+    if height * width > max_decode_pixels:
+        raise Rejection("too-large", detail=f"{width}x{height} pixels, the limit is {max_decode_pixels / 1e6:g} megapixels")
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) that a WebP header claims, None for other files and for headers that are cut off."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(data[27:30], "little"), 1 + int.from_bytes(data[24:27], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return 1 + (bits >> 14 & 0x3FFF), 1 + (bits & 0x3FFF)
+    width, height = struct.unpack("<HH", data[26:30])
+    return height & 0x3FFF, width & 0x3FFF
+
+
+def _decode(image: Image.Image, *, data: bytes) -> tuple[Image.Image, bytes, int]:
+    """Decode all pixels → image in its stored colours, ICC profile (b"" without one), EXIF orientation 1 … 8."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if image.format in ("JPEG", "MPO") and image.mode == "RGB":
+                decoded = Image.fromarray(_decode_jpeg(data))
+            else:
+                image.load()
+                decoded = image
+    except Rejection:
+        raise
+    except MemoryError as error:
+        raise Rejection("too-large", detail="not enough memory to decode it") from error
+    except Exception as error:  # a reader that found its header and fails on what follows: cut off or damaged
+        raise Rejection("truncated", detail=_one_line(error)) from error
+    return decoded, image.info.get("icc_profile") or b"", _orientation(image)
+
+
+def _decode_jpeg(data: bytes) -> Pixels:
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    except ValueError as error:
+        if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
+            raise Rejection("truncated", detail=_one_line(error)) from error
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)  # odd, but all pixels are there
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return int(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # broken EXIF of any kind says nothing about the orientation; the pixels are fine
+        return 1
+
+
+def _animated(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except Exception:  # a second frame that cannot be read: the first one is all that is used
+        return True
+
+
+def _to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """Any mode → RGB in sRGB, and the alpha channel if there is one: image, alpha, names of the changes made."""
+    changes: list[str] = []
+    alpha: Image.Image | None = None
+    if image.mode.startswith("I"):
+        image, alpha = _from_sixteen_bits(image)
+        changes.append("16-bit")
+    elif image.has_transparency_data:
+        if image.mode == "P":
+            changes.append("palette")
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        image = rgba.convert("RGB")
+    elif image.mode in ("P", "PA"):
+        image = image.convert("RGB")
+        changes.append("palette")
+    elif image.mode == "1":
+        image = image.convert("L")
+
+    if image.mode in ("L", "CMYK"):
+        changes.append("grayscale" if image.mode == "L" else "cmyk")
+    elif image.mode != "RGB":
+        try:
+            image = image.convert("RGB")
+        except ValueError as error:
+            raise Rejection("not-an-image", detail=f"colour mode {image.mode} has no sRGB equivalent") from error
+        changes.append("colour-space")
+    if not profile:
+        return image.convert("RGB"), alpha, changes
+
+    transform = _to_srgb(profile, mode=image.mode)
+    if transform == "unusable" and image.mode == "L":  # an RGB profile on a gray image
+        image = image.convert("RGB")
+        transform = _to_srgb(profile, mode="RGB")
+    if isinstance(transform, ImageCms.ImageCmsTransform):
+        image = transform.apply(image)
+        changes.append("icc-to-srgb")
+    elif transform == "unusable":
+        changes.append("icc-ignored")
+    return image.convert("RGB"), alpha, changes
+
+
+def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit gray → 8-bit gray by v / 257, rounded; the one transparent level of a PNG → alpha. (16-bit RGB arrives as its high bytes.)"""
+    levels = np.asarray(image).astype(np.int64)
+    scaled = (np.clip(levels, 0, 65535) * 255 + 32895) >> 16
+    transparent = image.info.get("transparency")
+    alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)) if isinstance(transparent, int) else None
+    return Image.fromarray(scaled.astype(np.uint8)), alpha
+
+
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes, *, mode: str) -> ImageCms.ImageCmsTransform | Literal["srgb", "unusable"]:
+    """The transform of a profile to sRGB; "srgb" if it would change nothing that counts; "unusable" if it is broken or not for `mode`."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return "unusable"
+    if mode == "RGB":
+        steps = np.linspace(0, 255, 9).round().astype(np.uint8)
+        grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
+        seen = np.asarray(transform.apply(Image.fromarray(grid)))
+        if np.abs(seen.astype(int) - grid.astype(int)).max() <= _SRGB_TOLERANCE:
+            return "srgb"
+    return transform
+
+
+def _load_shrunk_jpeg(data: bytes, *, target_height: int, target_width: int) -> Pixels | None:
+    """Decode a JPEG at a fraction of its size; None where the image needs the full path (not a JPEG, not upright sRGB, not large)."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    image = _open(data, max_decode_pixels=MAX_DECODE_PIXELS)
+    profile = image.info.get("icc_profile")
+    if image.mode != "RGB" or _orientation(image) in _UPRIGHT or (profile and _to_srgb(profile, mode="RGB") != "srgb"):
+        return None
+    for shrink in (8, 4, 2):
+        height, width = -(-image.height // shrink), -(-image.width // shrink)
+        if height >= 2 * target_height and width >= 2 * target_width:
+            try:
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", min_height=height, min_width=width, min_factor=shrink, strict=True)
+            except ValueError:
+                return None
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
