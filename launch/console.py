@@ -1,0 +1,155 @@
+"""What a command says: its result on standard output, progress and remarks on standard error, errors in one line.
+
+Every command runs inside `session`, which is the only place that turns an exception into an exit code:
+
+    0 fine · 1 failed (OSError, RuntimeError, anything unforeseen) · 2 wrong usage, config or input (ValueError) · 130 interrupted
+
+A `SystemExit` passes through untouched: the trainer leaves with 75 after it was stopped by a signal and has saved.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from typing import Any, TextIO
+
+Report = Callable[[str, int, "int | None"], None]
+"""How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown)."""
+
+LONGEST_ERROR = 800
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class Console:
+    """The output of one command. In JSON mode the result is one object on standard output, and nothing else goes there."""
+
+    def __init__(self, *, out: TextIO, as_json: bool) -> None:
+        self._out = out
+        self._as_json = as_json
+
+    def line(self, text: str) -> None:
+        """A remark for the person at the terminal, or for the log: standard error."""
+        print(text, file=sys.stderr, flush=True)
+
+    def result(self, text: str, *, data: Mapping[str, Any]) -> None:
+        """The command's outcome: `text` for people, or `data` as one line of JSON."""
+        written = json.dumps(_plain(data), ensure_ascii=False) if self._as_json else text
+        try:
+            print(written, file=self._out, flush=True)
+        except BrokenPipeError:  # `tim … | head`: the reader has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
+
+    def failure(self, message: str, *, code: int) -> None:
+        """One line on standard error; in JSON mode the object says the same."""
+        self.line(f"error: {message}")
+        if self._as_json:
+            self.result("", data={"error": message, "exit": code})
+
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """Yield the function to report progress to: a live bar on a terminal, a plain line now and then in a log."""
+        if not sys.stderr.isatty():
+            yield _plain_lines(self.line)
+            return
+        from rich.console import Console as Terminal
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Terminal(stderr=True), redirect_stdout=not self._as_json) as bars:
+            stages: dict[str, Any] = {}
+
+            def report(stage: str, done: int, total: int | None) -> None:
+                if stage not in stages:
+                    stages[stage] = bars.add_task(stage, total=total)
+                bars.update(stages[stage], completed=done, total=total)
+
+            yield report
+
+
+@contextmanager
+def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
+    """Run a command: yields its `Console`, and ends the process with one line and an exit code where the command raises."""
+    with _only_json_on_stdout() if as_json else nullcontext(sys.stdout) as out:
+        console = Console(out=out, as_json=as_json)
+        try:
+            yield console
+        except KeyboardInterrupt:
+            code, message = 130, "interrupted"
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            code, message = explain(error)
+        else:
+            return
+        console.failure(message, code=code)
+        raise SystemExit(code)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """Exit code and one line for people."""
+    text = " ".join(str(error).split())
+    if len(text) > LONGEST_ERROR:
+        text = text[:LONGEST_ERROR] + " …"
+    if isinstance(error, ValueError):
+        return 2, text or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return 1, f"{error.strerror}: {error.filename}"
+    if isinstance(error, (OSError, RuntimeError)) and text:
+        return 1, text
+    return 1, f"{type(error).__name__}: {text} (unforeseen: run the command again with --debug for the traceback)"
+
+
+def _plain_lines(line: Callable[[str], None]) -> Report:
+    said: dict[str, tuple[float, int]] = {}
+
+    def report(stage: str, done: int, total: int | None) -> None:
+        when, how_many = said.get(stage, (-math.inf, -1))
+        due = time.monotonic() - when >= SECONDS_BETWEEN_LINES or done == total
+        if not due or done == how_many:
+            return
+        said[stage] = (time.monotonic(), done)
+        line(f"{stage} {done}" if total is None else f"{stage} {done}/{total}")
+
+    return report
+
+
+@contextmanager
+def _only_json_on_stdout() -> Iterator[TextIO]:
+    """Send to standard error what libraries, compilers and child processes print to standard output; yields the real one."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError):
+        descriptor = -1
+    if descriptor != 1:  # replaced in this process, e.g. by a test: nobody else can reach it
+        real = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield real
+        return
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with os.fdopen(saved, "w", closefd=False) as real, redirect_stdout(sys.stderr):
+            yield real
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: infinities and NaN become null, paths and other objects their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    return str(value)
