@@ -1,0 +1,106 @@
+"""What people type, read: overrides among positional arguments, sizes, lists of step counts, guidance."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
+SIZE = re.compile(r"(\d+)[xX×](\d+)", re.ASCII)
+MOST_PIXELS = 4096 * 4096
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(positional arguments, overrides). `a.b=c` is an override, unless a file or folder has exactly this name."""
+    overrides = [argument for argument in arguments if OVERRIDE.match(argument) and not Path(argument).exists()]
+    return [argument for argument in arguments if argument not in overrides], overrides
+
+
+def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """(config file or recipe, overrides) of a command that takes `CONFIG [KEY=VALUE …]`.
+
+    Raises:
+        ValueError: no config, or more than one.
+    """
+    positional, overrides = split_overrides(arguments)
+    if len(positional) != 1:
+        got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
+        raise ValueError(f"expected one CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides: {got}")
+    return positional[0], overrides
+
+
+def parse_sizes(text: str) -> list[tuple[int, int]]:
+    """`"512x128,256x256"` (width × height, as people say it) → [(128, 512), (256, 256)] (height, width), in pixels.
+
+    Raises:
+        ValueError: anything else, an empty side, or more than 4096² pixels.
+    """
+    sizes = []
+    for part in _parts(text):
+        match = SIZE.fullmatch(part)
+        if match is None:
+            raise ValueError(f"--size {text}: '{part}' is not WIDTHxHEIGHT; write for example --size 512x128,256x256")
+        width, height = int(match[1]), int(match[2])
+        if not width or not height:
+            raise ValueError(f"--size {text}: '{part}' has a side of zero pixels")
+        if width * height > MOST_PIXELS:
+            raise ValueError(f"--size {text}: '{part}' has more than 4096 x 4096 pixels, the most that is supported")
+        sizes.append((height, width))
+    return _distinct(sizes)
+
+
+def parse_steps(text: str) -> list[int]:
+    """`"1,2,4,8"` → [1, 2, 4, 8].
+
+    Raises:
+        ValueError: no whole numbers, or one below 1.
+    """
+    steps = []
+    for part in _parts(text):
+        if not re.fullmatch(r"[+-]?\d+", part, re.ASCII):
+            raise ValueError(f"--steps {text}: '{part}' is not a whole number; write for example --steps 1,2,4,8")
+        if int(part) < 1:
+            raise ValueError(f"--steps {text}: sampling needs at least 1 step, not {int(part)}")
+        steps.append(int(part))
+    return _distinct(steps)
+
+
+def check_guidance(guidance: float) -> float:
+    """A finite guidance scale of at least 0 (1 is no guidance).
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not math.isfinite(guidance) or guidance < 0:
+        raise ValueError(f"--guidance {guidance}: expected a finite number of at least 0 (1 is no guidance)")
+    return guidance
+
+
+def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[tuple[int, int]], list[str]]:
+    """(Sizes with each side rounded down to a multiple of `stride`, one remark for each that changed). Heights first.
+
+    Raises:
+        ValueError: a side is shorter than the stride.
+    """
+    rounded, remarks = [], []
+    for height, width in sizes:
+        if min(height, width) < stride:
+            raise ValueError(f"--size {width}x{height}: this model draws in squares of {stride} pixels, so no side can be shorter")
+        size = height // stride * stride, width // stride * stride
+        if size != (height, width):
+            remarks.append(f"size {width}x{height} rounded down to {size[1]}x{size[0]}, multiples of this model's {stride} pixels")
+        rounded.append(size)
+    return _distinct(rounded), remarks
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _distinct(values: list[T]) -> list[T]:
+    return list(dict.fromkeys(values))
