@@ -1,0 +1,156 @@
+"""The embedded corpus: captioned pictures of one shape on a plain ground, drawn from a seed, and the eye that reads them back.
+
+Because shape and colours can be read from a picture, what a model draws can be scored against the prompt without any other model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 215),
+    "yellow": (245, 215, 50),
+    "white": (245, 245, 245),
+    "black": (20, 20, 20),
+}
+# Outlines in a box from −1 to 1, x to the right and y down.
+SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": tuple((math.cos(a), math.sin(a)) for a in np.linspace(0, 2 * math.pi, 64, endpoint=False)),
+    "square": ((-1, -1), (1, -1), (1, 1), (-1, 1)),
+    "triangle": ((0, -1), (1, 1), (-1, 1)),
+    "cross": (
+        (-0.34, -1), (0.34, -1), (0.34, -0.34), (1, -0.34), (1, 0.34), (0.34, 0.34),
+        (0.34, 1), (-0.34, 1), (-0.34, 0.34), (-1, 0.34), (-1, -0.34), (-0.34, -0.34),
+    ),
+}  # fmt: skip
+SUPERSAMPLING = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """What a picture shows, or is asked to show; `None` for what cannot be read."""
+
+    shape: str | None
+    colour: str | None
+    ground: str | None
+
+    @property
+    def caption(self) -> str:
+        """The figure in words, such as "a red circle on blue"."""
+        return f"a {self.colour} {self.shape} on {self.ground}"
+
+
+def parse_caption(caption: str) -> Figure:
+    """The figure that a caption of this corpus asks for. Raises ValueError for any other text."""
+    words = caption.split()
+    if len(words) != 5 or words[1] not in COLOURS or words[2] not in SHAPES or words[4] not in COLOURS:
+        raise ValueError(f"{caption!r} is no caption of the embedded corpus: expected e.g. 'a red circle on blue'")
+    return Figure(shape=words[2], colour=words[1], ground=words[4])
+
+
+def figures() -> list[Figure]:
+    """Every figure that the corpus draws: each shape in each colour on each other colour."""
+    return [Figure(shape, colour, ground) for shape in SHAPES for colour in COLOURS for ground in COLOURS if colour != ground]
+
+
+def draw(figure: Figure, *, height: int, width: int, centre: tuple[float, float], radius: float) -> Image.Image:
+    """Draw a figure, antialiased. centre: y and x in pixels; radius: half the side of the shape's box in pixels."""
+    assert figure.shape is not None, "nothing to draw"
+    assert figure.colour is not None, "no colour to draw with"
+    assert figure.ground is not None, "no ground to draw on"
+    scale = SUPERSAMPLING
+    canvas = Image.new("RGB", (width * scale, height * scale), COLOURS[figure.ground])
+    outline = [((centre[1] + x * radius) * scale, (centre[0] + y * radius) * scale) for x, y in SHAPES[figure.shape]]
+    ImageDraw.Draw(canvas).polygon(outline, fill=COLOURS[figure.colour])
+    return canvas.resize((width, height), Image.Resampling.BOX)
+
+
+def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0) -> tuple[Image.Image, Figure]:
+    """Picture number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers."""
+    rng = np.random.default_rng((seed, index))
+    choices = figures()
+    figure = choices[int(rng.integers(len(choices)))]
+    aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
+    long_side = rng.uniform(max(min_side * max(aspect, 1 / aspect), (min_side + max_side) / 2), max_side)
+    height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
+    height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
+    radius = min(height, width) * rng.uniform(0.3, 0.42)
+    y = rng.uniform(radius + 1, height - radius - 1)
+    x = rng.uniform(radius + 1, width - radius - 1)
+    return draw(figure, height=height, width=width, centre=(y, x), radius=radius), figure
+
+
+def write_corpus(folder: Path, *, count: int, seed: int = 0, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0) -> None:
+    """Write `count` pictures as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for index in range(count):
+        image, figure = random_picture(seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect)
+        name = f"{index:06d}.png"
+        image.save(folder / name)
+        lines.append(json.dumps({"file_name": name, "text": figure.caption}))
+    partial = folder / "metadata.jsonl.tmp"
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(partial, folder / "metadata.jsonl")
+
+
+def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: float = 90.0) -> Figure:
+    """Read shape and colours back from a picture of any size.
+
+    The ground is the colour of most border pixels, the figure the most frequent other colour; the shape is the one whose outline, fitted
+    to the figure's box, overlaps it best (intersection over union, at least `min_overlap`). A colour counts only where the mean pixel
+    is within `max_distance` (of 0 to 441) of it. What cannot be read is `None`.
+    """
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
+    nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
+    border = np.concatenate([nearest[0], nearest[-1], nearest[1:-1, 0], nearest[1:-1, -1]])
+    ground = int(np.bincount(border, minlength=len(names)).argmax())
+    counts = np.bincount(nearest.ravel(), minlength=len(names))
+    counts[ground] = 0
+    colour = int(counts.argmax())
+    if counts[colour] < 0.02 * nearest.size:
+        return Figure(None, None, _close(pixels[nearest == ground], names[ground], max_distance))
+    axis = palette[colour] - palette[ground]
+    coverage = np.clip((pixels - palette[ground]) @ axis / (axis @ axis), 0, 1)
+    return Figure(
+        _best_shape(coverage, min_overlap),
+        _close(pixels[nearest == colour], names[colour], max_distance),
+        _close(pixels[nearest == ground], names[ground], max_distance),
+    )
+
+
+def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:
+    return name if len(pixels) and np.linalg.norm(pixels.mean(0) - COLOURS[name]) <= max_distance else None
+
+
+def _best_shape(coverage: np.ndarray, min_overlap: float) -> str | None:
+    rows, columns = np.flatnonzero((coverage > 0.5).any(1)), np.flatnonzero((coverage > 0.5).any(0))
+    if not len(rows) or not len(columns):
+        return None
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    centre, half = ((top + bottom) / 2, (left + right) / 2), ((bottom - top) / 2, (right - left) / 2)
+    overlaps = {shape: _overlap(coverage, _template(shape, coverage.shape, centre, half)) for shape in SHAPES}
+    best = max(overlaps, key=lambda shape: overlaps[shape])
+    return best if overlaps[best] >= min_overlap and max(half) <= 1.6 * min(half) else None
+
+
+def _template(shape: str, size: tuple[int, ...], centre: tuple[float, float], half: tuple[float, float]) -> np.ndarray:
+    height, width = size
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
+    outline = [((centre[1] + x * half[1]) * SUPERSAMPLING, (centre[0] + y * half[0]) * SUPERSAMPLING) for x, y in SHAPES[shape]]
+    ImageDraw.Draw(canvas).polygon(outline, fill=255)
+    return np.asarray(canvas.resize((width, height), Image.Resampling.BOX), dtype=np.float64) / 255
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())

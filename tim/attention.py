@@ -1,0 +1,166 @@
+"""Variable-length attention over packs: every segment attends to its own keys only, and nothing is padded.
+
+Legend: T query tokens, S key tokens, H heads, D head width. Backends:
+
+- `varlen`: `torch.nn.attention.varlen` (CUDA, bfloat16 or float16).
+- `sdpa`: scaled-dot-product attention on any device and dtype; segments of similar lengths are batched, the shorter ones masked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tim.packed import Segments
+
+log = logging.getLogger(__name__)
+
+# One more kernel launch costs about as much as this many query-key pairs, so segments are batched while masking wastes less.
+PAIRS_PER_LAUNCH = 2048
+
+
+def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments, kv_segments: Segments, *, backend: str = "auto") -> Tensor:
+    """Softmax attention inside each segment, scale D^−½. Returns (T, H, D); a segment without keys gets zeros.
+
+    Raises ValueError for an unknown backend or one that cannot run on this device and dtype.
+    """
+    if backend == "auto":
+        backend = choose_backend(q_THD.device.type, q_THD.dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown attention backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
+    if backend == "varlen" and not _varlen_runs(q_THD.device.type, q_THD.dtype):
+        raise ValueError(
+            f"attention backend 'varlen' needs CUDA and bfloat16 or float16, not {q_THD.device.type} and {q_THD.dtype}: use 'sdpa'"
+        )
+    return BACKENDS[backend](q_THD, k_SHD, v_SHD, q_segments, kv_segments)
+
+
+@cache
+def choose_backend(device_type: str, dtype: torch.dtype) -> str:
+    """The fastest backend for a device and dtype; the choice and its reason are logged once."""
+    if _varlen_runs(device_type, dtype):
+        name, reason = "varlen", f"{device_type} with {dtype}"
+    else:
+        name, reason = "sdpa", f"varlen needs CUDA and half precision, this is {device_type} with {dtype}"
+    log.info("attention backend %s: %s", name, reason)
+    return name
+
+
+def _varlen_runs(device_type: str, dtype: torch.dtype) -> bool:
+    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    cu_q, cu_k = q_segments.cu_seqlens, kv_segments.cu_seqlens
+    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, q_segments.max_len, kv_segments.max_len)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    plan = _batching(q_segments.lengths, kv_segments.lengths, q.device)
+    heads, width = q.shape[1:]
+    if not plan.batches:
+        return torch.zeros_like(q)
+    qs = _Gather.apply(q, plan.q_index, plan.q_inverse).split([b.segments * b.q_len for b in plan.batches])
+    ks = _Gather.apply(k, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
+    vs = _Gather.apply(v, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
+    outputs = []
+    for batch, q_part, k_part, v_part in zip(plan.batches, qs, ks, vs, strict=True):
+        q_BHTD = q_part.view(batch.segments, batch.q_len, heads, width).transpose(1, 2)
+        k_BHSD = k_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
+        v_BHSD = v_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
+        out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
+        outputs.append(out_BHTD.transpose(1, 2).reshape(-1, heads, width))
+    outputs.append(q.new_zeros(1, heads, width))
+    return torch.cat(outputs).index_select(0, plan.q_inverse)
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]] = {"varlen": _varlen, "sdpa": _sdpa}
+
+
+class _Batch(NamedTuple):
+    segments: int
+    q_len: int
+    kv_len: int
+    mask: Tensor | None  # (segments, 1, 1, kv_len), False where a shorter segment has no key
+
+
+class _Batching(NamedTuple):
+    """How a pack falls into batches: `index` gathers tokens into them, `inverse` finds a token there (one row past the end: nowhere)."""
+
+    batches: tuple[_Batch, ...]
+    q_index: Tensor
+    q_inverse: Tensor
+    kv_index: Tensor
+    kv_inverse: Tensor
+
+
+class _Gather(torch.autograd.Function):
+    """Rows by index, where rows that occur twice are padding without gradient: so the backward pass is a gather too, not a scatter."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (inverse,) = ctx.saved_tensors
+        return torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, inverse), None, None
+
+
+@lru_cache(maxsize=256)
+def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> _Batching:
+    """Sort segments by length and batch neighbours while masking costs less than another kernel launch."""
+    assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
+    groups: list[list[int]] = []
+    segments = [i for i in range(len(q_lengths)) if q_lengths[i] and kv_lengths[i]]
+    for i in sorted(segments, key=lambda i: (-q_lengths[i], -kv_lengths[i], i)):
+        if groups:
+            q_len, kv_len = q_lengths[groups[-1][0]], max(kv_lengths[j] for j in groups[-1])
+            grown = max(kv_len, kv_lengths[i])
+            waste = q_len * grown - q_lengths[i] * kv_lengths[i] + (grown - kv_len) * q_len * len(groups[-1])
+            if waste <= PAIRS_PER_LAUNCH:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+
+    q_starts, kv_starts = np.cumsum((0, *q_lengths)), np.cumsum((0, *kv_lengths))
+    batches = []
+    q_index, kv_index = [], []
+    for group in groups:
+        q_len, kv_len = q_lengths[group[0]], max(kv_lengths[j] for j in group)
+        counts = np.array([kv_lengths[j] for j in group])
+        mask = None
+        if (counts < kv_len).any():
+            mask = torch.from_numpy((np.arange(kv_len) < counts[:, None])[:, None, None]).to(device)
+        batches.append(_Batch(len(group), q_len, kv_len, mask))
+        q_index += [_padded_range(q_starts[j], q_lengths[j], q_len) for j in group]
+        kv_index += [_padded_range(kv_starts[j], kv_lengths[j], kv_len) for j in group]
+    q_gather, q_inverse = _with_inverse(q_index, int(q_starts[-1]))
+    kv_gather, kv_inverse = _with_inverse(kv_index, int(kv_starts[-1]))
+    return _Batching(tuple(batches), q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
+
+
+def _padded_range(start: int, length: int, padded: int) -> np.ndarray:
+    rows = np.full(padded, -1, dtype=np.int64)
+    rows[:length] = np.arange(start, start + length)
+    return rows
+
+
+def _with_inverse(parts: list[np.ndarray], total: int) -> tuple[Tensor, Tensor]:
+    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    inverse = np.full(total, len(index), dtype=np.int64)
+    real = np.flatnonzero(index >= 0)
+    inverse[index[real]] = real
+    return torch.from_numpy(np.maximum(index, 0)), torch.from_numpy(inverse)

@@ -1,0 +1,129 @@
+"""The high-level way to sample: prompts and sizes in, PIL images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from PIL import Image
+
+from tim import codecs, text, transports
+from tim.network import TransitionTransformer
+from tim.packed import PackedText
+from tim.sampler import sample, time_grid
+from tim.weights import ModelSpec, load_model
+
+T = TypeVar("T")
+
+
+class Generator:
+    """A network with its codec and text encoder.
+
+    Every argument of a call may be a list: images of mixed sizes, prompts, steps and seeds share packs of up to `tokens_per_pack` tokens.
+    An image depends on its own arguments alone, never on its neighbours in the pack.
+    """
+
+    def __init__(
+        self, network: TransitionTransformer, spec: ModelSpec, *, device: torch.device | str = "cpu", tokens_per_pack: int = 16384
+    ) -> None:
+        self.network = network
+        self.spec = spec
+        self.device = torch.device(device)
+        self.tokens_per_pack = tokens_per_pack
+        self.transport = transports.make(**spec.transport)
+        self.codec = codecs.make(spec.codec["kind"])
+        self.text = text.make(
+            spec.text["kind"], width=network.params["cap_feat_dim"], max_tokens=spec.text["max_tokens"], device=self.device
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:
+        """Load a model folder. Raises ValueError where it is not one."""
+        network, spec = load_model(folder, device=device)
+        return cls(network, spec, device=device)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of a token: sizes are multiples of it."""
+        return self.codec.factor * self.network.patch_size
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        height: int | Sequence[int],
+        width: int | Sequence[int],
+        steps: int | Sequence[int] | None = None,
+        guidance: float | Sequence[float] | None = None,
+        seed: int | Sequence[int] = 0,
+        negative: str | Sequence[str] = "",
+    ) -> list[Image.Image]:
+        """Draw images; steps and guidance default to the model's own.
+
+        Raises ValueError for lists of different lengths, sizes that are no multiples of `stride` and fewer than one step.
+        """
+        defaults = self.spec.sampling
+        steps = int(defaults["steps"]) if steps is None else steps
+        guidance = float(defaults["guidance"]) if guidance is None else guidance
+        arguments = {
+            "prompt": prompt,
+            "height": height,
+            "width": width,
+            "steps": steps,
+            "guidance": guidance,
+            "seed": seed,
+            "negative": negative,
+        }
+        lengths = {len(value) for value in arguments.values() if not isinstance(value, (str, int, float))}
+        if len(lengths) > 1:
+            raise ValueError(f"the lists given have different lengths: {sorted(lengths)}")
+        count = lengths.pop() if lengths else 1
+        prompts, negatives = _spread(prompt, count), _spread(negative, count)
+        heights, widths = _spread(height, count), _spread(width, count)
+        step_counts, scales, seeds = _spread(steps, count), _spread(guidance, count), _spread(seed, count)
+        for h, w in zip(heights, widths, strict=True):
+            if h < self.stride or w < self.stride or h % self.stride or w % self.stride:
+                raise ValueError(f"size {w}x{h}: width and height must be multiples of {self.stride} pixels")
+
+        images: list[Image.Image] = []
+        for pack in self._packs(heights, widths):
+            noise = [self._noise(heights[i], widths[i], seeds[i]) for i in pack]
+            grids = [
+                time_grid(step_counts[i], transport=self.transport, pixels=heights[i] * widths[i], shift=defaults["shift"]) for i in pack
+            ]
+            samples = sample(
+                self.network,
+                noise,
+                PackedText.from_features(self.text.encode([prompts[i] for i in pack])),
+                transport=self.transport,
+                times=grids,
+                guidance=[scales[i] for i in pack],
+                null_condition=PackedText.from_features(self.text.encode([negatives[i] for i in pack])),
+                interval=tuple(defaults["interval"]),
+            )
+            images += [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in self.codec.decode(samples.latents)]
+        return images
+
+    def _noise(self, height: int, width: int, seed: int) -> torch.Tensor:
+        """(C, h, w) drawn on the CPU from the image's own seed, so that every device and pack sees the same."""
+        shape = (self.codec.channels, height // self.codec.factor, width // self.codec.factor)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    def _packs(self, heights: Sequence[int], widths: Sequence[int]) -> list[list[int]]:
+        """Consecutive images up to the token limit; both guidance halves of an image count."""
+        packs: list[list[int]] = []
+        room = 0
+        for i, (h, w) in enumerate(zip(heights, widths, strict=True)):
+            tokens = 2 * (h // self.stride) * (w // self.stride)
+            if not packs or tokens > room:
+                packs.append([])
+                room = self.tokens_per_pack
+            packs[-1].append(i)
+            room -= tokens
+        return packs
+
+
+def _spread(value: T | Sequence[T], count: int) -> list[T]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count  # pyright: ignore[reportReturnType]

@@ -1,0 +1,174 @@
+"""The transition objective: teach the network to carry x_t to x_r for any r ≤ t (TiM, arXiv 2509.04394, §4).
+
+Images come in three kinds, chosen by the planner: r = t (plain flow matching), r = 0 (straight to the image) and r < t (in between).
+Where r < t the target contains df/dt, the network's own total derivative along the path, measured by a central difference of two
+evaluations that run as one pack without gradient.
+
+Legend: B images, T tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tim.packed import PackedText, PackedTokens
+from tim.transports import Transport, shift_time
+
+DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
+WEIGHTINGS = ("tangent", "none")
+
+Network = Callable[[PackedTokens, Tensor, Tensor, PackedText], PackedTokens]
+
+
+class Losses(NamedTuple):
+    """loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached
+    squared error plus cosine term of every image, before weighting."""
+
+    loss: Tensor
+    raw: Tensor
+
+
+class TransitionObjective:
+    """Callable on one pack; holds no state.
+
+    transport: see `tim.transports`; epsilon: half the interval of the central difference; weighting: `tangent` gives an r < t image
+    (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the square whose times are not shifted (None: no shift);
+    pixels_per_cell: the codec's factor.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        *,
+        patch_size: int,
+        epsilon: float = 0.005,
+        weighting: str = "tangent",
+        shift: int | None = 1024,
+        pixels_per_cell: int = 1,
+    ) -> None:
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+        if not 0 < epsilon < 0.5:
+            raise ValueError(f"epsilon {epsilon}: must be between 0 and 0.5")
+        self.transport = transport
+        self.patch_size = patch_size
+        self.epsilon = epsilon
+        self.weighting = weighting
+        self.shift = shift
+        self.pixels_per_cell = pixels_per_cell
+
+    def __call__(
+        self,
+        network: Network,
+        latents: Sequence[Tensor],
+        condition: PackedText,
+        *,
+        noise: Sequence[Tensor],
+        kinds: Tensor,
+        uniforms: Tensor,
+        weights: Tensor,
+        derivative_network: Network | None = None,
+    ) -> Losses:
+        """Loss of one pack.
+
+        latents, noise: B tensors (C, h, w) of equal shapes; kinds: (B,) on the CPU; uniforms: (B, 2) in (0, 1) on the CPU, the times'
+        draws; weights: (B,), 0 for a sample that is not there. `derivative_network` evaluates the derivative (default: `network`).
+        """
+        t, r = self.draw_times(uniforms, kinds, latents)
+        return self.at_times(network, latents, condition, noise=noise, t=t, r=r, weights=weights, derivative_network=derivative_network)
+
+    def draw_times(self, uniforms: Tensor, kinds: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Times t and r, (B,) float64 on the CPU: the larger and the smaller of two draws, r replaced as the kind says."""
+        times = self.transport.draw_times(uniforms)
+        if self.shift is not None:
+            cells = torch.tensor([latent.shape[-2] * latent.shape[-1] for latent in latents])
+            times = shift_time(times, pixels=(cells * self.pixels_per_cell**2)[:, None], reference=self.shift)
+        r, t = times.sort(dim=1).values.unbind(1)
+        r = torch.where(kinds == DIFFUSION, t, torch.where(kinds == CONSISTENCY, torch.full_like(r, self.transport.end), r))
+        return t, r
+
+    def at_times(
+        self,
+        network: Network,
+        latents: Sequence[Tensor],
+        condition: PackedText,
+        *,
+        noise: Sequence[Tensor],
+        t: Tensor,
+        r: Tensor,
+        weights: Tensor,
+        derivative_network: Network | None = None,
+    ) -> Losses:
+        """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError where r > t."""
+        if (r > t).any():
+            index = int((r > t).nonzero()[0])
+            raise ValueError(
+                f"image {index}: r = {float(r[index]):.4f} is later than t = {float(t[index]):.4f}; a transition goes from t to r ≤ t"
+            )
+        device = latents[0].device
+        clean = PackedTokens.from_latents(latents, self.patch_size)
+        noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
+        derivative = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
+
+        t_device, r_device = t.to(device, torch.float32), r.to(device, torch.float32)
+        t_tokens, r_tokens = clean.per_token(t_device)[:, None], clean.per_token(r_device)[:, None]
+        alpha, sigma = self.transport.interpolant(t_tokens)
+        noisy = clean._replace(tokens=alpha * clean.tokens + sigma * noise_tokens)
+        target = self.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
+        out = network(noisy, self.transport.time_input(t_device), self.transport.time_input(r_device), condition)
+
+        raw = self.distance(out, target)
+        scale = self.time_weight(t, r).to(device, torch.float32) * weights.to(device)
+        loss = (scale * raw / (raw.detach() + 1e-5)).sum()
+        return Losses(loss, raw.detach())
+
+    def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
+        """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C)."""
+        squared = (out.tokens - target).square().mean(-1)
+        pixels = (len(target), out.patch_size**2, -1)
+        cosine = F.cosine_similarity(out.tokens.view(pixels), target.view(pixels), dim=-1).mean(-1)
+        return out.mean_per_image(squared + 1 - cosine)
+
+    def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
+        """(B,) weight of an image by how far its transition goes."""
+        if self.weighting == "none":
+            return torch.ones_like(t)
+        return torch.where(r == t, torch.ones_like(t), (1 + torch.tan(t) - torch.tan(r)).rsqrt())
+
+    def _derivative(
+        self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: PackedText, *, t: Tensor, r: Tensor
+    ) -> Tensor:
+        """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. One evaluation of both sides, without gradient or autocast.
+
+        A pack without r < t images evaluates its first image all the same, so that every rank runs the same number of forwards
+        (ZeRO-3 waits for each of them).
+        """
+        moving = (r < t).nonzero()[:, 0].tolist()
+        images = moving or [0]
+        later = (t[images] + self.epsilon).clamp(max=self.transport.start)
+        earlier = (t[images] - self.epsilon).clamp(min=self.transport.end)
+        both = images + images
+        device = clean.tokens.device
+        times = torch.cat([later, earlier]).to(device, torch.float32)
+        ends = r[both].to(device, torch.float32)
+        pair = clean.select(both)
+        noise_pair = clean._replace(tokens=noise_tokens).select(both).tokens
+        alpha, sigma = self.transport.interpolant(pair.per_token(times)[:, None])
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            out = network(
+                pair._replace(tokens=alpha * pair.tokens + sigma * noise_pair),
+                self.transport.time_input(times),
+                self.transport.time_input(ends),
+                condition.select(both),
+            )
+        derivative = torch.zeros_like(clean.tokens)
+        if not moving:
+            return derivative
+        ahead, behind = out.tokens.chunk(2)
+        interval = pair.per_token(torch.cat([later - earlier] * 2).to(device, torch.float32))[: len(ahead), None]
+        return derivative.index_copy(0, clean.rows(moving), (ahead - behind) / interval)

@@ -1,0 +1,131 @@
+"""Packs: images or captions of different lengths laid end to end, without padding.
+
+Legend: B images, C latent channels, p patch size, T tokens of a pack, F features of a token, S text tokens of a pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Segments(NamedTuple):
+    """Where each segment of a pack begins, built once on the host so that no layer has to synchronise the device.
+
+    cu_seqlens: (B+1,) int32 running sum of the lengths, on the pack's device; max_len and lengths: the same on the host.
+    """
+
+    cu_seqlens: Tensor
+    max_len: int
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
+        cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
+        return cls(torch.from_numpy(cu_seqlens).to(device, non_blocking=True), max(lengths, default=0), tuple(int(n) for n in lengths))
+
+
+class PackedTokens(NamedTuple):
+    """Images as one sequence of patches, row by row.
+
+    tokens: (T, p·p·C), the features of a patch ordered (row, column, channel); segments: one per image;
+    owner: (T,) int64 index of the image that a token belongs to; positions: (T, 2) int64 row and column of a token's patch;
+    sizes: height and width of every image in patches; patch_size: p.
+    """
+
+    tokens: Tensor
+    segments: Segments
+    owner: Tensor
+    positions: Tensor
+    sizes: tuple[tuple[int, int], ...]
+    patch_size: int
+
+    @classmethod
+    def from_latents(cls, latents: Sequence[Tensor], patch_size: int) -> PackedTokens:
+        """Pack latents (C, h, w) of any sizes. Raises ValueError where a side is no multiple of the patch size."""
+        if not latents:
+            raise ValueError("a pack needs at least one image")
+        for index, latent in enumerate(latents):
+            if latent.dim() != 3 or latent.shape[1] % patch_size or latent.shape[2] % patch_size:
+                raise ValueError(
+                    f"latent {index} has shape {tuple(latent.shape)}: expected (C, h, w) with sides that are multiples of {patch_size}"
+                )
+        device, p = latents[0].device, patch_size
+        sizes = tuple((latent.shape[1] // p, latent.shape[2] // p) for latent in latents)
+        tokens = torch.cat(
+            [
+                latent.reshape(latent.shape[0], h, p, w, p).permute(1, 3, 2, 4, 0).reshape(h * w, -1)
+                for latent, (h, w) in zip(latents, sizes, strict=True)
+            ]
+        )
+        lengths = [h * w for h, w in sizes]
+        owner = np.repeat(np.arange(len(sizes)), lengths)
+        positions = np.concatenate([np.indices(size).reshape(2, -1).T for size in sizes])
+        return cls(
+            tokens,
+            Segments.from_lengths(lengths, device),
+            torch.from_numpy(owner).to(device, non_blocking=True),
+            torch.from_numpy(positions).to(device, non_blocking=True),
+            sizes,
+            patch_size,
+        )
+
+    def to_latents(self) -> list[Tensor]:
+        """The images as (C, h, w) tensors: the inverse of `from_latents`."""
+        p = self.patch_size
+        return [
+            part.reshape(h, w, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, h * p, w * p)
+            for part, (h, w) in zip(self.tokens.split(self.segments.lengths), self.sizes, strict=True)
+        ]
+
+    def rows(self, images: Sequence[int]) -> Tensor:
+        """Indices into `tokens` of these images' tokens, image after image, built on the host."""
+        starts = np.concatenate([[0], np.cumsum(self.segments.lengths)])
+        rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in images])
+        return torch.from_numpy(rows).to(self.tokens.device, non_blocking=True)
+
+    def select(self, images: Sequence[int]) -> PackedTokens:
+        """A new pack of the images with these indices, in this order; an index may occur more than once."""
+        rows = self.rows(images)
+        lengths = [self.segments.lengths[i] for i in images]
+        owner = torch.from_numpy(np.repeat(np.arange(len(images)), lengths)).to(rows.device, non_blocking=True)
+        return PackedTokens(
+            self.tokens.index_select(0, rows),
+            Segments.from_lengths(lengths, rows.device),
+            owner,
+            self.positions.index_select(0, rows),
+            tuple(self.sizes[i] for i in images),
+            self.patch_size,
+        )
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Spread one row per image, (B, …), over the image's tokens: (T, …)."""
+        return values.index_select(0, self.owner)
+
+    def mean_per_image(self, values: Tensor) -> Tensor:
+        """Mean over every image's tokens of one value per token: (T,) → (B,)."""
+        sums = values.new_zeros(len(self.sizes)).index_add(0, self.owner, values)
+        return sums / (self.segments.cu_seqlens[1:] - self.segments.cu_seqlens[:-1])
+
+
+class PackedText(NamedTuple):
+    """Captions end to end. features: (S, F); segments: one per caption."""
+
+    features: Tensor
+    segments: Segments
+
+    @classmethod
+    def from_features(cls, features: Sequence[Tensor]) -> PackedText:
+        """Pack caption features (M, F) of any lengths M."""
+        if not features:
+            raise ValueError("a pack needs at least one caption")
+        return cls(torch.cat(list(features)), Segments.from_lengths([len(f) for f in features], features[0].device))
+
+    def select(self, captions: Sequence[int]) -> PackedText:
+        """A new pack of the captions with these indices, in this order; an index may occur more than once."""
+        parts = self.features.split(self.segments.lengths)
+        return PackedText.from_features([parts[i] for i in captions])

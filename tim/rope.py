@@ -1,0 +1,34 @@
+"""Two-dimensional rotary position embedding (RoPE) over packs of images.
+
+The head's first half turns with one coordinate of the patch, the second half with the other; features 2i and 2i+1 are a pair.
+Layout `rowcol`: first half = column, second half = row. Layout `legacy`: the grid of the published networks, which exchanges the
+sides of images that are not square (token k gets k mod h and k div h); for their weights only.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tim.packed import PackedTokens
+
+LAYOUTS = ("rowcol", "legacy")
+
+
+def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float = 10000.0) -> Tensor:
+    """Unit complex numbers, (T, 1, head_dim/2), that `rotate` multiplies a pack's queries and keys with. Always float32."""
+    row, column = packed.positions.unbind(-1)
+    if layout == "legacy":
+        height, width = torch.tensor(packed.sizes, device=row.device)[packed.owner].unbind(-1)
+        token = row * width + column
+        column, row = token % height, token // height
+    half = head_dim // 2
+    frequencies = theta ** (-torch.arange(0, half, 2, device=row.device, dtype=torch.float32) / half)
+    angles = torch.cat([column[:, None] * frequencies, row[:, None] * frequencies], dim=-1)
+    return torch.polar(torch.ones_like(angles), angles)[:, None]
+
+
+def rotate(x_THD: Tensor, rotations_T1D: Tensor) -> Tensor:
+    """Turn every pair of features by its angle, in float32; the result has the dtype of `x_THD`."""
+    pairs = torch.view_as_complex(x_THD.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotations_T1D).flatten(-2).to(x_THD.dtype)

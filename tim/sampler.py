@@ -1,0 +1,133 @@
+"""The any-step sampler: from noise to images in as many transitions as asked for (TiM, arXiv 2509.04394, §4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tim.packed import PackedText, PackedTokens
+from tim.transports import Transport, shift_time
+
+
+class Network(Protocol):
+    """What the sampler needs of a network: `TransitionTransformer` is one."""
+
+    @property
+    def patch_size(self) -> int: ...
+
+    def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText, /) -> PackedTokens: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """latents: (C, h, w) per image; evaluations: forwards of the network per image, conditional and unconditional counted alike."""
+
+    latents: list[Tensor]
+    evaluations: list[int]
+
+
+def time_grid(steps: int, *, transport: Transport, pixels: int | None = None, shift: int | None = None) -> list[float]:
+    """steps + 1 times from noise to image, evenly spaced, in float64; shifted for an image of so many pixels if `shift` is given.
+
+    Raises ValueError for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"{steps} steps: at least 1 is needed")
+    grid = torch.linspace(transport.start, transport.end, steps + 1, dtype=torch.float64)
+    if shift is not None and pixels is not None:
+        grid = shift_time(grid, pixels=torch.tensor(pixels), reference=shift)
+    return grid.tolist()
+
+
+@torch.no_grad()
+def sample(
+    network: Network,
+    noise: Sequence[Tensor],
+    condition: PackedText,
+    *,
+    transport: Transport,
+    steps: int | Sequence[int] = 8,
+    times: Sequence[float] | Sequence[Sequence[float]] | None = None,
+    guidance: float | Sequence[float] = 1.0,
+    null_condition: PackedText | None = None,
+    interval: tuple[float, float] = (0.0, 1.0),
+    callback: Callable[[int, list[Tensor]], None] | None = None,
+) -> Samples:
+    """Carry every image of a pack from noise to its end.
+
+    noise: (C, h, w) per image, any sizes; condition, null_condition: one caption per image; steps: for all images or one number
+    each, evenly spaced times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval` (closed) holds t;
+    callback(step, clean estimates) after every step. The state is kept in float64, times are never rounded to the network's dtype.
+    Raises ValueError for grids that do not fall, an empty interval, or guidance without a null condition.
+    """
+    count = len(noise)
+    scales = [float(guidance)] * count if isinstance(guidance, (int, float)) else [float(g) for g in guidance]
+    grids = _grids(count, steps=steps, times=times, transport=transport)
+    if interval[0] > interval[1]:
+        raise ValueError(f"guidance interval {interval}: its start is after its end")
+    if any(scale != 1.0 for scale in scales) and null_condition is None:
+        raise ValueError("guidance other than 1 needs a null condition")
+
+    state = [z.double() for z in noise]
+    evaluations = [0] * count
+    for step in range(max(len(grid) for grid in grids) - 1):
+        active = [i for i in range(count) if step < len(grids[i]) - 1]
+        guided = [i for i in active if scales[i] != 1.0 and interval[0] <= grids[i][step] <= interval[1]]
+        packed = PackedTokens.from_latents([state[i] for i in active + guided], network.patch_size)
+        device = packed.tokens.device
+        t = torch.tensor([grids[i][step] for i in active + guided], dtype=torch.float64)
+        r = torch.tensor([grids[i][step + 1] for i in active + guided], dtype=torch.float64)
+        captions = _captions(condition, active, null_condition, guided)
+        out = network(
+            packed._replace(tokens=packed.tokens.float()),
+            transport.time_input(t).to(device, torch.float32),
+            transport.time_input(r).to(device, torch.float32),
+            captions,
+        )
+        outputs = [f.double() for f in out.to_latents()]
+        directions = dict(zip(active, outputs, strict=False))
+        for i, unconditional in zip(guided, outputs[len(active) :], strict=True):
+            directions[i] = unconditional + scales[i] * (directions[i] - unconditional)
+            evaluations[i] += 1
+        estimates = list(state)
+        for position, i in enumerate(active):
+            evaluations[i] += 1
+            if callback is not None:
+                estimates[i] = transport.clean(state[i], t[position], directions[i])
+            state[i] = transport.step(state[i], t[position], r[position], directions[i])
+        if callback is not None:
+            callback(step, estimates)
+    return Samples([x.float() for x in state], evaluations)
+
+
+def _grids(
+    count: int, *, steps: int | Sequence[int], times: Sequence[float] | Sequence[Sequence[float]] | None, transport: Transport
+) -> list[list[float]]:
+    if times is None:
+        per_image = [steps] * count if isinstance(steps, int) else list(steps)
+        grids = [time_grid(n, transport=transport) for n in per_image]
+    elif isinstance(times[0], (int, float)):
+        grids = [[float(t) for t in times]] * count  # pyright: ignore[reportArgumentType]
+    else:
+        grids = [[float(t) for t in grid] for grid in times]  # pyright: ignore[reportGeneralTypeIssues]
+    if len(grids) != count:
+        raise ValueError(f"{len(grids)} time grids for {count} images")
+    for grid in grids:
+        if len(grid) < 2 or any(later >= earlier for earlier, later in pairwise(grid)):
+            raise ValueError(f"times {grid}: a grid needs two times or more, each smaller than the one before")
+    return grids
+
+
+def _captions(condition: PackedText, active: list[int], null_condition: PackedText | None, guided: list[int]) -> PackedText:
+    captions = condition.select(active)
+    if not guided:
+        return captions
+    assert null_condition is not None
+    null = null_condition.select(guided)
+    parts = [*captions.features.split(captions.segments.lengths), *null.features.split(null.segments.lengths)]
+    return PackedText.from_features(parts)
