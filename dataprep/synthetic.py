@@ -33,6 +33,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }  # fmt: skip
 SUPERSAMPLING = 4
+STRAY = 0.25  # how far a figure strays from the middle, as a share of the room it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,7 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
     radius = min(height, width) * rng.uniform(0.3, 0.42)
-    y = rng.uniform(radius + 1, height - radius - 1)
-    x = rng.uniform(radius + 1, width - radius - 1)
+    y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
     return draw(figure, height=height, width=width, centre=(y, x), radius=radius), figure
 
 

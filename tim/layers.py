@@ -16,9 +16,14 @@ from tim.packed import PackedText, PackedTokens, Segments
 from tim.rope import rotate
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float64 stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def plain_norm(x: Tensor) -> Tensor:
     """Layer normalisation without learned scale, in float32 (eps 1e-6)."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+    return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
 
 
 def modulate(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
@@ -30,7 +35,7 @@ class HeadNorm(nn.LayerNorm):
     """Affine layer normalisation of queries and keys over the head width, in float32 (eps 1e-5)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.layer_norm(input.float(), self.normalized_shape, self.weight, self.bias, self.eps)
+        return F.layer_norm(at_least_float32(input), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -68,8 +73,9 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        exponents = torch.arange(self.FREQUENCIES, device=t.device, dtype=torch.float32) / self.FREQUENCIES
-        angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponents)
+        t = at_least_float32(t)
+        exponents = torch.arange(self.FREQUENCIES, device=t.device, dtype=t.dtype) / self.FREQUENCIES
+        angles = t[:, None] * torch.exp(-math.log(10000) * exponents)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
 
 

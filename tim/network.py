@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from tim.layers import Block, CaptionEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding
+from tim.layers import Block, CaptionEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32
 from tim.packed import PackedText, PackedTokens
 from tim.rope import LAYOUTS, rotations
 
@@ -120,7 +120,7 @@ class TransitionTransformer(nn.Module):
             if return_alignment and depth == self.params["encoder_depth"]:
                 assert self.projector is not None, "return_alignment needs a network with z_dim"
                 alignment = self.projector(x)
-        out = packed._replace(tokens=self.final_layer(x, time, packed).float())
+        out = packed._replace(tokens=at_least_float32(self.final_layer(x, time, packed)))
         return out if alignment is None else (out, alignment)
 
     def _initialise(self) -> None:

@@ -115,7 +115,7 @@ class TransitionObjective:
         noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
         derivative = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
 
-        t_device, r_device = t.to(device, torch.float32), r.to(device, torch.float32)
+        t_device, r_device = t.to(device, clean.tokens.dtype), r.to(device, clean.tokens.dtype)
         t_tokens, r_tokens = clean.per_token(t_device)[:, None], clean.per_token(r_device)[:, None]
         alpha, sigma = self.transport.interpolant(t_tokens)
         noisy = clean._replace(tokens=alpha * clean.tokens + sigma * noise_tokens)
@@ -154,8 +154,8 @@ class TransitionObjective:
         earlier = (t[images] - self.epsilon).clamp(min=self.transport.end)
         both = images + images
         device = clean.tokens.device
-        times = torch.cat([later, earlier]).to(device, torch.float32)
-        ends = r[both].to(device, torch.float32)
+        times = torch.cat([later, earlier]).to(device, clean.tokens.dtype)
+        ends = r[both].to(device, clean.tokens.dtype)
         pair = clean.select(both)
         noise_pair = clean._replace(tokens=noise_tokens).select(both).tokens
         alpha, sigma = self.transport.interpolant(pair.per_token(times)[:, None])
@@ -170,5 +170,5 @@ class TransitionObjective:
         if not moving:
             return derivative
         ahead, behind = out.tokens.chunk(2)
-        interval = pair.per_token(torch.cat([later - earlier] * 2).to(device, torch.float32))[: len(ahead), None]
+        interval = pair.per_token(torch.cat([later - earlier] * 2).to(device, clean.tokens.dtype))[: len(ahead), None]
         return derivative.index_copy(0, clean.rows(moving), (ahead - behind) / interval)

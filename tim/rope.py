@@ -29,6 +29,7 @@ def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float 
 
 
 def rotate(x_THD: Tensor, rotations_T1D: Tensor) -> Tensor:
-    """Turn every pair of features by its angle, in float32; the result has the dtype of `x_THD`."""
-    pairs = torch.view_as_complex(x_THD.float().unflatten(-1, (-1, 2)))
+    """Turn every pair of features by its angle, in float32 at least; the result has the dtype of `x_THD`."""
+    full = x_THD if x_THD.dtype == torch.float64 else x_THD.float()
+    pairs = torch.view_as_complex(full.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations_T1D).flatten(-2).to(x_THD.dtype)

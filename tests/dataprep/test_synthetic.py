@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataprep.synthetic import COLOURS, SHAPES, Figure, figures, parse_caption, random_picture, read_figure, write_corpus
+
+
+def test_what_is_drawn_is_read_back() -> None:
+    for index in range(400):
+        image, figure = random_picture(seed=1, index=index)
+        assert read_figure(image) == figure, f"picture {index}"
+
+
+def test_it_is_read_back_through_noise_and_jpeg_like_blur() -> None:
+    rng = np.random.default_rng(0)
+    right = 0
+    for index in range(200):
+        image, figure = random_picture(seed=2, index=index)
+        noisy = np.asarray(image, dtype=float) + rng.normal(0, 12, (image.height, image.width, 3))
+        right += read_figure(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))) == figure
+    assert right >= 196
+
+
+def test_what_shows_nothing_reads_as_nothing() -> None:
+    plain = Image.new("RGB", (32, 32), COLOURS["red"])
+    assert read_figure(plain) == Figure(None, None, "red")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    assert read_figure(Image.fromarray(noise)).shape is None
+
+
+def test_pictures_follow_from_seed_and_index_and_keep_their_limits() -> None:
+    sizes = []
+    for index in range(300):
+        image, figure = random_picture(seed=3, index=index)
+        assert random_picture(seed=3, index=index)[1] == figure
+        sizes.append(image.size)
+    width, height = np.array(sizes).T
+    assert min(width.min(), height.min()) >= 16
+    assert max(width.max(), height.max()) <= 64
+    assert (width / height).max() <= 3.1
+    assert (height / width).max() <= 3.1
+    assert len(set(sizes)) > 200
+    assert random_picture(seed=4, index=0)[0].tobytes() != random_picture(seed=3, index=0)[0].tobytes()
+
+
+def test_captions_name_the_figure() -> None:
+    assert len(figures()) == len(SHAPES) * len(COLOURS) * (len(COLOURS) - 1)
+    assert all(parse_caption(figure.caption) == figure for figure in figures())
+    assert parse_caption("a red circle on blue") == Figure("circle", "red", "blue")
+    with pytest.raises(ValueError, match="no caption of the embedded corpus"):
+        parse_caption("a red fox")
+
+
+def test_the_corpus_is_an_image_folder(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "pictures", count=12, seed=0)
+    rows = [json.loads(line) for line in (tmp_path / "pictures/metadata.jsonl").read_text().splitlines()]
+    assert len(rows) == 12
+    for row in rows:
+        assert read_figure(Image.open(tmp_path / "pictures" / row["file_name"])).caption == row["text"]

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
+from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
+from tim.transports import shift_time
+
+OT = transports.make("ot_fm")
+
+
+class Gaussian:
+    """The exact transition field where images are normal with standard deviation s: f(x_t, t, r) = (x_t − x_r) / (t − r)."""
+
+    patch_size = 1
+
+    def __init__(self, s: float) -> None:
+        self.s = s
+
+    def spread(self, t: torch.Tensor) -> torch.Tensor:
+        return ((1 - t) ** 2 * self.s**2 + t**2).sqrt()
+
+    def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: PackedText) -> PackedTokens:
+        t_T, r_T = packed.per_token(t.double())[:, None], packed.per_token(r.double())[:, None]
+        velocity = packed.tokens * (t_T - (1 - t_T) * self.s**2) / self.spread(t_T) ** 2
+        jump = packed.tokens * (1 - self.spread(r_T) / self.spread(t_T)) / (t_T - r_T).clamp(min=1e-9)
+        return packed._replace(tokens=torch.where(t_T == r_T, velocity, jump))
+
+
+def test_the_exact_field_is_what_the_targets_average_to() -> None:
+    """State transition identity: over many (image, noise) pairs that meet in x_t, the mean target is the exact transition."""
+    s, t, r = 0.5, 0.7, 0.2
+    generator = torch.Generator().manual_seed(0)
+    x_t = 0.8
+    spread = (1 - t) ** 2 * s**2 + t**2
+    noise = x_t * t / spread + math.sqrt((1 - t) ** 2 * s**2 / spread) * torch.randn(200_000, generator=generator, dtype=torch.float64)
+    clean = (x_t - t * noise) / (1 - t)
+    field = Gaussian(s)
+    text = PackedText.from_features([torch.zeros(1, 1)])
+    packed = PackedTokens.from_latents([clean.view(1, 1, -1)], 1)
+    objective = TransitionObjective(OT, patch_size=1, shift=None, epsilon=1e-4)
+    times, ends = torch.tensor([t], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
+    derivative = objective._derivative(field, packed, noise[:, None], text, t=times, r=ends)
+    target = OT.target(clean[:, None], noise[:, None], times[0], ends[0], derivative)
+    exact = field(packed._replace(tokens=torch.full_like(packed.tokens, x_t)), times, ends, text).tokens[0]
+    torch.testing.assert_close(target.mean(0), exact, rtol=0, atol=0.01)
+    assert float((noise - clean).mean()) != pytest.approx(float(exact), abs=0.05), "the velocity alone would do, this proves nothing"
+
+
+def test_a_step_is_exact_without_noise_and_steps_compose() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, noise = torch.randn(2, 100, generator=generator, dtype=torch.float64)
+    t, s, r = torch.rand(3, 100, generator=generator, dtype=torch.float64).sort(0, descending=True).values
+    state = {name: (1 - time) * x + time * noise for name, time in (("t", t), ("s", s), ("r", r))}
+    direction = OT.velocity(x, noise, t)
+    torch.testing.assert_close(OT.step(state["t"], t, r, direction), state["r"])
+    torch.testing.assert_close(OT.step(OT.step(state["t"], t, s, direction), s, r, direction), state["r"])
+    torch.testing.assert_close(OT.clean(state["t"], t, direction), x)
+
+
+def test_kinds_decide_r_and_uniforms_decide_t() -> None:
+    objective = TransitionObjective(OT, patch_size=1, shift=None)
+    uniforms = torch.tensor([[0.2, 0.9], [0.9, 0.2], [0.2, 0.9]], dtype=torch.float64)
+    t, r = objective.draw_times(uniforms, torch.tensor([DIFFUSION, CONSISTENCY, TRANSITION]), [torch.zeros(3, 4, 4)] * 3)
+    later, earlier = OT.draw_times(torch.tensor([0.9, 0.2]))
+    assert t.tolist() == pytest.approx([float(later)] * 3)
+    assert r.tolist() == pytest.approx([float(later), 0.0, float(earlier)])
+
+
+def test_times_follow_the_logistic_normal_law() -> None:
+    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    logits = torch.logit(transports.make("ot_fm", mean=-0.4, std=1.2).draw_times(uniforms))
+    assert float(logits.mean()) == pytest.approx(-0.4, abs=1e-3)
+    assert float(logits.std()) == pytest.approx(1.2, abs=1e-2)
+
+
+def test_time_shift_leaves_the_reference_square_alone() -> None:
+    t = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(shift_time(t, pixels=torch.tensor(1024**2), reference=1024), t)
+    torch.testing.assert_close(shift_time(t, pixels=torch.tensor(4096**2), reference=1024)[5], torch.tensor(4 * 0.5 / 2.5).double())
+
+
+def test_a_loss_does_not_depend_on_neighbours_or_kinds_beside_it(tiny: TransitionTransformer) -> None:
+    generator = torch.Generator().manual_seed(1)
+    latents, noise = ([torch.randn(3, h, w, generator=generator) for h, w in ((4, 4), (2, 6), (4, 8))] for _ in range(2))
+    captions = [torch.randn(m, 16, generator=generator) for m in (2, 3, 1)]
+    kinds = torch.tensor([TRANSITION, DIFFUSION, CONSISTENCY])
+    uniforms = torch.rand(3, 2, generator=generator, dtype=torch.float64)
+    objective = TransitionObjective(OT, patch_size=2, shift=None)
+
+    def run(images: list[int], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+        return objective(
+            tiny,
+            [latents[i] for i in images],
+            PackedText.from_features([captions[i] for i in images]),
+            noise=[noise[i] for i in images],
+            kinds=kinds[images],
+            uniforms=uniforms[images],
+            weights=torch.tensor(weights),
+        )
+
+    together = run([0, 1, 2], [1, 1, 1])
+    alone = [run([i], [1]) for i in range(3)]
+    torch.testing.assert_close(together[1], torch.cat([raw for _, raw in alone]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together[0], torch.stack([loss for loss, _ in alone]).sum(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(run([0, 1, 2], [1, 0, 1])[0], alone[0][0] + alone[2][0], rtol=1e-3, atol=1e-4)
+
+
+def test_derivative_equals_the_exact_one(tiny: TransitionTransformer) -> None:
+    """The central difference is the exact derivative along (v, 1, 0), up to ε²."""
+    tiny.double()
+    generator = torch.Generator().manual_seed(2)
+    latent, noise = torch.randn(2, 3, 4, 6, generator=generator, dtype=torch.float64)
+    text = PackedText.from_features([torch.randn(3, 16, generator=generator, dtype=torch.float64)])
+    t, r = torch.tensor([0.6], dtype=torch.float64), torch.tensor([0.1], dtype=torch.float64)
+    packed = PackedTokens.from_latents([latent], 2)
+    noise_tokens = PackedTokens.from_latents([noise], 2).tokens
+    difference = TransitionObjective(OT, patch_size=2, epsilon=5e-3)._derivative(tiny, packed, noise_tokens, text, t=t, r=r)
+
+    def along(step: torch.Tensor) -> torch.Tensor:
+        time = t + step
+        return tiny(packed._replace(tokens=(1 - time) * packed.tokens + time * noise_tokens), time, r, text).tokens
+
+    zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = torch.autograd.functional.jvp(along, zero, one)[1]
+    assert isinstance(exact, torch.Tensor)
+    assert float((difference - exact).norm() / exact.norm()) < 5e-3
+
+
+def test_users_mistakes_are_named(tiny: TransitionTransformer) -> None:
+    objective = TransitionObjective(OT, patch_size=2)
+    one = [torch.zeros(3, 4, 4)]
+    with pytest.raises(ValueError, match=r"image 0: r = 0\.8000 is later than t = 0\.5000"):
+        objective.at_times(
+            tiny,
+            one,
+            PackedText.from_features([torch.zeros(1, 16)]),
+            noise=one,
+            t=torch.tensor([0.5]),
+            r=torch.tensor([0.8]),
+            weights=torch.ones(1),
+        )
+    with pytest.raises(ValueError, match="unknown weighting"):
+        TransitionObjective(OT, patch_size=2, weighting="linear")
+    with pytest.raises(ValueError, match="unknown transport 'cosine': choose one of ot_fm"):
+        transports.make("cosine")

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tim.test_objective import Gaussian
+from tim import PackedText, PackedTokens, TransitionTransformer, sample, transports
+from tim.sampler import time_grid
+
+OT = transports.make("ot_fm")
+TEXT = PackedText.from_features([torch.zeros(1, 1)])
+
+
+def test_the_exact_field_lands_on_the_same_image_in_any_number_of_steps() -> None:
+    noise = torch.randn(1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 2, 4, 32):
+        result = sample(Gaussian(0.5), [noise], TEXT, transport=OT, steps=steps)
+        torch.testing.assert_close(result.latents[0].double(), 0.5 * noise, rtol=1e-5, atol=1e-5)
+        assert result.evaluations == [steps]
+
+
+def test_an_image_does_not_depend_on_its_neighbours(tiny: TransitionTransformer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(3, h, w, generator=generator) for h, w in ((4, 4), (2, 8), (8, 4))]
+    captions = [torch.randn(m, 16, generator=generator) for m in (3, 1, 2)]
+    null = torch.zeros(1, 16)
+    settings = [(1, 2.0), (4, 1.0), (3, 1.5)]
+    together = sample(
+        tiny,
+        noise,
+        PackedText.from_features(captions),
+        transport=OT,
+        steps=[s for s, _ in settings],
+        guidance=[g for _, g in settings],
+        null_condition=PackedText.from_features([null] * 3),
+    )
+    assert together.evaluations == [2, 4, 6]
+    for i, (steps, guidance) in enumerate(settings):
+        alone = sample(
+            tiny,
+            [noise[i]],
+            PackedText.from_features([captions[i]]),
+            transport=OT,
+            steps=steps,
+            guidance=guidance,
+            null_condition=PackedText.from_features([null]),
+        )
+        torch.testing.assert_close(together.latents[i], alone.latents[0], rtol=1e-3, atol=1e-4)
+
+
+def test_guidance_moves_away_from_the_null_condition_and_its_interval_is_closed() -> None:
+    class TellsCaption:
+        patch_size = 1
+
+        def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText) -> PackedTokens:
+            return packed._replace(tokens=packed.per_token(condition.features[:, :1]))
+
+    noise, caption, null = torch.zeros(1, 1, 1), PackedText.from_features([torch.ones(1, 1)]), PackedText.from_features([torch.zeros(1, 1)])
+
+    def run(interval: tuple[float, float]) -> tuple[float, int]:
+        result = sample(TellsCaption(), [noise], caption, transport=OT, steps=1, guidance=3.0, null_condition=null, interval=interval)
+        return float(result.latents[0]), result.evaluations[0]
+
+    assert run((0.0, 1.0)) == (-3.0, 2)
+    assert run((0.0, 0.9)) == (-1.0, 1)
+
+
+def test_the_callback_sees_the_clean_estimate() -> None:
+    seen: list[tuple[int, Tensor]] = []
+    noise = torch.ones(1, 2, 2)
+    result = sample(Gaussian(0.5), [noise], TEXT, transport=OT, steps=3, callback=lambda step, x: seen.append((step, x[0])))
+    assert [step for step, _ in seen] == [0, 1, 2]
+    torch.testing.assert_close(seen[-1][1].float(), result.latents[0])
+
+
+def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
+    assert time_grid(4, transport=OT) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    shifted = time_grid(2, transport=OT, pixels=2048**2, shift=1024)
+    assert shifted == pytest.approx([1.0, 2 / 3, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "0 steps: at least 1"),
+        ({"times": [1.0, 0.5, 0.5]}, "each smaller than the one before"),
+        ({"times": [1.0]}, "two times or more"),
+        ({"guidance": 2.0}, "needs a null condition"),
+        ({"interval": (0.8, 0.2)}, "its start is after its end"),
+        ({"steps": [1, 2]}, "2 time grids for 1 images"),
+    ],
+)
+def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sample(Gaussian(1.0), [torch.zeros(1, 2, 2)], TEXT, transport=OT, **arguments)  # pyright: ignore[reportArgumentType]
