@@ -22,13 +22,13 @@ def test_a_pack_equals_its_images_in_output_and_gradient(tiny: TransitionTransfo
     latents, captions, t, r = inputs()
     latents, captions = [x.double() for x in latents], [c.double() for c in captions]
     out = tiny(PackedTokens.from_latents(latents, 2), t.double(), r.double(), PackedText.from_features(captions)).to_latents()
-    sum(x.square().sum() for x in out).backward()
+    torch.cat([x.flatten() for x in out]).square().sum().backward()
     together = {name: p.grad.clone() for name, p in tiny.named_parameters() if p.grad is not None}
     tiny.zero_grad()
     for i, latent in enumerate(latents):
-        alone = tiny(
-            PackedTokens.from_latents([latent], 2), t[i : i + 1].double(), r[i : i + 1].double(), PackedText.from_features([captions[i]])
-        )
+        only = slice(i, i + 1)
+        text = PackedText.from_features(captions[only])
+        alone = tiny(PackedTokens.from_latents([latent], 2), t[only].double(), r[only].double(), text)
         torch.testing.assert_close(alone.to_latents()[0], out[i], rtol=1e-5, atol=1e-6)
         alone.tokens.square().sum().backward()
     assert together.keys() == {name for name, _ in tiny.named_parameters()}
