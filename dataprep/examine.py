@@ -1,0 +1,191 @@
+"""Pass 1, as a worker does it: one chunk of inputs → a table of what each of them is, and the bytes of pictures that had to be re-encoded.
+
+A chunk is the unit of resume. Its two files appear whole or not at all, the table last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataprep.captions import CaptionConfig, clean_captions
+from dataprep.dedup import perceptual_hash
+from dataprep.files import publish
+from dataprep.filters import FilterConfig, size_rejection
+from dataprep.records import RawSample
+from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
+
+CHUNK_SIZE = 1024
+MAX_IMAGE_BYTES = 1 << 30
+_MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
+
+CHUNK_SCHEMA = pa.schema(
+    [
+        ("source", pa.string()),
+        ("path", pa.string()),
+        ("reason", pa.string()),  # "" while the input may be kept
+        ("detail", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("original_width", pa.int32()),
+        ("original_height", pa.int32()),
+        ("caption", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("label", pa.int32()),
+        ("sha256", pa.string()),
+        ("phash", pa.string()),
+        ("extra", pa.string()),  # JSON object
+        ("text_bytes", pa.int64()),  # at least what the texts take in the shard's JSON and caption members
+        ("input_bytes", pa.int64()),
+        # Where pass 2 finds the bytes to store: in the source's file, or in this chunk's spool if `file` is empty.
+        ("file", pa.binary()),
+        ("offset", pa.int64()),
+        ("length", pa.int64()),
+    ]
+)
+
+
+class ImageConfig(BaseModel):
+    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    max_decode_pixels: int = Field(default=MAX_DECODE_PIXELS, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The part of the configuration that judges one input by itself."""
+
+    images: ImageConfig
+    captions: CaptionConfig
+    filters: FilterConfig
+    hashes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A unit of work: inputs, the file names to write (`table`, and `table` with the suffix .spool), inputs known to crash the decoder."""
+
+    samples: tuple[RawSample, ...]
+    table: Path
+    rules: Rules
+    suspects: frozenset[int] = frozenset()
+    crashed: frozenset[int] = frozenset()
+
+
+def spool_path(table: Path) -> Path:
+    return table.with_suffix(".spool")
+
+
+def examine_chunk(chunk: Chunk, report: Callable[[int], None]) -> int:
+    """Examine a chunk and write its two files; returns how many inputs may be kept."""
+    rows: list[dict[str, Any]] = []
+    with publish(spool_path(chunk.table)) as spool:
+        for index, sample in enumerate(chunk.samples):
+            report(index)
+            if index in chunk.crashed:
+                rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
+            else:
+                rows.append(examine(sample, rules=chunk.rules, spool=spool))
+    with publish(chunk.table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
+    return sum(not row["reason"] for row in rows)
+
+
+def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
+    """One input → its row of `CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool."""
+    row = _blank_row(sample)
+    captions, was_cut = clean_captions(sample.captions, max_characters=rules.captions.max_characters)
+    row.update(caption=captions[0] if captions else "", captions=captions)
+    row["text_bytes"] = len(json.dumps([row["caption"], captions, row["caption"], row["path"], row["path"], row["extra"]]))
+    if sample.reason:
+        return row
+    try:
+        data = _read(sample)
+    except OSError as error:
+        return {**row, "reason": "missing", "detail": f"cannot be read: {error.strerror}"}
+    except Rejection as rejection:
+        return {**row, "reason": rejection.reason, "detail": rejection.detail}
+    row.update(sha256=hashlib.sha256(data).hexdigest(), input_bytes=len(data))
+    try:
+        picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels)
+    except Rejection as rejection:
+        return {**row, "reason": rejection.reason, "detail": rejection.detail}
+
+    height, width = picture.pixels.shape[:2]
+    row.update(
+        width=width,
+        height=height,
+        original_width=picture.original_width,
+        original_height=picture.original_height,
+        detail=", ".join([*picture.changes, *(["caption-cut"] if was_cut else [])]),
+    )
+    rejection = _rejection(height, width=width, row=row, rules=rules)
+    if rejection:
+        return {**row, "reason": rejection[0], "detail": rejection[1]}
+    if rules.hashes:
+        value = perceptual_hash(picture.pixels)
+        row["phash"] = "" if value is None else f"{value:016x}"
+    return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
+
+
+def _rejection(height: int, *, width: int, row: dict[str, Any], rules: Rules) -> tuple[str, str] | None:
+    limit = _MAX_STORED_SIDE[rules.images.format]
+    if max(height, width) > limit:
+        return "too-large", f"{width}x{height}, a .{rules.images.format} file holds at most {limit} px a side"
+    if rules.captions.required and not row["caption"] and row["label"] is None:
+        return "no-caption", "no caption and no class"
+    return size_rejection(height, width=width, config=rules.filters)
+
+
+def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
+    """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
+    if picture.clean and rules.images.format == "jpg":
+        return {"file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
+    encoded = encode_image(picture.pixels, format=rules.images.format)
+    offset = spool.tell()
+    spool.write(encoded)
+    return {"file": b"", "offset": offset, "length": len(encoded)}
+
+
+def _blank_row(sample: RawSample) -> dict[str, Any]:
+    return {
+        "source": _utf8(sample.source),
+        "path": _utf8(sample.path),
+        "reason": sample.reason,
+        "detail": _utf8(sample.detail),
+        "caption": "",
+        "captions": [],
+        "label": sample.label,
+        "sha256": "",
+        "phash": "",
+        "extra": json.dumps(dict(sample.extra), sort_keys=True),
+        "text_bytes": 0,
+        "input_bytes": 0,
+        "file": b"",
+    }
+
+
+def _read(sample: RawSample) -> bytes:
+    """The picture's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
+    with open(sample.file, "rb") as stream:
+        length = os.fstat(stream.fileno()).st_size if sample.length is None else sample.length
+        if length > MAX_IMAGE_BYTES:
+            raise Rejection("too-large", detail=f"a file of {length} bytes")
+        stream.seek(sample.offset)
+        return stream.read(length)
+
+
+def _utf8(text: str) -> str:
+    """File names and messages may hold bytes that are no UTF-8; tables and JSON cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,0 +1,234 @@
+"""`tim prepare`: raw sources → a corpus folder, in two passes. Read `prepare` from top to bottom.
+
+Pass 1 examines the inputs in chunks of 1,024 into tables in OUT/.work; pass 2 decides on all of them at once and writes the shards. Every
+file appears whole or not at all, so that a run that was killed goes on where it was, and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataprep.captions import CaptionConfig
+from dataprep.dedup import DedupConfig
+from dataprep.examine import CHUNK_SIZE, Chunk, ImageConfig, Rules, examine_chunk, spool_path
+from dataprep.executor import LocalPool, WorkerDied
+from dataprep.files import TEMPORARY_SUFFIX, publish_text
+from dataprep.filters import FilterConfig
+from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
+from dataprep.plan import ChunkTables, Plan, ShardConfig, make_plan
+from dataprep.shards import Shard, ShardTask, finished_shard, write_shard
+from dataprep.sources import Source, open_sources
+
+__all__ = ["Account", "PrepareConfig", "prepare"]
+
+Progress = Callable[[str, int, int | None], None]
+
+WORK, JOB, LOCK = ".work", "job.json", "lock"
+MANY_SHARDS = 10_000
+
+
+class PrepareConfig(BaseModel):
+    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(default=None, min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    images: ImageConfig = ImageConfig()
+    captions: CaptionConfig = CaptionConfig()
+    filters: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    shards: ShardConfig = ShardConfig()
+
+
+def prepare(
+    sources: Sequence[str], *, out: str | Path, config: PrepareConfig, workers: int = 1, progress: Progress | None = None
+) -> Account:
+    """Make a corpus of `sources` (see `open_sources`) in the folder `out`, and give account of every input.
+
+    The same command continues a run that was cut short, and returns at once if the corpus is finished. `progress` is called with (stage,
+    done, total): "examine" counts inputs, of which the total is not known in advance (None), "write" counts kept samples.
+    Raises ValueError if the sources or `out` cannot be used, RuntimeError if no input is usable or a source changes meanwhile.
+    """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}: give 1 or more")
+    out = Path(out)
+    opened = open_sources(sources)
+    identity = _identity(opened, config=config)
+    finished = _check_output(out, identity=identity, sources=opened)
+    if finished:
+        return finished
+
+    with _claimed(out, identity=identity) as work, LocalPool(workers) as pool:
+        tables = _examine_all(opened, work=work, config=config, pool=pool, progress=progress)
+        plan = make_plan(tables, shards=config.shards, dedup=config.dedup, seed=config.seed)
+        account = _account(plan, sources=opened)
+        if not plan.kept:
+            _abandon(out)
+            raise RuntimeError(f"no usable picture among {account.inputs} inputs ({_in_words(account)}): nothing was written")
+        shards = _write_all(plan, tables=tables, out=out, config=config, pool=pool, progress=progress)
+        name = config.name or opened[0].name
+        write_corpus_files(out, name=name, shards=shards, account=account, identity=identity, image_format=config.images.format)
+    shutil.rmtree(out / WORK)
+    return account
+
+
+def _identity(sources: Sequence[Source], *, config: PrepareConfig) -> dict[str, Any]:
+    """What makes two preparations the same, as it stands in the manifest: no path, time or worker count."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "sources": [{"name": source.name, "layout": source.layout, "digest": source.digest()} for source in sources],
+    }
+
+
+def _check_output(out: Path, *, identity: dict[str, Any], sources: Sequence[Source]) -> Account | None:
+    """The account if `out` already holds this very corpus, None if it is free or holds an unfinished run of it; ValueError otherwise."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder")
+    for source in sources:
+        if source.root in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"{out}: lies inside the source {source.root}; give a folder elsewhere")
+    if not out.is_dir():
+        return None
+    if (out / MANIFEST).is_file():
+        manifest = read_manifest(out)
+        changed = _difference(manifest, identity)
+        if changed:
+            raise ValueError(f"{out}: holds a finished corpus with another {changed}; give another folder, or delete this one")
+        shutil.rmtree(out / WORK, ignore_errors=True)
+        return read_account(manifest)
+    job = out / WORK / JOB
+    if job.is_file():
+        begun = json.loads(job.read_text("utf-8"))
+        changed = _difference(begun, {**identity, "version": version("tim")})
+        if changed:
+            raise ValueError(f"{out}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
+        return None
+    strangers = sorted(path.name for path in out.iterdir() if path.name != WORK)
+    if strangers:
+        raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and not a corpus; give a new or empty folder")
+    return None
+
+
+def _difference(before: Any, now: Any, *, at: str = "") -> str:
+    """The name of the first value of `now` that is another one in `before`, "" if none is."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        names = sorted(now.keys() | (before.keys() if at else ()))
+        return next((found for name in names if (found := _difference(before.get(name), now.get(name), at=f"{at}{name}."))), "")
+    return "" if before == now else at.removesuffix(".").removeprefix("config.")
+
+
+@contextmanager
+def _claimed(out: Path, *, identity: dict[str, Any]) -> Iterator[Path]:
+    """OUT/.work, locked against a second run, with the job written down and the litter of a killed run removed."""
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{out}: another run is writing here") from error
+        for folder in (out, work):
+            for litter in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                litter.unlink()
+        if not (work / JOB).exists():
+            publish_text(work / JOB, json.dumps({**identity, "version": version("tim")}, indent=1))
+        yield work
+
+
+def _examine_all(
+    sources: Sequence[Source], *, work: Path, config: PrepareConfig, pool: LocalPool, progress: Progress | None
+) -> ChunkTables:
+    """Pass 1. Chunks whose table is there already are not examined again."""
+    rules = Rules(images=config.images, captions=config.captions, filters=config.filters, hashes=config.dedup.near != "off")
+    samples = (sample for source in sources for sample in source.samples())
+    tables: list[Path] = []
+    known = 0
+
+    def chunks() -> Iterator[Chunk]:
+        nonlocal known
+        while members := tuple(islice(samples, CHUNK_SIZE)):
+            tables.append(work / f"chunk-{len(tables):06d}.arrow")
+            if tables[-1].exists() and spool_path(tables[-1]).exists():
+                known += len(members)
+            else:
+                yield Chunk(samples=members, table=tables[-1], rules=rules)
+
+    def show(examined: int) -> None:
+        if progress:
+            progress("examine", known + examined, None)
+
+    for _ in pool.map(examine_chunk, chunks(), retry=_without_culprit, on_items=show):
+        pass
+    return ChunkTables(tables)
+
+
+def _without_culprit(chunk: Chunk, death: WorkerDied) -> Chunk:
+    """After a worker's death: an input that was under the decoder gets one more try, then it is left out as `crashed`."""
+    if death.at < 0:
+        raise death
+    if death.at in chunk.suspects:
+        return replace(chunk, crashed=chunk.crashed | {death.at})
+    return replace(chunk, suspects=chunk.suspects | {death.at})
+
+
+def _account(plan: Plan, *, sources: Sequence[Source]) -> Account:
+    notes = [note for source in sources for note in source.notes()]
+    if 0 < plan.labelled < plan.kept:
+        notes.append(f"only {plan.labelled} of {plan.kept} samples have a class, so the shards have no .cls members")
+    if len(plan.shards) > MANY_SHARDS:
+        notes.append(f"{len(plan.shards)} shards are many for a file system: raise shards.max_bytes or shards.max_samples")
+    inputs = plan.kept + sum(plan.rejected.values())
+    return Account(inputs=inputs, kept=plan.kept, rejected=plan.rejected, notes=notes, shards=len(plan.shards))
+
+
+def _in_words(account: Account) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in account.rejected.items()) or "none at all"
+
+
+def _abandon(out: Path) -> None:
+    """Leave nothing of a run that came to nothing."""
+    shutil.rmtree(out / WORK)
+    if not any(out.iterdir()):
+        out.rmdir()
+
+
+def _write_all(
+    plan: Plan, *, tables: ChunkTables, out: Path, config: PrepareConfig, pool: LocalPool, progress: Progress | None
+) -> list[Shard]:
+    """Pass 2. Shards that are complete are not written again."""
+    shards = [finished_shard(out, number=number) for number in range(len(plan.shards))]
+    missing = [number for number, shard in enumerate(shards) if shard is None]
+    known = sum(shard.count for shard in shards if shard)
+    tasks = (
+        ShardTask(
+            number=number,
+            entries=plan.shards[number],
+            tables=tables.paths,
+            out=out,
+            columns=plan.columns,
+            has_classes=plan.has_classes,
+            image_format=config.images.format,
+        )
+        for number in missing
+    )
+
+    def show(written: int) -> None:
+        if progress:
+            progress("write", known + written, plan.kept)
+
+    for number, shard in zip(missing, pool.map(write_shard, tasks, on_items=show), strict=True):
+        shards[number] = shard
+    show(plan.kept - known)
+    return [shard for shard in shards if shard]
