@@ -22,6 +22,7 @@ from typing import Any, TextIO
 Report = Callable[[str, int, "int | None"], None]
 """How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown)."""
 
+STOPPED = 75
 LONGEST_ERROR = 800
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -55,7 +56,9 @@ class Console:
     def progress(self) -> Iterator[Report]:
         """Yield the function to report progress to: a live bar on a terminal, a plain line now and then in a log."""
         if not sys.stderr.isatty():
-            yield _plain_lines(self.line)
+            lines = _PlainLines(self.line)
+            yield lines.report
+            lines.finish()
             return
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -105,18 +108,29 @@ def explain(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {text} (unforeseen: run the command again with --debug for the traceback)"
 
 
-def _plain_lines(line: Callable[[str], None]) -> Report:
-    said: dict[str, tuple[float, int]] = {}
+class _PlainLines:
+    """Progress for a log: a line every few seconds, and one with the final count of each stage."""
 
-    def report(stage: str, done: int, total: int | None) -> None:
-        when, how_many = said.get(stage, (-math.inf, -1))
-        due = time.monotonic() - when >= SECONDS_BETWEEN_LINES or done == total
-        if not due or done == how_many:
-            return
-        said[stage] = (time.monotonic(), done)
-        line(f"{stage} {done}" if total is None else f"{stage} {done}/{total}")
+    def __init__(self, line: Callable[[str], None]) -> None:
+        self._line = line
+        self._stage = ""
+        self._newest = self._said = ""
+        self._when = time.monotonic()
 
-    return report
+    def report(self, stage: str, done: int, total: int | None) -> None:
+        if stage != self._stage:
+            self.finish()
+            self._stage = stage
+        self._newest = f"{stage} {done}" if total is None else f"{stage} {done}/{total}"
+        if time.monotonic() - self._when >= SECONDS_BETWEEN_LINES:
+            self.finish()
+
+    def finish(self) -> None:
+        """Say what was reported last, unless that has been said."""
+        if self._newest != self._said:
+            self._line(self._newest)
+        self._said = self._newest
+        self._when = time.monotonic()
 
 
 @contextmanager

@@ -1,0 +1,316 @@
+"""The command line: `tim COMMAND …`. Each command reads what was typed, calls one function of the other rooms, and says what came of it.
+
+torch, deepspeed and the rooms that need them are imported inside the commands: `tim --help` answers at once, and every command
+needs only its own libraries.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
+from launch.console import STOPPED, session
+from launch.tables import describe_account, describe_plan, describe_recipes
+
+app = typer.Typer(
+    help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has no public name for it
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ConfigArgument = Annotated[
+    list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="A YAML file or a recipe's name, and values that replace its own.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes; the result does not depend on their number. Default: one for each core.")
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the corpus, the run and the pictures.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Updates. Fewer are quicker and draw worse. Default: the recipe's.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The whole way on an embedded corpus.
+
+    Prepares it, plans, trains, and samples at several sizes and numbers of steps.
+
+    Example: tim demo --out demo
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.demo import run
+
+        run(out, steps=steps, console=console)
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE|KEY=VALUE", help='Image folders and WebDataset shards ("x/{000..009}.tar"), and values of the config.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus: a new one, or one that an earlier run of the same command has begun.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with other settings than the defaults.")] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Raw pictures and captions to clean shards.
+
+    Reads any common layout; every input is kept or rejected by name, and the account adds up.
+
+    Example: tim prepare photos "more/{00000..00009}.tar" --out corpus filters.min_side=64
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.prepare import PrepareConfig
+        from dataprep.prepare import prepare as prepare_corpus
+        from launch.config import load_config
+
+        positional, overrides = split_overrides(sources)
+        if not positional:
+            raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
+        settings = load_config(config, overrides=overrides, schema=PrepareConfig)
+        with console.progress() as report:
+            account = prepare_corpus(positional, out=out, config=settings, workers=workers or _cores(), progress=report)
+        facts = {
+            "inputs": account.inputs,
+            "kept": account.kept,
+            "rejected": account.rejected,
+            "notes": account.notes,
+            "shards": account.shards,
+        }
+        console.result(describe_account(out, facts), data={"corpus": out, **facts})
+
+
+@app.command()
+def verify(
+    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` wrote.")],
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a corpus.
+
+    Digests, counts, and that every picture can be decoded. Exit code 1 if something is wrong.
+
+    Example: tim verify corpus
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.verify import verify as verify_corpus
+
+        with console.progress() as report:
+            found = verify_corpus(corpus, workers=workers or _cores(), progress=report)
+        clean = not found.problems
+        lines = [f"{corpus}: {found.samples} samples in {found.shards} shards, {'clean' if clean else f'{len(found.problems)} problems'}"]
+        data = {"corpus": corpus, "clean": clean, "shards": found.shards, "samples": found.samples, "problems": found.problems}
+        console.result("\n".join([*lines, *found.problems]), data=data)
+        if not clean:
+            raise SystemExit(1)
+
+
+@app.command()
+def recipes(
+    action: Annotated[str, typer.Argument(metavar="list|show", help="List all recipes, or show the text of one.")] = "list",
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The configs that come with tim.
+
+    Where a command wants a CONFIG, a recipe's name will do.
+
+    Example: tim recipes show photos > mine.yaml
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.config import recipe_names, recipe_path
+
+        if action == "show" and name is not None:
+            text = recipe_path(name).read_text(encoding="utf-8")
+            console.result(text.rstrip("\n"), data={"name": name, "text": text})
+            return
+        if action != "list" or name is not None:
+            raise ValueError(f"tim recipes {action}{f' {name}' if name else ''}: expected `tim recipes list` or `tim recipes show NAME`")
+        texts = {recipe: recipe_path(recipe).read_text(encoding="utf-8") for recipe in recipe_names()}
+        console.result(describe_recipes(texts), data={"recipes": list(texts)})
+
+
+@app.command()
+def plan(
+    config: ConfigArgument,
+    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the packs of a step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to look ahead.")] = 100,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What training steps will hold.
+
+    Fill, balance over ranks, sizes, what is left out and why. No picture is read.
+
+    Example: tim plan photos corpus=corpus --ranks 8
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.config import load_config
+        from launch.planning import make_planner
+        from pipeline.summary import plan_summary
+
+        source, overrides = one_config(config)
+        planner = make_planner(load_config(source, overrides=overrides))
+        summary = plan_summary(planner, steps=steps, ranks=ranks)
+        console.result(describe_plan(summary), data=summary)
+
+
+@app.command()
+def train(config: ConfigArgument, as_json: Json = False, debug: Debug = False) -> None:
+    """Train in this process.
+
+    A run that run_dir holds already is continued.
+
+    Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.config import load_config
+        from launch.trainer import train as train_run
+
+        source, overrides = one_config(config)
+        done = train_run(load_config(source, overrides=overrides))
+        if os.environ.get("RANK", "0") == "0":
+            console.result(
+                f"{done.model}: trained for {done.steps} steps",
+                data={"run": done.run_dir, "model": done.model, "steps": done.steps, "last": done.last_row},
+            )
+
+
+@app.command()
+def launch(
+    config: ConfigArgument,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="Training processes on this machine: one for each GPU.")],
+    nnodes: Annotated[int, typer.Option(min=1, help="Machines; run the command on each of them.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of the machines this is, from 0.")] = 0,
+    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run, and stop.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train with several processes.
+
+    They run under torchrun and end with this command, however it ends.
+
+    Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch import cluster
+        from launch.config import load_config
+
+        source, overrides = one_config(config)
+        settings = load_config(source, overrides=overrides)  # what is wrong is said once, here, and not by every process
+        layout: dict[str, Any] = {
+            "overrides": overrides,
+            "nproc_per_node": nproc_per_node,
+            "nnodes": nnodes,
+            "node_rank": node_rank,
+            "rdzv_endpoint": rdzv_endpoint,
+            "options": ["--debug"] if debug else [],
+        }
+        if dry_run:
+            line = cluster.command_line(cluster.torchrun_arguments(source, **layout), nproc_per_node=nproc_per_node)
+            console.result(line, data={"command": line})
+            return
+        code = cluster.launch(source, **layout)
+        if code in (0, STOPPED):
+            text = "finished" if code == 0 else "stopped by a signal after saving: run the same command again to continue"
+            console.result(f"{settings.run_dir}: {text}", data={"run": settings.run_dir, "exit": code})
+        else:
+            console.failure(f"training ended with exit code {code}: the lines above say why", code=code)
+        raise SystemExit(code)
+
+
+@app.command()
+def sample(
+    model: Annotated[Path, typer.Argument(help="A model folder, or the run_dir of a training run.")],
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    size: Annotated[
+        str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to what the model can draw.")
+    ],
+    steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps. Default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the model's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures at any size.
+
+    One PNG for every prompt, size and number of steps, and all of them in grid.png.
+
+    Example: tim sample runs/first --prompt "a red fox" --size 512x128,256x256 --steps 1,4,8 --out samples
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        sizes = parse_sizes(size)
+        counts = parse_steps(steps) if steps is not None else None
+        scale = check_guidance(guidance) if guidance is not None else None
+        from launch.draw import draw
+
+        drawings, grid = draw(model, prompts=prompt, sizes=sizes, steps=counts, guidance=scale, seed=seed, out=out, console=console)
+        text = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
+        console.result(text, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The run_dir of a training run.")],
+    out: Annotated[Path, typer.Option(help="The model folder to write.")],
+    step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint. Default: the newest.")] = None,
+    ema: Annotated[bool, typer.Option(help="The averaged weights, or those of the last update.")] = True,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the model of a run.
+
+    The model folder holds config.json and model.safetensors: all that sampling needs.
+
+    Example: tim export runs/first --out models/first
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.export import export as export_run
+
+        done = export_run(run, out=out, ema=ema, step=step)
+        weights = "averaged weights" if done.ema else "weights"
+        text = f"{done.folder}: {weights} of step {done.step}, {done.parameters:,} parameters"
+        console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `tim`; returns the exit code, or raises SystemExit with it (see `launch.console`). Wrong usage is one line, too."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        return app(arguments, prog_name="tim", standalone_mode=False) or 0
+    except USAGE_ERROR as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "tim"
+        message = getattr(error, "format_message", error.__str__)().rstrip(".")
+        with session(as_json="--json" in arguments, debug="--debug" in arguments):
+            raise ValueError(f"{message} (see `{command} --help`)") from error
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Outcomes as text for people: the account of a preparation, a verification, a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BAR_WIDTH = 32
+
+
+def describe_account(out: Path, facts: Mapping[str, Any]) -> str:
+    """inputs = kept + Σ rejected, a line for each reason."""
+    lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {facts['shards']} shard{'s' * (facts['shards'] != 1)}"]
+    rejected = sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0]))
+    if rejected:
+        lines += ["rejected:", *_columns({reason: str(count) for reason, count in rejected})]
+    return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def describe_recipes(texts: Mapping[str, str]) -> str:
+    """Each recipe's name and the first line of its opening comment."""
+    about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}
+    return "\n".join(_columns(about))
+
+
+def describe_plan(summary: Mapping[str, Any]) -> str:
+    """What `pipeline.summary.plan_summary` found, on one screen."""
+    account = summary["account"]
+    steps, ranks = len(summary["steps"]), summary["ranks"]
+    left_out = sum(account["left_out"].values())
+    facts = {
+        "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
+        "utilisation": f"{summary['utilisation']:.1%} of {ranks} rank{'s' * (ranks != 1)}"
+        + (f" ({summary['utilisation_lockstep']:.1%} if they wait after every pack, ZeRO-3)" if ranks > 1 else ""),
+        "images a step": f"{summary['samples_per_step']:.1f}",
+        "planned": f"{summary['samples']} images in {steps} step{'s' * (steps != 1)}, {summary['epochs']:.2f} epochs",
+        "samples": f"{account['samples']} of {account['rows']} in the corpus",
+        "left out": ", ".join([str(left_out), *(f"{reason} {count}" for reason, count in account["left_out"].items())]),
+        "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
+        f"{account['cropped_pixels']:.1%}",
+    }
+    lines = _columns(facts)
+    if summary["empty_packs"]:
+        lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['empty_packs']} empty ones a step")
+    if summary["repeats"]:
+        lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
+    tokens = {f"{size} to {2 * int(size) - 1}": count for size, count in account["tokens"].items()}
+    lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(account["aspects"])]
+    return "\n".join(lines)
+
+
+def histogram(counts: Mapping[str, int]) -> list[str]:
+    """One line per bin: label, bar, count."""
+    if not counts:
+        return []
+    label_width = max(len(label) for label in counts)
+    largest = max(counts.values())
+    return [
+        f"  {label:>{label_width}}  {'█' * max(1, round(count / largest * BAR_WIDTH)):<{BAR_WIDTH}} {count}"
+        for label, count in counts.items()
+    ]
+
+
+def _columns(facts: Mapping[str, str]) -> list[str]:
+    width = max(len(name) for name in facts)
+    return [f"  {name:<{width}}  {text}" for name, text in facts.items()]
