@@ -1,0 +1,114 @@
+"""`tim sample`: prompts × sizes × step counts → one PNG per picture, and `grid.png`."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from launch.arguments import round_sizes
+from launch.console import Console
+from launch.export import model_folder
+from launch.preview import grid
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """One picture that was drawn; its PNG carries the same facts as text chunks. Height and width in pixels."""
+
+    path: Path
+    prompt: str
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int
+
+
+def draw(
+    model: Path,
+    *,
+    prompts: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    steps: Sequence[int] | None,
+    guidance: float | None,
+    seed: int,
+    out: Path,
+    console: Console,
+) -> tuple[list[Drawing], Path]:
+    """Draw every prompt at every size (height, width) in every number of steps; returns the drawings and the grid's path.
+
+    `model` is a model folder, or a run folder (then its `model/`, or its newest checkpoint exported, is used). Steps and guidance of None
+    are the model's own defaults. All drawings of one prompt and size start from the same noise: a row of the grid shows what
+    more steps add.
+
+    Raises:
+        ValueError: `model` is neither, `out` is a file, or a size is below the model's stride.
+    """
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: a file has this name; name a folder")
+    folder = model_folder(model, say=console.line)
+
+    import torch
+
+    from tim import Generator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console.line(f"device: {device} ({'a' if device == 'cuda' else 'no'} CUDA device is present)")
+    generator = Generator.from_pretrained(folder, device=device)
+    defaults = generator.spec.sampling
+    steps = steps or [int(defaults["steps"])]
+    scale = float(defaults["guidance"]) if guidance is None else guidance
+    rounded, remarks = round_sizes(sizes, stride=generator.stride)
+    for remark in remarks:
+        console.line(remark)
+
+    out.mkdir(parents=True, exist_ok=True)
+    drawings: list[Drawing] = []
+    rows: list[list[Image.Image]] = []
+    labels: list[str] = []
+    total = len(prompts) * len(rounded) * len(steps)
+    with console.progress() as report:
+        report("draw", 0, total)
+        for number, prompt in enumerate(prompts):
+            for height, width in rounded:
+                row = generator([prompt] * len(steps), height=height, width=width, steps=list(steps), guidance=scale, seed=seed)
+                for image, count in zip(row, steps, strict=True):
+                    path = out / f"{number:02d}-{_slug(prompt)}-{width}x{height}-steps{count}-seed{seed}.png"
+                    drawing = Drawing(path=path, prompt=prompt, height=height, width=width, steps=count, guidance=scale, seed=seed)
+                    write_png(path, image, facts={"model": str(model), **asdict(drawing)})
+                    drawings.append(drawing)
+                rows.append(row)
+                labels.append(f"{prompt}\n{width} x {height}")
+                report("draw", len(drawings), total)
+    columns = [f"{count} step{'s' * (count > 1)}" for count in steps]
+    write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"model": str(model)})
+    return drawings, out / "grid.png"
+
+
+def write_png(path: Path, image: Image.Image, *, facts: dict[str, object]) -> None:
+    """Write a PNG with text chunks, whole or not at all."""
+    chunks = PngInfo()
+    for name, value in facts.items():
+        chunks.add_itxt(name, str(value))
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            image.save(file, format="PNG", pnginfo=chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^\w]+", "-", prompt.lower()).strip("-")[:40].rstrip("-") or "empty"

@@ -1,0 +1,114 @@
+"""`tim export`: a run's checkpoint → a model folder, which holds all that sampling needs and none of what training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import Config, load_config
+from tim.weights import ModelSpec, save_model
+
+MODEL_FILES = ("config.json", "model.safetensors")
+DEFAULT_STEPS = 8
+DEFAULT_GUIDANCE = 2.5  # the published text-to-image evaluations use it
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model folder and the training step that it comes from; `parameters` counts numbers, not tensors."""
+
+    folder: Path
+    step: int
+    ema: bool
+    parameters: int
+
+
+def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None) -> Exported:
+    """Write the model folder `out` from a run's newest intact checkpoint, or from the one of `step`.
+
+    Works without deepspeed. `ema` takes the averaged weights, else those of the last update. The folder appears whole or not at all; an
+    older model folder of this name is replaced.
+
+    Raises:
+        ValueError: `run` is not a run, has no such checkpoint or no intact one, or `out` exists and is something else than a model folder.
+    """
+    from launch import checkpoint
+
+    config = run_config(run)
+    check_target(out)
+    found = checkpoint.find(run, step=step)
+    state = checkpoint.consolidate(found.folder, ema=ema)
+    save_model(out, state, spec_of(config))
+    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=sum(tensor.numel() for tensor in state.values()))
+
+
+def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
+    """The model folder that `path` means: itself, or a run's `model/`, or its newest checkpoint, exported once to `RUN/exports/`.
+
+    Raises:
+        ValueError: `path` is neither a model folder nor a run with a checkpoint.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a model folder or a run folder")
+    if (path / "config.json").is_file():
+        return path
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
+    if is_model(path / "model") and not _trained_on_since(path):
+        say(f"model: {path / 'model'}")
+        return path / "model"
+
+    from launch import checkpoint
+
+    step = checkpoint.find(path).facts.step
+    folder = path / "exports" / f"step-{step:06d}"
+    if not is_model(folder):
+        say(f"exporting the checkpoint of step {step}")
+        export(path, out=folder, step=step)
+    say(f"model: {folder}")
+    return folder
+
+
+def _trained_on_since(run: Path) -> bool:
+    """Whether the run was continued after its `model/` was written, and has saved since."""
+    latest = run / "latest"
+    return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
+
+
+def spec_of(config: Config) -> ModelSpec:
+    """What a run's config says of its model. Guidance is on by default only where training has dropped captions for it."""
+    return ModelSpec(
+        network=config.network.params.model_dump(),
+        rope=config.network.rope,
+        transport={"kind": config.objective.transport, "mean": config.objective.time_mean, "std": config.objective.time_std},
+        codec={"kind": config.codec.kind},
+        text={"kind": config.text.kind, "max_tokens": config.text.max_tokens},
+        sampling={
+            "steps": DEFAULT_STEPS,
+            "guidance": DEFAULT_GUIDANCE if config.text.caption_dropout else 1.0,
+            "interval": [0.0, 1.0],
+            "shift": config.objective.shift,
+        },
+    )
+
+
+def run_config(run: Path) -> Config:
+    """The resolved config of a run. Raises ValueError if `run` is not a run folder."""
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder; give the run_dir of a training run")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: not a run folder: it has no config.yaml")
+    return load_config(run / "config.yaml")
+
+
+def is_model(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in MODEL_FILES)
+
+
+def check_target(out: Path) -> None:
+    """Raises ValueError if writing a model folder here would destroy something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file has this name; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not is_model(out):
+        raise ValueError(f"{out}: holds something else than a model; name a new folder")
