@@ -1,0 +1,135 @@
+"""Starting processes: one training process per device, by torchrun, and never one left behind.
+
+Workers ask the kernel to be killed with their launcher, so that not even `kill -9` of the launcher leaves one. SIGTERM, SIGINT and
+SIGHUP are passed on to the workers, which save and leave with code 75; the launcher waits for them as long as that takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+LAUNCHER = "TIM_LAUNCHER_PID"
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1
+
+
+def launch(
+    config: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    nproc_per_node: int,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    rdzv_endpoint: str | None = None,
+    options: Sequence[str] = (),
+) -> int:
+    """Train with `nproc_per_node` processes on each of `nnodes` machines; run it once on every machine. Returns the exit code.
+
+    Args:
+        config: a YAML file or a recipe's name.
+        node_rank: which of the machines this one is.
+        rdzv_endpoint: host:port of machine 0 where all of them meet; needed with more than one.
+        options: passed to `tim train` before the config, e.g. `--debug`.
+
+    Raises:
+        ValueError: an impossible layout.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = torchrun_arguments(
+        config,
+        overrides=overrides,
+        nproc_per_node=nproc_per_node,
+        nnodes=nnodes,
+        node_rank=node_rank,
+        rdzv_endpoint=rdzv_endpoint,
+        options=options,
+    )
+    os.environ.update(worker_environment(nproc_per_node))
+    with _passing_signals_on():
+        try:
+            torchrun.run(torchrun.parse_args(arguments))
+        except ChildFailedError as failed:
+            code = failed.get_first_failure()[1].exitcode
+            return code if code > 0 else 1
+    return 0
+
+
+def command_line(arguments: Sequence[str], *, nproc_per_node: int) -> str:
+    """What `launch` amounts to, to be typed in a shell: for `--dry-run`."""
+    environment = {key: value for key, value in worker_environment(nproc_per_node).items() if key != LAUNCHER}
+    settings = [f"{key}={value}" for key, value in environment.items()]
+    return shlex.join(["env", *settings, sys.executable, "-m", "torch.distributed.run", *arguments])
+
+
+def torchrun_arguments(
+    config: str | Path,
+    *,
+    overrides: Sequence[str],
+    nproc_per_node: int,
+    nnodes: int,
+    node_rank: int,
+    rdzv_endpoint: str | None,
+    options: Sequence[str] = (),
+) -> list[str]:
+    """The arguments of torchrun. Raises ValueError for an impossible layout."""
+    if nproc_per_node < 1 or nnodes < 1:
+        raise ValueError(f"--nproc-per-node {nproc_per_node} --nnodes {nnodes}: both must be at least 1")
+    if not 0 <= node_rank < nnodes:
+        raise ValueError(f"--node-rank {node_rank}: with --nnodes {nnodes} it is between 0 and {nnodes - 1}")
+    if nnodes > 1 and not rdzv_endpoint:
+        raise ValueError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, the machine of node rank 0 and a free port")
+    if nnodes == 1:
+        meeting = ["--standalone"]
+    else:
+        host, _, port = str(rdzv_endpoint).rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--rdzv-endpoint {rdzv_endpoint}: give HOST:PORT")
+        meeting = ["--rdzv-backend=static", f"--master-addr={host}", f"--master-port={port}", f"--node-rank={node_rank}"]
+    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *meeting]
+    return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
+
+
+def worker_environment(nproc_per_node: int) -> dict[str, str]:
+    """What the workers find in their environment. Threads: processes × threads must not exceed the cores."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node))
+    return {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+
+
+def die_with_launcher() -> None:
+    """Ask the kernel to kill this worker when its launcher dies; leave at once if it is gone already. Linux; no-op outside torchrun."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:
+        os._exit(1)
+
+
+@contextmanager
+def _passing_signals_on() -> Iterator[None]:
+    """Pass signals on to the workers and keep waiting for them: torchrun itself would kill them after 30 seconds."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in _children():
+            os.kill(child, signal.SIGTERM)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _children() -> list[int]:
+    return [int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]

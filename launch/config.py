@@ -1,0 +1,243 @@
+"""The configuration of a training run: schema, recipes, loading.
+
+One YAML file per run, or a recipe's name, and `key.sub=value` overrides. Docstrings under the fields are the manual.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+import configs
+from launch import configfile
+from launch.configfile import ConfigError, Impossible
+from pipeline.planner import PlanConfig
+
+__all__ = ["Config", "ConfigError", "load_config", "recipe_names", "recipe_path"]
+
+Schema = TypeVar("Schema", bound=BaseModel)
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CorpusConfig(Section):
+    path: Annotated[Path, Field(strict=False)]
+    """A corpus folder, as `tim prepare` writes it."""
+    name: str | None = None
+    """What its samples' ids start with; default: the name in its manifest."""
+
+
+def _as_corpora(value: Any) -> Any:
+    """`corpus: PATH` is short for a list of one."""
+    items = value if isinstance(value, list) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+class CodecConfig(Section):
+    kind: Literal["pixel"] = "pixel"
+    """How images become latents; `pixel` is the image itself."""
+
+
+class TextConfig(Section):
+    kind: Literal["lookup"] = "lookup"
+    """How captions become features; `lookup` is a frozen table of random embeddings: no download."""
+    max_tokens: int = Field(default=77, ge=2, le=4096)
+    """Longer captions are cut."""
+    caption_dropout: Share = 0.1
+    """Share of images trained with the empty caption, for guidance."""
+
+
+class NetworkParams(Section):
+    """The published names (`network.params` of the TiM configs)."""
+
+    patch_size: int = Field(default=1, ge=1)
+    """Latent cells per side of a token."""
+    in_channels: int | None = None
+    """Latent channels: follows from the codec."""
+    depth: int = Field(ge=1)
+    hidden_size: int = Field(ge=4)
+    num_heads: int = Field(ge=1)
+    cap_feat_dim: int = Field(default=512, ge=1)
+    """Width of the caption features."""
+    input_size: int = Field(default=32, ge=1)
+    lora_hidden_size: int = Field(default=0, ge=0)
+    """Rank of the modulation layers; 0: three quarters of hidden_size."""
+    qk_norm: bool = True
+    distance_aware: bool = True
+    new_condition: Literal["t-r"] = "t-r"
+    use_new_embed: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> NetworkParams:
+        head_width, rest = divmod(self.hidden_size, self.num_heads)
+        if rest or head_width % 4:
+            raise Impossible(
+                "num_heads", f"hidden_size {self.hidden_size} over {self.num_heads} heads: a head's width must be a multiple of 4"
+            )
+        return self
+
+
+class NetworkConfig(Section):
+    params: NetworkParams
+    rope: Literal["rowcol", "legacy"] = "rowcol"
+    """Rotary layout; `legacy` only for the published weights."""
+
+
+class ObjectiveConfig(Section):
+    transport: Literal["ot_fm"] = "ot_fm"
+    derivative: Literal["finite-difference"] = "finite-difference"
+    epsilon: float = Field(default=0.005, gt=0, lt=0.5)
+    """Half the interval of the finite difference."""
+    diffusion_share: Share = 0.5
+    """Share of images trained with r = t."""
+    consistency_share: Share = 0.1
+    """Share of images trained with r = 0; the rest has r < t."""
+    time_mean: float = 0.0
+    time_std: float = Field(default=1.6, gt=0)
+    """Times are logit-normal, with this mean and deviation."""
+    weighting: Literal["tangent", "none"] = "tangent"
+    """How an image's loss is weighted by t and r."""
+    shift: int | None = Field(default=1024, ge=1)
+    """Times shift with resolution, by this reference side in pixels; null: they do not."""
+
+    @model_validator(mode="after")
+    def _shares_fit(self) -> ObjectiveConfig:
+        total = self.diffusion_share + self.consistency_share
+        if total > 1 + 1e-9:
+            raise Impossible("consistency_share", f"diffusion_share and consistency_share add up to {total:g}, more than 1")
+        return self
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1)
+    lr: float = Field(default=1e-4, gt=0)
+    warmup: int = Field(default=0, ge=0)
+    """Steps in which the learning rate grows linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """What the learning rate does after the warm-up; cosine ends at 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Of matrices; biases and gains do not decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast; weights, gradient sums and the finite difference stay in float32."""
+    zero: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage."""
+    clip: float = Field(default=1.0, ge=0)
+    """Largest norm of a step's gradient; 0: no limit."""
+    ema: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay of the averaged weights, which the model folder holds."""
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainConfig:
+        if self.warmup > self.steps:
+            raise Impossible("warmup", f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
+        return self
+
+
+class LoaderConfig(Section):
+    workers: int = Field(default=2, ge=0)
+    """Processes per rank that decode images; 0: none but the training process."""
+    prefetch: int = Field(default=2, ge=1)
+    """Steps that are read ahead."""
+    max_bad_fraction: Share = 0.01
+    """The run stops when more than this share of images cannot be loaded."""
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; one is written at the end, too."""
+    keep_last: int = Field(default=2, ge=1)
+
+
+class LogConfig(Section):
+    every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl."""
+
+
+class Config(Section):
+    corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(_as_corpora)] = ()
+    """A path, or a list of {path, name}."""
+    run_dir: Path | None = None
+    """Where the run writes; a run that is there already is resumed."""
+    seed: int = Field(default=0, ge=0)
+    condition: Literal["text"] = "text"
+    plan: PlanConfig = PlanConfig()
+    codec: CodecConfig = CodecConfig()
+    text: TextConfig = TextConfig()
+    network: NetworkConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+    loader: LoaderConfig = LoaderConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _follow_the_codec(self) -> Config:
+        """Fill in what follows from the codec: the plan's stride and the network's channels."""
+        from tim import codecs  # torch is slow to import, and a config that is wrong does not need it
+
+        params, codec = self.network.params, codecs.CODECS[self.codec.kind]
+        stride = codec.factor * params.patch_size
+        if self.plan.stride not in (None, stride):
+            product = (
+                f"{stride}, the {codec.factor} pixels per cell of codec {self.codec.kind} × network.params.patch_size {params.patch_size}"
+            )
+            raise Impossible("plan.stride", f"{self.plan.stride} given, but it is {product}; leave it out")
+        if params.in_channels not in (None, codec.channels):
+            wanted = f"codec {self.codec.kind} has {codec.channels} channels"
+            raise Impossible("network.params.in_channels", f"{params.in_channels} given, but {wanted}; leave it out")
+        network = self.network.model_copy(update={"params": params.model_copy(update={"in_channels": codec.channels})})
+        vars(self).update(plan=self.plan.model_copy(update={"stride": stride}), network=network)
+        return self
+
+
+def load_config(source: str | Path | None, *, overrides: Sequence[str] = (), schema: type[Schema] = Config) -> Schema:
+    """Read a file, or a recipe by its name, lay overrides over it and check it.
+
+    Raises:
+        ConfigError: one line that names the key, file and line, and the nearest valid key.
+    """
+    return configfile.check(configfile.read(_locate(source), overrides=overrides), schema)
+
+
+def recipe_names() -> list[str]:
+    """The configs that come with the package."""
+    return sorted(path.stem for path in _recipes().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe. Raises ConfigError naming the nearest one."""
+    path = _recipes() / f"{name}.yaml"
+    if name not in recipe_names():
+        raise ConfigError(f"{name}: neither a file nor a recipe; {configfile.nearest_of(name, recipe_names())}")
+    return path
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved configuration: every key, defaults filled in."""
+    return configfile.dump(config)
+
+
+def digest(config: BaseModel) -> str:
+    """Hash of the resolved configuration."""
+    return hashlib.sha256(to_yaml(config).encode()).hexdigest()[:16]
+
+
+def _recipes() -> Path:
+    return Path(configs.__path__[0])
+
+
+def _locate(source: str | Path | None) -> Path | None:
+    if source is None:
+        return None
+    path = Path(source)
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder; give a YAML file or a recipe: {', '.join(recipe_names())}")
+    return path if path.exists() or path.suffix in (".yaml", ".yml") or path.name != str(source) else recipe_path(str(source))

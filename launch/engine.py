@@ -1,0 +1,258 @@
+"""Ranks and the DeepSpeed engine: the only file that imports deepspeed and that makes process groups for training.
+
+A step is: `accumulate` once per pack, the same number of times on every rank, then `step`. Gradients are summed over packs and ranks
+and divided by the step's planned image count, so they do not depend on how images fall into packs and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from launch.fragments import Fragment
+
+Result = TypeVar("Result")
+
+TAG = "deepspeed"  # name of DeepSpeed's folder inside a checkpoint
+PATIENCE = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
+STALE_COMPILER_LOCK = 600.0  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among all training processes. Every method that talks to others must be called by all ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, on the CPU in the dtype given."""
+        total = values.to(self.device)
+        dist.all_reduce(total)
+        return total.cpu()
+
+    def gather(self, value: Result) -> list[Result]:
+        """What every rank has, in rank order."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Result) -> Result:
+        """What rank 0 has."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Run `action` on rank 0 and give its result to every rank; where it raises, rank 0 raises and the others exit silently."""
+        result: Any = None
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                result = action()
+            except Exception as raised:
+                error = raised
+        code = None if error is None else 2 if isinstance(error, ValueError) else 1
+        result, code = self.broadcast((result, code))
+        if error is not None:
+            raise error
+        if code is not None:
+            raise SystemExit(code)
+        return result
+
+
+@contextmanager
+def process_group() -> Iterator[Ranks]:
+    """Join the processes that torchrun started (or be the only one), and leave cleanly at the end.
+
+    CUDA with NCCL where a GPU is visible, else the CPU with gloo. The group is destroyed also when the body fails: ZeRO-3 aborts otherwise.
+    """
+    cuda = torch.cuda.is_available()
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=PATIENCE)
+    else:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to read it
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)  # pyright: ignore[reportPrivateImportUsage]
+    try:
+        yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """grad_norm: norm of the averaged gradient over all parameters before clipping; applied: False where it was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """A network under DeepSpeed ZeRO with torch's AdamW. Call it like the network; weights stay in float32."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        ranks: Ranks,
+        stage: int,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ) -> None:
+        self.ranks = ranks
+        self.stage = stage
+        deepspeed = _import_deepspeed(ranks)
+        network.to(ranks.device).train()
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        optimizer = torch.optim.AdamW(_parameter_groups(network, weight_decay), lr=0.0, betas=betas, fused=True)
+        config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    @property
+    def module(self) -> nn.Module:
+        """The network itself: forwards through it use no autocast and keep no gradient of their own."""
+        return self._engine.module
+
+    def accumulate(self, loss: Tensor, *, count: int, last: bool) -> None:
+        """Backward of one pack. loss: sum over its images; count: images planned in the step, all ranks; last: the step's last pack."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * (self.ranks.size / count), scale_wrt_gas=False)
+
+    def step(self, *, lr: float) -> StepResult:
+        """Update the weights from what was accumulated. A gradient that is not finite is dropped on all ranks alike."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=self._engine.was_step_applied())
+
+    def fragments(self) -> dict[str, Fragment]:
+        """The float32 master weights that this rank owns, as views: together, the ranks' fragments are the whole network.
+
+        Stages 1 and 2 keep them behind a private attribute of each parameter (deepspeed 0.19), stage 3 behind its local API.
+        """
+        found = {}
+        for name, parameter in self._engine.module.named_parameters():
+            if self.stage == 3:
+                from deepspeed.utils import safe_get_local_fp32_param
+
+                values = safe_get_local_fp32_param(parameter)
+                start = self.ranks.rank * values.numel()
+                values = values[: max(0, math.prod(self.shapes[name]) - start)]  # the last rank's share is padded
+            elif parameter._hp_mapping is not None:
+                start, values = parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.hp_fragment
+            else:
+                continue
+            if values.numel():
+                found[name] = Fragment(start, values.detach())
+        return found
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write weights, masters and moments into a folder. Returns the files that this rank wrote."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return [path for path in sorted((folder / TAG).iterdir()) if _writer(path.name) == self.ranks.rank]
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. The files are pickles: check their digests first."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise RuntimeError(f"{folder}: DeepSpeed found nothing to load in {TAG}/")
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _writer(name: str) -> int:
+    """The rank that wrote a DeepSpeed file: `zero_pp_rank_3_mp_rank_00_optim_states.pt` → 3, `mp_rank_00_model_states.pt` → 0."""
+    _, _, rest = name.partition("zero_pp_rank_")
+    return int(rest.split("_")[0]) if rest else 0
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases and gains do not."""
+    parameters = list(network.parameters())
+    if not weight_decay:
+        return [{"params": parameters, "weight_decay": 0.0}]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:
+    """Every key on which the result depends, stated: DeepSpeed's defaults have changed between releases.
+
+    The batch sizes are a formality: a step's packs are accumulated by `Engine.accumulate`. Autocast leaves weights, their gathering
+    and gradient sums in float32 (`lower_precision_safe_modules: []`), so that the derivative can be evaluated in float32.
+    """
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False},
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "checkpoint": {"load_universal": False},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _import_deepspeed(ranks: Ranks) -> Any:
+    """Import DeepSpeed and attach it to the process group; on a CPU it compiles its collectives the first time."""
+    tools = Path(sys.executable).parent  # ninja is installed beside python, which need not be on PATH
+    if shutil.which("ninja") is None:
+        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
+    try:
+        import deepspeed
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8'") from None
+    if ranks.device.type == "cpu":
+        _remove_stale_compiler_lock()
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _remove_stale_compiler_lock() -> None:
+    """A process killed while compiling leaves a lock for which everybody after it would wait for ever."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in root.glob("**/deepspeed_shm_comm/lock"):
+        if time.time() - lock.lstat().st_mtime > STALE_COMPILER_LOCK:
+            lock.unlink(missing_ok=True)

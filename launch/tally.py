@@ -1,0 +1,76 @@
+"""Adding up a step: losses by kind, images that failed, and losses that are not finite, over packs and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from launch.engine import Ranks
+from launch.metrics import KINDS
+from pipeline.loader import Batch
+
+MOST_NAMED = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """A step over all ranks. loss: what was minimised, times the planned image count; raw, raw_images: error sums and counts by kind."""
+
+    loss: float
+    failed: int
+    stop: bool
+    raw: tuple[float, ...]
+    raw_images: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Tally:
+    """One rank's packs of a step. Nothing is read back from the device before `sums`."""
+
+    packs: list[tuple[Batch, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, batch: Batch, *, loss: Tensor, raw: Tensor) -> None:
+        """loss: scalar sum over the pack; raw: (B,) unweighted error of every image."""
+        self.packs.append((batch, loss.detach(), raw.detach()))
+
+    def sums(self, ranks: Ranks, *, stop: bool) -> Sums:
+        """Add up over all ranks, in one message. `stop` is true on all ranks as soon as it is on one.
+
+        Raises RuntimeError naming samples if a loss is not finite, on all ranks, before any weight has changed.
+        """
+        total = torch.zeros(4 + 2 * len(KINDS), dtype=torch.float64)
+        suspects: list[str] = []
+        total[1] = stop
+        for batch, loss, raw in self.packs:
+            real = batch.weights > 0
+            errors = raw.cpu().double()
+            total[0] += loss.cpu().double()
+            total[2] += sum(name != "" for name in batch.ids) - int(real.sum())
+            for kind in range(len(KINDS)):
+                chosen = real & (batch.kinds == kind)
+                total[4 + kind] += errors[chosen].sum()
+                total[4 + len(KINDS) + kind] += chosen.sum()
+            if not torch.isfinite(loss):
+                wrong = [name for name, good in zip(batch.ids, torch.isfinite(errors).tolist(), strict=False) if not good]
+                suspects += wrong or batch.ids
+        total[3] = len(suspects)
+        total = ranks.sum(total)
+        if total[3]:
+            named = [name for names in ranks.gather(suspects) for name in names]
+            ranks.on_main(lambda: _refuse(named))
+        values = total.tolist()
+        return Sums(
+            loss=values[0],
+            stop=values[1] > 0,
+            failed=round(values[2]),
+            raw=tuple(values[4 : 4 + len(KINDS)]),
+            raw_images=tuple(round(count) for count in values[4 + len(KINDS) :]),
+        )
+
+
+def _refuse(named: list[str]) -> None:
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    samples = ", ".join(named[:MOST_NAMED]) + more
+    raise RuntimeError(f"the loss is not finite for {samples}: the step was not taken; look at these samples, or lower train.lr")

@@ -1,0 +1,288 @@
+"""The training loop, from a configuration to a model folder.
+
+Everything that decides a step (samples, kinds, times, noise, learning rate) is a function of the configuration and the step's number.
+That is why a run that was stopped, by a signal or by a power cut, continues as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from launch import checkpoint, fragments, runs
+from launch.cluster import die_with_launcher
+from launch.config import Config, ConfigError, TrainConfig, digest
+from launch.ema import ShardedEMA
+from launch.engine import Engine, Ranks, process_group
+from launch.export import export
+from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
+from launch.tally import Tally
+from pipeline.index import Corpus
+from pipeline.loader import LoadedStep, Loader
+from pipeline.planner import Planner
+from tim import PackedText, TransitionObjective, TransitionTransformer, codecs, text, transports
+
+STOPPED = 75  # exit code: stopped by a signal after saving, run the same command again
+MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What came of a run: its folder, the model in it, and the last row of its metrics (None if there was nothing left to do)."""
+
+    run_dir: Path
+    model: Path
+    steps: int
+    last_row: dict[str, Any] | None
+
+
+def train(config: Config, *, quiet: bool = False) -> Trained:
+    """Train, or continue the run that `run_dir` holds. One process, or one of those that torchrun started; all call it alike.
+
+    Raises:
+        ValueError: an impossible configuration, a corpus or a checkpoint that is not one, a run in use.
+        RuntimeError: a loss that is not finite, too many images that cannot be loaded.
+        SystemExit: code 75, after a signal stopped the run and it has saved.
+    """
+    die_with_launcher()
+    run_dir = config.run_dir
+    if run_dir is None:
+        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    if not config.corpus:
+        raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
+
+    with ExitStack() as cleanup:
+        signals = cleanup.enter_context(_listening())
+        ranks = cleanup.enter_context(process_group())
+        ranks.on_main(lambda: cleanup.enter_context(runs.claimed(run_dir)))
+        found, changes = ranks.on_main(lambda: (checkpoint.newest(run_dir), runs.changes_on_resume(run_dir, config)))
+
+        trainer = Trainer(config, ranks, cleanup)
+        if found is not None:
+            trainer.resume(found)
+        ranks.on_main(lambda: runs.write_config(run_dir, config))
+        writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
+        progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
+        for line in _introduction(config, ranks, trainer, found=found, changes=changes):
+            progress.say(line)
+
+        row = None
+        while trainer.step < config.train.steps:
+            measure, stop = trainer.take_step(stop=signals.caught is not None)
+            last = trainer.step == config.train.steps
+            if last or trainer.step % config.log.every == 0:
+                row = trainer.meter.row(trainer.step, measure)
+                if writer:
+                    writer.write(row)
+            progress.show(trainer.step, row)
+            if last or stop or trainer.step % config.checkpoint.every == 0:
+                progress.say(f"saved {trainer.save(run_dir)}")
+            if stop and not last:
+                progress.say(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
+                raise SystemExit(STOPPED)
+
+        model = run_dir / "model"
+        ranks.on_main(lambda: export(run_dir, out=model))
+        progress.say(f"model: {model}")
+        return Trained(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
+
+
+class Trainer:
+    """The parts of a run, put together, and what is done with them: `take_step`, `save`, `resume`. All ranks call each alike."""
+
+    def __init__(self, config: Config, ranks: Ranks, cleanup: ExitStack) -> None:
+        params, chosen = config.network.params, config.objective
+        self.config = config
+        self.ranks = ranks
+        self.codec = codecs.make(config.codec.kind)
+        self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
+        self.objective = TransitionObjective(
+            transports.make(chosen.transport, mean=chosen.time_mean, std=chosen.time_std),
+            patch_size=params.patch_size,
+            epsilon=chosen.epsilon,
+            weighting=chosen.weighting,
+            shift=chosen.shift,
+            pixels_per_cell=self.codec.factor,
+        )
+        planner = Planner(
+            [Corpus.open(source.path, name=source.name) for source in config.corpus],
+            plan=config.plan,
+            seed=config.seed,
+            width=params.hidden_size,
+            diffusion_share=chosen.diffusion_share,
+            consistency_share=chosen.consistency_share,
+            caption_dropout=config.text.caption_dropout,
+        )
+        self.loader = Loader(
+            planner,
+            seed=config.seed,
+            rank=ranks.rank,
+            world_size=ranks.size,
+            channels=self.codec.channels,
+            factor=self.codec.factor,
+            workers=config.loader.workers,
+            prefetch=config.loader.prefetch,
+            max_bad_fraction=config.loader.max_bad_fraction,
+        )
+        cleanup.callback(self.loader.close)
+        torch.manual_seed(config.seed)
+        network = TransitionTransformer.from_official(params.model_dump(), rope=config.network.rope)
+        self.parameters = sum(parameter.numel() for parameter in network.parameters())
+        self.engine = Engine(
+            network,
+            ranks=ranks,
+            stage=config.train.zero,
+            precision=config.train.precision,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            clip=config.train.clip,
+        )
+        cleanup.callback(self.engine.close)
+        self.ema = ShardedEMA(self.engine.fragments(), shapes=self.engine.shapes, decay=config.train.ema)
+        self.meter = Meter()
+        self.step = 0
+        self._skipped = 0  # steps in a row
+        self._steps: Iterator[LoadedStep] | None = None
+
+    def take_step(self, *, stop: bool) -> tuple[StepMeasure, bool]:
+        """One update of the weights. Returns what was measured, and whether any rank wants to stop."""
+        if self._steps is None:
+            self._steps = iter(self.loader)
+            self.meter.pause()
+        loaded = next(self._steps)
+        tally = Tally()
+        for index, batch in enumerate(loaded.batches):
+            losses = self.objective(
+                self.engine,
+                self.codec.encode([image.to(self.ranks.device) for image in batch.images]),
+                PackedText.from_features(self.encoder.encode(batch.captions)),
+                noise=[noise.to(self.ranks.device) for noise in batch.noise],
+                kinds=batch.kinds,
+                uniforms=batch.uniforms,
+                weights=batch.weights,
+                derivative_network=self.engine.module,
+            )
+            self.engine.accumulate(losses.loss, count=loaded.images, last=index == len(loaded.batches) - 1)
+            tally.add(batch, loss=losses.loss, raw=losses.raw)
+        sums = tally.sums(self.ranks, stop=stop)
+
+        lr = learning_rate(self.step, self.config.train)
+        result = self.engine.step(lr=lr)
+        self.ema.update(self.engine.fragments(), updates=self.step)
+        self.step += 1
+        self._skipped = 0 if result.applied else self._skipped + 1
+        if self._skipped == MOST_SKIPPED:
+            remedy = "lower train.lr, or use train.precision=fp32"
+            raise RuntimeError(f"the gradient was not finite in the {MOST_SKIPPED} steps up to {self.step}: {remedy}")
+        measure = StepMeasure(
+            ids=loaded.ids,
+            loss=sums.loss / loaded.images,
+            raw=sums.raw,
+            raw_images=sums.raw_images,
+            grad_norm=result.grad_norm,
+            applied=result.applied,
+            lr=lr,
+            images=loaded.images - sums.failed,
+            failed=sums.failed,
+            tokens=loaded.tokens,
+            fill=loaded.fill,
+        )
+        self.meter.add(measure)
+        return measure, sums.stop
+
+    def save(self, run_dir: Path) -> Path:
+        """Write a checkpoint of this step."""
+        facts = checkpoint.Facts(step=self.step, world_size=self.ranks.size, zero=self.config.train.zero, config_hash=digest(self.config))
+        folder = checkpoint.save(run_dir, facts, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
+        self.meter.pause()
+        return folder
+
+    def resume(self, found: checkpoint.Checkpoint) -> None:
+        """Continue from a checkpoint. Raises ConfigError if it was written by another number of ranks or another ZeRO stage."""
+        facts, folder = found.facts, found.folder
+        if facts.world_size != self.ranks.size:
+            counts = f"{facts.world_size} processes and there are {self.ranks.size} now"
+            raise ConfigError(f"{folder} was written by {counts}: start as many as before to resume it")
+        if facts.zero != self.config.train.zero:
+            raise ConfigError(f"{folder} was written with train.zero={facts.zero}, not {self.config.train.zero}: keep it to resume")
+        state = checkpoint.read_trainer_state(folder)
+        self.loader.load_state_dict(state["data"])
+        self.engine.load(folder)
+        self.ema.load(folder / checkpoint.fragment_file("ema", self.ranks.rank))
+        self.meter.load_state_dict(state["meter"])
+        self.step = facts.step
+
+    def _write_part(self, folder: Path) -> list[Path]:
+        """This rank's part of a checkpoint."""
+        written = self.engine.save(folder)
+        weights, average = (folder / checkpoint.fragment_file(kind, self.ranks.rank) for kind in ("weights", "ema"))
+        fragments.save(weights, self.engine.fragments(), shapes=self.engine.shapes)
+        self.ema.save(average)
+        written += [weights, average]
+        if self.ranks.is_main:
+            state = {"format": checkpoint.FORMAT, "step": self.step, "data": self.loader.state_dict(), "meter": self.meter.state_dict()}
+            written.append(checkpoint.write_trainer_state(folder, state))
+        return written
+
+
+def learning_rate(step: int, train: TrainConfig) -> float:
+    """The rate of the update that leads from `step` to `step + 1`: a function of the step alone, whatever the number of ranks."""
+    if step < train.warmup:
+        return train.lr * (step + 1) / train.warmup
+    if train.schedule == "constant":
+        return train.lr
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(slots=True)
+class _Signals:
+    caught: int | None = None
+
+
+@contextmanager
+def _listening() -> Iterator[_Signals]:
+    """Note SIGTERM, SIGINT and SIGHUP instead of dying of them: the loop saves and leaves. A second SIGINT interrupts at once.
+
+    The loader's processes, forked from this one, pay no heed: they end when it closes them, or with it.
+    """
+    signals, owner = _Signals(), os.getpid()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            return
+        if signals.caught == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        signals.caught = number
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _introduction(
+    config: Config, ranks: Ranks, trainer: Trainer, *, found: checkpoint.Checkpoint | None, changes: list[str]
+) -> Iterator[str]:
+    """What a log should say before the first step."""
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
+    processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''} on {device}"
+    step = f"{config.plan.packs_per_step} packs of {config.plan.tokens_per_pack} tokens a step"
+    yield f"{trainer.parameters / 1e6:.2f}M parameters · {processes} · ZeRO-{config.train.zero} · {config.train.precision} · {step}"
+    if found is not None:
+        for passed_over in found.passed_over:
+            yield f"passed over: {passed_over}"
+        yield f"continuing from {found.folder}"
+        for change in changes:
+            yield f"changed since: {change}"
