@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tim.attention import attention
-from tim.packed import PackedText, PackedTokens, Segments
+from tim.packed import PackedText, PackedTokens
 from tim.rope import rotate
 
 
@@ -128,16 +128,16 @@ class CrossAttention(nn.Module):
         self.k_norm = HeadNorm(width // heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_TD: Tensor, text_SD: Tensor, text_segments: Segments, packed: PackedTokens, rotations: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, text: PackedText, packed: PackedTokens, rotations: Tensor) -> Tensor:
         q = self.q(x_TD).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(text_SD).unflatten(-1, (2, self.heads, -1)).unbind(1)
+        k, v = self.kv(text.features).unflatten(-1, (2, self.heads, -1)).unbind(1)
         q = rotate(self.q_norm(q), rotations).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
-        return self.proj(attention(q, k, v, packed.segments, text_segments).flatten(1))
+        return self.proj(attention(q, k, v, packed.segments, text.segments).flatten(1))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption and SwiGLU, each modulated and gated by the image's condition."""
+    """Self-attention, cross-attention to the (normalised) caption and SwiGLU, each modulated and gated by the image's condition."""
 
     def __init__(self, width: int, *, heads: int, modulation_rank: int, qk_norm: bool, distance_aware: bool) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Block(nn.Module):
         h = modulate(plain_norm(x_TD), shift_self, scale_self, packed)
         x_TD = torch.addcmul(x_TD, packed.per_token(gate_self), self.attn(h, delta_BD, packed, rotations))
         h = modulate(plain_norm(x_TD), shift_cross, scale_cross, packed)
-        h = self.cross_attn(h, plain_norm(text.features), text.segments, packed, rotations)
+        h = self.cross_attn(h, text, packed, rotations)
         x_TD = torch.addcmul(x_TD, packed.per_token(gate_cross), h)
         h = modulate(plain_norm(x_TD), shift_mlp, scale_mlp, packed)
         return torch.addcmul(x_TD, packed.per_token(gate_mlp), self.mlp(h))

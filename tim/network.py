@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from tim.layers import Block, CaptionEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32
+from tim.layers import Block, CaptionEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32, plain_norm
 from tim.packed import PackedText, PackedTokens
 from tim.rope import LAYOUTS, rotations
 
@@ -112,7 +112,7 @@ class TransitionTransformer(nn.Module):
         angles = rotations(packed, head_dim=self.head_dim, layout=self.rope)
         delta = self.delta_embedder(t - r)
         time = self.t_embedder(t) + delta
-        text = condition._replace(features=self.y_embedder(condition.features))
+        text = condition._replace(features=plain_norm(self.y_embedder(condition.features)))
         x = self.x_embedder(packed.tokens)
         alignment = None
         for depth, block in enumerate(self.blocks, start=1):
