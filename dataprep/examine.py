@@ -1,6 +1,6 @@
-"""Pass 1, as a worker does it: one chunk of inputs → a table of what each of them is, and the bytes of pictures that had to be re-encoded.
+"""Pass 1: inputs → rows that say what each of them is; pictures whose bytes cannot be kept are encoded once, into a spool file.
 
-A chunk is the unit of resume. Its two files appear whole or not at all, the table last.
+Workers examine pieces of 32 inputs. 1,024 inputs make a chunk, the unit of resume: its table appears when all of it is examined.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dataprep.records import RawSample
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
 
 CHUNK_SIZE = 1024
+PIECE_SIZE = 32
 MAX_IMAGE_BYTES = 1 << 30
 _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
@@ -45,7 +46,8 @@ CHUNK_SCHEMA = pa.schema(
         ("extra", pa.string()),  # JSON object
         ("text_bytes", pa.int64()),  # at least what the texts take in the shard's JSON and caption members
         ("input_bytes", pa.int64()),
-        # Where pass 2 finds the bytes to store: in the source's file, or in this chunk's spool if `file` is empty.
+        # Where pass 2 finds the bytes to store: in the source's file, or in a spool file beside the tables.
+        ("is_spooled", pa.bool_()),
         ("file", pa.binary()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
@@ -73,33 +75,44 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
-    """A unit of work: inputs, the file names to write (`table`, and `table` with the suffix .spool), inputs known to crash the decoder."""
+class Piece:
+    """A unit of work: inputs of the chunk whose table is to be `table`. `crashed`: indices of inputs that must not be touched again."""
 
     samples: tuple[RawSample, ...]
     table: Path
+    ends_chunk: bool
     rules: Rules
     suspects: frozenset[int] = frozenset()
     crashed: frozenset[int] = frozenset()
 
 
-def spool_path(table: Path) -> Path:
-    return table.with_suffix(".spool")
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """The rows of a piece, by `CHUNK_SCHEMA`."""
+
+    rows: list[dict[str, Any]]
+    table: Path
+    ends_chunk: bool
 
 
-def examine_chunk(chunk: Chunk, report: Callable[[int], None]) -> int:
-    """Examine a chunk and write its two files; returns how many inputs may be kept."""
+def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
+    """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
     rows: list[dict[str, Any]] = []
-    with publish(spool_path(chunk.table)) as spool:
-        for index, sample in enumerate(chunk.samples):
+    with open(piece.table.parent / f"spool-{os.getpid()}.bin", "ab") as spool:
+        for index, sample in enumerate(piece.samples):
             report(index)
-            if index in chunk.crashed:
+            if index in piece.crashed:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
             else:
-                rows.append(examine(sample, rules=chunk.rules, spool=spool))
-    with publish(chunk.table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
+                rows.append(examine(sample, rules=piece.rules, spool=spool))
+        spool.flush()
+        os.fsync(spool.fileno())
+    return Examined(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
+
+
+def write_chunk(table: Path, rows: list[dict[str, Any]]) -> None:
+    with publish(table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
-    return sum(not row["reason"] for row in rows)
 
 
 def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
@@ -151,11 +164,11 @@ def _rejection(height: int, *, width: int, row: dict[str, Any], rules: Rules) ->
 def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
     """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
     if picture.clean and rules.images.format == "jpg":
-        return {"file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
+        return {"is_spooled": False, "file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
     encoded = encode_image(picture.pixels, format=rules.images.format)
     offset = spool.tell()
     spool.write(encoded)
-    return {"file": b"", "offset": offset, "length": len(encoded)}
+    return {"is_spooled": True, "file": os.fsencode(Path(spool.name).name), "offset": offset, "length": len(encoded)}
 
 
 def _blank_row(sample: RawSample) -> dict[str, Any]:
@@ -172,6 +185,7 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
         "extra": json.dumps(dict(sample.extra), sort_keys=True),
         "text_bytes": 0,
         "input_bytes": 0,
+        "is_spooled": False,
         "file": b"",
     }
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.dedup import DedupConfig, exact_duplicates, near_duplicates
-from dataprep.examine import CHUNK_SIZE, spool_path
+from dataprep.examine import CHUNK_SIZE
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
 
@@ -37,9 +37,6 @@ class ChunkTables:
 
     def column(self, name: str) -> list[Any]:
         return [value for chunk in range(len(self.paths)) for value in self._table(chunk).column(name).to_pylist()]
-
-    def spool_of(self, position: int) -> Path:
-        return spool_path(self.paths[position // CHUNK_SIZE])
 
     def rows(self, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Position → row; each chunk is read once however the positions are ordered."""

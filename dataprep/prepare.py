@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.captions import CaptionConfig
 from dataprep.dedup import DedupConfig
-from dataprep.examine import CHUNK_SIZE, Chunk, ImageConfig, Rules, examine_chunk, spool_path
+from dataprep.examine import CHUNK_SIZE, PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece, write_chunk
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import TEMPORARY_SUFFIX, publish_text
 from dataprep.filters import FilterConfig
@@ -156,31 +156,38 @@ def _examine_all(
     tables: list[Path] = []
     known = 0
 
-    def chunks() -> Iterator[Chunk]:
+    def pieces() -> Iterator[Piece]:
         nonlocal known
         while members := tuple(islice(samples, CHUNK_SIZE)):
-            tables.append(work / f"chunk-{len(tables):06d}.arrow")
-            if tables[-1].exists() and spool_path(tables[-1]).exists():
+            table = work / f"chunk-{len(tables):06d}.arrow"
+            tables.append(table)
+            if table.exists():
                 known += len(members)
-            else:
-                yield Chunk(samples=members, table=tables[-1], rules=rules)
+                continue
+            for start in range(0, len(members), PIECE_SIZE):
+                end = start + PIECE_SIZE
+                yield Piece(samples=members[start:end], table=table, ends_chunk=end >= len(members), rules=rules)
 
     def show(examined: int) -> None:
         if progress:
             progress("examine", known + examined, None)
 
-    for _ in pool.map(examine_chunk, chunks(), retry=_without_culprit, on_items=show):
-        pass
+    rows: list[dict[str, Any]] = []
+    for examined in pool.map(examine_piece, pieces(), retry=_without_culprit, on_items=show):
+        rows += examined.rows
+        if examined.ends_chunk:
+            write_chunk(examined.table, rows)
+            rows = []
     return ChunkTables(tables)
 
 
-def _without_culprit(chunk: Chunk, death: WorkerDied) -> Chunk:
+def _without_culprit(piece: Piece, death: WorkerDied) -> Piece:
     """After a worker's death: an input that was under the decoder gets one more try, then it is left out as `crashed`."""
     if death.at < 0:
         raise death
-    if death.at in chunk.suspects:
-        return replace(chunk, crashed=chunk.crashed | {death.at})
-    return replace(chunk, suspects=chunk.suspects | {death.at})
+    if death.at in piece.suspects:
+        return replace(piece, crashed=piece.crashed | {death.at})
+    return replace(piece, suspects=piece.suspects | {death.at})
 
 
 def _account(plan: Plan, *, sources: Sequence[Source]) -> Account:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -81,8 +82,8 @@ def finished_shard(out: Path, *, number: int) -> Shard | None:
 
 def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
     """Write tar, table and stats of one shard, in this order. Raises RuntimeError if a source changed since it was examined."""
-    tables = ChunkTables(task.tables)
-    rows = tables.rows(entry.position for entry in task.entries)
+    rows = ChunkTables(task.tables).rows(entry.position for entry in task.entries)
+    work = task.tables[0].parent
     stem = shard_name(task.number)
     table_rows: list[dict[str, Any]] = []
     with publish(task.out / f"{stem}.tar") as stream:
@@ -93,7 +94,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
                 table_row = _table_row(row, entry=entry, columns=task.columns)
                 if entry.key:
                     report(entry.position)
-                    image = _read_image(row, spool=tables.spool_of(entry.position))
+                    image = _read_image(row, work=work)
                     table_row |= _write_sample(tar, row=row, entry=entry, image=image, task=task)
                 table_rows.append(table_row)
     table = _table_bytes(table_rows, schema=table_schema(task.columns))
@@ -155,19 +156,16 @@ def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], entry: Entry, im
     return places
 
 
-def _read_image(row: dict[str, Any], *, spool: Path) -> bytes:
-    """The bytes to store: from the spool of the input's chunk, or once more from its source, which must not have changed."""
-    if not row["file"]:
-        with open(spool, "rb") as stream:
-            stream.seek(row["offset"])
-            return stream.read(row["length"])
+def _read_image(row: dict[str, Any], *, work: Path) -> bytes:
+    """The bytes to store: from a spool file of pass 1, or once more from the input's source, which must not have changed."""
+    file = os.fsdecode(row["file"])
     try:
-        with open(row["file"], "rb") as stream:
+        with open(work / file if row["is_spooled"] else file, "rb") as stream:
             stream.seek(row["offset"])
             data = stream.read(row["length"])
     except OSError as error:
         raise RuntimeError(f"{row['source']}/{row['path']} can no longer be read: {error.strerror}") from error
-    if hashlib.sha256(data).hexdigest() != row["sha256"]:
+    if not row["is_spooled"] and hashlib.sha256(data).hexdigest() != row["sha256"]:
         raise RuntimeError(f"{row['source']}/{row['path']} changed while it was being prepared: delete the output folder and start again")
     return data
 
