@@ -1,0 +1,22 @@
+"""What an image costs in a training step, in tokens of a plain forward and backward pass.
+
+Per layer of width W a transformer computes 24·n·W² + 4·n²·W for n tokens, thus cost ∝ n + n²/6W (KnapFormer, arXiv 2508.06001); γ
+says how much dearer or cheaper the quadratic part is on a device. Images with r ≠ t need two more forward passes for the derivative.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t
+KIND_FACTORS = (1.0, 5 / 3, 5 / 3)
+
+
+def image_costs(tokens: ArrayLike, *, kinds: ArrayLike, gamma: float, width: int) -> Floats:
+    """(n + γ·n²/6W) · factor[kind] of each image; `tokens` and `kinds` are (n,), `width` is the network's W."""
+    count = np.asarray(tokens, dtype=np.float64)
+    return (count + gamma * count**2 / (6 * width)) * np.asarray(KIND_FACTORS)[np.asarray(kinds, dtype=np.int64)]

@@ -1,0 +1,239 @@
+"""Planned packs as tensors: worker processes read ahead, in order, and what they have read ahead is never part of the state."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pipeline.cost import DIFFUSION
+from pipeline.packing import deal
+from pipeline.reading import PackReader, ReadPack
+from pipeline.steps import PlannedSample, Step
+from pipeline.workers import WorkerPool, start_fork_server
+
+if TYPE_CHECKING:
+    from pipeline.planner import Planner
+
+logger = logging.getLogger(__name__)
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pack of B images of different sizes, in planned order.
+
+    `images` are uint8 (3, h, w), `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64 −1 where dropped or
+    absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a sample that could not
+    be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens` are the planned ones.
+    """
+
+    ids: list[str]
+    images: list[Tensor]
+    captions: list[str]
+    labels: Tensor
+    kinds: Tensor
+    uniforms: Tensor
+    noise: list[Tensor]
+    weights: Tensor
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """A step with the packs of this rank. `images`, `tokens`, `fill` and `ids` are of all ranks; `state` is the plan's after the step."""
+
+    index: int
+    images: int
+    tokens: int
+    fill: float
+    batches: list[Batch]
+    ids: tuple[str, ...]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A step whose packs are being read."""
+
+    step: Step
+    packs: list[tuple[PlannedSample, ...]]
+    state: dict[str, Any]
+
+
+class Loader:
+    """The steps of a plan, without end, from where its state stands.
+
+    Args:
+        planner: belongs to the loader from now on.
+        seed: of times and noise.
+        rank, world_size: which packs of each step are read; every rank gets equally many.
+        channels, factor: latent channels, and pixels per latent cell, of the codec.
+        workers: processes that read; 0 reads in this one.
+        prefetch: steps that are read ahead.
+        max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
+        timeout: seconds without a pack after which reading stops with RuntimeError.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        channels: int,
+        factor: int,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+        timeout: float = 300.0,
+    ) -> None:
+        if planner.stride % factor:
+            raise ValueError(f"plan.stride {planner.stride} is no multiple of the codec's {factor} pixels per latent cell")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        if workers < 0 or prefetch < 1:
+            raise ValueError(f"loader.workers {workers} must be at least 0, loader.prefetch {prefetch} at least 1")
+        if not 0 <= max_bad_fraction <= 1 or timeout <= 0:
+            raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
+        self.samples_seen = 0  # by this rank, since this object was made
+        self.samples_failed = 0
+        self._planner = planner
+        self._reader = PackReader(seed=seed, stride=planner.stride, channels=channels, factor=factor)
+        self._rank = rank
+        self._world_size = world_size
+        self._channels = channels
+        self._factor = factor
+        self._workers = workers
+        self._prefetch = prefetch
+        self._max_bad_fraction = max_bad_fraction
+        self._timeout = timeout
+        self._state = planner.state_dict()
+        self._ahead: deque[_Ahead] = deque()
+        self._pool: WorkerPool[tuple[PlannedSample, ...], ReadPack] | None = None
+        self._iterations = 0
+        if workers:
+            start_fork_server()
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        """Endless. Raises RuntimeError if a worker dies or is stuck, or if too many samples fail. An earlier iterator ends."""
+        self.close()
+        self._planner.load_state_dict(self._state)
+        if self._workers:
+            steps_ahead = self._steps_ahead()
+            self._pool = WorkerPool(self._reader.read, workers=self._workers, timeout=self._timeout)
+        else:
+            steps_ahead = 0
+        iteration = self._iterations
+        while iteration == self._iterations:
+            while len(self._ahead) <= steps_ahead:
+                self._plan_one_more()
+            ahead = self._ahead.popleft()
+            read = self._read(ahead.packs)
+            batches = [self._batch(pack, samples=samples) for pack, samples in zip(read, ahead.packs, strict=True)]
+            self._state = ahead.state
+            self._stop_if_too_many_failed()
+            yield LoadedStep(
+                index=ahead.step.index,
+                images=ahead.step.images,
+                tokens=ahead.step.tokens,
+                fill=ahead.step.fill,
+                batches=batches,
+                ids=ahead.step.ids,
+                state=ahead.state,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan's state after the last step that was handed out, whatever was read ahead."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step at which `state` was taken. Raises ValueError if it is of another plan."""
+        self.close()
+        self._planner.load_state_dict(state)
+        self._state = state
+
+    def close(self) -> None:
+        """End the workers and what iterates; iterating anew starts them again."""
+        self._iterations += 1
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _plan_one_more(self) -> None:
+        step = self._planner.next_step()
+        packs = [pack.samples for pack in deal(step.packs, ranks=self._world_size)[self._rank]]
+        self._ahead.append(_Ahead(step=step, packs=packs, state=self._planner.state_dict()))
+        if self._pool is not None:
+            for samples in packs:
+                self._pool.put(samples)
+
+    def _read(self, packs: list[tuple[PlannedSample, ...]]) -> list[ReadPack]:
+        if self._pool is None:
+            return [self._reader.read(samples) for samples in packs]
+        try:
+            return [self._pool.get() for _ in packs]
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _steps_ahead(self) -> int:
+        """How many steps are read ahead: `prefetch`, as far as shared memory holds them."""
+        if not os.path.isdir(_SHARED_MEMORY):
+            return self._prefetch
+        stride, cells = self._planner.stride, self._planner.stride // self._factor
+        packs = -(-self._planner.plan.packs_per_step // self._world_size)
+        step_bytes = packs * self._planner.plan.tokens_per_pack * (3 * stride**2 + 4 * self._channels * cells**2)
+        found = os.statvfs(_SHARED_MEMORY)
+        free = found.f_bavail * found.f_frsize
+        possible = free // (2 * step_bytes) - 1  # one more is being trained; half is for the other ranks of this machine
+        if possible < 0:
+            raise RuntimeError(
+                f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, reading by worker processes needs {2 * step_bytes / 1e6:.0f} MB: "
+                "enlarge it (docker run --shm-size), or set loader.workers=0"
+            )
+        if possible < self._prefetch:
+            logger.warning("reading %d steps ahead instead of %d, because %s is small", possible, self._prefetch, _SHARED_MEMORY)
+        return min(self._prefetch, possible)
+
+    def _batch(self, pack: ReadPack, *, samples: tuple[PlannedSample, ...]) -> Batch:
+        cells = [(height // self._factor, width // self._factor) for height, width in pack.sizes]
+        pixels = pack.pixels.split([3 * height * width for height, width in pack.sizes])
+        noise = pack.noise.split([self._channels * rows * columns for rows, columns in cells])
+        weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
+        for failure in pack.failures:
+            sample = samples[failure.position]
+            weights[failure.position] = 0
+            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, sample.tar, failure.reason)
+        self.samples_seen += len(samples)
+        self.samples_failed += len(pack.failures)
+        return Batch(
+            ids=[sample.id for sample in samples] or [""],
+            images=[flat.view(3, *size) for flat, size in zip(pixels, pack.sizes, strict=True)],
+            captions=pack.captions,
+            labels=torch.tensor([sample.label for sample in samples] or [-1]),
+            kinds=torch.tensor([sample.kind for sample in samples] or [DIFFUSION]),
+            uniforms=torch.from_numpy(pack.uniforms),
+            noise=[flat.view(self._channels, *size) for flat, size in zip(noise, cells, strict=True)],
+            weights=weights,
+            tokens=sum(sample.tokens for sample in samples),
+        )
+
+    def _stop_if_too_many_failed(self) -> None:
+        """Judged as soon as so many samples were seen that at least one of them may have failed."""
+        failed, allowed = self.samples_failed, self._max_bad_fraction * self.samples_seen
+        if failed > allowed and (allowed >= 1 or self._max_bad_fraction == 0):
+            self.close()
+            raise RuntimeError(
+                f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
+                "allows: see the warnings above, `tim verify` on the corpus names all of them"
+            )

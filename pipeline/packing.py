@@ -1,0 +1,134 @@
+"""Which image goes into which pack, and which pack to which rank: token room is a limit, equal cost is the aim.
+
+Packs with equal numbers of tokens do not take equal time, because attention is quadratic and images with r < t cost more. Images in
+descending cost go to the cheapest pack with room for them (longest processing time first), which keeps the dearest pack within a few
+per cent of the mean. What finds no room is tried again after moving one image between packs, and left to the next step otherwise.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cost import Floats, Ints
+from pipeline.steps import Pack
+
+NO_ROOM = -1
+
+
+def assign(tokens: Ints, *, costs: Floats, urgent: NDArray[np.bool_], packs: int, tokens_per_pack: int) -> Ints:
+    """The pack of each image, (n,), `NO_ROOM` where it fits into none.
+
+    Args:
+        tokens: (n,) tokens of each image.
+        costs: (n,) what each costs; packs are balanced by it.
+        urgent: (n,) which have the first choice of room.
+        packs: number of packs.
+        tokens_per_pack: the limit of every pack.
+    """
+    order = np.lexsort((-costs, ~urgent))
+    tokens_in_order = tokens[order]
+    smallest_still_to_come = np.minimum.accumulate(tokens_in_order[::-1])[::-1].tolist() if len(order) else []
+    room = [tokens_per_pack] * packs
+    open_packs = [(0.0, pack) for pack in range(packs)]  # a heap: cheapest first, then by number
+    assigned = np.full(len(tokens), NO_ROOM, dtype=np.int64)
+    without_room: list[int] = []
+    for image, needed, cost, smallest in zip(
+        order.tolist(), tokens_in_order.tolist(), costs[order].tolist(), smallest_still_to_come, strict=True
+    ):
+        too_full: list[tuple[float, int]] = []
+        while open_packs and room[open_packs[0][1]] < needed:
+            too_full.append(heapq.heappop(open_packs))
+        if open_packs:
+            cost_so_far, pack = open_packs[0]
+            heapq.heapreplace(open_packs, (cost_so_far + cost, pack))
+            room[pack] -= needed
+            assigned[image] = pack
+        else:
+            without_room.append(image)
+        for entry in too_full:
+            if room[entry[1]] >= smallest:
+                heapq.heappush(open_packs, entry)
+    if without_room:
+        _make_room(without_room, tokens=tokens, assigned=assigned, room=room)
+    return assigned
+
+
+def fill_holes(tokens: Ints, *, room: Ints) -> Ints:
+    """Best fit, largest first: the pack of each image whose room of (packs,) tokens it uses up best, `NO_ROOM` where it fits into none."""
+    assigned = np.full(len(tokens), NO_ROOM, dtype=np.int64)
+    holes = sorted((left, pack) for pack, left in enumerate(room.tolist()))
+    for image in np.argsort(-tokens, kind="stable").tolist():
+        needed = int(tokens[image])
+        tightest = bisect_left(holes, (needed, 0))
+        if tightest < len(holes):
+            left, pack = holes.pop(tightest)
+            assigned[image] = pack
+            insort(holes, (left - needed, pack))
+    return assigned
+
+
+def _make_room(images: Sequence[int], *, tokens: Ints, assigned: Ints, room: list[int]) -> None:
+    """Place images that fit nowhere by moving one other image to the pack that it fills best. Changes `assigned` and `room`."""
+    members: list[list[int]] = [[] for _ in room]
+    for image in np.flatnonzero(assigned != NO_ROOM).tolist():
+        members[assigned[image]].append(image)
+    sizes: list[int] = tokens.tolist()
+    for image in images:
+        move = _cheapest_move(sizes[image], sizes=sizes, members=members, room=room)
+        if move is None:
+            continue
+        moved, source, target = move
+        if moved is not None:
+            members[source].remove(moved)
+            members[target].append(moved)
+            room[source] += sizes[moved]
+            room[target] -= sizes[moved]
+            assigned[moved] = target
+        members[source].append(image)
+        room[source] -= sizes[image]
+        assigned[image] = source
+
+
+def _cheapest_move(
+    needed: int, *, sizes: Sequence[int], members: Sequence[Sequence[int]], room: Sequence[int]
+) -> tuple[int | None, int, int] | None:
+    """(image to move or None, its pack, where to) such that its pack then has `needed` tokens of room and least is left over."""
+    by_room = sorted(range(len(room)), key=lambda pack: (room[pack], pack))
+    roomiest, second = by_room[-1], by_room[-2] if len(by_room) > 1 else by_room[-1]
+    best: tuple[int, int, int, int] | None = None
+    for source in range(len(room)):
+        if room[source] >= needed:
+            return None, source, source
+        target = second if source == roomiest else roomiest
+        if target == source:
+            continue
+        for image in members[source]:
+            left_over = room[source] + sizes[image] - needed
+            if left_over >= 0 and sizes[image] <= room[target] and (best is None or left_over < best[0]):
+                best = (left_over, image, source, target)
+    return None if best is None else best[1:]
+
+
+def deal(packs: Sequence[Pack], *, ranks: int) -> list[list[Pack]]:
+    """Give every rank the same number of packs; empty packs fill up where `ranks` does not divide their number.
+
+    Packs are sorted by cost and dealt `ranks` at a time, so that ranks which run in lock-step (ZeRO-3) meet packs of like cost; within
+    one deal the rank with the least so far takes the dearest, so that ranks which meet once a step finish together.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks: {ranks} is not a number of ranks, give 1 or more")
+    filled_up = [*packs, *[Pack.empty()] * (-len(packs) % ranks)]
+    dearest_first = sorted(filled_up, key=lambda pack: -pack.cost)
+    hands: list[list[Pack]] = [[] for _ in range(ranks)]
+    totals = [0.0] * ranks
+    for start in range(0, len(dearest_first), ranks):
+        least_first = sorted(range(ranks), key=lambda rank: totals[rank])
+        for pack, rank in zip(dearest_first[start : start + ranks], least_first, strict=True):
+            hands[rank].append(pack)
+            totals[rank] += pack.cost
+    return hands

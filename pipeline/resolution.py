@@ -1,0 +1,105 @@
+"""The native-size rule: how large an image is trained, given its own size and the limits of the plan.
+
+Upright image → one scale for both sides, at most 1, so that pixels ≤ `max_pixels` and tokens ≤ `max_tokens` → each side cut down to a
+multiple of the stride. Nothing is enlarged or squashed, and less than one stride is cut from a side. `fit="squash"` reproduces the
+published recipe instead: the whole picture is resized to the multiples, which changes its aspect a little.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pipeline.cost import Ints
+
+KEPT = ""
+LEFT_OUT_REASONS = (KEPT, "aspect", "too-small")  # position = code in `Targets.left_out`
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRule:
+    """Limits of the native-size rule; `stride` is pixels per token side, `max_aspect` is of the original image (long side / short)."""
+
+    stride: int
+    max_tokens: int
+    max_pixels: int | None = None
+    min_tokens: int = 1
+    max_aspect: float = 8.0
+    fit: Literal["crop", "squash"] = "crop"
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the rule says of n images, each (n,) int64: `resize_*` to scale to, `height` and `width` to cut from the centre of that,
+    `tokens`, and `left_out`, the position in `LEFT_OUT_REASONS` (0 = kept)."""
+
+    resize_height: Ints
+    resize_width: Ints
+    height: Ints
+    width: Ints
+    tokens: Ints
+    left_out: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the rule says of one image; `left_out` is "" or the reason."""
+
+    resize: tuple[int, int]
+    height: int
+    width: int
+    tokens: int
+    left_out: str
+
+
+def target_sizes(heights: ArrayLike, *, widths: ArrayLike, rule: SizeRule) -> Targets:
+    """Apply the rule to n upright images of `heights` × `widths` pixels, (n,) each."""
+    height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    area = np.maximum(height * width, 1).astype(np.float64)
+    largest_area = float(rule.max_tokens * rule.stride**2)
+    if rule.max_pixels is not None:
+        largest_area = min(largest_area, float(rule.max_pixels))
+    scale = np.minimum(1.0, np.sqrt(largest_area / area))
+    resize_height, resize_width = _rounded(height, scale=scale), _rounded(width, scale=scale)
+    too_large = resize_height * resize_width > largest_area  # rounding up can pass the limit by half a pixel a side
+    resize_height = np.where(too_large, _floored(height, scale=scale), resize_height)
+    resize_width = np.where(too_large, _floored(width, scale=scale), resize_width)
+
+    rows, columns = resize_height // rule.stride, resize_width // rule.stride
+    tokens = rows * columns
+    if rule.fit == "squash":
+        resize_height, resize_width = rows * rule.stride, columns * rule.stride
+    short, long = np.minimum(height, width), np.maximum(height, width)
+    left_out = np.where(tokens < max(rule.min_tokens, 1), LEFT_OUT_REASONS.index("too-small"), 0)
+    left_out = np.where(long > rule.max_aspect * short, LEFT_OUT_REASONS.index("aspect"), left_out)
+    return Targets(
+        resize_height=resize_height,
+        resize_width=resize_width,
+        height=rows * rule.stride,
+        width=columns * rule.stride,
+        tokens=tokens,
+        left_out=left_out,
+    )
+
+
+def target_size(height: int, *, width: int, rule: SizeRule) -> Target:
+    """Apply the rule to one upright image."""
+    targets = target_sizes([height], widths=[width], rule=rule)
+    return Target(
+        resize=(int(targets.resize_height[0]), int(targets.resize_width[0])),
+        height=int(targets.height[0]),
+        width=int(targets.width[0]),
+        tokens=int(targets.tokens[0]),
+        left_out=LEFT_OUT_REASONS[targets.left_out[0]],
+    )
+
+
+def _rounded(sides: Ints, *, scale: np.ndarray) -> Ints:
+    return np.minimum(np.rint(sides * scale).astype(np.int64), sides)
+
+
+def _floored(sides: Ints, *, scale: np.ndarray) -> Ints:
+    return np.floor(sides * scale * (1 + 1e-12)).astype(np.int64)  # a product that should be whole may come out just below

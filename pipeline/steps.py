@@ -1,0 +1,199 @@
+"""What a plan consists of: samples with their draws, packs of them, steps of packs.
+
+A step keeps its samples as arrays and makes `PlannedSample` records only of the packs that are asked for: every rank plans the whole
+step, but reads no more than its own packs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.cost import Floats, Ints
+from pipeline.draws import Hashes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where a file of a sample lies in its tar: byte offset and length of its payload; offset -1 if the sample has none."""
+
+    offset: int
+    length: int
+
+    @property
+    def exists(self) -> bool:
+        return self.offset >= 0
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the tar's path."""
+
+    corpus: int
+    shard: int
+    name: str
+    tar: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSample:
+    """One image of a step with everything that was drawn for it. Sizes are (height, width) in pixels, costs as in `pipeline.cost`."""
+
+    id: str  # corpus name / key
+    corpus: int  # position in the planner's list of corpora
+    shard: int  # position in the corpus's list of shards
+    row: int  # position in the shard
+    key: str
+    tar: str  # path of the shard
+    image: Member
+    text: Member
+    json: Member
+    label: int  # class, -1 without classes and where the condition is dropped
+    resize: tuple[int, int]
+    height: int
+    width: int
+    tokens: int
+    kind: int
+    caption: int  # which of the captions, -1 if the condition is dropped
+    flip: bool
+    visit: int  # how often this sample was planned before
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """n samples that the size rule keeps, with their draws, as arrays of length n.
+
+    `place` is the shard counted over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 6): offset and length of
+    image, text and json, offset −1 where a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1 if the
+    condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
+    """
+
+    place: Ints
+    row: Ints
+    visit: Ints
+    key: NDArray[np.object_]
+    id_hash: Hashes
+    label: Ints
+    captions: Ints
+    members: Ints
+    resize_height: Ints
+    resize_width: Ints
+    height: Ints
+    width: Ints
+    tokens: Ints
+    kind_draw: Hashes
+    caption: Ints
+    flip: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def take(self, indices: Ints | slice) -> Columns:
+        """The samples at `indices`, in that order."""
+        return Columns(*[getattr(self, name)[indices] for name in _FIELDS])
+
+    @staticmethod
+    def join(parts: Sequence[Columns]) -> Columns:
+        """One after the other; there must be at least one part."""
+        if len(parts) == 1:
+            return parts[0]
+        return Columns(*[np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS])
+
+
+_FIELDS = tuple(field.name for field in fields(Columns))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """The samples of a step with their kinds and costs, and the shards that they lie in."""
+
+    columns: Columns
+    kinds: Ints
+    costs: Floats
+    places: Sequence[Place]
+
+    def keys(self, rows: Ints) -> list[str]:
+        return self.columns.key[rows].tolist()
+
+    def ids(self, rows: Ints) -> list[str]:
+        names = [self.places[place].name for place in self.columns.place[rows].tolist()]
+        return [f"{name}/{key}" for name, key in zip(names, self.keys(rows), strict=True)]
+
+    def sample(self, row: int, *, id: str) -> PlannedSample:
+        columns = self.columns
+        place = self.places[columns.place[row]]
+        offsets = columns.members[row].tolist()
+        caption = int(columns.caption[row])
+        return PlannedSample(
+            id=id,
+            corpus=place.corpus,
+            shard=place.shard,
+            row=int(columns.row[row]),
+            key=columns.key[row],
+            tar=place.tar,
+            image=Member(offset=offsets[0], length=offsets[1]),
+            text=Member(offset=offsets[2], length=offsets[3]),
+            json=Member(offset=offsets[4], length=offsets[5]),
+            label=-1 if caption < 0 else int(columns.label[row]),
+            resize=(int(columns.resize_height[row]), int(columns.resize_width[row])),
+            height=int(columns.height[row]),
+            width=int(columns.width[row]),
+            tokens=int(columns.tokens[row]),
+            kind=int(self.kinds[row]),
+            caption=caption,
+            flip=bool(columns.flip[row]),
+            visit=int(columns.visit[row]),
+            cost=float(self.costs[row]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Samples that one rank runs together, without padding: some `rows` of a step's table, with their tokens and cost in all."""
+
+    rows: Ints
+    tokens: int
+    cost: float
+    table: StepTable | None
+
+    @classmethod
+    def empty(cls) -> Pack:
+        return cls(rows=np.zeros(0, dtype=np.int64), tokens=0, cost=0.0, table=None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def keys(self) -> list[str]:
+        return [] if self.table is None else self.table.keys(self.rows)
+
+    @property
+    def ids(self) -> list[str]:
+        return [] if self.table is None else self.table.ids(self.rows)
+
+    @property
+    def samples(self) -> tuple[PlannedSample, ...]:
+        """Made anew by every call."""
+        if self.table is None:
+            return ()
+        return tuple(self.table.sample(row, id=id) for row, id in zip(self.rows.tolist(), self.ids, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The packs of one optimizer step, all ranks together; `fill` is the share of their token room that is used."""
+
+    index: int
+    packs: tuple[Pack, ...]
+    images: int
+    tokens: int
+    fill: float
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Ids of all samples in planned order: pack by pack."""
+        return tuple(id for pack in self.packs for id in pack.ids)

@@ -1,0 +1,140 @@
+"""A few processes that apply one function to one item after the other, and give the results back in order.
+
+They come from a fork server that has imported torch and the readers, and nothing else. Forking the training process itself would be
+lighter still, but it is full of threads by then (gloo, DeepSpeed, the progress display, CUDA), and a lock that one of them holds at that
+moment stays locked in the child for ever; rich's console, which a warning is enough to meet, is one. Spawned processes would import
+torch anew, 300 MB each; those of a fork server share its pages and own 20 to 60 MB.
+
+torch's DataLoader is not used, because it relies on SIGCHLD, which goes to the fork server: it would see a dead worker only at its
+timeout, and its workers would outlive a training process that is killed. Here every worker has a pipe of its own, whose end tells both.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Generic, TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_CLOSING_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: BaseProcess
+    pipe: Connection
+    unanswered: int = 0
+
+
+def start_fork_server() -> None:
+    """Have the fork server import what workers need. It takes a second or two, so call this early; a second call does nothing."""
+    multiprocessing.set_forkserver_preload(["pipeline.reading"])
+    forkserver.ensure_running()
+
+
+class WorkerPool(Generic[Item, Result]):
+    """`workers` processes that apply `function`, which must be picklable, to items. Tensors come back through shared memory.
+
+    A result that takes longer than `timeout` seconds, or a worker that dies, is a RuntimeError in `get`.
+    """
+
+    def __init__(self, function: Callable[[Item], Result], *, workers: int, timeout: float) -> None:
+        start_fork_server()
+        context = multiprocessing.get_context("forkserver")
+        self._timeout = timeout
+        self._order: deque[_Worker] = deque()
+        self._workers: list[_Worker] = []
+        for number in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, function), name=f"reader-{number}", daemon=True)
+            process.start()
+            theirs.close()
+            self._workers.append(_Worker(process=process, pipe=ours))
+
+    def put(self, item: Item) -> None:
+        """Hand an item to the worker with the least to do."""
+        worker = min(self._workers, key=lambda each: each.unanswered)
+        try:
+            worker.pipe.send(item)
+        except OSError as error:
+            raise RuntimeError(_death(worker)) from error
+        worker.unanswered += 1
+        self._order.append(worker)
+
+    def get(self) -> Result:
+        """The result of the oldest item that has none yet; an exception of the function is raised as a RuntimeError that quotes it."""
+        worker = self._order.popleft()
+        ready = wait([worker.pipe, worker.process.sentinel], timeout=self._timeout)
+        if not ready:
+            raise RuntimeError(
+                f"{worker.process.name} (pid {worker.process.pid}) has been stuck for {self._timeout:g} s: is the storage alive?"
+            )
+        if worker.pipe not in ready:
+            raise RuntimeError(_death(worker))
+        try:
+            succeeded, result = worker.pipe.recv()
+        except (EOFError, OSError) as error:  # it died while it sent this, or before we could open what it sent
+            raise RuntimeError(_death(worker)) from error
+        worker.unanswered -= 1
+        if not succeeded:
+            raise RuntimeError(f"{worker.process.name} failed: {result}")
+        return result
+
+    def close(self) -> None:
+        """End all workers, also those that are stuck."""
+        for worker in self._workers:
+            worker.pipe.close()
+        for worker in self._workers:
+            worker.process.join(timeout=_CLOSING_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join(timeout=_CLOSING_SECONDS)
+        self._workers.clear()
+        self._order.clear()
+
+
+def _death(worker: _Worker) -> str:
+    worker.process.join(timeout=_CLOSING_SECONDS)
+    code = worker.process.exitcode
+    how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return f"{worker.process.name} (pid {worker.process.pid}) died, {how}; after signal 9 memory may be short, try fewer loader.workers"
+
+
+def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+    """The life of a worker. Items are taken off the pipe by a thread, so that neither side ever waits for the other with a full pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, whose end ends this one
+    torch.set_num_threads(1)
+    items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    threading.Thread(target=_take_off, args=(pipe, items), daemon=True).start()
+    while True:
+        item = items.get()
+        try:
+            answer = (True, function(item))
+        except Exception:
+            answer = (False, traceback.format_exc())
+        try:
+            pipe.send(answer)
+        except OSError:
+            os._exit(0)
+
+
+def _take_off(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:
+    try:
+        while True:
+            items.put(pipe.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # the training process has closed the pipe, or is dead
