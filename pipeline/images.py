@@ -74,6 +74,8 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Pi
     image = _open(data, max_decode_pixels=max_decode_pixels)
     format_name = "JPEG" if image.format == "MPO" else str(image.format)
     width, height = image.size
+    if format_name == "TIFF" and _orientation(image) >= 5:  # Pillow turns TIFFs, and only those, by itself
+        width, height = height, width
     components = len(image.getbands())
 
     decoded, profile, orientation = _decode(image, data=data)
