@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -20,7 +20,7 @@ from launch.preview import grid
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One picture that was drawn; its PNG carries the same facts as text chunks. Height and width in pixels."""
+    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks. Height and width in pixels."""
 
     path: Path
     prompt: str
@@ -82,13 +82,13 @@ def draw(
                 for image, count in zip(row, steps, strict=True):
                     path = out / f"{number:02d}-{_slug(prompt)}-{width}x{height}-steps{count}-seed{seed}.png"
                     drawing = Drawing(path=path, prompt=prompt, height=height, width=width, steps=count, guidance=scale, seed=seed)
-                    write_png(path, image, facts={"model": str(model), **asdict(drawing)})
+                    write_png(path, image, facts={"prompt": prompt, "steps": count, "guidance": scale, "seed": seed})
                     drawings.append(drawing)
                 rows.append(row)
                 labels.append(f"{prompt}\n{width} x {height}")
                 report("draw", len(drawings), total)
     columns = [f"{count} step{'s' * (count > 1)}" for count in steps]
-    write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"model": str(model)})
+    write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"seed": seed, "guidance": scale})
     return drawings, out / "grid.png"
 
 

@@ -43,7 +43,7 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     lines = _columns(facts)
     if summary["empty_packs"]:
         lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['empty_packs']} empty ones a step")
-    if summary["repeats"]:
+    if summary["smaller_than_a_step"]:
         lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
     tokens = {f"{size} to {2 * int(size) - 1}": count for size, count in account["tokens"].items()}
     lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(account["aspects"])]
@@ -63,5 +63,5 @@ def histogram(counts: Mapping[str, int]) -> list[str]:
 
 
 def _columns(facts: Mapping[str, str]) -> list[str]:
-    width = max(len(name) for name in facts)
+    width = max((len(name) for name in facts), default=0)
     return [f"  {name:<{width}}  {text}" for name, text in facts.items()]

@@ -1,0 +1,305 @@
+"""The command line as people meet it: help, wrong input, exit codes, JSON. In process, because importing torch takes seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch.cli import main
+from launch.export import spec_of
+from tim import TransitionTransformer
+from tim.weights import ModelSpec, save_model
+
+COMMANDS = ("demo", "prepare", "verify", "recipes", "plan", "train", "launch", "sample", "export")
+PATCH = 8
+CONFIG = f"""\
+plan: {{max_tokens: 64, tokens_per_pack: 256, packs_per_step: 4}}
+network:
+  params: {{patch_size: {PATCH}, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
+train:
+  steps: 2
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a command left: exit code, standard output, standard error."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return json.loads(self.out)
+
+
+Tim = Callable[..., Done]
+
+
+@pytest.fixture
+def tim(capsys: pytest.CaptureFixture[str]) -> Tim:
+    def run(*arguments: object) -> Done:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code
+        assert isinstance(code, int)
+        said = capsys.readouterr()
+        return Done(code, said.out, said.err)
+
+    return run
+
+
+def refused(done: Done, pattern: str) -> None:
+    """Wrong usage: exit code 2, one line on standard error, nothing on standard output."""
+    assert done.code == 2, done
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert re.search(pattern, done.err), done.err
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six captioned pictures and one that is not a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for number, (height, width) in enumerate([(32, 32), (32, 64), (64, 32), (48, 40), (64, 64), (40, 100)]):
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"picture number {number}")
+    (folder / "broken.jpg").write_bytes(b"this is text")
+    (folder / "broken.txt").write_text("not a picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared") / "corpus"
+    assert main(["prepare", str(pictures), "--out", str(folder), "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of a tiny network with random weights."""
+    from launch.config import load_config
+
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "tiny.yaml").write_text(CONFIG)
+    spec: ModelSpec = spec_of(load_config(folder / "tiny.yaml"))
+    network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
+    save_model(folder / "model", network.state_dict(), spec)
+    return folder / "model"
+
+
+# Help
+
+
+def test_help_answers_without_the_heavy_libraries() -> None:
+    program = (
+        "import sys, launch.cli; code = launch.cli.main(['--help']); print(code, {'torch', 'deepspeed', 'numpy', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("0 set()\n")
+    assert all(command in done.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_json_and_debug(command: str, tim: Tim) -> None:
+    done = tim(command, "--help")
+    assert done.code == 0
+    assert f"Example: tim {command}" in done.out
+    assert "--json" in done.out
+    assert "--debug" in done.out
+
+
+@pytest.mark.parametrize(
+    "arguments", [["paint"], ["plan"], ["plan", "a", "--rank", "2"], ["plan", "a", "--ranks", "x"], ["launch", "demo"]]
+)
+def test_wrong_usage_is_one_line(arguments: list[str], tim: Tim) -> None:
+    refused(tim(*arguments), r"see `tim.*--help`")
+
+
+# prepare and verify
+
+
+def test_prepare_accounts_for_every_input_and_verify_is_clean(pictures: Path, tmp_path: Path, tim: Tim) -> None:
+    done = tim("prepare", pictures, "--out", tmp_path / "c", "--json")
+    assert done.code == 0
+    assert (done.data["inputs"], done.data["kept"], done.data["rejected"]) == (7, 6, {"not-an-image": 1})
+    checked = tim("verify", tmp_path / "c", "--json")
+    assert checked.code == 0
+    assert (checked.data["clean"], checked.data["samples"]) == (True, 6)
+
+
+def test_verify_fails_with_code_1_on_a_damaged_corpus(pictures: Path, tmp_path: Path, tim: Tim) -> None:
+    tim("prepare", pictures, "--out", tmp_path / "c")
+    tar = bytearray((tmp_path / "c" / "000000.tar").read_bytes())
+    tar[600] ^= 255
+    (tmp_path / "c" / "000000.tar").write_bytes(tar)
+    done = tim("verify", tmp_path / "c")
+    assert done.code == 1
+    assert "000000.tar" in done.out
+
+
+def test_prepare_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path, tim: Tim) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    out = tmp_path / "c"
+    refused(tim("prepare", "--out", out), "Missing argument")
+    refused(tim("prepare", "seed=1", "--out", out), "no source")
+    refused(tim("prepare", tmp_path / "nowhere", "--out", out), "nowhere")
+    refused(tim("prepare", tmp_path / "empty", "--out", out), "empty")
+    refused(tim("prepare", pictures, "--out", tmp_path / "mine"), "mine")
+    refused(tim("prepare", pictures, "--out", out, "filters.min_sied=3"), r"filters\.min_sied.*filters\.min_side")
+    assert not out.exists()
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_source_without_a_usable_picture_leaves_nothing_behind(pictures: Path, tmp_path: Path, tim: Tim) -> None:
+    done = tim("prepare", pictures, "--out", tmp_path / "c", "filters.min_side=4096")
+    assert done.code in (1, 2)
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "c").exists()
+
+
+# plan and recipes
+
+
+def test_plan_says_fill_and_what_is_left_out(corpus: Path, config: Path, tim: Tim) -> None:
+    done = tim("plan", config, f"corpus={corpus}", "--ranks", "2", "--steps", "3", "plan.min_tokens=20")
+    assert done.code == 0
+    assert re.search(r"fill +\d", done.out)
+    assert re.search(r"left out +1\b", done.out)
+    data = tim("plan", config, f"corpus={corpus}", "--ranks", "2", "--steps", "3", "--json").data
+    assert len(data["steps"]) == 3
+    assert 0 < data["fill"] <= 1
+
+
+def test_plan_and_train_refuse_what_is_wrong(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
+    config_with_typo = tmp_path / "typo.yaml"
+    config_with_typo.write_text(CONFIG.replace("  steps: 2", "  stepz: 2"))
+    refused(tim("plan", config), "corpus: missing")
+    refused(tim("plan", config, f"corpus={tmp_path}"), "not a corpus")
+    refused(tim("plan", "no-such-recipe", f"corpus={corpus}"), "no-such-recipe")
+    refused(tim("plan", tmp_path / "no.yaml"), r"no\.yaml")
+    refused(tim("plan", config_with_typo), r"typo\.yaml:5: train\.stepz: unknown key; did you mean train\.steps\?")
+    refused(tim("plan", config, config), "expected one CONFIG")
+    refused(tim("train", config, f"corpus={corpus}"), "run_dir: missing")
+    refused(tim("train", config, f"corpus={corpus}", "train.steps=0"), r"train\.steps")
+    refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}", "plan.stride=5"), r"plan\.stride")
+
+
+def test_launch_says_what_it_would_run(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
+    done = tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}", f"run_dir={tmp_path / 'run'}", "--dry-run", "--json")
+    assert done.code == 0
+    assert "--nproc-per-node=2" in done.data["command"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_hold_no_paths_and_load(tim: Tim) -> None:
+    from launch.config import load_config
+
+    names = tim("recipes", "--json").data["recipes"]
+    assert {"demo", "photos"} <= set(names)
+    assert all(name in tim("recipes", "list").out for name in names)
+    for name in names:
+        assert tim("recipes", "show", name).out.startswith("# ")
+        loaded = load_config(name)
+        assert not loaded.corpus
+        assert loaded.run_dir is None
+    refused(tim("recipes", "show", "fotos"), "photos")
+    refused(tim("recipes", "show"), "expected")
+    refused(tim("recipes", "demo"), "expected")
+
+
+# sample and export
+
+
+def test_sample_draws_each_size_and_step_count_and_a_grid(model: Path, tmp_path: Path, tim: Tim) -> None:
+    arguments = ["--prompt", "a red fox", "--prompt", "", "--size", "35x16,16x32", "--steps", "1,3", "--seed", "5", "--guidance", "1"]
+    done = tim("sample", model, *arguments, "--out", tmp_path / "s", "--json")
+    assert done.code == 0
+    assert "35x16 rounded down to 32x16" in done.err
+    images = done.data["images"]
+    assert [(image["prompt"], image["width"], image["height"], image["steps"]) for image in images] == [
+        (prompt, *size, steps) for prompt in ("a red fox", "") for size in ((32, 16), (16, 32)) for steps in (1, 3)
+    ]
+    for image in images:
+        with Image.open(image["path"]) as written:
+            assert written.size == (image["width"], image["height"])
+            assert written.info["prompt"] == image["prompt"]
+            assert written.info["seed"] == "5"
+    assert Path(done.data["grid"]).name == "grid.png"
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == sorted([Path(image["path"]).name for image in images] + ["grid.png"])
+
+    again = tim("sample", model, *arguments, "--out", tmp_path / "again", "--json").data
+    assert [Path(image["path"]).read_bytes() for image in again["images"]] == [Path(image["path"]).read_bytes() for image in images]
+
+
+def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    out = tmp_path / "s"
+
+    def sample(*more: object, folder: Path = model, size: str = "16x16", steps: str = "1", guidance: str = "1", where: Path = out) -> Done:
+        return tim("sample", folder, "--prompt", "a fox", "--size", size, "--steps", steps, "--guidance", guidance, "--out", where, *more)
+
+    refused(sample(folder=tmp_path / "nowhere"), "no such folder")
+    refused(sample(folder=tmp_path / "file"), "no such folder")
+    refused(sample(folder=tmp_path / "folder"), "neither a model folder")
+    refused(sample(steps="0"), "at least 1 step")
+    refused(sample(steps="2,-1"), "at least 1 step")
+    refused(sample(guidance="nan"), "finite")
+    refused(sample(guidance="-2"), "finite")
+    refused(sample(guidance="much"), "guidance")
+    refused(sample(size="16"), "WIDTHxHEIGHT")
+    refused(sample("--seed", "-1"), "seed")
+    assert "8 pixels" in sample(size="16x4").err
+    assert sample(size="16x4").code == 2
+    assert sample(where=tmp_path / "file").code == 2
+    assert not out.exists()
+
+
+def test_a_model_that_is_damaged_is_named(model: Path, tmp_path: Path, tim: Tim) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((model / "config.json").read_bytes())
+    (damaged / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:200])
+    done = tim("sample", damaged, "--prompt", "a fox", "--size", "16x16", "--out", tmp_path / "s")
+    assert done.code == 2
+    assert "model.safetensors" in done.err.splitlines()[-1]
+    assert not (tmp_path / "s").exists()
+
+
+def test_export_refuses_what_is_no_run(model: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
+    out = tmp_path / "m"
+    refused(tim("export", tmp_path / "nowhere", "--out", out), "no such folder")
+    refused(tim("export", tmp_path, "--out", out), "not a run folder")
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step-000005").mkdir(parents=True)
+    (run / "config.yaml").write_text(CONFIG)
+    refused(tim("export", run, "--out", out), "step-000005")
+    refused(tim("export", run, "--out", tmp_path), "something else than a model")
+    refused(tim("sample", run, "--prompt", "a fox", "--size", "16x16", "--out", tmp_path / "s"), "step-000005")
+    assert not out.exists()
+    assert not (tmp_path / "s").exists()
