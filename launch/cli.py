@@ -290,6 +290,8 @@ def export(
         from launch.export import export as export_run
 
         done = export_run(run, out=out, ema=ema, step=step)
+        for problem in done.passed_over:
+            console.line(f"passed over: {problem}")
         weights = "averaged weights" if done.ema else "weights"
         text = f"{done.folder}: {weights} of step {done.step}, {done.parameters:,} parameters"
         console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})

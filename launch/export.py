@@ -16,12 +16,13 @@ DEFAULT_GUIDANCE = 2.5  # the published text-to-image evaluations use it
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A model folder and the training step that it comes from; `parameters` counts numbers, not tensors."""
+    """A model folder and the training step that it comes from; `passed_over` says which newer checkpoints are damaged, and how."""
 
     folder: Path
     step: int
     ema: bool
     parameters: int
+    passed_over: tuple[str, ...]
 
 
 def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None) -> Exported:
@@ -40,7 +41,8 @@ def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None) -
     found = checkpoint.find(run, step=step)
     state = checkpoint.consolidate(found.folder, ema=ema)
     save_model(out, state, spec_of(config))
-    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=sum(tensor.numel() for tensor in state.values()))
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, passed_over=found.passed_over)
 
 
 def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
@@ -61,11 +63,13 @@ def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
 
     from launch import checkpoint
 
-    step = checkpoint.find(path).facts.step
-    folder = path / "exports" / f"step-{step:06d}"
+    found = checkpoint.find(path)
+    for problem in found.passed_over:
+        say(f"passed over: {problem}")
+    folder = path / "exports" / found.folder.name
     if not is_model(folder):
-        say(f"exporting the checkpoint of step {step}")
-        export(path, out=folder, step=step)
+        say(f"exporting {found.folder}")
+        export(path, out=folder, step=found.facts.step)
     say(f"model: {folder}")
     return folder
 

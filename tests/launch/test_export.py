@@ -1,0 +1,125 @@
+"""A run's checkpoints → model folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from launch import checkpoint, fragments
+from launch.config import load_config
+from launch.engine import Ranks, process_group
+from launch.export import export, model_folder, spec_of
+from launch.fragments import Fragment
+from tim import TransitionTransformer
+from tim.weights import load_model
+
+CONFIG = """\
+text: {caption_dropout: 0.0, max_tokens: 20}
+network:
+  params: {patch_size: 8, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}
+train: {steps: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Ranks]:
+    with process_group() as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def run(tmp_path: Path, alone: Ranks) -> Path:
+    """A run folder with checkpoints of steps 3 and 5. All averaged weights are the step number, the others ten times that."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    for step in (3, 5):
+        save_checkpoint(folder, step=step, ranks=alone)
+    return folder
+
+
+def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
+    spec = spec_of(load_config(run / "config.yaml"))
+    shapes = {
+        name: tuple(value.shape) for name, value in TransitionTransformer.from_official(spec.network, rope=spec.rope).state_dict().items()
+    }
+
+    def write(part: Path) -> list[Path]:
+        paths = []
+        for kind, value in (("ema", float(step)), ("weights", 10.0 * step)):
+            pieces = {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()}
+            paths.append(part / checkpoint.fragment_file(kind, 0))
+            fragments.save(paths[-1], pieces, shapes=shapes)
+        return paths
+
+    facts = checkpoint.Facts(step=step, world_size=1, zero=1, config_hash="")
+    checkpoint.save(run, facts, ranks=ranks, write=write, keep_last=9)
+
+
+def some_weight(folder: Path) -> float:
+    network, _ = load_model(folder)
+    values: Tensor = next(network.parameters())
+    return values.flatten()[0].item()
+
+
+def test_the_newest_checkpoint_averaged_by_default(run: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path / "m")
+    assert (done.step, done.ema, done.passed_over) == (5, True, ())
+    assert some_weight(tmp_path / "m") == 5.0
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    network, spec = load_model(tmp_path / "m")
+    assert done.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert spec.text == {"kind": "lookup", "max_tokens": 20}
+    assert spec.sampling["guidance"] == 1.0  # no caption was ever dropped: there is no unconditional model to guide with
+
+
+def test_another_step_and_the_last_weights(run: Path, tmp_path: Path) -> None:
+    assert export(run, out=tmp_path / "m", step=3, ema=False).step == 3
+    assert some_weight(tmp_path / "m") == 30.0
+    with pytest.raises(ValueError, match="no checkpoint of step 4; there are: 3, 5"):
+        export(run, out=tmp_path / "n", step=4)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path) -> None:
+    weights = run / "checkpoints" / "step-000005" / checkpoint.fragment_file("ema", 0)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    done = export(run, out=tmp_path / "m")
+    assert done.step == 3
+    assert "step-000005" in done.passed_over[0]
+    with pytest.raises(ValueError, match="step-000005"):
+        export(run, out=tmp_path / "n", step=5)
+    assert not (tmp_path / "n").exists()
+
+
+def test_an_older_model_is_replaced_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    export(run, out=tmp_path / "m", step=3)
+    export(run, out=tmp_path / "m")
+    assert some_weight(tmp_path / "m") == 5.0
+    with pytest.raises(ValueError, match="something else than a model"):
+        export(run, out=run)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file"):
+        export(run, out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path, alone: Ranks) -> None:
+    said: list[str] = []
+    exported = model_folder(run, say=said.append)
+    assert some_weight(exported) == 5.0
+    before = (exported / "model.safetensors").stat().st_mtime_ns
+    assert model_folder(run, say=said.append) == exported
+    assert (exported / "model.safetensors").stat().st_mtime_ns == before
+
+    export(run, out=run / "model")
+    assert model_folder(run, say=said.append) == run / "model"
+
+    save_checkpoint(run, step=8, ranks=alone)  # the run was continued
+    later = (run / "model" / "config.json").stat().st_mtime + 10
+    os.utime(run / "latest", (later, later))
+    assert some_weight(model_folder(run, say=said.append)) == 8.0
