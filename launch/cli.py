@@ -17,7 +17,7 @@ import typer
 
 from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
 from launch.console import STOPPED, session
-from launch.tables import describe_account, describe_plan, describe_recipes
+from launch.tables import count, describe_account, describe_plan, describe_recipes
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
@@ -117,7 +117,8 @@ def verify(
         with console.progress() as report:
             found = verify_corpus(corpus, workers=workers or _cores(), progress=report)
         clean = not found.problems
-        lines = [f"{corpus}: {found.samples} samples in {found.shards} shards, {'clean' if clean else f'{len(found.problems)} problems'}"]
+        verdict = "clean" if clean else count(len(found.problems), "problem")
+        lines = [f"{corpus}: {count(found.samples, 'sample')} in {count(found.shards, 'shard')}, {verdict}"]
         data = {"corpus": corpus, "clean": clean, "shards": found.shards, "samples": found.samples, "problems": found.problems}
         console.result("\n".join([*lines, *found.problems]), data=data)
         if not clean:
@@ -262,11 +263,11 @@ def sample(
     """
     with session(as_json=as_json, debug=debug) as console:
         sizes = parse_sizes(size)
-        counts = parse_steps(steps) if steps is not None else None
+        step_counts = parse_steps(steps) if steps is not None else None
         scale = check_guidance(guidance) if guidance is not None else None
         from launch.draw import draw
 
-        drawings, grid = draw(model, prompts=prompt, sizes=sizes, steps=counts, guidance=scale, seed=seed, out=out, console=console)
+        drawings, grid = draw(model, prompts=prompt, sizes=sizes, steps=step_counts, guidance=scale, seed=seed, out=out, console=console)
         text = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(text, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 

@@ -11,10 +11,10 @@ BAR_WIDTH = 32
 
 def describe_account(out: Path, facts: Mapping[str, Any]) -> str:
     """inputs = kept + Σ rejected, a line for each reason."""
-    lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {facts['shards']} shard{'s' * (facts['shards'] != 1)}"]
+    lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {count(facts['shards'], 'shard')}"]
     rejected = sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0]))
     if rejected:
-        lines += ["rejected:", *_columns({reason: str(count) for reason, count in rejected})]
+        lines += ["rejected:", *_columns({reason: str(number) for reason, number in rejected})]
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
 
 
@@ -31,12 +31,12 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     left_out = sum(account["left_out"].values())
     facts = {
         "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
-        "utilisation": f"{summary['utilisation']:.1%} of {ranks} rank{'s' * (ranks != 1)}"
+        "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
         + (f" ({summary['utilisation_lockstep']:.1%} if they wait after every pack, ZeRO-3)" if ranks > 1 else ""),
         "images a step": f"{summary['samples_per_step']:.1f}",
-        "planned": f"{summary['samples']} images in {steps} step{'s' * (steps != 1)}, {summary['epochs']:.2f} epochs",
+        "planned": f"{summary['samples']} images in {count(steps, 'step')}, {summary['epochs']:.2f} epochs",
         "samples": f"{account['samples']} of {account['rows']} in the corpus",
-        "left out": ", ".join([str(left_out), *(f"{reason} {count}" for reason, count in account["left_out"].items())]),
+        "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in account["left_out"].items())]),
         "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
         f"{account['cropped_pixels']:.1%}",
     }
@@ -45,7 +45,7 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['empty_packs']} empty ones a step")
     if summary["smaller_than_a_step"]:
         lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
-    tokens = {f"{size} to {2 * int(size) - 1}": count for size, count in account["tokens"].items()}
+    tokens = {f"{size} to {2 * int(size) - 1}": images for size, images in account["tokens"].items()}
     lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(account["aspects"])]
     return "\n".join(lines)
 
@@ -56,10 +56,13 @@ def histogram(counts: Mapping[str, int]) -> list[str]:
         return []
     label_width = max(len(label) for label in counts)
     largest = max(counts.values())
-    return [
-        f"  {label:>{label_width}}  {'█' * max(1, round(count / largest * BAR_WIDTH)):<{BAR_WIDTH}} {count}"
-        for label, count in counts.items()
-    ]
+    bars = {label: "█" * max(1, round(number / largest * BAR_WIDTH)) for label, number in counts.items()}
+    return [f"  {label:>{label_width}}  {bars[label]:<{BAR_WIDTH}} {number}" for label, number in counts.items()]
+
+
+def count(number: int, noun: str) -> str:
+    """`count(2, "shard")` → "2 shards"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _columns(facts: Mapping[str, str]) -> list[str]:
