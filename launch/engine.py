@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +25,6 @@ Result = TypeVar("Result")
 
 TAG = "deepspeed"  # name of DeepSpeed's folder inside a checkpoint
 PATIENCE = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
-STALE_COMPILER_LOCK = 600.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +127,7 @@ class Engine:
     ) -> None:
         self.ranks = ranks
         self.stage = stage
-        deepspeed = _import_deepspeed(ranks)
+        deepspeed = _import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         optimizer = torch.optim.AdamW(_parameter_groups(network, weight_decay), lr=0.0, betas=betas, fused=True)
@@ -183,6 +179,9 @@ class Engine:
     def save(self, folder: Path) -> list[Path]:
         """Write weights, masters and moments into a folder. Returns the files that this rank wrote."""
         self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        if self.ranks.is_main:
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's converters; `tim export` does their work
+                script.unlink()
         return [path for path in sorted((folder / TAG).iterdir()) if _writer(path.name) == self.ranks.rank]
 
     def load(self, folder: Path) -> None:
@@ -233,26 +232,19 @@ def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, A
     }
 
 
-def _import_deepspeed(ranks: Ranks) -> Any:
-    """Import DeepSpeed and attach it to the process group; on a CPU it compiles its collectives the first time."""
-    tools = Path(sys.executable).parent  # ninja is installed beside python, which need not be on PATH
-    if shutil.which("ninja") is None:
-        os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed and attach it to the process group.
+
+    On a CPU it would first compile a shared-memory collective, 30 seconds or more and a compiler needed, which under torchrun it then
+    does not use: gloo does the work either way. Declared incompatible, it is left out.
+    """
     try:
         import deepspeed
+        import deepspeed.ops
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise
         raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8'") from None
-    if ranks.device.type == "cpu":
-        _remove_stale_compiler_lock()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
-
-
-def _remove_stale_compiler_lock() -> None:
-    """A process killed while compiling leaves a lock for which everybody after it would wait for ever."""
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in root.glob("**/deepspeed_shm_comm/lock"):
-        if time.time() - lock.lstat().st_mtime > STALE_COMPILER_LOCK:
-            lock.unlink(missing_ok=True)

@@ -4,8 +4,8 @@
      "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …, "tokens_per_second": …,
      "seconds": …, "ids_digest": "…", "first_ids": […]}
 
-`loss` is what was minimised, `loss_KIND` the unweighted error of the images of a kind (null if there was none); both, and `fill` and
-`grad_norm`, are means over the steps since the last row. `images`, `tokens`, `failed` (images that could not be loaded) and
+`loss` is the mean unweighted error of all images since the last row, `loss_KIND` of those of one kind (null if there was none); what is
+minimised is scaled by each image's own error and shows nothing. `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed` (images that could not be loaded) and
 `seconds` (training only) count from the run's start. `ids_digest` chains the ids of all samples of all steps so far: two runs
 with equal digests saw the same samples in the same order.
 """
@@ -34,7 +34,6 @@ class Sums:
     """Sums over the steps since the last row."""
 
     steps: int = 0
-    loss: float = 0.0
     grad_norm: float = 0.0
     fill: float = 0.0
     images: int = 0
@@ -48,7 +47,6 @@ class StepMeasure:
     """One step, all ranks together. raw, raw_images: error sums and counts by kind."""
 
     ids: tuple[str, ...]
-    loss: float
     raw: Sequence[float]
     raw_images: Sequence[int]
     grad_norm: float
@@ -74,7 +72,6 @@ class Meter:
     def add(self, measure: StepMeasure) -> None:
         since, total = self._since, self._total
         since.steps += 1
-        since.loss += measure.loss
         since.fill += measure.fill
         since.grad_norm += measure.grad_norm
         since.images += measure.images
@@ -97,7 +94,7 @@ class Meter:
         kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KINDS, since.raw, since.raw_images, strict=True)}
         row = {
             "step": step,
-            "loss": since.loss / since.steps,
+            "loss": sum(since.raw) / max(1, sum(since.raw_images)),
             **kinds,
             "lr": last.lr,
             "grad_norm": _finite(since.grad_norm / since.steps),

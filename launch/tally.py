@@ -16,9 +16,8 @@ MOST_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """A step over all ranks. loss: what was minimised, times the planned image count; raw, raw_images: error sums and counts by kind."""
+    """A step over all ranks. raw, raw_images: error sums and counts by kind of image."""
 
-    loss: float
     failed: int
     stop: bool
     raw: tuple[float, ...]
@@ -40,33 +39,31 @@ class Tally:
 
         Raises RuntimeError naming samples if a loss is not finite, on all ranks, before any weight has changed.
         """
-        total = torch.zeros(4 + 2 * len(KINDS), dtype=torch.float64)
+        total = torch.zeros(3 + 2 * len(KINDS), dtype=torch.float64)
         suspects: list[str] = []
-        total[1] = stop
+        total[0] = stop
         for batch, loss, raw in self.packs:
             real = batch.weights > 0
             errors = raw.cpu().double()
-            total[0] += loss.cpu().double()
-            total[2] += sum(name != "" for name in batch.ids) - int(real.sum())
+            total[1] += sum(name != "" for name in batch.ids) - int(real.sum())
             for kind in range(len(KINDS)):
                 chosen = real & (batch.kinds == kind)
-                total[4 + kind] += errors[chosen].sum()
-                total[4 + len(KINDS) + kind] += chosen.sum()
+                total[3 + kind] += errors[chosen].sum()
+                total[3 + len(KINDS) + kind] += chosen.sum()
             if not torch.isfinite(loss):
                 wrong = [name for name, good in zip(batch.ids, torch.isfinite(errors).tolist(), strict=False) if not good]
                 suspects += wrong or batch.ids
-        total[3] = len(suspects)
+        total[2] = len(suspects)
         total = ranks.sum(total)
-        if total[3]:
+        if total[2]:
             named = [name for names in ranks.gather(suspects) for name in names]
             ranks.on_main(lambda: _refuse(named))
         values = total.tolist()
         return Sums(
-            loss=values[0],
-            stop=values[1] > 0,
-            failed=round(values[2]),
-            raw=tuple(values[4 : 4 + len(KINDS)]),
-            raw_images=tuple(round(count) for count in values[4 + len(KINDS) :]),
+            stop=values[0] > 0,
+            failed=round(values[1]),
+            raw=tuple(values[3 : 3 + len(KINDS)]),
+            raw_images=tuple(round(count) for count in values[3 + len(KINDS) :]),
         )
 
 

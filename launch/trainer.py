@@ -185,7 +185,6 @@ class Trainer:
             raise RuntimeError(f"the gradient was not finite in the {MOST_SKIPPED} steps up to {self.step}: {remedy}")
         measure = StepMeasure(
             ids=loaded.ids,
-            loss=sums.loss / loaded.images,
             raw=sums.raw,
             raw_images=sums.raw_images,
             grad_norm=result.grad_norm,
