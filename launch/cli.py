@@ -217,9 +217,11 @@ def launch(
     with session(as_json=as_json, debug=debug) as console:
         from launch import cluster
         from launch.config import load_config
+        from launch.planning import check_ready
 
         source, overrides = one_config(config)
-        settings = load_config(source, overrides=overrides)  # what is wrong is said once, here, and not by every process
+        settings = load_config(source, overrides=overrides)
+        check_ready(settings)
         layout: dict[str, Any] = {
             "overrides": overrides,
             "nproc_per_node": nproc_per_node,

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 Report = Callable[[str, int, "int | None"], None]
 """How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown)."""
 
-STOPPED = 75
+STOPPED = 75  # see above
 LONGEST_ERROR = 800
 SECONDS_BETWEEN_LINES = 5.0
 

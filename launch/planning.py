@@ -24,3 +24,14 @@ def make_planner(config: Config) -> Planner:
         consistency_share=config.objective.consistency_share,
         caption_dropout=config.text.caption_dropout,
     )
+
+
+def check_ready(config: Config) -> None:
+    """Refuse once, before any training process is started, what each of them would refuse.
+
+    Raises:
+        ValueError: no run_dir or no corpus is given, a corpus is none, or the plan is impossible.
+    """
+    if config.run_dir is None:
+        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    make_planner(config)

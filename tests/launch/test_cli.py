@@ -207,6 +207,9 @@ def test_plan_and_train_refuse_what_is_wrong(corpus: Path, config: Path, tmp_pat
     refused(tim("train", config, f"corpus={corpus}"), "run_dir: missing")
     refused(tim("train", config, f"corpus={corpus}", "train.steps=0"), r"train\.steps")
     refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}", "plan.stride=5"), r"plan\.stride")
+    refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}"), "run_dir: missing")
+    refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={tmp_path}", f"run_dir={tmp_path / 'run'}"), "not a corpus")
+    assert not (tmp_path / "run").exists()
 
 
 def test_launch_says_what_it_would_run(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
