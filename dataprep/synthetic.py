@@ -33,7 +33,8 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }  # fmt: skip
 SUPERSAMPLING = 4
-STRAY = 0.25  # how far a figure strays from the middle, as a share of the room it has
+RADIUS = (0.36, 0.4)  # of a figure, as a share of the picture's shorter side
+STRAY = 0.1  # how far a figure strays from the middle, as a share of the room it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,11 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     choices = figures()
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
-    long_side = rng.uniform(max(min_side * max(aspect, 1 / aspect), (min_side + max_side) / 2), max_side)
+    shortest = min_side * max(aspect, 1 / aspect)
+    long_side = math.exp(rng.uniform(math.log(shortest), math.log(max_side)))
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
-    radius = min(height, width) * rng.uniform(0.3, 0.42)
+    radius = min(height, width) * rng.uniform(*RADIUS)
     y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
     return draw(figure, height=height, width=width, centre=(y, x), radius=radius), figure
 

@@ -1,8 +1,13 @@
 """Two-dimensional rotary position embedding (RoPE) over packs of images.
 
 The head's first half turns with one coordinate of the patch, the second half with the other; features 2i and 2i+1 are a pair.
-Layout `rowcol`: first half = column, second half = row. Layout `legacy`: the grid of the published networks, which exchanges the
-sides of images that are not square (token k gets k mod h and k div h); for their weights only.
+Layouts:
+
+- `rowcol`: first half = column, second half = row, counted from the top left corner. Equals the published networks on squares.
+- `centred`: the same, counted from the middle of the image. Self-attention cannot tell, it sees differences only; the caption's
+  cross-attention, where only queries turn, learns where in a picture of any size a token lies, not how far from its corner.
+- `legacy`: the grid of the published networks, which exchanges the sides of images that are not square (token k gets k mod h and
+  k div h); for their weights only.
 """
 
 from __future__ import annotations
@@ -12,16 +17,19 @@ from torch import Tensor
 
 from tim.packed import PackedTokens
 
-LAYOUTS = ("rowcol", "legacy")
+LAYOUTS = ("rowcol", "centred", "legacy")
 
 
 def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float = 10000.0) -> Tensor:
     """Unit complex numbers, (T, 1, head_dim/2), that `rotate` multiplies a pack's queries and keys with. Always float32."""
     row, column = packed.positions.unbind(-1)
-    if layout == "legacy":
+    if layout != "rowcol":
         height, width = torch.tensor(packed.sizes, device=row.device)[packed.owner].unbind(-1)
-        token = row * width + column
-        column, row = token % height, token // height
+        if layout == "centred":
+            row, column = row - (height - 1) / 2, column - (width - 1) / 2
+        else:
+            token = row * width + column
+            column, row = token % height, token // height
     half = head_dim // 2
     frequencies = theta ** (-torch.arange(0, half, 2, device=row.device, dtype=torch.float32) / half)
     angles = torch.cat([column[:, None] * frequencies, row[:, None] * frequencies], dim=-1)

@@ -96,5 +96,5 @@ def test_weights_of_another_network_are_refused(tiny: TransitionTransformer) -> 
 
 
 def test_unknown_rotary_layout() -> None:
-    with pytest.raises(ValueError, match="unknown rotary layout 'xy': choose one of rowcol, legacy"):
+    with pytest.raises(ValueError, match="unknown rotary layout 'xy': choose one of rowcol, centred, legacy"):
         TransitionTransformer.from_official(TINY, rope="xy")

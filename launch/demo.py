@@ -1,0 +1,171 @@
+"""`tim demo`: the whole way on the embedded corpus, in the steps that a user takes: prepare → plan → train → sample.
+
+Because the corpus can be read back from a picture (`dataprep.synthetic.read_figure`), the demo scores what the model draws against what
+it was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from dataprep.prepare import PrepareConfig, prepare
+from dataprep.synthetic import Figure, figures, read_figure, write_corpus
+from launch import cluster
+from launch.config import load_config
+from launch.console import STOPPED, Console
+from launch.metrics import read_rows
+from launch.planning import make_planner
+from launch.preview import grid
+from pipeline.summary import plan_summary
+
+RECIPE = "demo"
+PICTURES = 3000
+STEPS = (1, 2, 4, 8)
+# Height and width in pixels. Training pictures have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
+SIZES = ((48, 48), (24, 64), (64, 24), (40, 56), (24, 96))
+PROMPTS_SCORED = 60
+PLANNED_STEPS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Shares of pictures in which the asked-for shape, figure colour, ground colour, both colours, and all three were found."""
+
+    steps: int
+    shape: float
+    colour: float
+    ground: float
+    colours: float
+    all: float
+
+
+def run(out: Path, *, steps: int | None, console: Console) -> None:
+    """Run the demo in the folder `out`; what an earlier call has finished is not done again.
+
+    Writes the corpus, the run, `grid.png`, `loss.png` and `scores.json`. Raises RuntimeError if the training fails.
+    """
+    pictures, corpus, run_dir = out / "pictures", out / "corpus", out / "run"
+    console.line(f"1/4 prepare: {PICTURES} pictures drawn from a seed")
+    if not (pictures / "metadata.jsonl").is_file():
+        write_corpus(pictures, count=PICTURES)
+    with console.progress() as report:
+        account = prepare([str(pictures)], out=corpus, config=PrepareConfig(), workers=_cores(), progress=report)
+    console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
+
+    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}"] if steps else [])]
+    config = load_config(RECIPE, overrides=overrides)
+    processes = _processes(config.plan.packs_per_step)
+    summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
+    console.line(
+        f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} processes, "
+        f"{summary['samples_per_step']:.0f} pictures of mixed sizes a step"
+    )
+
+    console.line(
+        f"3/4 train: {config.train.steps} steps, the same as `tim launch {RECIPE} --nproc-per-node {processes} {' '.join(overrides)}`"
+    )
+    code = cluster.launch(RECIPE, overrides=overrides, nproc_per_node=processes)
+    if code == STOPPED:
+        raise SystemExit(code)
+    if code:
+        raise RuntimeError(f"the training ended with exit code {code}: the lines above say why")
+
+    console.line(f"4/4 sample: {len(SIZES)} sizes in {', '.join(map(str, STEPS))} steps, and {PROMPTS_SCORED} prompts read back")
+    rows, scores = _draw_and_score(run_dir / "model")
+    width_by_height = [f"{width}x{height}" for height, width in SIZES]
+    labels = [f"{size}: {figure.caption}" for size, figure in zip(width_by_height, _prompts(len(SIZES)), strict=True)]
+    paths = {"model": run_dir / "model", "grid": out / "grid.png", "loss": out / "loss.png", "scores": out / "scores.json"}
+    grid(rows, row_labels=labels, column_labels=[f"{n} step{'s' * (n > 1)}" for n in STEPS]).save(paths["grid"])
+    _plot_loss(run_dir / "metrics.jsonl", paths["loss"])
+    data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
+    paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    text = "\n".join([_table(scores), "", *(f"{name:6}  {path}" for name, path in paths.items())])
+    console.result(text, data={**data, **paths})
+
+
+def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
+    """The grid's pictures (a row for each size), and the scores by number of steps over prompts at all sizes."""
+    from tim import Generator
+
+    generator = Generator.from_pretrained(model)
+    asked = _prompts(PROMPTS_SCORED)
+    rows: list[list[Image.Image]] = [[] for _ in SIZES]
+    scores = []
+    for steps in STEPS:
+        drawn = generator(
+            [figure.caption for figure in asked],
+            height=[SIZES[i % len(SIZES)][0] for i in range(len(asked))],
+            width=[SIZES[i % len(SIZES)][1] for i in range(len(asked))],
+            steps=steps,
+            seed=list(range(len(asked))),
+        )
+        for row, image in zip(rows, drawn, strict=False):
+            row.append(image)
+        scores.append(_score(steps, asked, [read_figure(image) for image in drawn]))
+    return rows, scores
+
+
+def _prompts(count: int) -> list[Figure]:
+    """Figures spread evenly over the corpus's shapes and colours."""
+    every = figures()
+    return [every[(i * 37) % len(every)] for i in range(count)]
+
+
+def _score(steps: int, asked: Sequence[Figure], found: Sequence[Figure]) -> Score:
+    pairs = list(zip(asked, found, strict=True))
+
+    def share(*names: str) -> float:
+        return sum(all(getattr(a, name) == getattr(b, name) for name in names) for a, b in pairs) / len(pairs)
+
+    return Score(
+        steps=steps,
+        shape=share("shape"),
+        colour=share("colour"),
+        ground=share("ground"),
+        colours=share("colour", "ground"),
+        all=share("shape", "colour", "ground"),
+    )
+
+
+def _table(scores: Sequence[Score]) -> str:
+    lines = ["found as asked   shape  colours     both"]
+    lines += [
+        f"{score.steps:3} step{'s' if score.steps > 1 else ' '}        {score.shape:5.0%}    {score.colours:5.0%}    {score.all:5.0%}"
+        for score in scores
+    ]
+    return "\n".join(lines)
+
+
+def _plot_loss(metrics: Path, target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_rows(metrics)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    kinds = {"loss_diffusion": "r = t", "loss_consistency": "r = 0", "loss_transition": "r < t"}
+    for key, label in kinds.items():
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        axes.plot([step for step, _ in points], [value for _, value in points], label=label, linewidth=1)
+    axes.set(xlabel="step", ylabel="loss per image (squared error + cosine)", yscale="log")
+    axes.legend()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processes(packs_per_step: int) -> int:
+    """One process on a GPU; on a CPU one for each core, as far as the packs of a step go."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else min(_cores(), packs_per_step)
