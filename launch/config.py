@@ -86,8 +86,8 @@ class NetworkParams(Section):
 
 class NetworkConfig(Section):
     params: NetworkParams
-    rope: Literal["rowcol", "legacy"] = "rowcol"
-    """Rotary layout; `legacy` only for the published weights."""
+    rope: Literal["rowcol", "centred", "legacy"] = "rowcol"
+    """Rotary layout: positions count from the corner or the middle of an image; `legacy` only for the published weights."""
 
 
 class ObjectiveConfig(Section):
