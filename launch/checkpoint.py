@@ -184,14 +184,19 @@ def _publish(run_dir: Path, partial: Path, final: Path, facts: Facts, everyone: 
     for folder in {(partial / name).parent for name in files}:
         _sync(folder)
     if final.exists():  # a broken one that was passed over on resume
-        final.rename(final.with_name(final.name + ".broken.tmp"))
+        _remove(final)
     partial.rename(final)
     _sync(final.parent)
     write_whole(run_dir / "latest", final.name + "\n")
     for old in _step_folders(run_dir)[:-keep_last]:
-        gone = old.with_name(old.name + ".tmp")
-        old.rename(gone)
-        shutil.rmtree(gone)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """At no moment is there half a folder under a checkpoint's name."""
+    gone = folder.with_name(folder.name + ".gone.tmp")
+    folder.rename(gone)
+    shutil.rmtree(gone)
 
 
 def _step_folders(run_dir: Path) -> list[Path]:

@@ -225,10 +225,10 @@ def _nearest(schema: type[BaseModel], key: Key) -> str:
     close = difflib.get_close_matches(name, siblings, n=1)
     if close:
         return f"did you mean {_dotted((*section, close[0]))}?"
-    everywhere = {path[-1]: path for path in _all_keys(schema)}
-    close = difflib.get_close_matches(name, [str(last) for last in everywhere], n=1, cutoff=0.8)
+    everywhere = list(_all_keys(schema))
+    close = difflib.get_close_matches(name, [str(path[-1]) for path in everywhere], n=1, cutoff=0.8)
     if close:
-        return f"did you mean {_dotted(everywhere[close[0]])}?"
+        return f"did you mean {' or '.join(_dotted(path) for path in everywhere if path[-1] == close[0])}?"
     return f"valid keys here: {', '.join(siblings)}"
 
 

@@ -5,9 +5,9 @@
      "seconds": …, "ids_digest": "…", "first_ids": […]}
 
 `loss` is the mean unweighted error of all images since the last row, `loss_KIND` of those of one kind (null if there was none); what is
-minimised is scaled by each image's own error and shows nothing. `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed` (images that could not be loaded) and
-`seconds` (training only) count from the run's start. `ids_digest` chains the ids of all samples of all steps so far: two runs
-with equal digests saw the same samples in the same order.
+minimised is scaled by each image's own error and shows nothing. `fill` and `grad_norm` are means over the steps. `images`, `tokens`,
+`failed` (images that could not be loaded) and `seconds` (training only) count from the run's start. `ids_digest` chains the ids of all
+samples of all steps so far: two runs with equal digests saw the same samples in the same order.
 """
 
 from __future__ import annotations

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from launch.config import Config, ConfigError, digest, load_config, recipe_names, recipe_path, to_yaml
+
+GOOD = """\
+corpus: corpus
+network:
+  params: {patch_size: 2, depth: 2, hidden_size: 32, num_heads: 2}
+train:
+  steps: 100
+  lr: 1e-4
+"""
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_what_follows_from_the_codec_is_filled_in(good: Path) -> None:
+    config = load_config(good)
+    assert (config.plan.stride, config.network.params.in_channels) == (2, 3)
+    assert config.train.lr == 1e-4
+    assert [source.path for source in config.corpus] == [Path("corpus")]
+
+
+def test_overrides_win_over_the_file(good: Path) -> None:
+    config = load_config(
+        good, overrides=["train.steps=7", "plan.flip=0.5", "train.betas=[0.8, 0.9]", "corpus=[{path: a, name: x}, b]", "run_dir=2024"]
+    )
+    assert (config.train.steps, config.plan.flip, config.train.betas) == (7, 0.5, (0.8, 0.9))
+    assert [(source.name, str(source.path)) for source in config.corpus] == [("x", "a"), (None, "b")]
+    assert config.run_dir == Path("2024")
+
+
+def test_the_resolved_config_reads_back_as_the_same(good: Path, tmp_path: Path) -> None:
+    config = load_config(good, overrides=["plan.max_pixels=65536", "objective.shift=null"])
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    again = load_config(tmp_path / "resolved.yaml")
+    assert again == config
+    assert digest(again) == digest(config) != digest(load_config(good))
+
+
+IN_THE_FILE = {
+    "typo in a section": ("  stpes: 100", "7: train.stpes: unknown key; did you mean train.steps?"),
+    "key of another section": ("max_tokns: 5", "7: max_tokns: unknown key; did you mean plan.max_tokens or text.max_tokens?"),
+    "no such section": ("xyzzy: 5", "7: xyzzy: unknown key; valid keys here: corpus, run_dir,"),
+    "text for a number": ("  warmup: many", "7: train.warmup: input should be a valid integer, got 'many'"),
+    "number for a text": ("condition: 7", "7: condition: input should be 'text', got 7"),
+    "section for a number": ("  clip: {a: 1}", "7: train.clip: input should be a valid number, got {'a': 1}"),
+    "number for a section": ("plan: 7", "7: plan: input should be an object, got 7"),
+    "out of range": ("  warmup: -1", "7: train.warmup: input should be greater than or equal to 0, got -1"),
+    "not one of": ("  zero: 4", "7: train.zero: input should be 1, 2 or 3, got 4"),
+    "given twice": ("  steps: 4", "7: train.steps: given twice; first at FILE:5"),
+    "not YAML": ("  a: [1", "not valid YAML"),
+    "warm-up longer than the run": ("  warmup: 101", "7: train.warmup: 101 steps of warm-up do not fit into 100 steps"),
+    "stride of another patch size": ("plan: {stride: 3}", "7: plan.stride: 3 given, but it is 2"),
+    "images larger than packs": ("plan: {max_tokens: 99, tokens_per_pack: 9}", "7: plan.max_tokens: plan.max_tokens 99 is more than"),
+    "shares above 1": ("objective: {diffusion_share: 0.7, consistency_share: 0.7}", "7: objective.consistency_share: diffusion_share and"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), IN_THE_FILE.values(), ids=IN_THE_FILE)
+def test_mistakes_in_a_file_name_key_file_and_line(good: Path, line: str, message: str) -> None:
+    good.write_text(GOOD + line + "\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(good)
+    text = str(error.value)
+    assert text.startswith(f"{good}:")
+    assert message.replace("FILE", str(good)) in text
+    assert "\n" not in text
+
+
+def test_a_typo_is_blamed_before_the_key_that_it_makes_missing(good: Path) -> None:
+    good.write_text(GOOD.replace("hidden_size", "hiden_size"))
+    with pytest.raises(ConfigError, match=r":3: network\.params\.hiden_size: unknown key; did you mean network\.params\.hidden_size\?"):
+        load_config(good)
+
+
+ON_THE_COMMAND_LINE = {
+    "train.stpes=3": "command line: train.stpes: unknown key; did you mean train.steps?",
+    "steps=3": "command line: steps: unknown key; did you mean train.steps?",
+    "train.steps=0": "command line: train.steps: input should be greater than or equal to 1, got 0",
+    "train.steps=soon": "command line: train.steps: input should be a valid integer, got 'soon'",
+    "train.steps": "command line: 'train.steps' is not of the form key=value",
+    "train.steps.x=1": "command line: train.steps.x: train.steps is not a section here (FILE:5)",
+    "train={lr: 1}": "command line: train.steps: missing",
+    "plan.stride=16": "command line: plan.stride: 16 given, but it is 2",
+    "network.params.num_heads=3": "command line: network.params.num_heads: hidden_size 32 over 3 heads",
+    "network.params.in_channels=4": "command line: network.params.in_channels: 4 given, but codec pixel has 3 channels",
+    "run_dir=[": "command line: run_dir: '[' is not a value in YAML",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), ON_THE_COMMAND_LINE.items())
+def test_mistakes_on_the_command_line(good: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(good, overrides=[override])
+    assert message.replace("FILE", str(good)) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sources_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothere\.yaml: no such file"):
+        load_config(tmp_path / "nothere.yaml")
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="demoo: neither a file nor a recipe"):
+        load_config("demoo")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(ConfigError, match=r"list\.yaml:1: a configuration is a mapping"):
+        load_config(tmp_path / "list.yaml")
+    with pytest.raises(ConfigError, match=r"command line: network: missing"):
+        load_config(None, overrides=["train.steps=1"])
+
+
+def test_every_recipe_is_valid_and_names_no_path() -> None:
+    for name in recipe_names():
+        config = load_config(name)
+        assert config.run_dir is None, name
+        assert not config.corpus, name
+        assert yaml.safe_load(recipe_path(name).read_text())
+
+
+class Other(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    workers: int = 3
+
+
+def test_any_schema_can_be_loaded() -> None:
+    assert load_config(None, overrides=["workers=4"], schema=Other).workers == 4
+    with pytest.raises(ConfigError, match="did you mean workers"):
+        load_config(None, overrides=["worker=4"], schema=Other)
+
+
+def test_config_is_the_default_schema(good: Path) -> None:
+    assert isinstance(load_config(good), Config)
