@@ -16,7 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
-from launch.console import STOPPED, session
+from launch.console import STOPPED, Console, session
 from launch.tables import count, describe_account, describe_plan, describe_recipes
 
 app = typer.Typer(
@@ -185,16 +185,14 @@ def train(config: ConfigArgument, as_json: Json = False, debug: Debug = False) -
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
     with session(as_json=as_json, debug=debug) as console:
+        from launch import cluster
         from launch.config import load_config
         from launch.trainer import train as train_run
 
         source, overrides = one_config(config)
         done = train_run(load_config(source, overrides=overrides))
-        if os.environ.get("RANK", "0") == "0":
-            console.result(
-                f"{done.model}: trained for {done.steps} steps",
-                data={"run": done.run_dir, "model": done.model, "steps": done.steps, "last": done.last_row},
-            )
+        if cluster.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` says it
+            _say_trained(console, done.run_dir, steps=done.steps)
 
 
 @app.command()
@@ -221,7 +219,7 @@ def launch(
 
         source, overrides = one_config(config)
         settings = load_config(source, overrides=overrides)
-        check_ready(settings)
+        run_dir = check_ready(settings)
         layout: dict[str, Any] = {
             "overrides": overrides,
             "nproc_per_node": nproc_per_node,
@@ -235,9 +233,10 @@ def launch(
             console.result(line, data={"command": line})
             return
         code = cluster.launch(source, **layout)
-        if code in (0, STOPPED):
-            text = "finished" if code == 0 else "stopped by a signal after saving: run the same command again to continue"
-            console.result(f"{settings.run_dir}: {text}", data={"run": settings.run_dir, "exit": code})
+        if code == 0:
+            _say_trained(console, run_dir, steps=settings.train.steps)
+        elif code == STOPPED:
+            console.result(f"{run_dir}: stopped by a signal, and saved", data={"run": run_dir, "exit": code})
         else:
             console.failure(f"training ended with exit code {code}: the lines above say why", code=code)
         raise SystemExit(code)
@@ -311,6 +310,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
         with session(as_json="--json" in arguments, debug="--debug" in arguments):
             raise ValueError(f"{message} (see `{command} --help`)") from error
+
+
+def _say_trained(console: Console, run_dir: Path, *, steps: int) -> None:
+    from launch.metrics import read_rows
+
+    model = run_dir / "model"
+    rows = read_rows(run_dir / "metrics.jsonl")
+    data = {"run": run_dir, "model": model, "steps": steps, "last": rows[-1] if rows else None}
+    console.result(f"{model}: trained for {steps} steps", data=data)
 
 
 def _cores() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launch.config import Config, ConfigError
 from pipeline.index import Corpus
 from pipeline.planner import Planner
@@ -26,8 +28,8 @@ def make_planner(config: Config) -> Planner:
     )
 
 
-def check_ready(config: Config) -> None:
-    """Refuse once, before any training process is started, what each of them would refuse.
+def check_ready(config: Config) -> Path:
+    """Refuse once, before any training process is started, what each of them would refuse. Returns the run_dir.
 
     Raises:
         ValueError: no run_dir or no corpus is given, a corpus is none, or the plan is impossible.
@@ -35,3 +37,4 @@ def check_ready(config: Config) -> None:
     if config.run_dir is None:
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
     make_planner(config)
+    return config.run_dir

@@ -25,8 +25,10 @@ def test_every_picture_of_any_size_is_shown_whole() -> None:
 def test_small_pictures_are_enlarged_and_huge_grids_reduced() -> None:
     tiny = grid([[Image.new("RGB", (32, 16), "red")]], row_labels=["r"], column_labels=["c"])
     assert pixels_of(tiny, "red") == (SMALL // 32) ** 2 * 32 * 16
-    huge = grid([[Image.new("RGB", (4096, 4096), "red")] * 4], row_labels=["r"], column_labels=list("abcd"))
-    assert max(huge.size) <= LARGEST_GRID
+    wide = grid([[Image.new("RGB", (4096, 64), "red")] * 4], row_labels=["r"], column_labels=list("abcd"))
+    high = grid([[Image.new("RGB", (64, 4096), "red")]] * 4, row_labels=list("abcd"), column_labels=["c"])
+    assert wide.width <= LARGEST_GRID
+    assert high.height <= LARGEST_GRID
 
 
 @pytest.mark.parametrize("images", [[], [[]], [[Image.new("RGB", (8, 8))], []]])
