@@ -58,7 +58,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
         account = prepare([str(pictures)], out=corpus, config=PrepareConfig(), workers=_cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
-    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}"] if steps else [])]
+    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else [])]
     config = load_config(RECIPE, overrides=overrides)
     processes = _processes(config.plan.packs_per_step)
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
