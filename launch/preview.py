@@ -75,7 +75,7 @@ def _resized(image: Image.Image, scale: float) -> Image.Image:
     rgb = image.convert("RGB")
     if scale == 1.0:
         return rgb
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
     return rgb.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
