@@ -36,7 +36,7 @@ def hash_ids(ids: Sequence[str]) -> Hashes:
 
 def draws(seed: int, purpose: str, *, visits: ArrayLike, ids: Hashes) -> Hashes:
     """One 64-bit draw per sample: (n,) uint64. `visits` is (n,) or one number, `ids` come from `hash_ids`."""
-    return mix(ids ^ mix(np.asarray(visits).astype(np.uint64) ^ _stream(seed, purpose)))
+    return mix(ids ^ mix(np.atleast_1d(visits).astype(np.uint64) ^ _stream(seed, purpose)))
 
 
 def uniforms(seed: int, purpose: str, *, visits: ArrayLike, ids: Hashes) -> NDArray[np.float64]:

@@ -12,25 +12,28 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pipeline.cost import Floats, Ints
 from pipeline.steps import Pack
 
 NO_ROOM = -1
+_PARTNERS = 8  # cheapest packs that the dearest one swaps with
+_ROUNDS_PER_PACK = 4
+_EVEN_ENOUGH = 0.01  # by which the dearest pack may exceed the mean
+_WORTH_A_SWAP = 0.001  # of the dearest pack's cost
 
 
-def assign(tokens: Ints, *, costs: Floats, urgent: NDArray[np.bool_], packs: int, tokens_per_pack: int) -> Ints:
+def assign(tokens: Ints, *, costs: Floats, urgency: Ints, packs: int, tokens_per_pack: int) -> Ints:
     """The pack of each image, (n,), `NO_ROOM` where it fits into none.
 
     Args:
         tokens: (n,) tokens of each image.
         costs: (n,) what each costs; packs are balanced by it.
-        urgent: (n,) which have the first choice of room.
+        urgency: (n,) the most urgent choose their room first, whatever they cost.
         packs: number of packs.
         tokens_per_pack: the limit of every pack.
     """
-    order = np.lexsort((-costs, ~urgent))
+    order = np.lexsort((-costs, -urgency))
     tokens_in_order = tokens[order]
     smallest_still_to_come = np.minimum.accumulate(tokens_in_order[::-1])[::-1].tolist() if len(order) else []
     room = [tokens_per_pack] * packs
@@ -69,6 +72,38 @@ def fill_holes(tokens: Ints, *, room: Ints) -> Ints:
             left, pack = holes.pop(tightest)
             assigned[image] = pack
             insort(holes, (left - needed, pack))
+    return assigned
+
+
+def even_out(assigned: Ints, *, tokens: Ints, costs: Floats, packs: int, tokens_per_pack: int) -> Ints:
+    """Lower the cost of the dearest pack by moving one of its images, or swapping it for a cheaper one, while that helps: the new packs."""
+    assigned = assigned.copy()
+    used = np.bincount(assigned, weights=tokens, minlength=packs)
+    total = np.bincount(assigned, weights=costs, minlength=packs)
+    even_enough = (1 + _EVEN_ENOUGH) * total.mean()
+    for _ in range(_ROUNDS_PER_PACK * packs):
+        dearest = int(total.argmax())
+        if total[dearest] <= even_enough:
+            break
+        partners = np.argsort(total, kind="stable")[: min(_PARTNERS, packs - 1)]
+        is_partner = np.zeros(packs, dtype=bool)
+        is_partner[partners] = True
+        here, there = np.flatnonzero(assigned == dearest), np.flatnonzero(is_partner[assigned])
+        # The last columns stand for "nothing in return", one for each partner.
+        other = np.concatenate([assigned[there], partners])
+        moved_cost = costs[here, None] - np.concatenate([costs[there], np.zeros(len(partners))])
+        moved_tokens = tokens[here, None] - np.concatenate([tokens[there], np.zeros(len(partners), dtype=np.int64)])
+        fits = (used[dearest] - moved_tokens <= tokens_per_pack) & (used[other] + moved_tokens <= tokens_per_pack)
+        dearer = np.where(fits, np.maximum(total[dearest] - moved_cost, total[other] + moved_cost), np.inf)
+        if not dearer.size or dearer.min() >= total[dearest] * (1 - _WORTH_A_SWAP):
+            break
+        row, column = np.unravel_index(dearer.argmin(), dearer.shape)
+        for pack, sign in ((dearest, -1), (int(other[column]), 1)):
+            used[pack] += sign * moved_tokens[row, column]
+            total[pack] += sign * moved_cost[row, column]
+        assigned[here[row]] = other[column]
+        if column < len(there):
+            assigned[there[column]] = dearest
     return assigned
 
 

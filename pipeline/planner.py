@@ -14,14 +14,13 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.account import take_account
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
 from pipeline.draws import Hashes
 from pipeline.index import Corpus
-from pipeline.packing import NO_ROOM, assign, deal, fill_holes
+from pipeline.packing import NO_ROOM, assign, deal, even_out, fill_holes
 from pipeline.resolution import SizeRule
 from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
 from pipeline.stream import Position, SampleStream
@@ -29,8 +28,8 @@ from pipeline.stream import Position, SampleStream
 __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step", "deal"]
 
 FORMAT = 1
-_PATIENCE = 2  # a sample left over so many times is packed before all others
-_LOOK_AHEAD = 2  # samples a pack that are looked at to fill what room is left
+_PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
+_LOOK_AHEAD = 2  # samples a pack, those left over included, that are looked at to fill what room is left
 
 
 class PlanConfig(BaseModel):
@@ -213,7 +212,7 @@ class Planner:
         """
         kept = np.arange(len(samples))
         while True:
-            assigned = self._assign(samples, rows=kept, urgent=waited[kept] >= _PATIENCE)
+            assigned = self._assign(samples, rows=kept, urgency=np.where(waited >= _PATIENCE, waited, 0)[kept])
             fits = assigned != NO_ROOM
             if fits.all():
                 packs = np.full(len(samples), NO_ROOM)
@@ -225,21 +224,20 @@ class Planner:
         """Fill the room that is left with what was left over and with samples further down the stream: all samples, their packs."""
         placed = assigned != NO_ROOM
         used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self.plan.packs_per_step)
-        ahead = self._stream.take(tokens=_LOOK_AHEAD * self.plan.packs_per_step * (int(samples.tokens.mean()) + 1))
-        samples = Columns.join([samples, ahead])
-        packs = np.concatenate([assigned, np.full(len(ahead), NO_ROOM)])
+        missing = _LOOK_AHEAD * self.plan.packs_per_step * (int(samples.tokens.mean()) + 1) - int(samples.tokens[~placed].sum())
+        packs = assigned.copy()
+        if missing > 0:
+            ahead = self._stream.take(tokens=missing)
+            samples = Columns.join([samples, ahead])
+            packs = np.concatenate([packs, np.full(len(ahead), NO_ROOM)])
         unplaced = np.flatnonzero(packs == NO_ROOM)
         packs[unplaced] = fill_holes(samples.tokens[unplaced], room=self.plan.tokens_per_pack - used.astype(np.int64))
-        kept = np.flatnonzero(packs != NO_ROOM)
-        balanced = self._assign(samples, rows=kept, urgent=np.zeros(len(kept), dtype=bool))
-        if (balanced != NO_ROOM).all():
-            packs[kept] = balanced
         return samples, packs
 
-    def _assign(self, samples: Columns, *, rows: Ints, urgent: NDArray[np.bool_]) -> Ints:
+    def _assign(self, samples: Columns, *, rows: Ints, urgency: Ints) -> Ints:
         tokens = samples.tokens[rows]
         costs = self._costs(tokens, kinds=self._kinds(samples.kind_draw[rows]))
-        return assign(tokens, costs=costs, urgent=urgent, packs=self.plan.packs_per_step, tokens_per_pack=self.plan.tokens_per_pack)
+        return assign(tokens, costs=costs, urgency=urgency, packs=self.plan.packs_per_step, tokens_per_pack=self.plan.tokens_per_pack)
 
     def _kinds(self, kind_draws: Hashes) -> Ints:
         """In the order of their draws the first round(share · n) have r = t, the next r = 0, the rest r < t."""
@@ -258,6 +256,13 @@ class Planner:
     def _make_step(self, samples: Columns, *, assigned: Ints) -> Step:
         kinds = self._kinds(samples.kind_draw)
         costs = self._costs(samples.tokens, kinds=kinds)
+        assigned = even_out(
+            assigned,
+            tokens=samples.tokens,
+            costs=costs,
+            packs=self.plan.packs_per_step,
+            tokens_per_pack=self.plan.tokens_per_pack,
+        )
         table = StepTable(columns=samples, kinds=kinds, costs=costs, places=self._stream.places)
         by_pack = np.argsort(assigned, kind="stable")
         ends = np.cumsum(np.bincount(assigned, minlength=self.plan.packs_per_step))

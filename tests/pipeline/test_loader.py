@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from pipeline.cost import DIFFUSION
+from pipeline.images import load_image
+from pipeline.index import Corpus
+from pipeline.loader import Batch, LoadedStep, Loader
+from pipeline.planner import PlanConfig, Planner
+from tests.pipeline.conftest import Sample, picture, write_corpus
+
+CHANNELS, FACTOR, STRIDE = 4, 2, 8
+
+
+def make_loader(corpus: Corpus, *, packs: int = 4, workers: int = 0, dropout: float = 0.2, **changes: Any) -> Loader:
+    plan = PlanConfig(stride=STRIDE, max_tokens=36, tokens_per_pack=144, packs_per_step=packs)
+    planner = Planner(
+        [Corpus.open(corpus.path)], plan=plan, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1, caption_dropout=dropout
+    )
+    return Loader(planner, seed=5, channels=CHANNELS, factor=FACTOR, workers=workers, **changes)
+
+
+def assert_same(one: list[LoadedStep], other: list[LoadedStep]) -> None:
+    assert [(step.index, step.ids, step.state, step.images, step.tokens) for step in one] == [
+        (step.index, step.ids, step.state, step.images, step.tokens) for step in other
+    ]
+    for left, right in zip(one, other, strict=True):
+        for batch, same in zip(left.batches, right.batches, strict=True):
+            assert (batch.ids, batch.captions, batch.tokens) == (same.ids, same.captions, same.tokens)
+            assert all(map(torch.equal, batch.images + batch.noise, same.images + same.noise))
+            for name in ("labels", "kinds", "uniforms", "weights"):
+                assert torch.equal(getattr(batch, name), getattr(same, name)), name
+
+
+def by_sample(batches: list[Batch]) -> dict[tuple[str, float], tuple[Any, ...]]:
+    """Everything of each sample, under its id and its first time draw, which tells visits apart."""
+    return {
+        (batch.ids[i], float(batch.uniforms[i, 0])): (
+            batch.captions[i],
+            int(batch.labels[i]),
+            int(batch.kinds[i]),
+            batch.images[i].numpy().tobytes(),
+            batch.noise[i].numpy().tobytes(),
+        )
+        for batch in batches
+        for i in range(len(batch.ids))
+        if batch.ids[i]
+    }
+
+
+def test_batches_hold_what_was_planned(corpus: Corpus) -> None:
+    loader, planner = make_loader(corpus), make_loader(corpus)._planner
+    pictures = {f"corpus/{key}": data for key, data in stored_pictures(corpus).items()}
+    for step in islice(loader, 4):
+        planned = planner.next_step()
+        assert (step.index, step.images, step.tokens, step.fill) == (planned.index, planned.images, planned.tokens, planned.fill)
+        assert step.ids == planned.ids
+        samples = {(sample.id, sample.visit): sample for pack in planned.packs for sample in pack.samples}
+        assert sum(len(batch.ids) for batch in step.batches) == len(samples)
+        for batch in step.batches:
+            assert batch.tokens == sum(image.shape[1] * image.shape[2] for image in batch.images) // STRIDE**2
+            assert batch.weights.tolist() == [1.0] * len(batch.ids)
+            for i, sample_id in enumerate(batch.ids):
+                matching = [s for (each, _), s in samples.items() if each == sample_id and s.kind == batch.kinds[i]]
+                sample = matching[0]
+                row = int(sample.key[-4:]) + 14 * sample.shard
+                assert batch.images[i].shape == (3, sample.height, sample.width)
+                assert batch.noise[i].shape == (CHANNELS, sample.height // FACTOR, sample.width // FACTOR)
+                expected = load_image(pictures[sample_id], resize=sample.resize, crop=(sample.height, sample.width))
+                assert np.array_equal(batch.images[i].permute(1, 2, 0).numpy(), expected)
+                assert batch.captions[i] in {"", *(f"caption {k} of {row}" for k in range(1 + row % 3))}
+                assert batch.labels[i] == (row if batch.captions[i] else -1)
+            assert batch.uniforms.dtype == torch.float64
+            assert 0 < batch.uniforms.min() < batch.uniforms.max() < 1
+
+
+def stored_pictures(corpus: Corpus) -> dict[str, bytes]:
+    pictures = {}
+    for number, shard in enumerate(corpus.shards):
+        tar = Path(shard.path).read_bytes()
+        for row in corpus.read(number, columns=("key", "image_offset", "image_length")).to_pylist():
+            pictures[row["key"]] = tar[row["image_offset"] : row["image_offset"] + row["image_length"]]
+    return pictures
+
+
+def test_every_caption_is_chosen_and_dropout_drops(corpus: Corpus) -> None:
+    steps = list(islice(make_loader(corpus, dropout=0.3), 12))
+    captions = [caption for step in steps for batch in step.batches for caption in batch.captions]
+    assert {f"caption {k} of 5" for k in range(3)} <= set(captions)
+    assert 0.2 < captions.count("") / len(captions) < 0.4
+
+
+def test_noise_is_normal_and_belongs_to_sample_and_visit(corpus: Corpus) -> None:
+    batches = [batch for step in islice(make_loader(corpus), 6) for batch in step.batches]
+    values = torch.cat([noise.flatten() for batch in batches for noise in batch.noise])
+    assert abs(values.mean()) < 0.02
+    assert abs(values.std() - 1) < 0.02
+    firsts = [float(noise.flatten()[0]) for batch in batches for noise in batch.noise]
+    assert len(set(firsts)) == len(firsts)
+
+
+def test_worker_processes_give_what_this_process_gives(corpus: Corpus) -> None:
+    here = list(islice(make_loader(corpus, workers=0), 5))
+    loader = make_loader(corpus, workers=2, prefetch=3)
+    there = list(islice(loader, 5))
+    assert_same(here, there)
+    assert loader.state_dict() == here[-1].state
+    loader.close()
+
+
+def test_resume_is_exact_whatever_was_read_ahead(corpus: Corpus) -> None:
+    unbroken = list(islice(make_loader(corpus, workers=0), 7))
+    first = make_loader(corpus, workers=2, prefetch=2)
+    begun = list(islice(first, 3))
+    state = first.state_dict()
+    first.close()
+    assert state == begun[-1].state
+    second = make_loader(corpus, workers=1, prefetch=1)
+    second.load_state_dict(state)
+    assert_same(unbroken, begun + list(islice(second, 2)) + list(islice(second, 2)))  # a second iteration goes on, too
+    second.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+def test_ranks_share_the_step(corpus: Corpus, world_size: int) -> None:
+    alone = list(islice(make_loader(corpus), 3))
+    ranks = [list(islice(make_loader(corpus, rank=rank, world_size=world_size), 3)) for rank in range(world_size)]
+    for step, *shares in zip(alone, *ranks, strict=True):
+        assert {share.ids for share in shares} == {step.ids}
+        assert {len(share.batches) for share in shares} == {-(-4 // world_size)}
+        assert by_sample(step.batches) == by_sample([batch for share in shares for batch in share.batches])
+
+
+def test_an_empty_pack_is_one_dummy(corpus: Corpus) -> None:
+    batch = next(iter(make_loader(corpus, packs=1, rank=1, world_size=2))).batches[0]
+    assert (batch.ids, batch.captions, batch.tokens) == ([""], [""], 0)
+    assert batch.images[0].shape == (3, STRIDE, STRIDE)
+    assert batch.noise[0].shape == (CHANNELS, STRIDE // FACTOR, STRIDE // FACTOR)
+    assert (batch.weights.tolist(), batch.kinds.tolist(), batch.labels.tolist()) == ([0.0], [DIFFUSION], [-1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_leaves_weight_0(
+    corpus: Corpus, damage: Callable[[Corpus, int, int], str], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    whole = list(islice(make_loader(corpus), 4))
+    broken = damage(corpus, 1, 3)
+    loader = make_loader(corpus, workers=workers, max_bad_fraction=0.2)
+    with caplog.at_level(logging.WARNING):
+        steps = list(islice(loader, 4))
+    loader.close()
+    places = 0
+    for step, before in zip(steps, whole, strict=True):
+        assert (step.ids, step.images, step.tokens) == (before.ids, before.images, before.tokens)
+        for batch, same in zip(step.batches, before.batches, strict=True):
+            for i, sample_id in enumerate(batch.ids):
+                if sample_id == broken:
+                    places += 1
+                    assert batch.weights[i] == 0
+                    assert batch.images[i].shape == (3, STRIDE, STRIDE)
+                else:
+                    assert batch.weights[i] == 1
+                    assert torch.equal(batch.images[i], same.images[i])
+                    assert torch.equal(batch.noise[i], same.noise[i])
+    assert places == loader.samples_failed > 0
+    assert loader.samples_seen == sum(step.images for step in steps)
+    assert f"sample {broken} of {corpus.shards[1].path} cannot be read" in caplog.text
+    assert "not-an-image" in caplog.text
+
+
+def test_too_many_damaged_pictures_stop_the_run(corpus: Corpus, damage: Callable[[Corpus, int, int], str]) -> None:
+    for row in range(3):
+        damage(corpus, 0, row)
+    with pytest.raises(RuntimeError, match=r"samples could not be read, more than max_bad_fraction 0\.05 allows.*tim verify"):
+        list(islice(make_loader(corpus, max_bad_fraction=0.05), 20))
+    with pytest.raises(RuntimeError, match="max_bad_fraction 0 allows"):
+        list(islice(make_loader(corpus, max_bad_fraction=0), 20))
+
+
+def test_a_shard_that_is_lost_on_the_way(corpus: Corpus) -> None:
+    loader = make_loader(corpus, max_bad_fraction=0.3)
+    Path(corpus.shards[0].path).unlink()
+    with pytest.raises(RuntimeError, match="could not be read"):
+        list(islice(loader, 20))
+
+
+def test_a_killed_worker_is_an_error_at_once(corpus: Corpus) -> None:
+    loader = make_loader(corpus, workers=2)
+    steps = iter(loader)
+    next(steps)
+    for child in descendants("reader"):
+        child.send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"reader-\d \(pid \d+\) died, (killed by signal 9|exit code 255)"):
+        list(islice(steps, 10))
+    assert time.monotonic() - start < 10
+    state = loader.state_dict()
+    assert next(iter(loader)).index == state["step"]  # and one can go on from there
+    loader.close()
+
+
+def test_a_stuck_read_is_an_error_within_the_limit(corpus: Corpus) -> None:
+    loader = make_loader(corpus, workers=1, timeout=1.5)
+    pipe = Path(corpus.shards[0].path)
+    pipe.unlink()
+    os.mkfifo(pipe)  # opening it waits for a writer who never comes
+    with pytest.raises(RuntimeError, match=r"stuck for 1\.5 s"):
+        list(islice(loader, 20))
+    assert not descendants("reader")
+
+
+def test_workers_end_with_a_trainer_that_is_killed(corpus: Corpus, tmp_path: Path) -> None:
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from pipeline.index import Corpus\n"
+        "from tests.pipeline.test_loader import make_loader\n"
+        "if __name__ == '__main__':\n"
+        "    loader = make_loader(Corpus.open(Path(sys.argv[1])), workers=1)\n"
+        "    next(iter(loader))\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    repository = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    trainer = subprocess.Popen([sys.executable, script, corpus.path], stdout=subprocess.PIPE, env=environment)
+    assert trainer.stdout is not None
+    with trainer, trainer.stdout:
+        assert trainer.stdout.readline() == b"ready\n"
+        children = psutil.Process(trainer.pid).children(recursive=True)
+        assert len(children) >= 2
+        trainer.kill()
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def descendants(kind: str) -> list[psutil.Process]:
+    """The fork server's children: all workers of this process."""
+    assert kind == "reader"
+    servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
+    return [worker for server in servers for worker in server.children() if worker.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_impossible_loaders(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match=r"plan\.stride 8 is no multiple"):
+        Loader(make_loader(corpus)._planner, seed=0, channels=3, factor=3)
+    with pytest.raises(ValueError, match="rank 2 is not one of 2 ranks"):
+        make_loader(corpus, rank=2, world_size=2)
+    with pytest.raises(ValueError, match=r"loader\.workers -1"):
+        make_loader(corpus, workers=-1)
+
+
+def test_captions_and_labels_may_be_absent(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, shards=[[Sample(16, 16), Sample(24, 16, (), 7)]])
+    batches = next(iter(make_loader(corpus, dropout=0.0))).batches
+    assert {caption for batch in batches for caption in batch.captions} == {""}
+    assert {label for batch in batches for label in batch.labels.tolist()} == {-1, 7}
+    assert picture(16, 16, seed=0).shape == (16, 16, 3)
