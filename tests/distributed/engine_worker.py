@@ -1,0 +1,148 @@
+"""Run by test_engine.py under torchrun, on two ranks: `Engine`, `ShardedEMA` and checkpoint files against one process doing the same."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from launch import checkpoint, fragments
+from launch.checkpoint import Facts
+from launch.ema import ShardedEMA
+from launch.engine import Engine, Ranks, process_group
+
+PACKS = [3, 1, 4, 2]  # images in each pack of a step
+STEPS = 4
+DECAY = 0.5
+LR = 1e-2
+
+
+class Network(nn.Module):
+    """Odd sizes, so that partitions cut through parameters; `twice` is used two times a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice, self.last = nn.Linear(7, 33), nn.Linear(33, 33), nn.Linear(33, 5, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))))
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (out.square().mean(1) + (out - 1).abs().mean(1)).sum()
+
+
+def packs_of(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(count, 7, generator=generator) for count in PACKS]
+
+
+def make_engine(ranks: Ranks, stage: int, precision: str) -> Engine:
+    assert precision in ("fp32", "bf16")
+    return Engine(Network(), ranks=ranks, stage=stage, precision=precision, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+
+
+def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) -> tuple[dict[str, Tensor], float, bool]:
+    """One step as the trainer does it: evaluations without gradient and with, unequal packs. Returns gradients, their norm, applied."""
+    from deepspeed.utils import safe_get_full_grad
+
+    mine = packs_of(step)[ranks.rank :: ranks.size]
+    for index, pack in enumerate(mine):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            assert engine.module(pack).dtype == torch.float32
+        loss = loss_of(engine(pack))
+        if poison and ranks.is_main and index == 0:
+            loss = loss * torch.inf
+        engine.accumulate(loss, count=sum(PACKS), last=index == len(mine) - 1)
+    found = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
+    gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
+    result = engine.step(lr=LR)
+    return gradients, result.grad_norm, result.applied
+
+
+def alone() -> tuple[list[dict[str, Tensor]], list[float], dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients and norms of every step, then weights and average, of one process without DeepSpeed."""
+    network = Network()
+    matrices, vectors = ([p for p in network.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
+    average = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    gradients, norms = [], []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        (sum(loss_of(network(pack)) for pack in packs_of(step)) / sum(PACKS)).backward()  # pyright: ignore[reportAttributeAccessIssue]
+        gradients.append({name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None})
+        norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), 1.0)))
+        optimizer.step()
+        decay = min(DECAY, (1 + step) / (10 + step))
+        for name, parameter in network.named_parameters():
+            average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+    return gradients, norms, {name: parameter.detach() for name, parameter in network.named_parameters()}, average
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    assert list(one) == list(other)
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def check_stage(ranks: Ranks, stage: int, precision: str, folder: Path) -> dict[str, object]:
+    gradients, norms, weights, average = alone()
+    engine = make_engine(ranks, stage, precision)
+    ema = ShardedEMA(engine.fragments(), shapes=engine.shapes, decay=DECAY)
+    gradient_error, norm_error = 0.0, 0.0
+    for step in range(STEPS):
+        found, norm, _ = take_step(engine, ranks, step)
+        gradient_error = max(gradient_error, distance(found, gradients[step]))
+        norm_error = max(norm_error, abs(norm - norms[step]))
+        ema.update(engine.fragments(), updates=step)
+
+    def write(part: Path) -> list[Path]:
+        files = engine.save(part)
+        own = [part / checkpoint.fragment_file(kind, ranks.rank) for kind in ("weights", "ema")]
+        fragments.save(own[0], engine.fragments(), shapes=engine.shapes)
+        ema.save(own[1])
+        return [*files, *own]
+
+    facts = Facts(step=STEPS, world_size=ranks.size, zero=stage, config_hash="")
+    saved = checkpoint.save(folder, facts, ranks=ranks, write=write, keep_last=1)
+    weight_error = distance(checkpoint.consolidate(saved, ema=False), weights)
+    average_error = distance(checkpoint.consolidate(saved, ema=True), average)
+
+    _, norm, applied = take_step(engine, ranks, 90, poison=True)
+    poisoned = [applied, norm == norm and norm < float("inf")]
+    unbroken = [take_step(engine, ranks, step)[1] for step in (91, 92)]
+    engine.close()
+
+    again = make_engine(ranks, stage, precision)
+    again.load(saved)
+    resumed_ema = ShardedEMA(again.fragments(), shapes=again.shapes, decay=DECAY)
+    resumed_ema.load(saved / checkpoint.fragment_file("ema", ranks.rank))
+    resumed = [take_step(again, ranks, step)[1] for step in (91, 92)]
+    again.close()
+    return {
+        "gradient_error": gradient_error,
+        "norm_error": norm_error,
+        "weight_error": weight_error,
+        "average_error": average_error,
+        "poisoned": poisoned,
+        "unbroken": unbroken,
+        "resumed": resumed,
+        "shares": ranks.gather(sum(fragment.values.numel() for fragment in ema.average.values())),
+    }
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with process_group() as ranks:
+        for case in sys.argv[2:]:
+            stage, precision = case.split("-")
+            report = check_stage(ranks, int(stage), precision, folder / case)
+            (folder / f"{case}-{ranks.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

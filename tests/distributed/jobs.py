@@ -1,0 +1,71 @@
+"""Real training jobs for tests: started as a user starts them, watched through what they write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.metrics import read_rows
+
+PATIENCE = 240.0  # seconds
+
+
+def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+    """`tim ARGUMENTS…` in the background, its output in a file."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as output:
+        return subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], env=environment, stdout=output, stderr=output)
+
+
+def run(*arguments: str, log: Path) -> int:
+    """`tim ARGUMENTS…` to its end; the exit code."""
+    job = start(*arguments, log=log)
+    try:
+        return job.wait(PATIENCE)
+    finally:
+        job.kill()
+
+
+def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes], *, log: Path) -> None:
+    """Wait until the run has logged a step; fail where it ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if any(row["step"] >= step for row in read_rows(run_dir / "metrics.jsonl")):
+            return
+        assert job.poll() is None, f"ended with {job.returncode}: {log.read_text()}"
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} in {PATIENCE} s: {log.read_text()}")
+
+
+def workers_of(launcher: int) -> list[int]:
+    """Processes that a launcher has started, and theirs: known by what it puts into their environment."""
+    mark = f"TIM_LAUNCHER_PID={launcher}".encode()
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/environ") if mark in _environment(path)]
+
+
+def kill_and_watch(job: subprocess.Popen[bytes], *, seconds: float = 30.0) -> list[int]:
+    """Kill a launcher with -9; the processes of its that are still there after a while."""
+    assert workers_of(job.pid), "the job has no workers yet"
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    deadline = time.monotonic() + seconds
+    while (left := workers_of(job.pid)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def story(run_dir: Path, *, columns: Sequence[str]) -> list[list[object]]:
+    """What a run wrote of each step, without what depends on the clock."""
+    return [[row[column] for column in columns] for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def _environment(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return []

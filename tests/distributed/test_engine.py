@@ -1,0 +1,58 @@
+"""Two real ranks under each ZeRO stage do what one process does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES = ("1-fp32", "2-fp32", "3-fp32", "2-bf16")
+PARAMETERS = 7 * 33 + 33 + 33 * 33 + 33 + 33 * 5
+
+
+Reports = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """By case, what each rank measured."""
+    folder = tmp_path_factory.mktemp("engine")
+    worker = Path(__file__).with_name("engine_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(folder), *CASES]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return {case: [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1)] for case in CASES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_unequal_packs_are_those_of_one_process(reports: Reports, case: str) -> None:
+    tolerance = 1e-6 if case.endswith("fp32") else 2e-2
+    for report in reports[case]:
+        assert report["gradient_error"] < tolerance
+        assert report["norm_error"] < 10 * tolerance
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_and_average_put_together_from_the_ranks_are_those_of_one_process(reports: Reports, case: str) -> None:
+    tolerance = 1e-6 if case.endswith("fp32") else 5e-2
+    for report in reports[case]:
+        assert report["weight_error"] < tolerance
+        assert report["average_error"] < tolerance
+        assert sum(report["shares"]) == PARAMETERS
+        assert max(report["shares"]) < 0.6 * PARAMETERS
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_gradient_that_is_not_finite_is_dropped_on_all_ranks(reports: Reports, case: str) -> None:
+    assert [report["poisoned"] for report in reports[case]] == [[False, False]] * 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_loaded_goes_on_bit_by_bit(reports: Reports, case: str) -> None:
+    for report in reports[case]:
+        assert report["resumed"] == report["unbroken"]

@@ -1,0 +1,63 @@
+"""The recipe `photos` in short: real photographs, two processes, ZeRO-2, killed in the middle and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dataprep.prepare import PrepareConfig, prepare
+from tests.distributed import jobs
+
+PHOTOS = 40
+SHORT = [
+    "network.params.depth=2",
+    "network.params.hidden_size=64",
+    "network.params.num_heads=2",
+    "train.steps=12",
+    "train.warmup=4",
+    "checkpoint.every=4",
+    "log.every=1",
+    "loader.workers=1",
+]
+COLUMNS = ["step", "ids_digest", "loss", "loss_diffusion", "loss_transition", "grad_norm", "lr", "images", "tokens", "fill", "first_ids"]
+
+
+@pytest.fixture(scope="module")
+def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first of the photographs, prepared."""
+    folder = tmp_path_factory.mktemp("photos")
+    (folder / "source").mkdir()
+    names = sorted(path.name for path in (shared / "corpora" / "photos").glob("*.JPEG"))[:PHOTOS]
+    for name in names:
+        (folder / "source" / name).symlink_to((shared / "corpora" / "photos" / name).resolve())
+    captions = (shared / "corpora" / "photos" / "metadata.jsonl").read_text().splitlines(keepends=True)
+    (folder / "source" / "metadata.jsonl").write_text("".join(line for line in captions if any(f'"{name}"' in line for name in names)))
+    account = prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())
+    assert account.kept > PHOTOS / 2
+    return folder / "corpus"
+
+
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    command = ["launch", "photos", "--nproc-per-node", "2", f"corpus={corpus}", *SHORT]
+    assert jobs.run(*command, f"run_dir={unbroken}", log=log) == 0, log.read_text()
+
+    job = jobs.start(*command, f"run_dir={broken}", log=log)
+    jobs.wait_for_row(broken, 6, job, log=log)
+    assert jobs.kill_and_watch(job) == []
+    assert not (broken / "model").exists()
+    assert jobs.run(*command, f"run_dir={broken}", log=log) == 0, log.read_text()
+
+    assert "continuing from" in log.read_text()
+    assert jobs.story(broken, columns=COLUMNS) == jobs.story(unbroken, columns=COLUMNS)
+    assert [row[0] for row in jobs.story(broken, columns=COLUMNS)] == list(range(1, 13))
+    assert (broken / "model" / "model.safetensors").read_bytes() == (unbroken / "model" / "model.safetensors").read_bytes()
+    assert (broken / "latest").read_text() == "step-000012\n"
+
+    pictures = tmp_path / "pictures"
+    sizes = ["--size", "512x128,128x512,256x256", "--steps", "1"]
+    assert jobs.run("sample", str(broken), "--prompt", "a photo of a hen", *sizes, "--out", str(pictures), log=log) == 0, log.read_text()
+    assert {Image.open(path).size for path in pictures.glob("*.png") if path.name != "grid.png"} == {(512, 128), (128, 512), (256, 256)}

@@ -1,0 +1,80 @@
+"""A polite signal to the launcher: two ZeRO-3 ranks save, leave with 75, and go on with the sample that comes next."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from pathlib import Path
+
+import pytest
+
+from dataprep.prepare import PrepareConfig, prepare
+from dataprep.synthetic import write_corpus
+from launch.config import Config, load_config
+from launch.metrics import read_rows
+from pipeline.index import Corpus
+from pipeline.planner import Planner
+from tests.distributed import jobs
+
+CONFIG = """\
+plan: {max_tokens: 64, tokens_per_pack: 128, packs_per_step: 3}
+network:
+  params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}
+train: {steps: 40, lr: 1e-3, zero: 3, precision: bf16}
+loader: {workers: 0}
+checkpoint: {every: 1000}
+log: {every: 1}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    write_corpus(tmp_path / "source", count=40)
+    prepare([str(tmp_path / "source")], out=tmp_path / "corpus", config=PrepareConfig())
+    (tmp_path / "run.yaml").write_text(f"corpus: {tmp_path / 'corpus'}\nrun_dir: {tmp_path / 'run'}\n{CONFIG}")
+    return tmp_path / "run.yaml"
+
+
+def planned_digests(config: Config) -> list[str]:
+    """What `ids_digest` must be after each step, from the plan alone."""
+    planner = Planner(
+        [Corpus.open(config.corpus[0].path)],
+        plan=config.plan,
+        seed=config.seed,
+        width=config.network.params.hidden_size,
+        diffusion_share=config.objective.diffusion_share,
+        consistency_share=config.objective.consistency_share,
+        caption_dropout=config.text.caption_dropout,
+    )
+    digests, digest = [], ""
+    for _ in range(config.train.steps):
+        digest = hashlib.sha256("\n".join([digest, *planner.next_step().ids]).encode()).hexdigest()[:16]
+        digests.append(digest)
+    return digests
+
+
+def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    command = ["launch", str(config), "--nproc-per-node", "2"]
+    job = jobs.start(*command, log=log)
+    jobs.wait_for_row(run, 3, job, log=log)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(jobs.PATIENCE) == 75, log.read_text()
+    assert jobs.workers_of(job.pid) == []
+    stopped_at = read_rows(run / "metrics.jsonl")[-1]["step"]
+    assert 3 <= stopped_at < 40
+    assert (run / "latest").read_text() == f"step-{stopped_at:06d}\n"
+    assert not (run / "lock").exists()
+
+    before = (run / "metrics.jsonl").read_bytes()
+    alone = tmp_path / "alone"
+    assert jobs.run("train", str(config), log=alone) == 2
+    assert "was written by 2 processes and there are 1 now" in alone.read_text()
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+    assert jobs.run(*command, log=log) == 0, log.read_text()
+    rows = read_rows(run / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert [row["ids_digest"] for row in rows] == planned_digests(load_config(config))
+    assert rows[-1]["skipped_steps"] == 0
+    assert rows[-1]["loss"] < rows[0]["loss"]
