@@ -6,22 +6,25 @@ moment stays locked in the child for ever; rich's console, which a warning is en
 torch anew, 300 MB each; those of a fork server share its pages and own 20 to 60 MB.
 
 torch's DataLoader is not used, because it relies on SIGCHLD, which goes to the fork server: it would see a dead worker only at its
-timeout, and its workers would outlive a training process that is killed. Here every worker has a pipe of its own, whose end tells both.
+timeout, and its workers would outlive a training process that is killed. Here every worker has a pipe of its own, whose end tells both:
+the worker's end closes when it dies, ours when the training process does. Nothing depends on the fork server once workers run.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import queue
 import signal
 import threading
 import traceback
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
@@ -49,7 +52,8 @@ def start_fork_server() -> None:
 class WorkerPool(Generic[Item, Result]):
     """`workers` processes that apply `function`, which must be picklable, to items. Tensors come back through shared memory.
 
-    A result that takes longer than `timeout` seconds, or a worker that dies, is a RuntimeError in `get`.
+    A result that takes longer than `timeout` seconds, or a worker that dies, is a RuntimeError in `get`. `close()` ends all workers, also
+    those that are stuck; so does the end of the pool or of this process.
     """
 
     def __init__(self, function: Callable[[Item], Result], *, workers: int, timeout: float) -> None:
@@ -64,6 +68,9 @@ class WorkerPool(Generic[Item, Result]):
             process.start()
             theirs.close()
             self._workers.append(_Worker(process=process, pipe=ours))
+        # At exit multiprocessing waits for its processes without closing their pipes: ours have to end before, or never would.
+        self.close = weakref.finalize(self, _end, self._workers)
+        atexit.register(self.close)
 
     def put(self, item: Item) -> None:
         """Hand an item to the worker with the least to do."""
@@ -78,13 +85,10 @@ class WorkerPool(Generic[Item, Result]):
     def get(self) -> Result:
         """The result of the oldest item that has none yet; an exception of the function is raised as a RuntimeError that quotes it."""
         worker = self._order.popleft()
-        ready = wait([worker.pipe, worker.process.sentinel], timeout=self._timeout)
-        if not ready:
+        if not worker.pipe.poll(self._timeout):
             raise RuntimeError(
                 f"{worker.process.name} (pid {worker.process.pid}) has been stuck for {self._timeout:g} s: is the storage alive?"
             )
-        if worker.pipe not in ready:
-            raise RuntimeError(_death(worker))
         try:
             succeeded, result = worker.pipe.recv()
         except (EOFError, OSError) as error:  # it died while it sent this, or before we could open what it sent
@@ -94,17 +98,17 @@ class WorkerPool(Generic[Item, Result]):
             raise RuntimeError(f"{worker.process.name} failed: {result}")
         return result
 
-    def close(self) -> None:
-        """End all workers, also those that are stuck."""
-        for worker in self._workers:
-            worker.pipe.close()
-        for worker in self._workers:
+
+def _end(workers: list[_Worker]) -> None:
+    """End all workers, also those that are stuck."""
+    for worker in workers:
+        worker.pipe.close()
+    for worker in workers:
+        worker.process.join(timeout=_CLOSING_SECONDS)
+        if worker.process.is_alive():
+            worker.process.kill()
             worker.process.join(timeout=_CLOSING_SECONDS)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join(timeout=_CLOSING_SECONDS)
-        self._workers.clear()
-        self._order.clear()
+    workers.clear()
 
 
 def _death(worker: _Worker) -> str:
@@ -115,8 +119,9 @@ def _death(worker: _Worker) -> str:
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
-    """The life of a worker. Items are taken off the pipe by a thread, so that neither side ever waits for the other with a full pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, whose end ends this one
+    """The life of a worker, until its pipe closes. A thread empties the pipe, so that neither side waits for the other."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all of a job; the training process obeys
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_take_off, args=(pipe, items), daemon=True).start()

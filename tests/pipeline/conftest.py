@@ -7,7 +7,7 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +34,12 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Sample:
-    """What a test corpus is made of; `data` overrides the JPEG that would be drawn."""
+    """What a test corpus is made of."""
 
     height: int
     width: int
     captions: tuple[str, ...] = ()
     label: int | None = None
-    data: bytes | None = None
 
 
 def picture(height: int, width: int, *, seed: int) -> np.ndarray:
@@ -98,11 +97,6 @@ def damage() -> Callable[[Corpus, int, int], str]:
     return overwrite
 
 
-def with_data(sample: Sample, *, data: bytes) -> Sample:
-    """The same row with other bytes in the tar."""
-    return replace(sample, data=data)
-
-
 def _row(sample: Sample, *, key: str) -> dict:
     texts = dict.fromkeys(("source", "path", "reason", "detail", "sha256", "near_duplicate_of", "phash"), "")
     sizes = {"width": sample.width, "height": sample.height, "original_width": sample.width, "original_height": sample.height}
@@ -127,7 +121,7 @@ def _tar(samples: Sequence[Sample], *, rows: Sequence[dict], seed: int) -> bytes
             jpeg = io.BytesIO()
             Image.fromarray(picture(sample.height, sample.width, seed=seed + i)).save(jpeg, "JPEG", quality=95)
             text = {"key": row["key"], "caption": row["caption"], "captions": row["captions"]}
-            members = {"image": ("jpg", jpeg.getvalue() if sample.data is None else sample.data)}
+            members = {"image": ("jpg", jpeg.getvalue())}
             if sample.captions:
                 members["text"] = ("txt", row["caption"].encode())
             if sample.label is not None:

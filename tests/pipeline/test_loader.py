@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Batch, LoadedStep, Loader
 from pipeline.planner import PlanConfig, Planner
-from tests.pipeline.conftest import Sample, picture, write_corpus
+from tests.pipeline.conftest import Sample, write_corpus
 
 CHANNELS, FACTOR, STRIDE = 4, 2, 8
 
@@ -202,7 +202,7 @@ def test_a_killed_worker_is_an_error_at_once(corpus: Corpus) -> None:
     loader = make_loader(corpus, workers=2)
     steps = iter(loader)
     next(steps)
-    for child in descendants("reader"):
+    for child in workers_of_this_process():
         child.send_signal(signal.SIGKILL)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"reader-\d \(pid \d+\) died, (killed by signal 9|exit code 255)"):
@@ -220,38 +220,60 @@ def test_a_stuck_read_is_an_error_within_the_limit(corpus: Corpus) -> None:
     os.mkfifo(pipe)  # opening it waits for a writer who never comes
     with pytest.raises(RuntimeError, match=r"stuck for 1\.5 s"):
         list(islice(loader, 20))
-    assert not descendants("reader")
+    assert not workers_of_this_process()
 
 
-def test_workers_end_with_a_trainer_that_is_killed(corpus: Corpus, tmp_path: Path) -> None:
+TRAINER = """
+import sys, time
+from pathlib import Path
+from pipeline.index import Corpus
+from tests.pipeline.test_loader import make_loader
+
+if __name__ == "__main__":
+    loader = make_loader(Corpus.open(Path(sys.argv[1])), workers=1)
+    steps = iter(loader)
+    next(steps)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for _ in range(5):
+        next(steps)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture
+def trainer(corpus: Corpus, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has loaded a step, loads five more when a line is typed, and ends without closing its loader."""
     script = tmp_path / "trainer.py"
-    script.write_text(
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from pipeline.index import Corpus\n"
-        "from tests.pipeline.test_loader import make_loader\n"
-        "if __name__ == '__main__':\n"
-        "    loader = make_loader(Corpus.open(Path(sys.argv[1])), workers=1)\n"
-        "    next(iter(loader))\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
-    repository = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(repository)}
-    trainer = subprocess.Popen([sys.executable, script, corpus.path], stdout=subprocess.PIPE, env=environment)
-    assert trainer.stdout is not None
-    with trainer, trainer.stdout:
-        assert trainer.stdout.readline() == b"ready\n"
-        children = psutil.Process(trainer.pid).children(recursive=True)
-        assert len(children) >= 2
-        trainer.kill()
+    script.write_text(TRAINER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen([sys.executable, script, corpus.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        process.kill()
+
+
+def test_workers_end_with_a_trainer_that_is_killed(trainer: subprocess.Popen[bytes]) -> None:
+    children = psutil.Process(trainer.pid).children(recursive=True)
+    assert len(children) >= 2
+    trainer.kill()
     _, alive = psutil.wait_procs(children, timeout=15)
     assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
 
 
-def descendants(kind: str) -> list[psutil.Process]:
-    """The fork server's children: all workers of this process."""
-    assert kind == "reader"
+def test_signals_that_a_scheduler_sends_to_all_leave_the_trainer_its_workers(trainer: subprocess.Popen[bytes]) -> None:
+    children = psutil.Process(trainer.pid).children(recursive=True)
+    for child in children:
+        child.send_signal(signal.SIGTERM)
+    output, _ = trainer.communicate(b"go on\n", timeout=60)
+    assert (output, trainer.returncode) == (b"done\n", 0)
+    _, alive = psutil.wait_procs(children, timeout=15)
+    assert not [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def workers_of_this_process() -> list[psutil.Process]:
+    """The fork server's children."""
     servers = [child for child in psutil.Process().children() if "forkserver" in " ".join(child.cmdline())]
     return [worker for server in servers for worker in server.children() if worker.status() != psutil.STATUS_ZOMBIE]
 
@@ -270,4 +292,3 @@ def test_captions_and_labels_may_be_absent(tmp_path: Path) -> None:
     batches = next(iter(make_loader(corpus, dropout=0.0))).batches
     assert {caption for batch in batches for caption in batch.captions} == {""}
     assert {label for batch in batches for label in batch.labels.tolist()} == {-1, 7}
-    assert picture(16, 16, seed=0).shape == (16, 16, 3)
