@@ -1,6 +1,6 @@
 """Pass 1: inputs → rows that say what each of them is; pictures whose bytes cannot be kept are encoded once, into a spool file.
 
-Workers examine pieces of 32 inputs. 1,024 inputs make a chunk, the unit of resume: its table appears when all of it is examined.
+Workers examine pieces of 32 inputs; see `chunks.py` for what becomes of the rows.
 """
 
 from __future__ import annotations
@@ -13,46 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.captions import CaptionConfig, clean_captions
 from dataprep.dedup import perceptual_hash
-from dataprep.files import publish
 from dataprep.filters import FilterConfig, size_rejection
 from dataprep.records import RawSample
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
 
-CHUNK_SIZE = 1024
 PIECE_SIZE = 32
 MAX_IMAGE_BYTES = 1 << 30
 _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
-
-CHUNK_SCHEMA = pa.schema(
-    [
-        ("source", pa.string()),
-        ("path", pa.string()),
-        ("reason", pa.string()),  # "" while the input may be kept
-        ("detail", pa.string()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("original_width", pa.int32()),
-        ("original_height", pa.int32()),
-        ("caption", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("label", pa.int32()),
-        ("sha256", pa.string()),
-        ("phash", pa.string()),
-        ("extra", pa.string()),  # JSON object
-        ("text_bytes", pa.int64()),  # at least what the texts take in the shard's JSON and caption members
-        ("input_bytes", pa.int64()),
-        # Where pass 2 finds the bytes to store: in the source's file, or in a spool file beside the tables.
-        ("is_spooled", pa.bool_()),
-        ("file", pa.binary()),
-        ("offset", pa.int64()),
-        ("length", pa.int64()),
-    ]
-)
 
 
 class ImageConfig(BaseModel):
@@ -88,7 +59,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """The rows of a piece, by `CHUNK_SCHEMA`."""
+    """The rows of a piece, by `chunks.CHUNK_SCHEMA`."""
 
     rows: list[dict[str, Any]]
     table: Path
@@ -105,18 +76,14 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
             else:
                 rows.append(examine(sample, rules=piece.rules, spool=spool))
-        spool.flush()
-        os.fsync(spool.fileno())
+        if any(row["is_spooled"] for row in rows):
+            spool.flush()
+            os.fsync(spool.fileno())
     return Examined(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
 
 
-def write_chunk(table: Path, rows: list[dict[str, Any]]) -> None:
-    with publish(table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
-
-
 def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
-    """One input → its row of `CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool."""
+    """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool."""
     row = _blank_row(sample)
     captions, was_cut = clean_captions(sample.captions, max_characters=rules.captions.max_characters)
     row.update(caption=captions[0] if captions else "", captions=captions)

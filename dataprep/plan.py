@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from dataprep.chunks import ChunkTables
 from dataprep.dedup import DedupConfig, exact_duplicates, near_duplicates
-from dataprep.examine import CHUNK_SIZE
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
 
@@ -26,33 +24,6 @@ class ShardConfig(BaseModel):
 
     max_bytes: int = Field(default=1_000_000_000, ge=1)
     max_samples: int = Field(default=10_000, ge=1)
-
-
-class ChunkTables:
-    """The tables of pass 1 as one list of rows, mapped from disk rather than loaded."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        self._opened: dict[int, pa.Table] = {}
-
-    def column(self, name: str) -> list[Any]:
-        return [value for chunk in range(len(self.paths)) for value in self._table(chunk).column(name).to_pylist()]
-
-    def rows(self, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Position → row; each chunk is read once however the positions are ordered."""
-        by_chunk: dict[int, list[int]] = {}
-        for position in positions:
-            by_chunk.setdefault(position // CHUNK_SIZE, []).append(position)
-        found: dict[int, dict[str, Any]] = {}
-        for chunk, members in by_chunk.items():
-            local = self._table(chunk).take(pa.array([position % CHUNK_SIZE for position in members]))
-            found.update(zip(members, local.to_pylist(), strict=True))
-        return found
-
-    def _table(self, chunk: int) -> pa.Table:
-        if chunk not in self._opened:
-            self._opened[chunk] = pa.ipc.open_file(pa.memory_map(str(self.paths[chunk]))).read_all()
-        return self._opened[chunk]
 
 
 @dataclass(frozen=True, slots=True)

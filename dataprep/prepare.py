@@ -20,13 +20,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.captions import CaptionConfig
+from dataprep.chunks import CHUNK_SIZE, ChunkTables, write_chunk
 from dataprep.dedup import DedupConfig
-from dataprep.examine import CHUNK_SIZE, PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece, write_chunk
+from dataprep.examine import PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import TEMPORARY_SUFFIX, publish_text
 from dataprep.filters import FilterConfig
 from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
-from dataprep.plan import ChunkTables, Plan, ShardConfig, make_plan
+from dataprep.plan import Plan, ShardConfig, make_plan
 from dataprep.shards import Shard, ShardTask, finished_shard, write_shard
 from dataprep.sources import Source, open_sources
 

@@ -77,9 +77,8 @@ def read_fields(record: Mapping[str, Value]) -> Fields:
         if label is not None:
             break
     consumed = _RECOMPUTED | {"text", "caption", "captions"} | ({label_name} if label is not None else set())
-    extra = {
-        f"source_{name}" if name in _TAKEN | {"label"} else name: value for name, value in record.items() if name and name not in consumed
-    }
+    further = {name: _storable(value) for name, value in record.items() if name and name not in consumed}
+    extra = {f"source_{name}" if name in _TAKEN else name: value for name, value in further.items()}
     return Fields(captions=tuple(captions), label=label, extra=extra)
 
 

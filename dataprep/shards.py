@@ -16,8 +16,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataprep.chunks import ChunkTables
 from dataprep.files import publish, publish_text
-from dataprep.plan import ChunkTables, ColumnKind, Entry
+from dataprep.plan import ColumnKind, Entry
 
 MEMBERS = ("image", "text", "cls", "json")
 

@@ -48,7 +48,7 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
     for spec in specs:
         path = Path(spec).expanduser()
         tars = [] if path.is_dir() else _find_tars(spec)
-        is_pattern = _BRACES.search(spec) or has_magic(spec)
+        is_pattern = _BRACES.search(spec) or _is_pattern(spec)
         place = path if path.is_dir() else tars[0].parent if is_pattern else tars[0].with_suffix("")
         name = base = place.resolve().name or "data"
         number = 2
@@ -78,13 +78,18 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _find_tars(spec: str) -> list[Path]:
-    names = [name for pattern in expand_braces(spec) for name in (sorted(glob(pattern)) if has_magic(pattern) else [pattern])]
+    patterns = [str(Path(pattern).expanduser()) for pattern in expand_braces(spec)]
+    names = [name for pattern in patterns for name in (sorted(glob(pattern)) if _is_pattern(pattern) else [pattern])]
     if not names:
         raise ValueError(f"{spec}: no file matches")
-    tars = [Path(name).expanduser() for name in names]
+    tars = [Path(name) for name in names]
     for tar in tars:
         if not tar.exists():
             raise ValueError(f"{tar}: no such file or folder")
         if tar.suffix.lower() != ".tar" or not tar.is_file():
             raise ValueError(f"{tar}: not a source that can be read; give an image folder or .tar shards")
     return tars
+
+
+def _is_pattern(spec: str) -> bool:
+    return has_magic(spec) and not Path(spec).exists()

@@ -72,17 +72,24 @@ class Picture:
 def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Picture:
     """Decode an image in full and normalise it. Raises `Rejection`; the pixel limit is checked before anything is decoded."""
     image = _open(data, max_decode_pixels=max_decode_pixels)
+    if _is_clean_jpeg(image):
+        pixels = _decode_jpeg(data)
+        height, width = pixels.shape[:2]
+        return Picture(pixels=pixels, clean=True, format="JPEG", original_height=height, original_width=width, changes=())
+
     format_name = "JPEG" if image.format == "MPO" else str(image.format)
     width, height = image.size
-    if format_name == "TIFF" and _orientation(image) >= 5:  # Pillow turns TIFFs, and only those, by itself
+    orientation = _orientation(image)
+    if format_name == "TIFF" and orientation >= 5:  # Pillow turns TIFFs, and only those, by itself
         width, height = height, width
-    components = len(image.getbands())
-
-    decoded, profile, orientation = _decode(image, data=data)
     changes = [] if format_name == "JPEG" else [f"from-{format_name.lower()}"]
+    with _damage_rejected():
+        decoded = Image.fromarray(_decode_jpeg(data)) if format_name == "JPEG" and image.mode == "RGB" else image
+        decoded.load()
+        orientation = _orientation(image)  # once more: a PNG may keep it behind its pixels
     if format_name != "JPEG" and _animated(image):
         changes.append("first-frame")
-    decoded, alpha, colour_changes = _to_rgb(decoded, profile=profile)
+    decoded, alpha, colour_changes = _to_rgb(decoded, profile=image.info.get("icc_profile") or b"")
     changes += colour_changes
     if alpha is not None:
         decoded = Image.composite(decoded, Image.new("RGB", decoded.size, "white"), alpha)
@@ -92,7 +99,7 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Pi
         changes.append(f"orientation-{orientation}")
     return Picture(
         pixels=np.asarray(decoded),
-        clean=format_name == "JPEG" and components == 3 and not changes,
+        clean=False,
         format=format_name,
         original_height=height,
         original_width=width,
@@ -183,31 +190,36 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
     return height & 0x3FFF, width & 0x3FFF
 
 
-def _decode(image: Image.Image, *, data: bytes) -> tuple[Image.Image, bytes, int]:
-    """Decode all pixels → image in its stored colours, ICC profile (b"" without one), EXIF orientation 1 … 8."""
+def _is_clean_jpeg(image: Image.Image) -> bool:
+    """Three components, upright, sRGB: every reader shows what the decoder gives."""
+    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or _orientation(image) in _UPRIGHT:
+        return False
+    profile = image.info.get("icc_profile")
+    return not profile or _to_srgb(profile, mode="RGB") == "srgb"
+
+
+@contextmanager
+def _damage_rejected() -> Iterator[None]:
+    """Whatever a decoder raises once the header was fine: the file is cut off or damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if image.format in ("JPEG", "MPO") and image.mode == "RGB":
-                decoded = Image.fromarray(_decode_jpeg(data))
-            else:
-                image.load()
-                decoded = image
+            yield
     except Rejection:
         raise
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to decode it") from error
-    except Exception as error:  # a reader that found its header and fails on what follows: cut off or damaged
+    except Exception as error:
         raise Rejection("truncated", detail=_one_line(error)) from error
-    return decoded, image.info.get("icc_profile") or b"", _orientation(image)
 
 
 def _decode_jpeg(data: bytes) -> Pixels:
-    try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-    except ValueError as error:
-        if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
-            raise Rejection("truncated", detail=_one_line(error)) from error
+    with _damage_rejected():
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        except ValueError as error:
+            if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
+                raise
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)  # odd, but all pixels are there
 
 
@@ -237,7 +249,7 @@ def _to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.I
     elif image.has_transparency_data:
         if image.mode == "P":
             changes.append("palette")
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = rgba.getchannel("A")
         image = rgba.convert("RGB")
     elif image.mode in ("P", "PA"):
@@ -255,7 +267,7 @@ def _to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.I
             raise Rejection("not-an-image", detail=f"colour mode {image.mode} has no sRGB equivalent") from error
         changes.append("colour-space")
     if not profile:
-        return image.convert("RGB"), alpha, changes
+        return _as_rgb(image), alpha, changes
 
     transform = _to_srgb(profile, mode=image.mode)
     if transform == "unusable" and image.mode == "L":  # an RGB profile on a gray image
@@ -266,7 +278,11 @@ def _to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.I
         changes.append("icc-to-srgb")
     elif transform == "unusable":
         changes.append("icc-ignored")
-    return image.convert("RGB"), alpha, changes
+    return _as_rgb(image), alpha, changes
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")  # Pillow would copy it
 
 
 def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
@@ -300,8 +316,7 @@ def _load_shrunk_jpeg(data: bytes, *, target_height: int, target_width: int) -> 
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     image = _open(data, max_decode_pixels=MAX_DECODE_PIXELS)
-    profile = image.info.get("icc_profile")
-    if image.mode != "RGB" or _orientation(image) in _UPRIGHT or (profile and _to_srgb(profile, mode="RGB") != "srgb"):
+    if not _is_clean_jpeg(image):
         return None
     for shrink in (8, 4, 2):
         height, width = -(-image.height // shrink), -(-image.width // shrink)

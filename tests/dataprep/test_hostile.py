@@ -1,0 +1,138 @@
+"""The hostile folder: each file ends as its `expect` says, each broken tar as its README says; no run dies of one."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from dataprep.prepare import Account, PrepareConfig, prepare
+from dataprep.verify import verify
+from pipeline.images import read_image
+from tests.dataprep.helpers import member, row_of, table_rows
+
+TARS = ("traversal", "cut_mid_member", "orphan_members", "duplicate_keys", "zero_length", "not_a_tar")
+
+
+@pytest.fixture(scope="module")
+def hostile(shared: Path) -> Path:
+    return shared / "corpora/hostile"
+
+
+@pytest.fixture(scope="module")
+def corpus(hostile: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Account]:
+    out = tmp_path_factory.mktemp("hostile") / "C"
+    return out, prepare([str(hostile), str(shared / "corpora/sidecar")], out=out, config=PrepareConfig(), workers=2)
+
+
+def rows_with_expectations(hostile: Path) -> list[dict[str, str]]:
+    lines = (hostile / "metadata.jsonl").read_bytes().splitlines()
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_every_row_ends_as_it_says(corpus: tuple[Path, Account], hostile: Path) -> None:
+    out, account = corpus
+    expected: Counter[str] = Counter({"bad-record": 1})
+    for stated in rows_with_expectations(hostile):
+        row, expect = row_of(out, stated["file_name"]), stated["expect"]
+        if expect.startswith("reject:"):
+            assert (row["status"], row["reason"], row["key"]) == ("rejected", expect.removeprefix("reject:"), None), stated["file_name"]
+            expected[row["reason"]] += 1
+        else:
+            assert (row["status"], row["reason"]) == ("success", ""), stated["file_name"]
+            assert bool(row["near_duplicate_of"]) == (expect == "near-duplicate"), stated["file_name"]
+    assert account.rejected == dict(sorted(expected.items()))
+    assert account.inputs == account.kept + sum(account.rejected.values()) == 30 + 40
+    assert verify(out).problems == []
+
+
+def test_the_cut_last_line_is_one_bad_record_with_its_number(corpus: tuple[Path, Account]) -> None:
+    [row] = [row for row in table_rows(corpus[0]) if row["reason"] == "bad-record"]
+    assert row["path"] == "metadata.jsonl:30"
+
+
+def test_tars_in_the_folder_are_told_of(corpus: tuple[Path, Account]) -> None:
+    assert any("6 tar file(s) inside the folder" in note for note in corpus[1].notes)
+
+
+def test_kept_pictures_look_as_they_should(corpus: tuple[Path, Account], hostile: Path) -> None:
+    out, _ = corpus
+
+    def stored(name: str) -> np.ndarray:
+        picture = read_image(member(out, row_of(out, name), "image"))
+        assert picture.clean
+        return picture.pixels.astype(int)
+
+    def seen(name: str, convert: str = "RGB") -> np.ndarray:
+        return np.asarray(ImageOps.exif_transpose(Image.open(hostile / name)).convert(convert)).astype(int)
+
+    for name in ("gray.jpg", "webp.webp", "wrong_ext.jpg", "rotated.jpg", "cmyk.jpg", "animated.gif"):
+        assert np.abs(stored(name) - seen(name)).mean() < 3, name
+    for name in ("progressive.jpg", "icc.jpg", "duplicate_a.jpg"):
+        assert member(out, row_of(out, name), "image") == (hostile / name).read_bytes()
+    rgba = seen("alpha.png", "RGBA")
+    alpha = rgba[..., 3:] / 255
+    assert np.abs(stored("alpha.png") - (rgba[..., :3] * alpha + 255 * (1 - alpha))).mean() < 3
+    assert (stored("alpha.png")[0, 0] > 250).all()
+    sixteen = np.asarray(Image.open(hostile / "sixteen_bit.png")).astype(float) / 257
+    assert np.abs(stored("sixteen_bit.png")[..., 0] - sixteen).mean() < 1
+    assert {row_of(out, "rotated.jpg")[side] for side in ("original_width", "height")} == {375}
+
+
+def test_captions_are_clean(corpus: tuple[Path, Account]) -> None:
+    out, _ = corpus
+    assert len(row_of(out, "long_caption.jpg")["caption"]) in range(4090, 4097)
+    assert "caption-cut" in row_of(out, "long_caption.jpg")["detail"]
+    assert row_of(out, "caption_nul.jpg")["caption"] == "nul inside"
+    assert row_of(out, "unicode_caption.jpg")["caption"] == "一张照片 — café ☕ é"
+    assert member(out, row_of(out, "unicode_caption.jpg"), "text").decode() == "一张照片 — café ☕ é"
+
+
+def test_near_duplicates_are_dropped_on_request(hostile: Path, tmp_path: Path) -> None:
+    config = PrepareConfig.model_validate({"dedup": {"near": "drop"}})
+    account = prepare([str(hostile)], out=tmp_path / "C", config=config)
+    assert account.rejected["near-duplicate"] == 1
+    assert row_of(tmp_path / "C", "near_duplicate.jpg")["reason"] == "near-duplicate"
+
+
+@pytest.mark.parametrize(
+    ("tar", "kept", "rejected"),
+    [
+        ("traversal", 3, {"bad-record": 2}),
+        ("cut_mid_member", 5, {"truncated": 1}),
+        ("orphan_members", 1, {"missing": 1, "no-caption": 1}),
+        ("duplicate_keys", 2, {}),
+        ("zero_length", 0, {"bad-record": 1}),
+        ("not_a_tar", 0, {"bad-record": 1}),
+    ],
+)
+def test_broken_tars_beside_good_sources(hostile: Path, tmp_path: Path, tar: str, kept: int, rejected: dict[str, int]) -> None:
+    good = tmp_path / "good"
+    good.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "JPEG")
+    (good / "a.jpg").write_bytes(buffer.getvalue())
+    (good / "a.txt").write_text("noise")
+    source = hostile / f"{tar}.tar"
+    account = prepare([str(good), str(source)], out=tmp_path / "C", config=PrepareConfig())
+    assert (account.kept, account.rejected) == (kept + 1, rejected)
+    assert all(tar in row["path"] for row in table_rows(tmp_path / "C") if row["reason"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["C", "good"]
+    assert verify(tmp_path / "C").problems == []
+    if not kept:
+        with pytest.raises(RuntimeError, match="no usable picture"):
+            prepare([str(source)], out=tmp_path / "D", config=PrepareConfig())
+        assert not (tmp_path / "D").exists()
+
+
+def test_all_broken_tars_in_one_run(hostile: Path, shared: Path, tmp_path: Path) -> None:
+    sources = [str(hostile / f"{tar}.tar") for tar in TARS] + [str(shared / "corpora/sidecar")]
+    account = prepare(sources, out=tmp_path / "C", config=PrepareConfig())
+    assert account.inputs == account.kept + sum(account.rejected.values()) == 5 + 6 + 3 + 2 + 1 + 1 + 40
+    assert account.rejected["bad-record"] == 4

@@ -1,0 +1,301 @@
+"""The job as a whole: the account, the layout, the same bytes whatever happens on the way, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from dataprep.prepare import PrepareConfig, prepare
+from dataprep.verify import verify
+from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder, write_tar
+
+CONFIG = PrepareConfig()
+SMALL_SHARDS = PrepareConfig.model_validate({"shards": {"max_samples": 150}})
+
+
+def test_every_input_is_in_the_account_and_in_a_table(tmp_path: Path) -> None:
+    files = {f"{number}.jpg": photo(number) for number in range(12)} | {
+        "cut.jpg": photo(20)[:-99],
+        "tiny.png": photo(21, height=8, format="PNG"),
+    }
+    rows = [{"file_name": name, "text": f"no {name}", "score": 0.5, "tags": ["x", 1]} for name in files]
+    rows += [{"file_name": "gone.jpg", "text": "gone", "tags": []}, {"file_name": "0.jpg", "text": "again"}]
+    rows[3]["text"] = " "
+    folder = write_folder(tmp_path / "mixed", files, rows=rows)
+    stages: list[tuple[str, int, int | None]] = []
+    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step: stages.append(step))
+    assert account.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "truncated": 1}
+    assert account.inputs == account.kept + sum(account.rejected.values()) == len(rows)
+    found = table_rows(tmp_path / "C")
+    assert sorted(row["path"] for row in found) == sorted(str(row["file_name"]) for row in rows)
+    assert all((row["status"] == "success") == (row["reason"] == "") == (row["key"] is not None) for row in found)
+    assert {row["tags"] for row in found} == {'["x", 1]', "[]", ""}
+    assert [row["detail"] for row in found if row["reason"] == "duplicate"] == ["same bytes as mixed/0.jpg"]
+    assert ("write", account.kept, account.kept) in stages
+    assert verify(tmp_path / "C").problems == []
+
+
+def test_the_layout_is_the_designs(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "set", count=25)
+    out = tmp_path / "C"
+    prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"shards": {"max_samples": 10}}))
+    stems = ["000000", "000001", "000002"]
+    shard_files = [f"{stem}{ending}" for stem in stems for ending in (".parquet", ".tar", "_stats.json")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*shard_files, "README.md", "index.json", "index.parquet", "manifest.json"]
+    )
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["format"], manifest["name"]) == (1, "set")
+    assert [shard["count"] for shard in manifest["shards"]] == [10, 10, 5]
+    wids = json.loads((out / "index.json").read_text())
+    assert wids["__kind__"] == "wids-shard-index-v1"
+    assert [shard["nsamples"] for shard in wids["shardlist"]] == [10, 10, 5]
+    index = pq.ParquetFile(out / "index.parquet")
+    assert [index.metadata.row_group(group).num_rows for group in range(3)] == [10, 10, 5]
+    assert index.schema_arrow.names[:4] == ["key", "source", "path", "status"]
+    for stem in stems:
+        with tarfile.open(out / f"{stem}.tar") as tar:
+            infos = tar.getmembers()
+        assert [info.name.split(".")[1] for info in infos] == ["jpg", "txt", "json"] * (len(infos) // 3)
+        assert [info.name[:10] for info in infos[::3]] == [f"{stem}{place:04d}" for place in range(len(infos) // 3)]
+        assert all((info.mtime, info.uid, info.gid, info.uname, info.pax_headers) == (0, 0, 0, "", {}) for info in infos)
+    order = index.read(["path"]).column("path").to_pylist()
+    assert sorted(order) != order  # shuffled
+    for row in index.read().to_pylist():
+        assert member(out, row, "text").decode() == row["caption"] == f"picture {row['path']}"
+        assert member(out, row, "image") == (folder / row["path"]).read_bytes()
+        record = json.loads(member(out, row, "json"))
+        assert {name: record[name] for name in ("key", "url", "caption", "captions", "width", "height", "sha256")} == {
+            "key": row["key"],
+            "url": row["path"],
+            "caption": row["caption"],
+            "captions": row["captions"],
+            "width": 48,
+            "height": 40,
+            "sha256": row["sha256"],
+        }
+
+
+def test_sources_of_all_kinds_end_in_samples_of_one_kind(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.jpg", "text": "a", "score": 1, "width": 3}, {"file_name": "b.png", "text": "b", "score": 2.5, "ok": True}]
+    folder = write_folder(tmp_path / "f", {"a.jpg": photo(1), "b.png": photo(2, format="PNG")}, rows=rows)
+    record = {"url": "http://x/c", "caption": "c", "note": None, "source": "crawl", "big": 2**70, "nan": float("nan")}
+    tar = write_tar(tmp_path / "t.tar", [("c.jpg", photo(3)), ("c.txt", b"c"), ("c.json", json.dumps(record).encode())])
+    out = tmp_path / "C"
+    prepare([str(folder), str(tar)], out=out, config=CONFIG)
+    records = [json.loads(member(out, row, "json")) for row in table_rows(out)]
+    shapes = {tuple((name, type(value)) for name, value in record.items()) for record in records}
+    assert len(shapes) == 1
+    assert None not in [value for record in records for value in record.values()]
+    by_path = {row["path"]: row for row in table_rows(out)}
+    assert [by_path[path]["score"] for path in ("a.jpg", "b.png", "t.tar/c.jpg")] == [1.0, 2.5, None]
+    assert [by_path[path]["ok"] for path in ("a.jpg", "b.png")] == [None, True]
+    assert by_path["t.tar/c.jpg"]["source_source"] == "crawl"
+    assert by_path["t.tar/c.jpg"]["big"] == str(2**70)
+    assert by_path["t.tar/c.jpg"]["url"] == "http://x/c"
+    assert by_path["a.jpg"]["url"] == ""
+
+
+def test_classes_become_members_if_all_have_one(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{number}.jpg", "label": number % 3} for number in range(6)]
+    folder = write_folder(tmp_path / "f", {f"{number}.jpg": photo(number) for number in range(6)}, rows=rows)
+    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
+    assert (account.kept, account.notes) == (6, [])
+    assert all(member(tmp_path / "C", row, "cls") == str(row["label"]).encode() for row in table_rows(tmp_path / "C"))
+    assert {(row["caption"], tuple(row["captions"])) for row in table_rows(tmp_path / "C")} == {("", ("",))}
+    more = photo_folder(tmp_path / "g", count=2, first=50)
+    account = prepare([str(folder), str(more)], out=tmp_path / "D", config=CONFIG)
+    assert account.notes == ["only 6 of 8 samples have a class, so the shards have no .cls members"]
+    assert {row["cls_offset"] for row in table_rows(tmp_path / "D")} == {None}
+    assert verify(tmp_path / "C").problems == verify(tmp_path / "D").problems == []
+
+
+@pytest.mark.parametrize("near", ["mark", "drop", "off"])
+def test_near_duplicates(tmp_path: Path, near: str) -> None:
+    files = {"small.jpg": photo(1, height=200, width=240, quality=60), "large.jpg": photo(1, height=400, width=480), "other.jpg": photo(2)}
+    folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
+    out = tmp_path / "C"
+    account = prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": near}}))
+    assert account.rejected == ({"near-duplicate": 1} if near == "drop" else {})
+    small, large = row_of(out, "small.jpg"), row_of(out, "large.jpg")
+    assert small["near_duplicate_of"] == ("" if near == "off" else large["key"])
+    assert (small["key"] is None) == (near == "drop")
+    assert large["near_duplicate_of"] == row_of(out, "other.jpg")["near_duplicate_of"] == ""
+
+
+def test_one_image_format_in_a_corpus(tmp_path: Path) -> None:
+    files = {"a.jpg": photo(1), "b.webp": photo(2, format="WEBP"), "c.gif": photo(3, format="GIF")}
+    folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
+    for format, magic in (("png", b"\x89PNG"), ("webp", b"RIFF"), ("jpg", b"\xff\xd8\xff")):
+        out = tmp_path / format
+        prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"images": {"format": format}}))
+        assert all(member(out, row, "image").startswith(magic) for row in table_rows(out))
+        with tarfile.open(out / "000000.tar") as tar:
+            assert sum(name.endswith(f".{format}") for name in tar.getnames()) == 3
+    assert verify(tmp_path / "png").problems == []
+
+
+def test_the_byte_limit_closes_shards(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=30)
+    config = PrepareConfig.model_validate({"shards": {"max_bytes": 60_000}})
+    account = prepare([str(folder)], out=tmp_path / "C", config=config)
+    sizes = [shard["bytes"] for shard in json.loads((tmp_path / "C/manifest.json").read_text())["shards"]]
+    assert account.shards == len(sizes) > 2
+    assert all(size <= 60_000 + 10_240 for size in sizes)  # tar rounds its end up to 10 KiB
+
+
+# ---- the same bytes, however it came about
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """More than one chunk of inputs, bad ones, PNGs to re-encode and duplicates among them."""
+    folder = tmp_path_factory.mktemp("many")
+    files: dict[str, bytes] = {}
+    for number in range(1300):
+        data = photo(number % 1250, format="PNG" if number % 10 == 0 else "JPEG")
+        files[f"{number:05d}.jpg"] = data[: len(data) // 2] if number % 97 == 0 else data
+    return write_folder(folder, files, rows=[{"file_name": name, "text": f"picture {name}"} for name in files])
+
+
+@pytest.fixture(scope="module")
+def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("reference") / "C"
+    account = prepare([str(many)], out=out, config=SMALL_SHARDS, workers=1)
+    assert account.shards > 5
+    assert set(account.rejected) == {"duplicate", "truncated"}
+    return digests(out)
+
+
+# The reference is written by one worker.
+def test_two_workers_write_what_one_writes(many: Path, reference: dict[str, str], tmp_path: Path) -> None:
+    prepare([str(many)], out=tmp_path / "C", config=SMALL_SHARDS, workers=2)
+    assert digests(tmp_path / "C") == reference
+
+
+@pytest.mark.parametrize("moment", [".work/chunk-000000.arrow", "000001_stats.json"])
+def test_killed_and_called_again_it_ends_the_same(many: Path, reference: dict[str, str], tmp_path: Path, moment: str) -> None:
+    out = tmp_path / "C"
+    command = f"""
+from dataprep.prepare import PrepareConfig, prepare
+prepare([{str(many)!r}], out={str(out)!r}, config=PrepareConfig.model_validate({SMALL_SHARDS.model_dump()!r}), workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 120
+    while not (out / moment).exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task")
+    workers = [int(child) for task in children.iterdir() for child in (task / "children").read_text().split()]
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "it was finished before it could be killed"
+    assert workers
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers), "workers outlived their parent"
+
+    assert not (out / "manifest.json").exists()
+    with pytest.raises(ValueError, match=r"unfinished corpus with another shards\.max_samples"):
+        prepare([str(many)], out=out, config=CONFIG)
+    before = (out / moment).stat().st_mtime_ns
+    seen: list[int] = []
+    prepare([str(many)], out=out, config=SMALL_SHARDS, progress=lambda stage, done, _: seen.append(done) if stage == "examine" else None)
+    assert digests(out) == reference
+    assert not seen or min(seen) >= 1024, "a finished chunk was examined again"
+    assert not (out / moment).exists() or (out / moment).stat().st_mtime_ns == before
+
+
+def test_a_finished_corpus_gives_its_account_at_once(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=3)
+    out = tmp_path / "C"
+    first = prepare([str(folder)], out=out, config=CONFIG)
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert prepare([str(folder)], out=out, config=CONFIG) == first
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+    with pytest.raises(ValueError, match=r"^[^\n]*another dedup\.near[^\n]*$"):
+        prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": "off"}}))
+    (folder / "new.jpg").write_bytes(photo(9))
+    with pytest.raises(ValueError, match=r"^[^\n]*another sources[^\n]*$"):
+        prepare([str(folder)], out=out, config=CONFIG)
+
+
+def test_copies_of_a_folder_make_the_same_corpus(tmp_path: Path) -> None:
+    first = photo_folder(tmp_path / "f", count=5)
+    second = tmp_path / "elsewhere/f"
+    shutil.copytree(first, second)
+    for folder, out in ((first, tmp_path / "C"), (second, tmp_path / "D")):
+        prepare([str(folder)], out=out, config=CONFIG)
+    assert digests(tmp_path / "C") == digests(tmp_path / "D")
+
+
+def test_a_decoder_that_takes_its_process_down_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os, simplejpeg\n"
+        "decode = simplejpeg.decode_jpeg\n"
+        "simplejpeg.decode_jpeg = lambda data, **options: os.abort() if data.endswith(b'BOOM') else decode(data, **options)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    folder = photo_folder(tmp_path / "f", count=40)
+    for name in ("00003.jpg", "00031.jpg"):
+        (folder / name).write_bytes((folder / name).read_bytes() + b"BOOM")
+    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, workers=2)
+    assert (account.kept, account.rejected) == (38, {"crashed": 2})
+    assert row_of(tmp_path / "C", "00031.jpg")["reason"] == "crashed"
+
+
+# ---- what it refuses
+
+
+def test_no_usable_picture_leaves_nothing(tmp_path: Path) -> None:
+    folder = write_folder(
+        tmp_path / "f", {"a.jpg": b"no", "b.jpg": b""}, rows=[{"file_name": "a.jpg", "text": "a"}, {"file_name": "b.jpg"}]
+    )
+    with pytest.raises(RuntimeError, match=r"^no usable picture among 2 inputs \(empty 1, not-an-image 1\)[^\n]*$"):
+        prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
+    assert not (tmp_path / "C").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=2)
+    out = write_folder(tmp_path / "C", {"thesis.tex": b"years of work"})
+    with pytest.raises(ValueError, match=r"^[^\n]*thesis\.tex[^\n]*$"):
+        prepare([str(folder)], out=out, config=CONFIG)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"):
+        prepare([str(folder)], out=out / "thesis.tex", config=CONFIG)
+    with pytest.raises(ValueError, match="inside the source"):
+        prepare([str(folder)], out=folder / "corpus", config=CONFIG)
+    assert not (folder / "corpus").exists()
+    with pytest.raises(ValueError, match="workers is 0"):
+        prepare([str(folder)], out=tmp_path / "D", config=CONFIG, workers=0)
+    assert not (tmp_path / "D").exists()
+
+
+def test_a_run_in_progress_is_not_joined(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=2)
+    out = tmp_path / "C"
+
+    calls: list[str] = []
+
+    def call_again(stage: str, done: int, total: int | None) -> None:
+        calls.append(stage)
+        if len(calls) > 1:
+            return
+        with pytest.raises(RuntimeError, match="another run is writing"):
+            prepare([str(folder)], out=out, config=CONFIG)
+
+    account = prepare([str(folder)], out=out, config=CONFIG, progress=call_again)
+    assert calls
+    assert account.kept == 2
