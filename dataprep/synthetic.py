@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -33,7 +33,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }  # fmt: skip
 SUPERSAMPLING = 4
-RADIUS = (0.36, 0.4)  # of a figure, as a share of the picture's shorter side
+LARGEST_RADIUS = 9.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
 STRAY = 0.1  # how far a figure strays from the middle, as a share of the room it has
 
 
@@ -86,7 +86,7 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     long_side = math.exp(rng.uniform(math.log(shortest), math.log(max_side)))
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
-    radius = min(height, width) * rng.uniform(*RADIUS)
+    radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
     y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
     return draw(figure, height=height, width=width, centre=(y, x), radius=radius), figure
 
@@ -110,9 +110,9 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
 
     The ground is the colour of most border pixels, the figure the most frequent other colour; the shape is the one whose outline, fitted
     to the figure's box, overlaps it best (intersection over union, at least `min_overlap`). A colour counts only where the mean pixel
-    is within `max_distance` (of 0 to 441) of it. What cannot be read is `None`.
+    is within `max_distance` (of 0 to 441) of it. What cannot be read is `None`. Single stray pixels are passed over.
     """
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
+    pixels = np.asarray(image.convert("RGB").filter(ImageFilter.MedianFilter(3)), dtype=np.float64)
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
     nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
     border = np.concatenate([nearest[0], nearest[-1], nearest[1:-1, 0], nearest[1:-1, -1]])

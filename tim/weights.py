@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -64,7 +65,7 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tup
     network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
     try:
         network.load_official(load_file(weights))
-    except ValueError as error:
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{weights}: {error}") from error
     log.info("%s: rotary layout %s", folder, spec.rope)
     return network.to(device).eval().requires_grad_(False), spec
