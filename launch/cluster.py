@@ -7,6 +7,7 @@ SIGHUP are passed on to the workers, which save and leave with code 75; the laun
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shlex
 import signal
@@ -55,6 +56,7 @@ def launch(
         options=options,
     )
     os.environ.update(worker_environment(nproc_per_node))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say themselves why they end
     with _passing_signals_on():
         try:
             torchrun.run(torchrun.parse_args(arguments))

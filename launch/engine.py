@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -62,20 +62,38 @@ class Ranks:
 
     def on_main(self, action: Callable[[], Result]) -> Result:
         """Run `action` on rank 0 and give its result to every rank; where it raises, rank 0 raises and the others exit silently."""
-        result: Any = None
-        error: Exception | None = None
-        if self.is_main:
-            try:
-                result = action()
-            except Exception as raised:
-                error = raised
-        code = None if error is None else 2 if isinstance(error, ValueError) else 1
-        result, code = self.broadcast((result, code))
-        if error is not None:
-            raise error
-        if code is not None:
-            raise SystemExit(code)
-        return result
+        result, error = _attempt(action) if self.is_main else (None, None)
+        result, code = self.broadcast((result, _exit_code(error)))
+        _fail_as_one([code], own=error)
+        return result  # pyright: ignore[reportReturnType]  (None only where _fail_as_one has raised)
+
+    def together(self, action: Callable[[], Result]) -> Result:
+        """Run an `action` that talks to nobody on every rank; where some raise, the first of them does and the others exit silently."""
+        result, error = _attempt(action)
+        codes = self.gather(_exit_code(error))
+        first = next((rank for rank, code in enumerate(codes) if code is not None), None)
+        _fail_as_one(codes, own=error if first == self.rank else None)
+        return result  # pyright: ignore[reportReturnType]  (None only where _fail_as_one has raised)
+
+
+def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    try:
+        return action(), None
+    except Exception as error:  # raised again by _fail_as_one
+        return None, error
+
+
+def _exit_code(error: Exception | None) -> int | None:
+    return None if error is None else 2 if isinstance(error, ValueError) else 1
+
+
+def _fail_as_one(codes: Sequence[int | None], *, own: Exception | None) -> None:
+    """One line says what is wrong, not one from every rank."""
+    if own is not None:
+        raise own
+    code = next((code for code in codes if code is not None), None)
+    if code is not None:
+        raise SystemExit(code)
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
+from launch.planning import make_planner
 from launch.tally import Tally
-from pipeline.index import Corpus
 from pipeline.loader import LoadedStep, Loader
 from pipeline.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, codecs, text, transports
@@ -57,16 +57,15 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
     run_dir = config.run_dir
     if run_dir is None:
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
-    if not config.corpus:
-        raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
 
     with ExitStack() as cleanup:
         signals = cleanup.enter_context(_listening())
         ranks = cleanup.enter_context(process_group())
+        planner = ranks.together(lambda: make_planner(config))
         ranks.on_main(lambda: cleanup.enter_context(runs.claimed(run_dir)))
         found, changes = ranks.on_main(lambda: (checkpoint.newest(run_dir), runs.changes_on_resume(run_dir, config)))
 
-        trainer = Trainer(config, ranks, cleanup)
+        trainer = Trainer(config, planner, ranks=ranks, cleanup=cleanup)
         if found is not None:
             trainer.resume(found)
         ranks.on_main(lambda: runs.write_config(run_dir, config))
@@ -99,7 +98,7 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
 class Trainer:
     """The parts of a run, put together, and what is done with them: `take_step`, `save`, `resume`. All ranks call each alike."""
 
-    def __init__(self, config: Config, ranks: Ranks, cleanup: ExitStack) -> None:
+    def __init__(self, config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack) -> None:
         params, chosen = config.network.params, config.objective
         self.config = config
         self.ranks = ranks
@@ -112,15 +111,6 @@ class Trainer:
             weighting=chosen.weighting,
             shift=chosen.shift,
             pixels_per_cell=self.codec.factor,
-        )
-        planner = Planner(
-            [Corpus.open(source.path, name=source.name) for source in config.corpus],
-            plan=config.plan,
-            seed=config.seed,
-            width=params.hidden_size,
-            diffusion_share=chosen.diffusion_share,
-            consistency_share=chosen.consistency_share,
-            caption_dropout=config.text.caption_dropout,
         )
         self.loader = Loader(
             planner,
@@ -206,19 +196,24 @@ class Trainer:
         return folder
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises ConfigError if it was written by another number of ranks or another ZeRO stage."""
+        """Continue from a checkpoint. Raises ValueError if it was written by another number of ranks, ZeRO stage or plan."""
+        state = self.ranks.together(lambda: self._accept(found))
+        self.engine.load(found.folder)
+        self.ema.load(found.folder / checkpoint.fragment_file("ema", self.ranks.rank))
+        self.meter.load_state_dict(state["meter"])
+        self.step = found.facts.step
+
+    def _accept(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
+        """The trainer's part of a checkpoint, if this run can continue from it; the loader is set to its place."""
         facts, folder = found.facts, found.folder
         if facts.world_size != self.ranks.size:
-            counts = f"{facts.world_size} processes and there are {self.ranks.size} now"
+            counts = f"{facts.world_size} process{'es' if facts.world_size > 1 else ''} and there are {self.ranks.size} now"
             raise ConfigError(f"{folder} was written by {counts}: start as many as before to resume it")
         if facts.zero != self.config.train.zero:
             raise ConfigError(f"{folder} was written with train.zero={facts.zero}, not {self.config.train.zero}: keep it to resume")
         state = checkpoint.read_trainer_state(folder)
         self.loader.load_state_dict(state["data"])
-        self.engine.load(folder)
-        self.ema.load(folder / checkpoint.fragment_file("ema", self.ranks.rank))
-        self.meter.load_state_dict(state["meter"])
-        self.step = facts.step
+        return state
 
     def _write_part(self, folder: Path) -> list[Path]:
         """This rank's part of a checkpoint."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch.metrics import read_rows
 
-PATIENCE = 240.0  # seconds
+PATIENCE = 500.0  # seconds
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:

@@ -53,6 +53,7 @@ def planned_digests(config: Config) -> list[str]:
     return digests
 
 
+@pytest.mark.timeout(1500)
 def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["launch", str(config), "--nproc-per-node", "2"]
