@@ -23,6 +23,7 @@ from launch.fragments import Fragment
 
 Result = TypeVar("Result")
 
+ADAM_EPSILON = 1e-6  # as TiM was trained
 TAG = "deepspeed"  # name of DeepSpeed's folder inside a checkpoint
 PATIENCE = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
 
@@ -148,7 +149,7 @@ class Engine:
         deepspeed = _import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        optimizer = torch.optim.AdamW(_parameter_groups(network, weight_decay), lr=0.0, betas=betas, fused=True)
+        optimizer = torch.optim.AdamW(_parameter_groups(network, weight_decay), lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
 
