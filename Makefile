@@ -3,13 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format bench soak clean
+.PHONY: demo test lint format clean
 
 demo: $(READY)
 	$(BIN)/tim demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -20,10 +20,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-soak: $(READY)
-	$(BIN)/python -m pytest -m soak
-
 $(READY): pyproject.toml
+	@echo "building .venv: PyTorch and DeepSpeed are about 6 GB, this takes some minutes, once"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"

@@ -83,7 +83,7 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
     shortest = min_side * max(aspect, 1 / aspect)
-    long_side = math.exp(rng.uniform(math.log(shortest), math.log(max_side)))
+    long_side = shortest * (max_side / shortest) ** rng.uniform()
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
     radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
@@ -112,7 +112,7 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
     to the figure's box, overlaps it best (intersection over union, at least `min_overlap`). A colour counts only where the mean pixel
     is within `max_distance` (of 0 to 441) of it. What cannot be read is `None`. Single stray pixels are passed over.
     """
-    pixels = np.asarray(image.convert("RGB").filter(ImageFilter.MedianFilter(3)), dtype=np.float64)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
     nearest = np.linalg.norm(pixels[:, :, None] - palette, axis=-1).argmin(-1)
     border = np.concatenate([nearest[0], nearest[-1], nearest[1:-1, 0], nearest[1:-1, -1]])
@@ -136,23 +136,36 @@ def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:
 
 
 def _best_shape(coverage: np.ndarray, min_overlap: float) -> str | None:
-    rows, columns = np.flatnonzero((coverage > 0.5).any(1)), np.flatnonzero((coverage > 0.5).any(0))
-    if not len(rows) or not len(columns):
-        return None
-    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
-    centre, half = ((top + bottom) / 2, (left + right) / 2), ((bottom - top) / 2, (right - left) / 2)
-    overlaps = {shape: _overlap(coverage, _template(shape, coverage.shape, centre, half)) for shape in SHAPES}
+    grey = Image.fromarray((coverage * 255).astype(np.uint8))
+    smooth = np.asarray(grey.filter(ImageFilter.MedianFilter(3)), dtype=np.float64) / 255  # without stray pixels, but also without tips
+    overlaps = {shape: max(_fit(shape, coverage, within) for within in (coverage, smooth)) for shape in SHAPES}
     best = max(overlaps, key=lambda shape: overlaps[shape])
-    return best if overlaps[best] >= min_overlap and max(half) <= 1.6 * min(half) else None
+    return best if overlaps[best] >= min_overlap else None
 
 
-def _template(shape: str, size: tuple[int, ...], centre: tuple[float, float], half: tuple[float, float]) -> np.ndarray:
+def _fit(shape: str, coverage: np.ndarray, within: np.ndarray) -> float:
+    """Overlap of the coverage with the shape, drawn into the box that `within` fills; 0 if that box is empty or far from square."""
+    down, across = _span(within.max(axis=1)), _span(within.max(axis=0))
+    if down is None or across is None or max(down[1], across[1]) > 1.6 * min(down[1], across[1]):
+        return 0.0
+    template = _template(shape, coverage.shape, centre=(down[0], across[0]), half=(down[1], across[1]))
+    return float(np.minimum(coverage, template).sum() / np.maximum(coverage, template).sum())
+
+
+def _span(profile: np.ndarray) -> tuple[float, float] | None:
+    """Middle and half length, in pixels, of what a row or column profile of the coverage fills; pixels covered in part count in part."""
+    filled = np.flatnonzero(profile > 0.5)
+    if not len(filled):
+        return None
+    start, stop = max(filled[0] - 1, 0), filled[-1] + 2
+    covered = profile[start:stop]
+    middle = float((covered * (np.arange(start, start + len(covered)) + 0.5)).sum() / covered.sum())
+    return middle, float(covered.sum() / 2)
+
+
+def _template(shape: str, size: tuple[int, ...], *, centre: tuple[float, float], half: tuple[float, float]) -> np.ndarray:
     height, width = size
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING), 0)
     outline = [((centre[1] + x * half[1]) * SUPERSAMPLING, (centre[0] + y * half[0]) * SUPERSAMPLING) for x, y in SHAPES[shape]]
     ImageDraw.Draw(canvas).polygon(outline, fill=255)
     return np.asarray(canvas.resize((width, height), Image.Resampling.BOX), dtype=np.float64) / 255
-
-
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.minimum(a, b).sum() / np.maximum(a, b).sum())

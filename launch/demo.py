@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dataprep.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import Figure, figures, read_figure, write_corpus
 from launch import cluster
@@ -26,6 +27,7 @@ from pipeline.summary import plan_summary
 
 RECIPE = "demo"
 PICTURES = 3000
+PREPARE = PrepareConfig(images=ImageConfig(format="png"))  # drawings, not photographs: JPEG would blur what is to be learned
 STEPS = (1, 2, 4, 8)
 # Height and width in pixels. Training pictures have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
 SIZES = ((32, 32), (20, 60), (48, 24), (28, 40), (24, 84))
@@ -56,7 +58,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     if not (pictures / "metadata.jsonl").is_file():
         write_corpus(pictures, count=PICTURES)
     with console.progress() as report:
-        account = prepare([str(pictures)], out=corpus, config=PrepareConfig(), workers=_cores(), progress=report)
+        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=_cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
     overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else [])]
