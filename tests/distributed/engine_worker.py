@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from launch import checkpoint, fragments
 from launch.checkpoint import Facts
 from launch.ema import ShardedEMA
-from launch.engine import Engine, Ranks, process_group
+from launch.engine import ADAM_EPSILON, Engine, Ranks, process_group
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
@@ -69,7 +69,7 @@ def alone() -> tuple[list[dict[str, Tensor]], list[float], dict[str, Tensor], di
     network = Network()
     matrices, vectors = ([p for p in network.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=ADAM_EPSILON)
     average = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     gradients, norms = [], []
     for step in range(STEPS):
