@@ -141,6 +141,16 @@ class TrainConfig(Section):
         return self
 
 
+class SamplingConfig(Section):
+    """What the model folder says by default."""
+
+    steps: int = Field(default=8, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
+    """Guidance scale; null: 2.5 as in the published evaluations, or 1 if training dropped no captions."""
+    shift: int | None = Field(default=None, ge=1)
+    """Reference side in pixels of the shift of the sampler's times; null: that of the objective."""
+
+
 class LoaderConfig(Section):
     workers: int = Field(default=2, ge=0)
     """Processes per rank that decode images; 0: none but the training process."""
@@ -174,6 +184,7 @@ class Config(Section):
     network: NetworkConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig
+    sampling: SamplingConfig = SamplingConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -31,7 +31,6 @@ PREPARE = PrepareConfig(images=ImageConfig(format="png"))  # drawings, not photo
 STEPS = (1, 2, 4, 8)
 # Height and width in pixels. Training pictures have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
 SIZES = ((32, 32), (20, 60), (48, 24), (28, 40), (24, 84))
-GUIDANCE = 1.0
 PROMPTS_SCORED = 60
 PLANNED_STEPS = 50
 
@@ -106,7 +105,6 @@ def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
             height=[SIZES[i % len(SIZES)][0] for i in range(len(asked))],
             width=[SIZES[i % len(SIZES)][1] for i in range(len(asked))],
             steps=steps,
-            guidance=GUIDANCE,
             seed=list(range(len(asked))),
         )
         for row, image in zip(rows, drawn, strict=False):

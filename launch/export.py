@@ -10,8 +10,7 @@ from launch.config import Config, load_config
 from tim.weights import ModelSpec, save_model
 
 MODEL_FILES = ("config.json", "model.safetensors")
-DEFAULT_STEPS = 8
-DEFAULT_GUIDANCE = 2.5  # the published text-to-image evaluations use it
+PUBLISHED_GUIDANCE = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +81,8 @@ def _trained_on_since(run: Path) -> bool:
 
 def spec_of(config: Config) -> ModelSpec:
     """What a run's config says of its model. Guidance is on by default only where training has dropped captions for it."""
+    sampling = config.sampling
+    usual = PUBLISHED_GUIDANCE if config.text.caption_dropout else 1.0
     return ModelSpec(
         network=config.network.params.model_dump(),
         rope=config.network.rope,
@@ -89,10 +90,10 @@ def spec_of(config: Config) -> ModelSpec:
         codec={"kind": config.codec.kind},
         text={"kind": config.text.kind, "max_tokens": config.text.max_tokens},
         sampling={
-            "steps": DEFAULT_STEPS,
-            "guidance": DEFAULT_GUIDANCE if config.text.caption_dropout else 1.0,
+            "steps": sampling.steps,
+            "guidance": usual if sampling.guidance is None else sampling.guidance,
             "interval": [0.0, 1.0],
-            "shift": config.objective.shift,
+            "shift": config.objective.shift if sampling.shift is None else sampling.shift,
         },
     )
 
