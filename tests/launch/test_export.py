@@ -123,3 +123,16 @@ def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path
     later = (run / "model" / "config.json").stat().st_mtime + 10
     os.utime(run / "latest", (later, later))
     assert some_weight(model_folder(run, say=said.append)) == 8.0
+
+
+def test_sampling_defaults_follow_the_training_unless_the_config_says_otherwise(run: Path) -> None:
+    config = run / "config.yaml"
+
+    def sampling(*overrides: str) -> dict[str, object]:
+        return spec_of(load_config(config, overrides=overrides)).sampling
+
+    assert sampling() == {"steps": 8, "guidance": 1.0, "interval": [0.0, 1.0], "shift": 1024}
+    assert sampling("text.caption_dropout=0.1")["guidance"] == 2.5
+    assert sampling("objective.shift=null")["shift"] is None
+    chosen = sampling("sampling.steps=4", "sampling.guidance=1.5", "sampling.shift=7")
+    assert (chosen["steps"], chosen["guidance"], chosen["shift"]) == (4, 1.5, 7)
