@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
+from launch.cluster import cores
 from launch.console import STOPPED, Console, session
 from launch.tables import count, describe_account, describe_plan, describe_recipes
 
@@ -87,7 +88,7 @@ def prepare(
             raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
         settings = load_config(config, overrides=overrides, schema=PrepareConfig)
         with console.progress() as report:
-            account = prepare_corpus(positional, out=out, config=settings, workers=workers or _cores(), progress=report)
+            account = prepare_corpus(positional, out=out, config=settings, workers=workers or cores(), progress=report)
         facts = {
             "inputs": account.inputs,
             "kept": account.kept,
@@ -115,7 +116,7 @@ def verify(
         from dataprep.verify import verify as verify_corpus
 
         with console.progress() as report:
-            found = verify_corpus(corpus, workers=workers or _cores(), progress=report)
+            found = verify_corpus(corpus, workers=workers or cores(), progress=report)
         clean = not found.problems
         verdict = "clean" if clean else count(len(found.problems), "problem")
         lines = [f"{corpus}: {count(found.samples, 'sample')} in {count(found.shards, 'shard')}, {verdict}"]
@@ -319,10 +320,6 @@ def _say_trained(console: Console, run_dir: Path, *, steps: int) -> None:
     rows = read_rows(run_dir / "metrics.jsonl")
     data = {"run": run_dir, "model": model, "steps": steps, "last": rows[-1] if rows else None}
     console.result(f"{model}: trained for {steps} steps", data=data)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -101,9 +101,14 @@ def torchrun_arguments(
     return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_environment(nproc_per_node: int) -> dict[str, str]:
     """What the workers find in their environment. Threads: processes × threads must not exceed the cores."""
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // nproc_per_node))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // nproc_per_node))
     return {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
 
 

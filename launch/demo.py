@@ -7,7 +7,6 @@ it was asked for.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,7 +56,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     if not (pictures / "metadata.jsonl").is_file():
         write_corpus(pictures, count=PICTURES)
     with console.progress() as report:
-        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=_cores(), progress=report)
+        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=cluster.cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
     overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else [])]
@@ -162,12 +161,8 @@ def _plot_loss(metrics: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _processes(packs_per_step: int) -> int:
     """One process on a GPU; on a CPU one for each core, as far as the packs of a step go."""
     import torch
 
-    return 1 if torch.cuda.is_available() else min(_cores(), packs_per_step)
+    return 1 if torch.cuda.is_available() else min(cluster.cores(), packs_per_step)

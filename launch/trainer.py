@@ -21,6 +21,7 @@ import torch
 from launch import checkpoint, fragments, runs
 from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
+from launch.console import STOPPED
 from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
@@ -31,7 +32,6 @@ from pipeline.loader import LoadedStep, Loader
 from pipeline.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, codecs, text, transports
 
-STOPPED = 75  # exit code: stopped by a signal after saving, run the same command again
 MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
 
 
@@ -247,7 +247,7 @@ class _Signals:
 def _listening() -> Iterator[_Signals]:
     """Note SIGTERM, SIGINT and SIGHUP instead of dying of them: the loop saves and leaves. A second SIGINT interrupts at once.
 
-    The loader's processes, forked from this one, pay no heed: they end when it closes them, or with it.
+    The loader's processes pay no heed: they end when it closes them, or with it.
     """
     signals, owner = _Signals(), os.getpid()
 
