@@ -3,7 +3,8 @@
 Legend: T query tokens, S key tokens, H heads, D head width. Backends:
 
 - `varlen`: `torch.nn.attention.varlen` (CUDA, bfloat16 or float16).
-- `sdpa`: scaled-dot-product attention on any device and dtype; segments of similar lengths are batched, the shorter ones masked.
+- `sdpa`: scaled-dot-product attention on any device and dtype; segments of similar lengths are batched, the shorter ones masked. The
+  only one with a forward-mode derivative (`torch.func.jvp`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tim.packed import Segments
 
@@ -71,6 +73,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Se
     heads, width = q.shape[1:]
     if not plan.batches:
         return torch.zeros_like(q)
+    kernel = _written_out if _has_tangent(q, k, v) else F.scaled_dot_product_attention
     qs = _Gather.apply(q, plan.q_index, plan.q_inverse).split([b.segments * b.q_len for b in plan.batches])
     ks = _Gather.apply(k, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
     vs = _Gather.apply(v, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
@@ -79,10 +82,23 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Se
         q_BHTD = q_part.view(batch.segments, batch.q_len, heads, width).transpose(1, 2)
         k_BHSD = k_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
         v_BHSD = v_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
-        out_BHTD = F.scaled_dot_product_attention(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
+        out_BHTD = kernel(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
         outputs.append(out_BHTD.transpose(1, 2).reshape(-1, heads, width))
     outputs.append(q.new_zeros(1, heads, width))
     return torch.cat(outputs).index_select(0, plan.q_inverse)
+
+
+def _has_tangent(*tensors: Tensor) -> bool:
+    """Whether a forward-mode derivative (`torch.func.jvp`) is being taken."""
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _written_out(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
+    """Scaled-dot-product attention as plain products and a softmax: the fused kernels have no forward-mode derivative."""
+    scores = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.mT
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1) @ v_BHSD
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]] = {"varlen": _varlen, "sdpa": _sdpa}
@@ -109,14 +125,24 @@ class _Gather(torch.autograd.Function):
     """Rows by index, where rows that occur twice are padding without gradient: so the backward pass is a gather too, not a scatter."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        _, index, inverse = inputs
+        ctx.save_for_backward(inverse)
+        ctx.save_for_forward(index)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (inverse,) = ctx.saved_tensors
         return torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, inverse), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (index,) = ctx.saved_tensors
+        return tangent.index_select(0, index)
 
 
 @lru_cache(maxsize=256)

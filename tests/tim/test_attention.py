@@ -14,7 +14,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, q_lengths: list[int], kv_lengths: lis
     owner_k = torch.repeat_interleave(torch.arange(len(kv_lengths)), torch.tensor(kv_lengths))
     allowed = owner_q[:, None] == owner_k
     scores = torch.einsum("thd,shd->hts", q, k) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1).nan_to_num(0)
+    weights = scores.masked_fill(~allowed, -1e9).softmax(-1) * allowed
     return torch.einsum("hts,shd->thd", weights, v)
 
 
@@ -43,6 +43,19 @@ def test_values_and_gradients_equal_a_dense_mask(name: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(actual, reference)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_mode_derivative_equals_that_of_a_dense_mask(name: str) -> None:
+    q_lengths, kv_lengths = CASES[name]
+    torch.manual_seed(0)
+    q, q_tangent = torch.randn(2, sum(q_lengths), 2, 8, dtype=torch.float64)
+    k, k_tangent, v, v_tangent = torch.randn(4, sum(kv_lengths), 2, 8, dtype=torch.float64)
+    q_segments, kv_segments = Segments.from_lengths(q_lengths), Segments.from_lengths(kv_lengths)
+    primals, tangents = (q, k, v), (q_tangent, k_tangent, v_tangent)
+    actual = torch.func.jvp(lambda q, k, v: attention(q, k, v, q_segments, kv_segments), primals, tangents)
+    expected = torch.func.jvp(lambda q, k, v: dense(q, k, v, q_lengths, kv_lengths), primals, tangents)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_a_pack_without_any_key_gives_zeros() -> None:

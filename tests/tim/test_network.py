@@ -36,6 +36,24 @@ def test_a_pack_equals_its_images_in_output_and_gradient(tiny: TransitionTransfo
         torch.testing.assert_close(parameter.grad, together[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_forward_mode_derivative_equals_a_central_difference(tiny: TransitionTransformer) -> None:
+    """Along any direction of tokens and times: what the objective needs of `torch.func.jvp`."""
+    tiny.double()
+    latents, captions, t, r = inputs()
+    packed = PackedTokens.from_latents([x.double() for x in latents], 2)
+    text = PackedText.from_features([c.double() for c in captions])
+    point = (packed.tokens, t.double(), r.double())
+    direction = tuple(torch.randn_like(x) for x in point)
+
+    def run(tokens: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return tiny(packed._replace(tokens=tokens), t, r, text).tokens
+
+    out, derivative, *_ = torch.func.jvp(run, point, direction)
+    ahead, behind = (run(*(x + step * d for x, d in zip(point, direction, strict=True))) for step in (1e-5, -1e-5))
+    torch.testing.assert_close(out, run(*point))
+    torch.testing.assert_close(derivative, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
 def test_every_input_matters(tiny: TransitionTransformer) -> None:
     latents, captions, t, r = inputs()
 
