@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.fragments import Fragment
+from launch.muon import Muon, hidden_matrices
 
 Result = TypeVar("Result")
 
@@ -131,7 +132,7 @@ class StepResult:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO with torch's AdamW. Call it like the network; weights stay in float32."""
+    """A network under DeepSpeed ZeRO, with torch's AdamW or Muon. Call it like the network; weights stay in float32."""
 
     def __init__(
         self,
@@ -140,6 +141,7 @@ class Engine:
         ranks: Ranks,
         stage: int,
         precision: Literal["fp32", "bf16"] = "fp32",
+        optimizer: Literal["adamw", "muon"] = "adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         clip: float = 1.0,
@@ -149,9 +151,11 @@ class Engine:
         deepspeed = _import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        optimizer = torch.optim.AdamW(_parameter_groups(network, weight_decay), lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
+        make = Muon if optimizer == "muon" else torch.optim.AdamW
+        stepper = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config, dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=stepper, config=config, dist_init_required=False)
 
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
@@ -219,14 +223,17 @@ def _writer(name: str) -> int:
     return int(rest.split("_")[0]) if rest else 0
 
 
-def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and gains do not."""
-    parameters = list(network.parameters())
-    if not weight_decay:
-        return [{"params": parameters, "weight_decay": 0.0}]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
+    """Matrices decay; biases and gains do not. With `muon`, the hidden matrices come in a group that says their shapes."""
+    hidden = hidden_matrices(network) if muon else []
+    taken = {id(parameter) for parameter in hidden}
+    others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
+    groups = [
+        {"params": hidden, "weight_decay": weight_decay, "shapes": [tuple(parameter.shape) for parameter in hidden]},
+        {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:

@@ -132,6 +132,7 @@ class Trainer:
             ranks=ranks,
             stage=config.train.zero,
             precision=config.train.precision,
+            optimizer=config.train.optimizer,
             betas=config.train.betas,
             weight_decay=config.train.weight_decay,
             clip=config.train.clip,

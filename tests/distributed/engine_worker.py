@@ -13,6 +13,7 @@ from launch import checkpoint, fragments
 from launch.checkpoint import Facts
 from launch.ema import ShardedEMA
 from launch.engine import ADAM_EPSILON, Engine, Ranks, process_group
+from launch.muon import orthogonalise
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
@@ -21,15 +22,17 @@ LR = 1e-2
 
 
 class Network(nn.Module):
-    """Odd sizes, so that partitions cut through parameters; `twice` is used two times a step."""
+    """Odd sizes, so that partitions cut through parameters; the first block is used two times a step."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.twice, self.last = nn.Linear(7, 33), nn.Linear(33, 33), nn.Linear(33, 5, bias=False)
+        self.first, self.last = nn.Linear(7, 33), nn.Linear(20, 5, bias=False)
+        self.blocks = nn.ModuleList([nn.Linear(33, 33), nn.Linear(33, 20)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.twice(torch.tanh(self.twice(torch.tanh(self.first(x)))))))
+        twice, narrow = self.blocks
+        return self.last(torch.tanh(narrow(torch.tanh(twice(torch.tanh(twice(torch.tanh(self.first(x)))))))))
 
 
 def loss_of(out: Tensor) -> Tensor:
@@ -41,9 +44,9 @@ def packs_of(step: int) -> list[Tensor]:
     return [torch.randn(count, 7, generator=generator) for count in PACKS]
 
 
-def make_engine(ranks: Ranks, stage: int, precision: str) -> Engine:
-    assert precision in ("fp32", "bf16")
-    return Engine(Network(), ranks=ranks, stage=stage, precision=precision, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+def make_engine(ranks: Ranks, case: str) -> Engine:
+    stage, precision, optimizer = case.split("-")
+    return Engine(Network(), ranks=ranks, stage=int(stage), precision=precision, optimizer=optimizer, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
 
 
 def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) -> tuple[dict[str, Tensor], float, bool]:
@@ -64,20 +67,39 @@ def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) 
     return gradients, result.grad_norm, result.applied
 
 
-def alone() -> tuple[list[dict[str, Tensor]], list[float], dict[str, Tensor], dict[str, Tensor]]:
+class PlainMuon:
+    """Muon as its paper writes it, matrix by matrix, in torch's form of momentum."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        self.matrices, self.momenta = matrices, [torch.zeros_like(matrix) for matrix in matrices]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
+            assert matrix.grad is not None
+            momentum.mul_(0.95).add_(matrix.grad, alpha=0.05)
+            update = orthogonalise(0.05 * matrix.grad + 0.95 * momentum)
+            matrix.mul_(1 - LR * 0.1).sub_(LR * 0.2 * max(matrix.shape) ** 0.5 * update)
+
+
+def alone(optimizer_name: str) -> tuple[list[dict[str, Tensor]], list[float], dict[str, Tensor], dict[str, Tensor]]:
     """Gradients and norms of every step, then weights and average, of one process without DeepSpeed."""
     network = Network()
-    matrices, vectors = ([p for p in network.parameters() if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    hidden = [block.weight for block in network.blocks if isinstance(block, nn.Linear)] if optimizer_name == "muon" else []
+    others = [p for p in network.parameters() if all(p is not matrix for matrix in hidden)]
+    matrices, vectors = ([p for p in others if (p.ndim >= 2) == wanted] for wanted in (True, False))
+    muon = PlainMuon(hidden)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), eps=ADAM_EPSILON)
     average = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     gradients, norms = [], []
     for step in range(STEPS):
-        optimizer.zero_grad()
+        network.zero_grad()
         (sum(loss_of(network(pack)) for pack in packs_of(step)) / sum(PACKS)).backward()  # pyright: ignore[reportAttributeAccessIssue]
         gradients.append({name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None})
         norms.append(float(nn.utils.clip_grad_norm_(network.parameters(), 1.0)))
         optimizer.step()
+        muon.step()
         decay = min(DECAY, (1 + step) / (10 + step))
         for name, parameter in network.named_parameters():
             average[name].mul_(decay).add_(parameter.detach(), alpha=1 - decay)
@@ -89,9 +111,9 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-def check_stage(ranks: Ranks, stage: int, precision: str, folder: Path) -> dict[str, object]:
-    gradients, norms, weights, average = alone()
-    engine = make_engine(ranks, stage, precision)
+def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
+    gradients, norms, weights, average = alone(case.split("-")[2])
+    engine = make_engine(ranks, case)
     ema = ShardedEMA(engine.fragments(), shapes=engine.shapes, decay=DECAY)
     gradient_error, norm_error = 0.0, 0.0
     for step in range(STEPS):
@@ -107,7 +129,7 @@ def check_stage(ranks: Ranks, stage: int, precision: str, folder: Path) -> dict[
         ema.save(own[1])
         return [*files, *own]
 
-    facts = Facts(step=STEPS, world_size=ranks.size, zero=stage, config_hash="")
+    facts = Facts(step=STEPS, world_size=ranks.size, zero=engine.stage, config_hash="")
     saved = checkpoint.save(folder, facts, ranks=ranks, write=write, keep_last=1)
     weight_error = distance(checkpoint.consolidate(saved, ema=False), weights)
     average_error = distance(checkpoint.consolidate(saved, ema=True), average)
@@ -117,7 +139,7 @@ def check_stage(ranks: Ranks, stage: int, precision: str, folder: Path) -> dict[
     unbroken = [take_step(engine, ranks, step)[1] for step in (91, 92)]
     engine.close()
 
-    again = make_engine(ranks, stage, precision)
+    again = make_engine(ranks, case)
     again.load(saved)
     resumed_ema = ShardedEMA(again.fragments(), shapes=again.shapes, decay=DECAY)
     resumed_ema.load(saved / checkpoint.fragment_file("ema", ranks.rank))
@@ -139,8 +161,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     with process_group() as ranks:
         for case in sys.argv[2:]:
-            stage, precision = case.split("-")
-            report = check_stage(ranks, int(stage), precision, folder / case)
+            report = check_case(ranks, case, folder / case)
             (folder / f"{case}-{ranks.rank}.json").write_text(json.dumps(report))
 
 
