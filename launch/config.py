@@ -90,8 +90,12 @@ class NetworkConfig(Section):
     """Rotary layout: positions count from the corner or the middle of an image; `legacy` only for the published weights."""
 
 
+TRANSPORT_SETTINGS = {"time_mean": "mean", "time_std": "std", "sigma_d": "sigma_d"}  # of this section → of `transports.make`
+
+
 class ObjectiveConfig(Section):
-    transport: Literal["ot_fm"] = "ot_fm"
+    transport: Literal["ot_fm", "trigflow", "vp", "ve", "edm"] = "ot_fm"
+    """How noise and image mix over time."""
     derivative: Literal["finite-difference"] = "finite-difference"
     epsilon: float = Field(default=0.005, gt=0, lt=0.5)
     """Half the interval of the finite difference."""
@@ -99,13 +103,15 @@ class ObjectiveConfig(Section):
     """Share of images trained with r = t."""
     consistency_share: Share = 0.1
     """Share of images trained with r = 0; the rest has r < t."""
-    time_mean: float = 0.0
-    time_std: float = Field(default=1.6, gt=0)
-    """Times are logit-normal, with this mean and deviation."""
+    time_mean: float | None = None
+    time_std: float | None = Field(default=None, gt=0)
+    """Mean and deviation of the normal law behind the times of ot_fm, trigflow (null: 0 and 1.6) and edm (null: -1.2 and 1.2)."""
+    sigma_d: float | None = Field(default=None, gt=0)
+    """Standard deviation of the latents, for edm; null: 0.5."""
     weighting: Literal["tangent", "none"] = "tangent"
     """How an image's loss is weighted by t and r."""
     shift: int | None = Field(default=1024, ge=1)
-    """Times shift with resolution, by this reference side in pixels; null: they do not."""
+    """Times shift with resolution, by this reference side in pixels; null: they do not. Only ot_fm and trigflow can."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> ObjectiveConfig:
@@ -113,6 +119,26 @@ class ObjectiveConfig(Section):
         if total > 1 + 1e-9:
             raise Impossible("consistency_share", f"diffusion_share and consistency_share add up to {total:g}, more than 1")
         return self
+
+    @model_validator(mode="after")
+    def _transport_fits(self) -> ObjectiveConfig:
+        """Refuse what the transport does not have; a shift that nobody asked for is left out."""
+        from tim import transports  # torch is slow to import, and a config that is wrong does not need it
+
+        known, shifts = transports.settings_of(self.transport), transports.TRANSPORTS[self.transport].shifts
+        for key, name in TRANSPORT_SETTINGS.items():
+            if getattr(self, key) is not None and name not in known:
+                raise Impossible(key, f"transport {self.transport} has no such setting; leave it out")
+        if self.shift is not None and not shifts:
+            if "shift" in self.model_fields_set:
+                raise Impossible("shift", f"the noise of transport {self.transport} has a fixed range, its times do not shift; set null")
+            vars(self).update(shift=None)
+        return self
+
+    def transport_settings(self) -> dict[str, float]:
+        """What `transports.make` is to be told."""
+        given = {name: getattr(self, key) for key, name in TRANSPORT_SETTINGS.items()}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 class TrainConfig(Section):
@@ -192,6 +218,14 @@ class Config(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _sampling_fits(self) -> Config:
+        from tim import transports
+
+        if self.sampling.shift is not None and not transports.TRANSPORTS[self.objective.transport].shifts:
+            raise Impossible("sampling.shift", f"the noise of transport {self.objective.transport} has a fixed range; set null")
+        return self
 
     @model_validator(mode="after")
     def _follow_the_codec(self) -> Config:

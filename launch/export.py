@@ -86,7 +86,7 @@ def spec_of(config: Config) -> ModelSpec:
     return ModelSpec(
         network=config.network.params.model_dump(),
         rope=config.network.rope,
-        transport={"kind": config.objective.transport, "mean": config.objective.time_mean, "std": config.objective.time_std},
+        transport={"kind": config.objective.transport, **config.objective.transport_settings()},
         codec={"kind": config.codec.kind},
         text={"kind": config.text.kind, "max_tokens": config.text.max_tokens},
         sampling={

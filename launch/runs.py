@@ -18,7 +18,7 @@ from launch.config import Config, ConfigError, to_yaml
 
 CONFIG = "config.yaml"
 LOCK = "lock"
-FIXED = ("codec", "text", "network", "condition")  # the weights' meaning hangs on these
+FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # the weights' meaning hangs on these
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
     now = _flat(yaml.safe_load(to_yaml(config)))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
-        if key.split(".")[0] in FIXED and key != "text.caption_dropout":
+        if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED) and key != "text.caption_dropout":
             change = f"was {before.get(key)!r} in {path} and is {now.get(key)!r}"
             raise ConfigError(f"{key} {change}: the run's weights do not fit; go on as before, or give another run_dir")
     return [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]

@@ -105,7 +105,7 @@ class Trainer:
         self.codec = codecs.make(config.codec.kind)
         self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
         self.objective = TransitionObjective(
-            transports.make(chosen.transport, mean=chosen.time_mean, std=chosen.time_std),
+            transports.make(chosen.transport, **chosen.transport_settings()),
             patch_size=params.patch_size,
             epsilon=chosen.epsilon,
             weighting=chosen.weighting,

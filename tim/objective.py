@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tim.packed import PackedText, PackedTokens
-from tim.transports import Transport, shift_time
+from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
 WEIGHTINGS = ("tangent", "none")
@@ -87,7 +87,7 @@ class TransitionObjective:
         times = self.transport.draw_times(uniforms)
         if self.shift is not None:
             cells = torch.tensor([latent.shape[-2] * latent.shape[-1] for latent in latents])
-            times = shift_time(times, pixels=(cells * self.pixels_per_cell**2)[:, None], reference=self.shift)
+            times = self.transport.shift(times, pixels=(cells * self.pixels_per_cell**2)[:, None], reference=self.shift)
         r, t = times.sort(dim=1).values.unbind(1)
         r = torch.where(kinds == DIFFUSION, t, torch.where(kinds == CONSISTENCY, torch.full_like(r, self.transport.end), r))
         return t, r
@@ -115,12 +115,10 @@ class TransitionObjective:
         noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
         derivative = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
 
-        t_device, r_device = t.to(device, clean.tokens.dtype), r.to(device, clean.tokens.dtype)
-        t_tokens, r_tokens = clean.per_token(t_device)[:, None], clean.per_token(r_device)[:, None]
-        alpha, sigma = self.transport.interpolant(t_tokens)
-        noisy = clean._replace(tokens=alpha * clean.tokens + sigma * noise_tokens)
+        t_tokens, r_tokens = (clean.per_token(time.to(device))[:, None] for time in (t, r))
+        noisy = clean._replace(tokens=self.transport.mix(clean.tokens, noise_tokens, t_tokens))
         target = self.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
-        out = network(noisy, self.transport.time_input(t_device), self.transport.time_input(r_device), condition)
+        out = network(noisy, self._time_input(t, clean), self._time_input(r, clean), condition)
 
         raw = self.distance(out, target)
         scale = self.time_weight(t, r).to(device, torch.float32) * weights.to(device)
@@ -138,7 +136,7 @@ class TransitionObjective:
         """(B,) weight of an image by how far its transition goes."""
         if self.weighting == "none":
             return torch.ones_like(t)
-        return torch.where(r == t, torch.ones_like(t), (1 + torch.tan(t) - torch.tan(r)).rsqrt())
+        return torch.where(r == t, torch.ones_like(t), (1 + self.transport.tangent(t) - self.transport.tangent(r)).rsqrt())
 
     def _derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: PackedText, *, t: Tensor, r: Tensor
@@ -150,21 +148,16 @@ class TransitionObjective:
         """
         moving = (r < t).nonzero()[:, 0].tolist()
         images = moving or [0]
-        later = (t[images] + self.epsilon).clamp(max=self.transport.start)
-        earlier = (t[images] - self.epsilon).clamp(min=self.transport.end)
+        earlier, later = self.transport.around(t[images], self.epsilon)
         both = images + images
         device = clean.tokens.device
-        times = torch.cat([later, earlier]).to(device, clean.tokens.dtype)
-        ends = r[both].to(device, clean.tokens.dtype)
+        times = torch.cat([later, earlier])
         pair = clean.select(both)
         noise_pair = clean._replace(tokens=noise_tokens).select(both).tokens
-        alpha, sigma = self.transport.interpolant(pair.per_token(times)[:, None])
+        mixed = self.transport.mix(pair.tokens, noise_pair, pair.per_token(times.to(device))[:, None])
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             out = network(
-                pair._replace(tokens=alpha * pair.tokens + sigma * noise_pair),
-                self.transport.time_input(times),
-                self.transport.time_input(ends),
-                condition.select(both),
+                pair._replace(tokens=mixed), self._time_input(times, clean), self._time_input(r[both], clean), condition.select(both)
             )
         derivative = torch.zeros_like(clean.tokens)
         if not moving:
@@ -172,3 +165,7 @@ class TransitionObjective:
         ahead, behind = out.tokens.chunk(2)
         interval = pair.per_token(torch.cat([later - earlier] * 2).to(device, clean.tokens.dtype))[: len(ahead), None]
         return derivative.index_copy(0, clean.rows(moving), (ahead - behind) / interval)
+
+    def _time_input(self, t: Tensor, packed: PackedTokens) -> Tensor:
+        """(B,) what the network sees of times, made in float64."""
+        return self.transport.time_input(t).to(packed.tokens.device, packed.tokens.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tim.packed import PackedText, PackedTokens
-from tim.transports import Transport, shift_time
+from tim.transports import Transport
 
 
 class Network(Protocol):
@@ -32,15 +32,16 @@ class Samples:
 
 
 def time_grid(steps: int, *, transport: Transport, pixels: int | None = None, shift: int | None = None) -> list[float]:
-    """steps + 1 times from noise to image, evenly spaced, in float64; shifted for an image of so many pixels if `shift` is given.
+    """steps + 1 times from noise to image, as the transport spaces them, in float64; shifted for an image of so many pixels if `shift`,
+    the side of the reference square, is given.
 
-    Raises ValueError for fewer than one step.
+    Raises ValueError for fewer than one step, and for a shift that the transport does not have.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1 is needed")
-    grid = torch.linspace(transport.start, transport.end, steps + 1, dtype=torch.float64)
+    grid = transport.times(steps)
     if shift is not None and pixels is not None:
-        grid = shift_time(grid, pixels=torch.tensor(pixels), reference=shift)
+        grid = transport.shift(grid, pixels=torch.tensor(pixels), reference=shift)
     return grid.tolist()
 
 
@@ -61,8 +62,10 @@ def sample(
     """Carry every image of a pack from noise to its end.
 
     noise: (C, h, w) per image, any sizes; condition, null_condition: one caption per image; steps: for all images or one number
-    each, evenly spaced times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval` (closed) holds t;
+    each, evenly spaced times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval` (closed, in shares of
+    the transport's start) holds t;
     callback(step, clean estimates) after every step. The state is kept in float64, times are never rounded to the network's dtype.
+    Noise is scaled by what the transport says of the first time, latents are given back in the scale of images.
     Raises ValueError for grids that do not fall, an empty interval, or guidance without a null condition.
     """
     count = len(noise)
@@ -73,11 +76,11 @@ def sample(
     if any(scale != 1.0 for scale in scales) and null_condition is None:
         raise ValueError("guidance other than 1 needs a null condition")
 
-    state = [z.double() for z in noise]
+    state = [z.double() * transport.interpolant(torch.tensor(grid[0]).double())[1] for z, grid in zip(noise, grids, strict=True)]
     evaluations = [0] * count
     for step in range(max(len(grid) for grid in grids) - 1):
         active = [i for i in range(count) if step < len(grids[i]) - 1]
-        guided = [i for i in active if scales[i] != 1.0 and interval[0] <= grids[i][step] <= interval[1]]
+        guided = [i for i in active if scales[i] != 1.0 and interval[0] <= grids[i][step] / transport.start <= interval[1]]
         packed = PackedTokens.from_latents([state[i] for i in active + guided], network.patch_size)
         device = packed.tokens.device
         t = torch.tensor([grids[i][step] for i in active + guided], dtype=torch.float64)
@@ -102,7 +105,8 @@ def sample(
             state[i] = transport.step(state[i], t[position], r[position], directions[i])
         if callback is not None:
             callback(step, estimates)
-    return Samples([x.float() for x in state], evaluations)
+    scale = transport.interpolant(torch.tensor(transport.end).double())[0]
+    return Samples([(x / scale).float() for x in state], evaluations)
 
 
 def _grids(

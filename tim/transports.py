@@ -1,75 +1,354 @@
-"""Transports: how noise and image mix over time, and what that makes of the transition identity.
+"""Transports: how noise and image mix over time, and what that makes of the state transition identity.
 
-A transport holds the formulas of one row of TiM's table (arXiv 2509.04394, appendix): x_t = α(t)·x + σ(t)·ε, the network's
-target, the step from t to r and the law of the training times. Times and their functions have shape (B,) or a token's shape (T, 1).
+A transport is one row of TiM's table (arXiv 2509.04394, appendix). It says how a noisy image is mixed, x_t = α·x + σ·ε, and what a
+perfect network says for r → t, f* = α̂·x + σ̂·ε. All else follows: with C = σ̂_t·α_t − α̂_t·σ_t, one image and one noise are carried by
+
+    x_r = A·x_t + B·f,   A = (α_r·σ̂_t − σ_r·α̂_t) / C,   B = (σ_r·α_t − α_r·σ_t) / C,
+
+and the network is right for every r if d/dt [B·(f* − f)] = 0 along the path (state transition identity), which is the target. The
+published EDM has sigma_d cubed where its square belongs, and its steps miss; derived in this way, all five are exact.
+
+Times and what is made of them broadcast against x, noise and f; functions of time are evaluated in the times' own dtype.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
+class Transport(ABC):
+    """What all transports share. Times fall from `start` (noise) to `end` (image); `shifts`: whether they may shift with resolution."""
+
+    start: ClassVar[float] = 1.0
+    end: ClassVar[float] = 0.0
+    shifts: ClassVar[bool] = False
+
+    @abstractmethod
+    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α(t) and σ(t): x_t = α·x + σ·ε."""
+
+    @abstractmethod
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """α̂(t) and σ̂(t): f* = α̂·x + σ̂·ε."""
+
+    @abstractmethod
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """dα/dt and dσ/dt."""
+
+    @abstractmethod
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """dα̂/dt and dσ̂/dt."""
+
+    @abstractmethod
+    def time_input(self, t: Tensor) -> Tensor:
+        """The time as the network sees it."""
+
+    @abstractmethod
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        """Training times from uniform numbers in (0, 1), of the same shape, in float64."""
+
+    def mix(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of one image and one noise."""
+        return _combine(self.interpolant(t), x, noise)
+
+    def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """dx_t/dt along the path of one image and one noise."""
+        return _combine(self.interpolant_rate(t), x, noise)
+
+    def ideal(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """f*: what the network should say at x_t for r = t, on average over all images and noises that meet there."""
+        return _combine(self.direction(t), x, noise)
+
+    def target(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
+        """What the network should say at (x_t, t, r), given the total derivative df/dt of what it says: f* + (B/B′)·(df*/dt − df/dt)."""
+        change = _combine(self.direction_rate(t), x, noise)
+        return self.ideal(x, noise, t) + self._reach(t, r).to(x.dtype) * (change - derivative)
+
+    def step(self, x_t: Tensor, t: Tensor, r: Tensor, f: Tensor) -> Tensor:
+        """x_r from x_t and the network's output f: A·x_t + B·f."""
+        (alpha_t, sigma_t), (to_alpha, to_sigma), (alpha_r, sigma_r) = self.interpolant(t), self.direction(t), self.interpolant(r)
+        a, b = alpha_r * to_sigma - sigma_r * to_alpha, sigma_r * alpha_t - alpha_r * sigma_t
+        return _combine((a / self._cross(t), b / self._cross(t)), x_t, f)
+
+    def clean(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
+        """The estimate of the noise-free image that goes with output f at time t."""
+        (_, sigma), (_, to_sigma), cross = self.interpolant(t), self.direction(t), self._cross(t)
+        return _combine((to_sigma / cross, -sigma / cross), x_t, f)
+
+    def noise(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
+        """The estimate of the noise that goes with output f at time t."""
+        (alpha, _), (to_alpha, _), cross = self.interpolant(t), self.direction(t), self._cross(t)
+        return _combine((-to_alpha / cross, alpha / cross), x_t, f)
+
+    def around(self, t: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """The times before and after t between which a central difference is taken, epsilon away, inside the transport's range."""
+        return (t - epsilon).clamp(min=self.end), (t + epsilon).clamp(max=self.start)
+
+    def tangent(self, t: Tensor) -> Tensor:
+        """The time as the tangent weighting measures it."""
+        return torch.tan(t)
+
+    def times(self, steps: int) -> Tensor:
+        """steps + 1 times from start to end, in float64: evenly spaced."""
+        return torch.linspace(self.start, self.end, steps + 1, dtype=torch.float64)
+
+    def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
+        """Shift times with resolution: the ratio of noise to image, σ/α, times q = sqrt(pixels / reference²) (TiM, appendix C).
+
+        pixels: h·w of the image, broadcast against t; reference: the side in pixels of the square that is left as it is.
+        Raises ValueError where the transport's noise ends at a fixed ratio, which a shift would leave.
+        """
+        kind = next(name for name, transport in TRANSPORTS.items() if isinstance(self, transport))
+        able = ", ".join(name for name, transport in TRANSPORTS.items() if transport.shifts)
+        raise ValueError(f"transport {kind} has a fixed range of noise, its times do not shift: set shift to null, or choose {able}")
+
+    def _cross(self, t: Tensor) -> Tensor:
+        """C(t)."""
+        (alpha, sigma), (to_alpha, to_sigma) = self.interpolant(t), self.direction(t)
+        return to_sigma * alpha - to_alpha * sigma
+
+    def _reach(self, t: Tensor, r: Tensor) -> Tensor:
+        """B / (dB/dt) at (t, r)."""
+        (alpha, sigma), (to_alpha, to_sigma), (alpha_r, sigma_r) = self.interpolant(t), self.direction(t), self.interpolant(r)
+        (alpha_rate, sigma_rate), (to_alpha_rate, to_sigma_rate) = self.interpolant_rate(t), self.direction_rate(t)
+        cross = to_sigma * alpha - to_alpha * sigma
+        cross_rate = to_sigma_rate * alpha + to_sigma * alpha_rate - to_alpha_rate * sigma - to_alpha * sigma_rate
+        numerator, numerator_rate = sigma_r * alpha - alpha_r * sigma, sigma_r * alpha_rate - alpha_r * sigma_rate
+        return numerator / (numerator_rate - numerator * cross_rate / cross)
+
+
 @dataclass(frozen=True, slots=True)
-class OptimalTransportFlow:
-    """OT-FM (linear flow matching): x_t = (1 − t)·x + t·ε for t in [0, 1], direction ε − x.
+class OptimalTransportFlow(Transport):
+    """OT-FM (linear flow matching): x_t = (1 − t)·x + t·ε for t in [0, 1], f* = ε − x.
 
     Training times are logistic-normal: ln(t / (1 − t)) ~ N(mean, std).
     """
 
     mean: float = 0.0
     std: float = 1.6
-    start: float = 1.0
-    end: float = 0.0
+    shifts: ClassVar[bool] = True
 
     def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """α(t) and σ(t)."""
         return 1 - t, t
 
-    def velocity(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """dx_t/dt along the path of one image and one noise."""
-        return noise - x
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
 
-    def target(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
-        """What the network should say at (x_t, t, r), given the total derivative df/dt of what it says (state transition identity)."""
-        return noise - x - (t - r) * derivative
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
 
-    def step(self, x_t: Tensor, t: Tensor, r: Tensor, f: Tensor) -> Tensor:
-        """x_r from x_t and the network's output f."""
-        return x_t - (t - r) * f
-
-    def clean(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
-        """The estimate of the noise-free image that goes with output f at time t."""
-        return x_t - t * f
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.zeros_like(t)
 
     def time_input(self, t: Tensor) -> Tensor:
-        """The time as the network sees it."""
         return t
 
     def draw_times(self, uniforms: Tensor) -> Tensor:
-        """Training times from uniform numbers in (0, 1), of the same shape, in float64."""
-        return torch.sigmoid(self.mean + self.std * torch.special.ndtri(uniforms.double()))
+        return torch.sigmoid(_normal(uniforms, self.mean, self.std))
+
+    def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
+        """t' = q·t / (1 + (q − 1)·t)."""
+        q = pixels.double().sqrt() / reference
+        return q * t / (1 + (q - 1) * t)
 
 
-TRANSPORTS = {"ot_fm": OptimalTransportFlow}
-Transport = OptimalTransportFlow
+@dataclass(frozen=True, slots=True)
+class TrigFlow(Transport):
+    """TrigFlow (arXiv 2410.11081): x_t = cos t·x + sin t·ε for t in [0, π/2], f* = cos t·ε − sin t·x.
+
+    Training times are atan σ with ln σ ~ N(mean, std).
+    """
+
+    mean: float = 0.0
+    std: float = 1.6
+    start: ClassVar[float] = math.pi / 2
+    shifts: ClassVar[bool] = True
+
+    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.cos(t), torch.sin(t)
+
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.sin(t), torch.cos(t)
+
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.sin(t), torch.cos(t)
+
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.cos(t), -torch.sin(t)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        return t
+
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        return torch.atan(torch.exp(_normal(uniforms, self.mean, self.std)))
+
+    def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
+        """t' = atan(q·tan t)."""
+        return torch.atan(pixels.double().sqrt() / reference * torch.tan(t))
 
 
-def make(kind: str, *, mean: float = 0.0, std: float = 1.6) -> Transport:
-    """A transport by its published name. Raises ValueError for an unknown one."""
+@dataclass(frozen=True, slots=True)
+class VariancePreserving(Transport):
+    """VP diffusion (arXiv 2011.13456): x_t = (x + β·ε) / √(β² + 1) with β² = exp(9.95·t² + 0.1·t) − 1, f* = ε.
+
+    Training times are uniform in [1e-5, 1].
+    """
+
+    end: ClassVar[float] = 1e-5
+
+    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        exponent = 9.95 * t**2 + 0.1 * t
+        return torch.exp(-exponent / 2), (-torch.expm1(-exponent)).sqrt()
+
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = self.interpolant(t)
+        half = 9.95 * t + 0.05  # of the exponent's rate
+        return -half * alpha, half * alpha**2 / sigma
+
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.zeros_like(t)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        return 999 * t
+
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        return self.end + (self.start - self.end) * uniforms.double()
+
+
+class _Noisier(Transport):
+    """Transports whose time is the amount of noise itself, from almost none to far more than image."""
+
+    __slots__ = ()
+
+    SPACING = 7  # of sampling times (EDM, arXiv 2206.00364, eq. 5): short steps where there is little noise
+
+    def around(self, t: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """The times before and after t between which a central difference is taken: a factor e^±epsilon away, inside the range."""
+        return (t * math.exp(-epsilon)).clamp(min=self.end), (t * math.exp(epsilon)).clamp(max=self.start)
+
+    def tangent(self, t: Tensor) -> Tensor:
+        """The ratio of noise to image is the tangent of the angle that TrigFlow calls time."""
+        return t
+
+    def times(self, steps: int) -> Tensor:
+        """steps + 1 times from start to end, in float64: evenly spaced in t^(1/7)."""
+        roots = torch.linspace(self.start ** (1 / self.SPACING), self.end ** (1 / self.SPACING), steps + 1, dtype=torch.float64)
+        times = roots**self.SPACING
+        times[0], times[-1] = self.start, self.end
+        return times
+
+
+@dataclass(frozen=True, slots=True)
+class VarianceExploding(_Noisier):
+    """VE diffusion (arXiv 2011.13456): x_t = x + t·ε, f* = −ε. Training times are log-uniform in [0.02, 100]."""
+
+    start: ClassVar[float] = 100.0
+    end: ClassVar[float] = 0.02
+
+    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(t), t
+
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), -torch.ones_like(t)
+
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.zeros_like(t)
+
+    def time_input(self, t: Tensor) -> Tensor:
+        return torch.log(t / 2)
+
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        return self.end * (self.start / self.end) ** uniforms.double()
+
+
+@dataclass(frozen=True, slots=True)
+class ElucidatedDiffusion(_Noisier):
+    """EDM (arXiv 2206.00364): x_t = (x + t·ε) / s with s = √(t² + sigma_d²), f* = (t·x/sigma_d − sigma_d·ε) / s.
+
+    Training times are log-normal, ln t ~ N(mean, std); sigma_d is the standard deviation of the latents.
+    """
+
+    mean: float = -1.2
+    std: float = 1.2
+    sigma_d: float = 0.5
+    start: ClassVar[float] = 80.0
+    end: ClassVar[float] = 0.002
+
+    def interpolant(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self._s(t)
+        return 1 / s, t / s
+
+    def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self._s(t)
+        return -t / s**3, self.sigma_d**2 / s**3
+
+    def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self._s(t)
+        return t / (self.sigma_d * s), -self.sigma_d / s
+
+    def direction_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        s = self._s(t)
+        return self.sigma_d / s**3, self.sigma_d * t / s**3
+
+    def _s(self, t: Tensor) -> Tensor:
+        return (t**2 + self.sigma_d**2).sqrt()
+
+    def tangent(self, t: Tensor) -> Tensor:
+        return t / self.sigma_d
+
+    def time_input(self, t: Tensor) -> Tensor:
+        return torch.log(t) / 4
+
+    def draw_times(self, uniforms: Tensor) -> Tensor:
+        return torch.exp(_normal(uniforms, self.mean, self.std)).clamp(self.end, self.start)
+
+
+TRANSPORTS: dict[str, type[Transport]] = {
+    "ot_fm": OptimalTransportFlow,
+    "trigflow": TrigFlow,
+    "vp": VariancePreserving,
+    "ve": VarianceExploding,
+    "edm": ElucidatedDiffusion,
+}
+
+
+def make(kind: str, **settings: float) -> Transport:
+    """A transport by its published name. settings: `mean` and `std` of the law of its times, `sigma_d`, where it has them.
+
+    Raises ValueError naming an unknown transport or a setting that it does not have, and the allowed ones.
+    """
     if kind not in TRANSPORTS:
         raise ValueError(f"unknown transport {kind!r}: choose one of {', '.join(TRANSPORTS)}")
-    if std <= 0:
-        raise ValueError(f"transport std {std}: must be above 0")
-    return TRANSPORTS[kind](mean=mean, std=std)
+    known = settings_of(kind)
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"transport {kind} has no setting {name!r}: it has {', '.join(known) or 'none'}")
+        if name in ("std", "sigma_d") and not value > 0:
+            raise ValueError(f"transport {name} {value}: must be above 0")
+    return TRANSPORTS[kind](**settings)
 
 
-def shift_time(t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
-    """Time shift with resolution, t' = q·t / (1 + (q − 1)·t), q = sqrt(pixels / reference²) (TiM, appendix C).
+def settings_of(kind: str) -> tuple[str, ...]:
+    """The names of a transport's settings."""
+    return tuple(field.name for field in fields(TRANSPORTS[kind]))  # pyright: ignore[reportArgumentType]
 
-    t in [0, 1]; pixels: h·w of the image, broadcast against t; reference: the side in pixels of the square that is left as it is.
-    """
-    q = pixels.double().sqrt() / reference
-    return q * t / (1 + (q - 1) * t)
+
+def _normal(uniforms: Tensor, mean: float, std: float) -> Tensor:
+    return mean + std * torch.special.ndtri(uniforms.double())
+
+
+def _combine(coefficients: tuple[Tensor, ...], first: Tensor, second: Tensor) -> Tensor:
+    a, b = coefficients
+    return a.to(first.dtype) * first + b.to(first.dtype) * second

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class ModelSpec:
     """What a model is made of, as `config.json` holds it.
 
-    network: parameters under the published names; rope: rotary layout; transport: {kind, mean, std}; codec: {kind};
+    network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind};
     text: {kind, max_tokens}; sampling: defaults {steps, guidance, interval, shift}.
     """
 

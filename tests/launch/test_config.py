@@ -96,6 +96,10 @@ ON_THE_COMMAND_LINE = {
     "plan.stride=16": "command line: plan.stride: 16 given, but it is 2",
     "network.params.num_heads=3": "command line: network.params.num_heads: hidden_size 32 over 3 heads",
     "network.params.in_channels=4": "command line: network.params.in_channels: 4 given, but codec pixel has 3 channels",
+    "objective.transport=cosine": "objective.transport: input should be 'ot_fm', 'trigflow', 'vp', 've' or 'edm', got 'cosine'",
+    "objective.sigma_d=1": "command line: objective.sigma_d: transport ot_fm has no such setting; leave it out",
+    "objective={transport: ve, time_std: 1}": "command line: objective.time_std: transport ve has no such setting; leave it out",
+    "objective={transport: edm, shift: 256}": "command line: objective.shift: the noise of transport edm has a fixed range",
     "run_dir=[": "command line: run_dir: '[' is not a value in YAML",
 }
 
@@ -133,6 +137,11 @@ def test_every_recipe_is_valid_and_names_no_path() -> None:
 class Other(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     workers: int = 3
+
+
+def test_a_shift_that_nobody_asked_for_is_left_out_where_there_is_none(good: Path) -> None:
+    assert load_config(good, overrides=["objective.transport=ve"]).objective.shift is None
+    assert load_config(good, overrides=["objective.transport=trigflow"]).objective.shift == 1024
 
 
 def test_any_schema_can_be_loaded() -> None:

@@ -61,3 +61,5 @@ def test_what_changed_is_told_and_what_cannot_change_is_refused(tmp_path: Path) 
     ]
     with pytest.raises(ConfigError, match=r"network\.params\.depth was 1 in .* and is 2"):
         changes_on_resume(tmp_path, config("network.params.depth=2"))
+    with pytest.raises(ConfigError, match=r"objective\.transport was 'ot_fm' in .* and is 'trigflow'"):
+        changes_on_resume(tmp_path, config("objective.transport=trigflow"))

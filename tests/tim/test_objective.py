@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
-from tim.transports import shift_time
 
 OT = transports.make("ot_fm")
 
@@ -51,17 +50,6 @@ def test_the_exact_field_is_what_the_targets_average_to() -> None:
     assert float((noise - clean).mean()) != pytest.approx(float(exact), abs=0.05), "the velocity alone would do, this proves nothing"
 
 
-def test_a_step_is_exact_without_noise_and_steps_compose() -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, noise = torch.randn(2, 100, generator=generator, dtype=torch.float64)
-    t, s, r = torch.rand(3, 100, generator=generator, dtype=torch.float64).sort(0, descending=True).values
-    state = {name: (1 - time) * x + time * noise for name, time in (("t", t), ("s", s), ("r", r))}
-    direction = OT.velocity(x, noise, t)
-    torch.testing.assert_close(OT.step(state["t"], t, r, direction), state["r"])
-    torch.testing.assert_close(OT.step(OT.step(state["t"], t, s, direction), s, r, direction), state["r"])
-    torch.testing.assert_close(OT.clean(state["t"], t, direction), x)
-
-
 def test_kinds_decide_r_and_uniforms_decide_t() -> None:
     objective = TransitionObjective(OT, patch_size=1, shift=None)
     uniforms = torch.tensor([[0.2, 0.9], [0.9, 0.2], [0.2, 0.9]], dtype=torch.float64)
@@ -69,19 +57,6 @@ def test_kinds_decide_r_and_uniforms_decide_t() -> None:
     later, earlier = OT.draw_times(torch.tensor([0.9, 0.2]))
     assert t.tolist() == pytest.approx([float(later)] * 3)
     assert r.tolist() == pytest.approx([float(later), 0.0, float(earlier)])
-
-
-def test_times_follow_the_logistic_normal_law() -> None:
-    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
-    logits = torch.logit(transports.make("ot_fm", mean=-0.4, std=1.2).draw_times(uniforms))
-    assert float(logits.mean()) == pytest.approx(-0.4, abs=1e-3)
-    assert float(logits.std()) == pytest.approx(1.2, abs=1e-2)
-
-
-def test_time_shift_leaves_the_reference_square_alone() -> None:
-    t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    torch.testing.assert_close(shift_time(t, pixels=torch.tensor(1024**2), reference=1024), t)
-    torch.testing.assert_close(shift_time(t, pixels=torch.tensor(4096**2), reference=1024)[5], torch.tensor(4 * 0.5 / 2.5).double())
 
 
 def test_a_loss_does_not_depend_on_neighbours_or_kinds_beside_it(tiny: TransitionTransformer) -> None:
@@ -147,5 +122,3 @@ def test_users_mistakes_are_named(tiny: TransitionTransformer) -> None:
         )
     with pytest.raises(ValueError, match="unknown weighting"):
         TransitionObjective(OT, patch_size=2, weighting="linear")
-    with pytest.raises(ValueError, match="unknown transport 'cosine': choose one of ot_fm"):
-        transports.make("cosine")

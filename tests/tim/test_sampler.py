@@ -94,3 +94,34 @@ def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
 def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sample(Gaussian(1.0), [torch.zeros(1, 2, 2)], TEXT, transport=OT, **arguments)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("kind", transports.TRANSPORTS)
+def test_every_transport_carries_a_gaussian_to_its_end_in_any_number_of_steps(kind: str) -> None:
+    transport, s = transports.make(kind), 0.5
+
+    class Field:
+        """The exact transition where images are normal with standard deviation s."""
+
+        patch_size = 1
+
+        def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: PackedText) -> PackedTokens:
+            ratio = spread(r) / spread(t)
+            nothing, one = torch.zeros(1), torch.ones(1)
+            f = (ratio - transport.step(one, t, r, nothing)) / transport.step(nothing, t, r, one)
+            return packed._replace(tokens=packed.tokens * f)
+
+    def spread(t: torch.Tensor) -> torch.Tensor:
+        alpha, sigma = transport.interpolant(t)
+        return (alpha**2 * s**2 + sigma**2).sqrt()
+
+    class Untimed(type(transport)):
+        """The same transport, whose network sees the times as they are."""
+
+        def time_input(self, t: torch.Tensor) -> torch.Tensor:
+            return t
+
+    noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for steps in (1, 3, 8):
+        latent = sample(Field(), [noise], TEXT, transport=Untimed(), steps=steps).latents[0]
+        torch.testing.assert_close(latent, s * noise, rtol=5e-3, atol=5e-3)
