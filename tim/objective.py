@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tim.packed import PackedText, PackedTokens
@@ -21,6 +20,7 @@ from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
 WEIGHTINGS = ("tangent", "none")
+SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fades
 
 Network = Callable[[PackedTokens, Tensor, Tensor, PackedText], PackedTokens]
 
@@ -126,10 +126,16 @@ class TransitionObjective:
         return Losses(loss, raw.detach())
 
     def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
-        """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C)."""
+        """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
+
+        In the cosine, what is shorter than `SHORTEST` counts in proportion to its length: a new network says zero, where the cosine has
+        no direction and its gradient no bound.
+        """
         squared = (out.tokens - target).square().mean(-1)
         pixels = (len(target), out.patch_size**2, -1)
-        cosine = F.cosine_similarity(out.tokens.view(pixels), target.view(pixels), dim=-1).mean(-1)
+        said, wanted = out.tokens.view(pixels), target.view(pixels)
+        lengths = said.norm(dim=-1).clamp(min=SHORTEST) * wanted.norm(dim=-1).clamp(min=SHORTEST)
+        cosine = ((said * wanted).sum(-1) / lengths).mean(-1)
         return out.mean_per_image(squared + 1 - cosine)
 
     def time_weight(self, t: Tensor, r: Tensor) -> Tensor:

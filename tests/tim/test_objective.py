@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tests.tim.conftest import TINY
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
 
@@ -83,6 +84,26 @@ def test_a_loss_does_not_depend_on_neighbours_or_kinds_beside_it(tiny: Transitio
     torch.testing.assert_close(together[1], torch.cat([raw for _, raw in alone]), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(together[0], torch.stack([loss for loss, _ in alone]).sum(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(run([0, 1, 2], [1, 0, 1])[0], alone[0][0] + alone[2][0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_new_network_starts_with_a_gradient_of_ordinary_size() -> None:
+    """Its output is zero, where the gradient of a cosine is as large as its epsilon is small."""
+    torch.manual_seed(0)
+    network = TransitionTransformer.from_official(TINY)
+    latents, noise = torch.randn(2, 4, 3, 8, 8)
+    text = PackedText.from_features([torch.randn(2, 16) for _ in latents])
+    objective = TransitionObjective(OT, patch_size=2, shift=None)
+
+    def gradient() -> float:
+        network.zero_grad()
+        uniforms = torch.rand(4, 2, dtype=torch.float64)
+        arguments = {"noise": list(noise), "kinds": torch.zeros(4, dtype=torch.int64), "uniforms": uniforms, "weights": torch.ones(4)}
+        objective(network, list(latents), text, **arguments).loss.backward()
+        return float(torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None]))
+
+    assert 0.1 < gradient() < 100 * len(latents)
+    torch.nn.init.normal_(network.final_layer.linear.weight, std=0.1)
+    assert gradient() < 10 * len(latents)
 
 
 def test_derivative_equals_the_exact_one(tiny: TransitionTransformer) -> None:
