@@ -87,7 +87,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
     paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     text = "\n".join([_table(scores), "", *(f"{name:6}  {path}" for name, path in paths.items())])
-    console.result(text, data={**data, **paths})
+    console.result(text, data={**data, "files": paths})
 
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
