@@ -91,6 +91,17 @@ class CaptionEmbedding(nn.Module):
         return self.mlp(self.norm(text))
 
 
+class ClassEmbedding(nn.Module):
+    """One learned vector for each class, and with `null` a last one that stands for none of them. (B,) int64 → (B, D)."""
+
+    def __init__(self, classes: int, *, null: bool, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + null, width)
+
+    def forward(self, classes: Tensor) -> Tensor:
+        return self.embedding_table(classes)
+
+
 class SelfAttention(nn.Module):
     """Attention among an image's tokens whose projections also see how far the transition goes ("interval attention", TiM §4.2).
 
@@ -137,27 +148,33 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the (normalised) caption and SwiGLU, each modulated and gated by the image's condition."""
+    """Self-attention, cross-attention to the (normalised) caption and SwiGLU, each modulated and gated by the image's condition.
 
-    def __init__(self, width: int, *, heads: int, modulation_rank: int, qk_norm: bool, distance_aware: bool) -> None:
+    Without `captions` there is no cross-attention: the condition says all, and `text` is None.
+    """
+
+    def __init__(self, width: int, *, heads: int, modulation_rank: int, qk_norm: bool, distance_aware: bool, captions: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(width, heads=heads, qk_norm=qk_norm, distance_aware=distance_aware)
-        self.cross_attn = CrossAttention(width, heads=heads, qk_norm=qk_norm)
+        self.cross_attn = CrossAttention(width, heads=heads, qk_norm=qk_norm) if captions else None
         self.mlp = SwiGLU(width, hidden=int(4 * width * 2 / 3), out=width)
-        self.adaLN_modulation = SwiGLU(width, hidden=modulation_rank, out=9 * width)
+        self.adaLN_modulation = SwiGLU(width, hidden=modulation_rank, out=(9 if captions else 6) * width)
 
     def forward(
-        self, x_TD: Tensor, condition_BD: Tensor, delta_BD: Tensor, text: PackedText, packed: PackedTokens, rotations: Tensor
+        self, x_TD: Tensor, condition_BD: Tensor, delta_BD: Tensor, text: PackedText | None, packed: PackedTokens, rotations: Tensor
     ) -> Tensor:
-        modulation = self.adaLN_modulation(condition_BD).chunk(9, dim=-1)
-        shift_self, scale_self, gate_self, shift_cross, scale_cross, gate_cross, shift_mlp, scale_mlp, gate_mlp = modulation
-        h = modulate(plain_norm(x_TD), shift_self, scale_self, packed)
-        x_TD = torch.addcmul(x_TD, packed.per_token(gate_self), self.attn(h, delta_BD, packed, rotations))
-        h = modulate(plain_norm(x_TD), shift_cross, scale_cross, packed)
-        h = self.cross_attn(h, text, packed, rotations)
-        x_TD = torch.addcmul(x_TD, packed.per_token(gate_cross), h)
-        h = modulate(plain_norm(x_TD), shift_mlp, scale_mlp, packed)
-        return torch.addcmul(x_TD, packed.per_token(gate_mlp), self.mlp(h))
+        modulation = self.adaLN_modulation(condition_BD).chunk(6 if self.cross_attn is None else 9, dim=-1)
+        shift, scale, gate = modulation[:3]
+        h = modulate(plain_norm(x_TD), shift, scale, packed)
+        x_TD = torch.addcmul(x_TD, packed.per_token(gate), self.attn(h, delta_BD, packed, rotations))
+        if self.cross_attn is not None:
+            assert text is not None
+            shift, scale, gate = modulation[3:6]
+            h = modulate(plain_norm(x_TD), shift, scale, packed)
+            x_TD = torch.addcmul(x_TD, packed.per_token(gate), self.cross_attn(h, text, packed, rotations))
+        shift, scale, gate = modulation[-3:]
+        h = modulate(plain_norm(x_TD), shift, scale, packed)
+        return torch.addcmul(x_TD, packed.per_token(gate), self.mlp(h))
 
 
 class FinalLayer(nn.Module):

@@ -5,23 +5,25 @@ TiM, arXiv 2509.04394, §4; parameter names, order and initialisation are those 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
-from tim.layers import Block, CaptionEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32, plain_norm
-from tim.packed import PackedText, PackedTokens
+from tim.layers import Block, CaptionEmbedding, ClassEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32, plain_norm
+from tim.official import read_weights, unnested
+from tim.packed import Condition, PackedText, PackedTokens
 from tim.rope import LAYOUTS, rotations
 
 # The published parameters and their defaults; `None` marks the required ones. input_size sizes the published rotary table, which
-# this network computes on the fly; new_condition and use_new_embed have one supported value each.
+# this network computes on the fly.
 OFFICIAL_PARAMS: dict[str, Any] = {
     "input_size": 32,
     "patch_size": None,
     "in_channels": None,
     "depth": None,
     "hidden_size": None,
-    "cap_feat_dim": None,
     "num_heads": None,
     "encoder_depth": 8,
     "z_dim": 0,
@@ -32,12 +34,16 @@ OFFICIAL_PARAMS: dict[str, Any] = {
     "use_new_embed": True,
     "distance_aware": True,
 }
+TEXT_PARAMS: dict[str, Any] = {"cap_feat_dim": None}
+CLASS_PARAMS: dict[str, Any] = {"num_classes": 1000, "class_dropout_prob": 0.1}
+NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
 
 
 class TransitionTransformer(nn.Module):
-    """Text-to-image transition network over packs (no padding anywhere).
+    """Transition network over packs (no padding anywhere), conditioned on captions or, without `cap_feat_dim`, on classes.
 
     `params` holds the published names; build it with `from_official`. `rope` is the rotary layout (see `tim.rope`).
+    `classes` is the number of classes (None: captions), `null_class` the id that stands for none of them (None: there is no such id).
     """
 
     def __init__(self, params: dict[str, Any], *, rope: str = "rowcol") -> None:
@@ -51,13 +57,24 @@ class TransitionTransformer(nn.Module):
         self.head_dim = width // heads
         self.patch_size: int = params["patch_size"]
         self.channels: int = params["in_channels"]
+        self.classes: int | None = params.get("num_classes")
+        self.null_class = self.classes if params.get("class_dropout_prob") else None
         self.x_embedder = PatchEmbedding(self.channels, patch_size=self.patch_size, width=width)
         self.t_embedder = TimeEmbedding(width)
-        self.delta_embedder = TimeEmbedding(width)
-        self.y_embedder = CaptionEmbedding(params["cap_feat_dim"], width=width)
-        rank = params["lora_hidden_size"] or 3 * (width // 4)
+        self.delta_embedder = TimeEmbedding(width) if params["use_new_embed"] else None
+        if self.classes is None:
+            self.y_embedder = CaptionEmbedding(params["cap_feat_dim"], width=width)
+        else:
+            self.y_embedder = ClassEmbedding(self.classes, null=self.null_class is not None, width=width)
         self.blocks = nn.ModuleList(
-            Block(width, heads=heads, modulation_rank=rank, qk_norm=params["qk_norm"], distance_aware=params["distance_aware"])
+            Block(
+                width,
+                heads=heads,
+                modulation_rank=modulation_rank(params),
+                qk_norm=params["qk_norm"],
+                distance_aware=params["distance_aware"],
+                captions=self.classes is None,
+            )
             for _ in range(params["depth"])
         )
         self.final_layer = FinalLayer(width, out=self.patch_size**2 * self.channels)
@@ -72,13 +89,15 @@ class TransitionTransformer(nn.Module):
         """
         return cls(params, rope=rope)
 
-    def load_official(self, state_dict: dict[str, Tensor], *, strict: bool = True) -> None:
-        """Load weights under the published names. `projector.*` may be absent, or present where this network has none.
+    def load_official(self, weights: Mapping[str, Any] | str | Path, *, strict: bool = True) -> None:
+        """Load weights under the published names, or the file that holds them; both may be nested as in a training checkpoint.
 
-        Raises ValueError listing missing keys, unexpected keys and wrong shapes (with `strict=False`: wrong shapes only).
+        `projector.*` may be absent, or present where this network has none. Raises ValueError listing missing keys, unexpected keys
+        and wrong shapes (with `strict=False`: wrong shapes only), and where a file cannot be read.
         """
+        given = unnested(weights) if isinstance(weights, Mapping) else read_weights(weights)
         own = self.state_dict()
-        given = {k: v for k, v in state_dict.items() if self.projector is not None or not k.startswith("projector.")}
+        given = {k: v for k, v in given.items() if self.projector is not None or not k.startswith("projector.")}
         missing = [k for k in own if k not in given and not k.startswith("projector.")]
         unexpected = [k for k in given if k not in own]
         shapes = [
@@ -90,29 +109,39 @@ class TransitionTransformer(nn.Module):
         if strict and unexpected:
             problems.append(f"unexpected keys: {_some(unexpected)}")
         if problems:
-            raise ValueError("these weights are not of this network: " + "; ".join(problems))
+            where = "" if isinstance(weights, Mapping) else f"{weights}: "
+            raise ValueError(f"{where}these weights are not of this network: " + "; ".join(problems))
         super().load_state_dict(given, strict=False)
+
+    def to_official(self) -> dict[str, Tensor]:
+        """A copy of the weights on the CPU under the published names: what `load_official` and the published code read."""
+        return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
     @overload
     def forward(
-        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText, *, return_alignment: Literal[False] = False
+        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, *, return_alignment: Literal[False] = False
     ) -> PackedTokens: ...
     @overload
     def forward(
-        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText, *, return_alignment: Literal[True]
+        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, *, return_alignment: Literal[True]
     ) -> tuple[PackedTokens, Tensor]: ...
     def forward(
-        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText, *, return_alignment: bool = False
+        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, *, return_alignment: bool = False
     ) -> PackedTokens | tuple[PackedTokens, Tensor]:
         """Network output for every token.
 
-        packed: noisy images; t, r: (B,) the transport's time inputs of start and end; condition: one caption per image.
+        packed: noisy images; t, r: (B,) the transport's time inputs of start and end; condition: one caption, or (B,) class ids.
         Returns a pack of the input's layout, with `return_alignment` also the projection after block `encoder_depth`, (T, z_dim).
+        Raises ValueError where the condition is not of this network's kind, width or range.
         """
+        self._check(condition, images=len(packed.sizes))
         angles = rotations(packed, head_dim=self.head_dim, layout=self.rope)
-        delta = self.delta_embedder(t - r)
+        delta = self._interval(t, r)
         time = self.t_embedder(t) + delta
-        text = condition._replace(features=plain_norm(self.y_embedder(condition.features)))
+        if isinstance(condition, PackedText):
+            text = condition._replace(features=plain_norm(self.y_embedder(condition.features)))
+        else:
+            text, time = None, time + self.y_embedder(condition)
         x = self.x_embedder(packed.tokens)
         alignment = None
         for depth, block in enumerate(self.blocks, start=1):
@@ -122,6 +151,31 @@ class TransitionTransformer(nn.Module):
                 alignment = self.projector(x)
         out = packed._replace(tokens=at_least_float32(self.final_layer(x, time, packed)))
         return out if alignment is None else (out, alignment)
+
+    def _interval(self, t: Tensor, r: Tensor) -> Tensor:
+        """The embedding of how far a transition goes, (B, D): the last time that `new_condition` names has an embedder of its own."""
+        times = {"t": t, "r": r, "t-r": t - r}
+        *others, last = self.params["new_condition"].split(",")
+        embedding = (self.t_embedder if self.delta_embedder is None else self.delta_embedder)(times[last])
+        for name in others:
+            embedding = embedding + self.t_embedder(times[name])
+        return embedding
+
+    def _check(self, condition: Condition, *, images: int) -> None:
+        """Refuse a condition that is not for this network, as far as the host can see it: class ids on a GPU are not looked at."""
+        if isinstance(condition, PackedText) != (self.classes is None):
+            reads = "captions (PackedText)" if self.classes is None else f"class ids, {_ids(self.classes, self.null_class)}"
+            raise ValueError(f"this network is conditioned on {reads}, not on {type(condition).__name__}")
+        if isinstance(condition, PackedText):
+            count, width, wanted = len(condition.segments.lengths), condition.features.shape[-1], self.params["cap_feat_dim"]
+            if width != wanted:
+                raise ValueError(f"caption features are {width} wide, this network's cap_feat_dim is {wanted}: use its own text encoder")
+        else:
+            count = len(condition)
+            assert self.classes is not None
+            check_classes(condition.tolist() if condition.device.type == "cpu" else [], classes=self.classes, null=self.null_class)
+        if count != images:
+            raise ValueError(f"{count} conditions for {images} images: give one for each")
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -134,8 +188,8 @@ class TransitionTransformer(nn.Module):
         if patches.bias is not None:
             nn.init.zeros_(patches.bias)
         for embedder in (self.t_embedder, self.y_embedder):
-            for module in embedder.mlp.modules():
-                if isinstance(module, nn.Linear):
+            for module in embedder.modules():
+                if isinstance(module, (nn.Linear, nn.Embedding)):
                     nn.init.normal_(module.weight, std=0.02)
         for layer in (*self.blocks, self.final_layer):
             assert isinstance(layer, (Block, FinalLayer))
@@ -143,17 +197,41 @@ class TransitionTransformer(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
+def modulation_rank(params: Mapping[str, Any]) -> int:
+    """Hidden width of the blocks' modulation: `lora_hidden_size`, or three quarters of the network's."""
+    return params["lora_hidden_size"] or 3 * (params["hidden_size"] // 4)
+
+
+def check_classes(classes_given: Sequence[int], *, classes: int, null: int | None) -> None:
+    """Raises ValueError naming the first id that is none of `classes` ids from 0, nor `null`."""
+    for given in classes_given:
+        if given != null and not 0 <= given < classes:
+            raise ValueError(f"class {given}: must be {_ids(classes, null)}")
+
+
+def _ids(classes: int, null: int | None) -> str:
+    return f"from 0 to {classes - 1}" + ("" if null is None else f", or {null} for none")
+
+
 def _checked(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters with defaults filled in, or a ValueError that names the wrong one."""
-    for key in params:
-        if key not in OFFICIAL_PARAMS:
-            raise ValueError(f"unknown network parameter {key!r}: known are {', '.join(OFFICIAL_PARAMS)}")
-    filled = {**OFFICIAL_PARAMS, **params}
+    kind, other = (CLASS_PARAMS, TEXT_PARAMS) if params.get("cap_feat_dim") is None else (TEXT_PARAMS, CLASS_PARAMS)
+    known = {**OFFICIAL_PARAMS, **kind}
+    for key, value in params.items():
+        if key in other and value is not None:
+            raise ValueError(f"network parameter {key!r} is for class models, cap_feat_dim for text models: give one of them")
+        if key not in known and key not in other:
+            raise ValueError(f"unknown network parameter {key!r}: known are {', '.join([*known, *other])}")
+    filled = {**known, **{key: value for key, value in params.items() if key in known}}
     for key, value in filled.items():
         if value is None:
             raise ValueError(f"network parameter {key!r} is missing")
-    if filled["new_condition"] != "t-r" or not filled["use_new_embed"]:
-        raise ValueError("network parameters new_condition and use_new_embed: only 't-r' and true are supported")
+    if filled["new_condition"] not in NEW_CONDITIONS:
+        raise ValueError(f"network parameter new_condition {filled['new_condition']!r}: choose one of {' '.join(NEW_CONDITIONS)}")
+    if filled["z_dim"] and not 1 <= filled["encoder_depth"] <= filled["depth"]:
+        raise ValueError(f"network parameter encoder_depth {filled['encoder_depth']}: must be from 1 to depth {filled['depth']}")
+    if filled.get("num_classes", 1) < 1 or not 0 <= filled.get("class_dropout_prob", 0) <= 1:
+        raise ValueError("network parameters num_classes and class_dropout_prob: must be at least 1, and from 0 to 1")
     head_dim, rest = divmod(filled["hidden_size"], filled["num_heads"])
     if rest or head_dim % 4:
         raise ValueError(

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tim.packed import PackedText, PackedTokens
+from tim.packed import Condition, PackedTokens, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
 WEIGHTINGS = ("tangent", "none")
 SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fades
 
-Network = Callable[[PackedTokens, Tensor, Tensor, PackedText], PackedTokens]
+Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]
 
 
 class Losses(NamedTuple):
@@ -66,7 +66,7 @@ class TransitionObjective:
         self,
         network: Network,
         latents: Sequence[Tensor],
-        condition: PackedText,
+        condition: Condition,
         *,
         noise: Sequence[Tensor],
         kinds: Tensor,
@@ -96,7 +96,7 @@ class TransitionObjective:
         self,
         network: Network,
         latents: Sequence[Tensor],
-        condition: PackedText,
+        condition: Condition,
         *,
         noise: Sequence[Tensor],
         t: Tensor,
@@ -145,7 +145,7 @@ class TransitionObjective:
         return torch.where(r == t, torch.ones_like(t), (1 + self.transport.tangent(t) - self.transport.tangent(r)).rsqrt())
 
     def _derivative(
-        self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: PackedText, *, t: Tensor, r: Tensor
+        self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> Tensor:
         """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. One evaluation of both sides, without gradient or autocast.
 
@@ -163,7 +163,7 @@ class TransitionObjective:
         mixed = self.transport.mix(pair.tokens, noise_pair, pair.per_token(times.to(device))[:, None])
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             out = network(
-                pair._replace(tokens=mixed), self._time_input(times, clean), self._time_input(r[both], clean), condition.select(both)
+                pair._replace(tokens=mixed), self._time_input(times, clean), self._time_input(r[both], clean), select(condition, both)
             )
         derivative = torch.zeros_like(clean.tokens)
         if not moving:

@@ -6,7 +6,7 @@ Legend: B images, C latent channels, p patch size, T tokens of a pack, F feature
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -129,3 +129,24 @@ class PackedText(NamedTuple):
         """A new pack of the captions with these indices, in this order; an index may occur more than once."""
         parts = self.features.split(self.segments.lengths)
         return PackedText.from_features([parts[i] for i in captions])
+
+
+# What the images of a pack are to show: a caption for each, or (B,) int64 class ids.
+Condition: TypeAlias = PackedText | Tensor
+
+
+def select(condition: Condition, images: Sequence[int]) -> Condition:
+    """The conditions of the images with these indices, in this order; an index may occur more than once."""
+    if isinstance(condition, PackedText):
+        return condition.select(images)
+    return condition[torch.tensor(images, dtype=torch.int64).to(condition.device, non_blocking=True)]
+
+
+def join(conditions: Sequence[Condition]) -> Condition:
+    """One condition after the other. Raises ValueError where captions meet class ids."""
+    captions = [condition for condition in conditions if isinstance(condition, PackedText)]
+    if not captions:
+        return torch.cat([condition for condition in conditions if isinstance(condition, Tensor)])
+    if len(captions) < len(conditions):
+        raise ValueError("captions and class ids in one pack: an image's condition and its null condition must be of one kind")
+    return PackedText.from_features([part for text in captions for part in text.features.split(text.segments.lengths)])

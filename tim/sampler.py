@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tim.packed import PackedText, PackedTokens
+from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 
 
@@ -20,7 +20,7 @@ class Network(Protocol):
     @property
     def patch_size(self) -> int: ...
 
-    def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText, /) -> PackedTokens: ...
+    def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, /) -> PackedTokens: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,21 +49,21 @@ def time_grid(steps: int, *, transport: Transport, pixels: int | None = None, sh
 def sample(
     network: Network,
     noise: Sequence[Tensor],
-    condition: PackedText,
+    condition: Condition,
     *,
     transport: Transport,
     steps: int | Sequence[int] = 8,
     times: Sequence[float] | Sequence[Sequence[float]] | None = None,
     guidance: float | Sequence[float] = 1.0,
-    null_condition: PackedText | None = None,
+    null_condition: Condition | None = None,
     interval: tuple[float, float] = (0.0, 1.0),
     callback: Callable[[int, list[Tensor]], None] | None = None,
 ) -> Samples:
     """Carry every image of a pack from noise to its end.
 
-    noise: (C, h, w) per image, any sizes; condition, null_condition: one caption per image; steps: for all images or one number
-    each, evenly spaced times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval` (closed, in shares of
-    the transport's start) holds t;
+    noise: (C, h, w) per image, any sizes; condition, null_condition: one caption or class id per image; steps: for all images or one
+    number each, evenly spaced times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval` (closed, in
+    shares of the transport's start) holds t;
     callback(step, clean estimates) after every step. The state is kept in float64, times are never rounded to the network's dtype.
     Noise is scaled by what the transport says of the first time, latents are given back in the scale of images.
     Raises ValueError for grids that do not fall, an empty interval, or guidance without a null condition.
@@ -85,12 +85,15 @@ def sample(
         device = packed.tokens.device
         t = torch.tensor([grids[i][step] for i in active + guided], dtype=torch.float64)
         r = torch.tensor([grids[i][step + 1] for i in active + guided], dtype=torch.float64)
-        captions = _captions(condition, active, null_condition, guided)
+        asked = [select(condition, active)]
+        if guided:
+            assert null_condition is not None
+            asked.append(select(null_condition, guided))
         out = network(
             packed._replace(tokens=packed.tokens.float()),
             transport.time_input(t).to(device, torch.float32),
             transport.time_input(r).to(device, torch.float32),
-            captions,
+            join(asked),
         )
         outputs = [f.double() for f in out.to_latents()]
         directions = dict(zip(active, outputs, strict=False))
@@ -125,13 +128,3 @@ def _grids(
         if len(grid) < 2 or any(later >= earlier for earlier, later in pairwise(grid)):
             raise ValueError(f"times {grid}: a grid needs two times or more, each smaller than the one before")
     return grids
-
-
-def _captions(condition: PackedText, active: list[int], null_condition: PackedText | None, guided: list[int]) -> PackedText:
-    captions = condition.select(active)
-    if not guided:
-        return captions
-    assert null_condition is not None
-    null = null_condition.select(guided)
-    parts = [*captions.features.split(captions.segments.lengths), *null.features.split(null.segments.lengths)]
-    return PackedText.from_features(parts)

@@ -1,7 +1,9 @@
-"""Equality with the published implementation: forward passes, projections, samples, losses."""
+"""Equality with the published implementation, captions and classes: forward passes, projections, samples, losses."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,82 +13,88 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, sample, transports
+from tim.packed import Condition
 
 TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A published network of one kind, and what it said."""
+
+    params: dict[str, Any]
+    weights: dict[str, Tensor]
+    forward: dict[str, Tensor]
+    schedule: dict[str, Tensor]
+
+    def network(self, rope: str) -> TransitionTransformer:
+        network = TransitionTransformer.from_official(self.params, rope=rope)
+        network.load_official(self.weights)
+        return network.eval()
+
+    def condition(self, *given: Tensor) -> Condition:
+        """What the golden files hold for images: (B, M, F) caption features or (B,) class ids."""
+        return PackedText.from_features([row for rows in given for row in rows]) if "cap_feat_dim" in self.params else torch.cat(given)
+
+
+@pytest.fixture(scope="module", params=["t2i", "c2i"])
+def case(request: pytest.FixtureRequest, golden: Path) -> Case:
+    params = json.loads((golden / "meta.json").read_text())[request.param]["config"]
+    return Case(params, *(load_file(golden / f"{request.param}_{name}.safetensors") for name in ("weights", "forward", "schedule")))
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max())
 
 
-@pytest.fixture(scope="module")
-def network(t2i_params: dict[str, Any], t2i_weights: dict[str, Tensor]) -> TransitionTransformer:
-    network = TransitionTransformer.from_official(t2i_params, rope="legacy")
-    network.load_official(t2i_weights)
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
-def schedule(golden: Path) -> dict[str, Tensor]:
-    return load_file(golden / "t2i_schedule.safetensors")
-
-
 @torch.no_grad()
-def test_forward_and_projection_in_one_pack_of_all_shapes(network: TransitionTransformer, golden: Path) -> None:
-    case = load_file(golden / "t2i_forward.safetensors")
-    latents = [x for i in range(3) for x in case[f"{i}.x"]]
-    text = PackedText.from_features([y for i in range(3) for y in case[f"{i}.y"]])
-    t, r = (torch.cat([case[f"{i}.{name}"] for i in range(3)]) for name in "tr")
-    out, projection = network(PackedTokens.from_latents(latents, 1), t, r, text, return_alignment=True)
-    for actual, expected in zip(out.to_latents(), [x for i in range(3) for x in case[f"{i}.out"]], strict=True):
+def test_forward_and_projection_in_one_pack_of_all_shapes(case: Case) -> None:
+    given = case.forward
+    latents = [x for i in range(3) for x in given[f"{i}.x"]]
+    condition = case.condition(*(given[f"{i}.y"] for i in range(3)))
+    t, r = (torch.cat([given[f"{i}.{name}"] for i in range(3)]) for name in "tr")
+    packed = PackedTokens.from_latents(latents, case.params["patch_size"])
+    out, projection = case.network("legacy")(packed, t, r, condition, return_alignment=True)
+    for actual, expected in zip(out.to_latents(), [x for i in range(3) for x in given[f"{i}.out"]], strict=True):
         assert relative_error(actual, expected) < TOLERANCE
-    assert relative_error(projection, torch.cat([case[f"{i}.h_proj"].flatten(0, 1) for i in range(3)])) < TOLERANCE
+    assert relative_error(projection, torch.cat([given[f"{i}.h_proj"].flatten(0, 1) for i in range(3)])) < TOLERANCE
 
 
 @torch.no_grad()
-def test_rowcol_layout_agrees_on_squares_only(t2i_params: dict[str, Any], t2i_weights: dict[str, Tensor], golden: Path) -> None:
-    network = TransitionTransformer.from_official(t2i_params, rope="rowcol")
-    network.load_official(t2i_weights)
-    case = load_file(golden / "t2i_forward.safetensors")
+def test_rowcol_layout_agrees_on_squares_only(case: Case) -> None:
+    network, given = case.network("rowcol"), case.forward
     for i, agrees in enumerate((True, False, False)):
-        text = PackedText.from_features(list(case[f"{i}.y"]))
-        out = network(PackedTokens.from_latents(list(case[f"{i}.x"]), 1), case[f"{i}.t"], case[f"{i}.r"], text)
-        assert (relative_error(torch.stack(out.to_latents()), case[f"{i}.out"]) < TOLERANCE) == agrees
+        packed = PackedTokens.from_latents(list(given[f"{i}.x"]), case.params["patch_size"])
+        out = network(packed, given[f"{i}.t"], given[f"{i}.r"], case.condition(given[f"{i}.y"]))
+        assert (relative_error(torch.stack(out.to_latents()), given[f"{i}.out"]) < TOLERANCE) == agrees
 
 
 @pytest.mark.parametrize(
     ("name", "steps", "guidance", "interval", "evaluations"),
     [("n1", 1, 1.0, (0.0, 1.0), 1), ("n4_cfg", 4, 2.5, (0.0, 0.999), 7), ("n8_int", 8, 1.75, (0.2, 0.7), 12)],
 )
-def test_samples(
-    network: TransitionTransformer,
-    schedule: dict[str, Tensor],
-    name: str,
-    steps: int,
-    guidance: float,
-    interval: tuple[float, float],
-    evaluations: int,
-) -> None:
+def test_samples(case: Case, name: str, steps: int, guidance: float, interval: tuple[float, float], evaluations: int) -> None:
     result = sample(
-        network,
-        list(schedule["z"]),
-        PackedText.from_features(list(schedule["y"])),
+        case.network("legacy"),
+        list(case.schedule["z"]),
+        case.condition(case.schedule["y"]),
         transport=transports.make("ot_fm"),
         steps=steps,
         guidance=guidance,
-        null_condition=PackedText.from_features(list(schedule["y_null"])),
+        null_condition=case.condition(case.schedule["y_null"]),
         interval=interval,
     )
-    assert relative_error(torch.stack(result.latents), schedule[f"sample.{name}"]) < TOLERANCE
+    assert relative_error(torch.stack(result.latents), case.schedule[f"sample.{name}"]) < TOLERANCE
     assert result.evaluations == [evaluations] * 4
 
 
-def test_losses_and_derivative(network: TransitionTransformer, schedule: dict[str, Tensor]) -> None:
-    objective = TransitionObjective(transports.make("ot_fm"), patch_size=1, shift=None)
+def test_losses_and_derivative(case: Case) -> None:
+    schedule = case.schedule
+    objective = TransitionObjective(transports.make("ot_fm"), patch_size=case.params["patch_size"], shift=None)
     losses = objective.at_times(
-        network,
+        case.network("legacy"),
         list(schedule["x0"]),
-        PackedText.from_features(list(schedule["y"])),
+        case.condition(schedule["y"]),
         noise=list(schedule["z"]),
         t=schedule["loss.t"].double(),
         r=schedule["loss.r"].double(),

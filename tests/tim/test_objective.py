@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.tim.conftest import TINY
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
+from tim.packed import Condition
 
 OT = transports.make("ot_fm")
 
@@ -24,7 +25,7 @@ class Gaussian:
     def spread(self, t: torch.Tensor) -> torch.Tensor:
         return ((1 - t) ** 2 * self.s**2 + t**2).sqrt()
 
-    def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: PackedText) -> PackedTokens:
+    def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> PackedTokens:
         t_T, r_T = packed.per_token(t.double())[:, None], packed.per_token(r.double())[:, None]
         velocity = packed.tokens * (t_T - (1 - t_T) * self.s**2) / self.spread(t_T) ** 2
         jump = packed.tokens * (1 - self.spread(r_T) / self.spread(t_T)) / (t_T - r_T).clamp(min=1e-9)

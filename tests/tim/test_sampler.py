@@ -6,6 +6,7 @@ from torch import Tensor
 
 from tests.tim.test_objective import Gaussian
 from tim import PackedText, PackedTokens, TransitionTransformer, sample, transports
+from tim.packed import Condition
 from tim.sampler import time_grid
 
 OT = transports.make("ot_fm")
@@ -53,7 +54,8 @@ def test_guidance_moves_away_from_the_null_condition_and_its_interval_is_closed(
     class TellsCaption:
         patch_size = 1
 
-        def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: PackedText) -> PackedTokens:
+        def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition) -> PackedTokens:
+            assert isinstance(condition, PackedText)
             return packed._replace(tokens=packed.per_token(condition.features[:, :1]))
 
     noise, caption, null = torch.zeros(1, 1, 1), PackedText.from_features([torch.ones(1, 1)]), PackedText.from_features([torch.zeros(1, 1)])
@@ -106,7 +108,7 @@ def test_every_transport_carries_a_gaussian_to_its_end_in_any_number_of_steps(ki
 
         patch_size = 1
 
-        def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: PackedText) -> PackedTokens:
+        def __call__(self, packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> PackedTokens:
             ratio = spread(r) / spread(t)
             nothing, one = torch.zeros(1), torch.ones(1)
             f = (ratio - transport.step(one, t, r, nothing)) / transport.step(nothing, t, r, one)
