@@ -96,7 +96,10 @@ TRANSPORT_SETTINGS = {"time_mean": "mean", "time_std": "std", "sigma_d": "sigma_
 class ObjectiveConfig(Section):
     transport: Literal["ot_fm", "trigflow", "vp", "ve", "edm"] = "ot_fm"
     """How noise and image mix over time."""
-    derivative: Literal["finite-difference"] = "finite-difference"
+    derivative: Literal["finite-difference", "jvp"] = "finite-difference"
+    """How the network's derivative along the path is found: from two evaluations, or exactly, by forward-mode differentiation."""
+    derivative_precision: Literal["fp32", "bf16"] = "fp32"
+    """In bf16 a finite difference is mostly rounding noise."""
     epsilon: float = Field(default=0.005, gt=0, lt=0.5)
     """Half the interval of the finite difference."""
     diffusion_share: Share = 0.5
@@ -154,7 +157,7 @@ class TrainConfig(Section):
     """Of matrices; biases and gains do not decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights, gradient sums and the finite difference stay in float32."""
+    """bf16: autocast; weights and gradient sums stay in float32."""
     zero: Literal[1, 2, 3] = 1
     """DeepSpeed ZeRO stage."""
     clip: float = Field(default=1.0, ge=0)
@@ -218,6 +221,13 @@ class Config(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _derivative_fits(self) -> Config:
+        if self.objective.derivative == "jvp" and self.train.zero == 3:
+            why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
+            raise Impossible("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
+        return self
 
     @model_validator(mode="after")
     def _sampling_fits(self) -> Config:

@@ -107,6 +107,8 @@ class Trainer:
         self.objective = TransitionObjective(
             transports.make(chosen.transport, **chosen.transport_settings()),
             patch_size=params.patch_size,
+            derivative=chosen.derivative,
+            derivative_precision=chosen.derivative_precision,
             epsilon=chosen.epsilon,
             weighting=chosen.weighting,
             shift=chosen.shift,

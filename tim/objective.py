@@ -1,8 +1,8 @@
 """The transition objective: teach the network to carry x_t to x_r for any r ≤ t (TiM, arXiv 2509.04394, §4).
 
 Images come in three kinds, chosen by the planner: r = t (plain flow matching), r = 0 (straight to the image) and r < t (in between).
-Where r < t the target contains df/dt, the network's own total derivative along the path, measured by a central difference of two
-evaluations that run as one pack without gradient.
+Where r < t the target contains df/dt, the network's own total derivative along the path: measured by a central difference of two
+evaluations that run as one pack, or exactly, by forward-mode differentiation.
 
 Legend: B images, T tokens of a pack.
 """
@@ -19,6 +19,8 @@ from tim.packed import Condition, PackedTokens, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
+DERIVATIVES = ("finite-difference", "jvp")
+PRECISIONS = ("fp32", "bf16")
 WEIGHTINGS = ("tangent", "none")
 SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fades
 
@@ -36,9 +38,10 @@ class Losses(NamedTuple):
 class TransitionObjective:
     """Callable on one pack; holds no state.
 
-    transport: see `tim.transports`; epsilon: half the interval of the central difference; weighting: `tangent` gives an r < t image
-    (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the square whose times are not shifted (None: no shift);
-    pixels_per_cell: the codec's factor.
+    transport: see `tim.transports`; derivative: how df/dt is found, `finite-difference` or `jvp` (exact; needs whole weights, and
+    attention with a forward-mode derivative); derivative_precision: `fp32`, or `bf16` by autocast; epsilon: half the interval of the
+    central difference; weighting: `tangent` gives an r < t image (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the
+    square whose times are not shifted (None: no shift); pixels_per_cell: the codec's factor.
     """
 
     def __init__(
@@ -46,17 +49,27 @@ class TransitionObjective:
         transport: Transport,
         *,
         patch_size: int,
+        derivative: str = "finite-difference",
+        derivative_precision: str = "fp32",
         epsilon: float = 0.005,
         weighting: str = "tangent",
         shift: int | None = 1024,
         pixels_per_cell: int = 1,
     ) -> None:
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+        choices = {
+            "derivative": (derivative, DERIVATIVES),
+            "derivative_precision": (derivative_precision, PRECISIONS),
+            "weighting": (weighting, WEIGHTINGS),
+        }
+        for name, (value, known) in choices.items():
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if not 0 < epsilon < 0.5:
             raise ValueError(f"epsilon {epsilon}: must be between 0 and 0.5")
         self.transport = transport
         self.patch_size = patch_size
+        self.derivative = derivative
+        self.derivative_precision = derivative_precision
         self.epsilon = epsilon
         self.weighting = weighting
         self.shift = shift
@@ -147,30 +160,49 @@ class TransitionObjective:
     def _derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> Tensor:
-        """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. One evaluation of both sides, without gradient or autocast.
+        """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. Only r < t images are evaluated, without gradient.
 
-        A pack without r < t images evaluates its first image all the same, so that every rank runs the same number of forwards
-        (ZeRO-3 waits for each of them).
+        The difference of a pack without such images evaluates one token all the same, so that every rank runs the same number of
+        forwards (ZeRO-3 waits for each of them).
         """
         moving = (r < t).nonzero()[:, 0].tolist()
-        images = moving or [0]
-        earlier, later = self.transport.around(t[images], self.epsilon)
-        both = images + images
-        device = clean.tokens.device
-        times = torch.cat([later, earlier])
-        pair = clean.select(both)
-        noise_pair = clean._replace(tokens=noise_tokens).select(both).tokens
-        mixed = self.transport.mix(pair.tokens, noise_pair, pair.per_token(times.to(device))[:, None])
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            out = network(
-                pair._replace(tokens=mixed), self._time_input(times, clean), self._time_input(r[both], clean), select(condition, both)
-            )
-        derivative = torch.zeros_like(clean.tokens)
-        if not moving:
-            return derivative
+        device, nothing = clean.tokens.device, torch.zeros_like(clean.tokens)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.derivative_precision == "bf16"):
+            if moving:
+                part, noise_part = clean.select(moving), clean._replace(tokens=noise_tokens).select(moving).tokens
+                measure = self._exact_rate if self.derivative == "jvp" else self._central_difference
+                rate = measure(network, part, noise_part, select(condition, moving), t=t[moving], r=r[moving])
+                return nothing.index_copy(0, clean.rows(moving), rate)
+            if self.derivative == "finite-difference":
+                token = clean.select([0]).first_token()
+                self._central_difference(network, token, noise_tokens[:1], select(condition, [0]), t=t[:1], r=r[:1])
+            return nothing
+
+    def _central_difference(
+        self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
+    ) -> Tensor:
+        """(f(later) − f(earlier)) / (later − earlier), both evaluated as one pack; at the ends of time the interval is shorter."""
+        earlier, later = self.transport.around(t, self.epsilon)
+        both = [*range(len(t))] * 2
+        pair, times = clean.select(both), torch.cat([later, earlier])
+        mixed = self.transport.mix(pair.tokens, noise_tokens.repeat(2, 1), pair.per_token(times.to(pair.tokens.device))[:, None])
+        out = network(pair._replace(tokens=mixed), self._time_input(times, pair), self._time_input(r[both], pair), select(condition, both))
         ahead, behind = out.tokens.chunk(2)
-        interval = pair.per_token(torch.cat([later - earlier] * 2).to(device, clean.tokens.dtype))[: len(ahead), None]
-        return derivative.index_copy(0, clean.rows(moving), (ahead - behind) / interval)
+        interval = clean.per_token((later - earlier).to(clean.tokens.device, clean.tokens.dtype))[:, None]
+        return (ahead - behind) / interval
+
+    def _exact_rate(
+        self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
+    ) -> Tensor:
+        """The derivative by forward-mode differentiation, through every operation of one evaluation."""
+        ends = self._time_input(r, clean)
+
+        def along(times: Tensor) -> Tensor:
+            mixed = self.transport.mix(clean.tokens, noise_tokens, clean.per_token(times)[:, None])
+            return network(clean._replace(tokens=mixed), self._time_input(times, clean), ends, condition).tokens
+
+        times = t.to(clean.tokens.device)
+        return torch.func.jvp(along, (times,), (torch.ones_like(times),))[1]
 
     def _time_input(self, t: Tensor, packed: PackedTokens) -> Tensor:
         """(B,) what the network sees of times, made in float64."""

@@ -102,6 +102,11 @@ class PackedTokens(NamedTuple):
             self.patch_size,
         )
 
+    def first_token(self) -> PackedTokens:
+        """A pack of one image of one token."""
+        segments = Segments.from_lengths([1], self.tokens.device)
+        return PackedTokens(self.tokens[:1], segments, self.owner[:1], self.positions[:1], ((1, 1),), self.patch_size)
+
     def per_token(self, values: Tensor) -> Tensor:
         """Spread one row per image, (B, …), over the image's tokens: (T, …)."""
         return values.index_select(0, self.owner)

@@ -139,6 +139,12 @@ class Other(BaseModel):
     workers: int = 3
 
 
+def test_an_exact_derivative_needs_whole_weights(good: Path) -> None:
+    assert load_config(good, overrides=["objective.derivative=jvp", "train.zero=2"]).objective.derivative == "jvp"
+    with pytest.raises(ConfigError, match=r"objective\.derivative: jvp needs whole weights.*use zero 1 or 2, or finite-difference"):
+        load_config(good, overrides=["train.zero=3", "objective.derivative=jvp"])
+
+
 def test_a_shift_that_nobody_asked_for_is_left_out_where_there_is_none(good: Path) -> None:
     assert load_config(good, overrides=["objective.transport=ve"]).objective.shift is None
     assert load_config(good, overrides=["objective.transport=trigflow"]).objective.shift == 1024
