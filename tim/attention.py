@@ -1,192 +1,148 @@
 """Variable-length attention over packs: every segment attends to its own keys only, and nothing is padded.
 
-Legend: T query tokens, S key tokens, H heads, D head width. Backends:
+Legend: T query tokens, S key tokens, H heads, D head width. Backends, and what each can do, are in `BACKENDS`:
 
-- `varlen`: `torch.nn.attention.varlen` (CUDA, bfloat16 or float16).
-- `sdpa`: scaled-dot-product attention on any device and dtype; segments of similar lengths are batched, the shorter ones masked. The
-  only one with a forward-mode derivative (`torch.func.jvp`).
+- `varlen`: `torch.nn.attention.varlen`, one kernel for the whole pack; what a GPU uses in half precision.
+- `flash`: the same by the packages flash-attn 3 (Hopper) or flash-attn 2.
+- `flex`: FlexAttention with a block mask, compiled at its first use; any precision on a GPU.
+- `sdpa`: scaled-dot-product attention, segments of similar lengths batched; runs everywhere, and alone has a forward-mode derivative.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import cache, lru_cache
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from tim.flex import flex
 from tim.packed import Segments
+from tim.sdpa import has_tangent, sdpa
 
 log = logging.getLogger(__name__)
 
-# One more kernel launch costs about as much as this many query-key pairs, so segments are batched while masking wastes less.
-PAIRS_PER_LAUNCH = 2048
+HALF = (torch.bfloat16, torch.float16)
+AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
+
+Attention = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
+
+
+class Needs(NamedTuple):
+    """What a call asks of a backend. device: its type; capability: of the GPU, None where it does not matter."""
+
+    device: str
+    dtype: torch.dtype
+    backward: bool = False
+    forward_mode: bool = False
+    capability: tuple[int, int] | None = None
+
+
+class Backend(NamedTuple):
+    """An implementation and what it can do. devices, backward: device types of its forward and its backward pass; dtypes: None for
+    all; forward_mode: whether `torch.func.jvp` goes through; capability: the least a GPU must have."""
+
+    run: Attention
+    devices: tuple[str, ...]
+    backward: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...] | None = None
+    forward_mode: bool = False
+    capability: tuple[int, int] | None = None
 
 
 def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments, kv_segments: Segments, *, backend: str = "auto") -> Tensor:
     """Softmax attention inside each segment, scale D^−½. Returns (T, H, D); a segment without keys gets zeros.
 
-    Raises ValueError for an unknown backend or one that cannot run on this device and dtype.
+    Raises ValueError for an unknown backend or one that cannot do what the call needs.
     """
-    if backend == "auto":
-        backend = choose_backend(q_THD.device.type, q_THD.dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown attention backend {backend!r}: choose one of auto, {', '.join(BACKENDS)}")
-    if backend == "varlen" and not _varlen_runs(q_THD.device.type, q_THD.dtype):
-        raise ValueError(
-            f"attention backend 'varlen' needs CUDA and bfloat16 or float16, not {q_THD.device.type} and {q_THD.dtype}: use 'sdpa'"
-        )
-    return BACKENDS[backend](q_THD, k_SHD, v_SHD, q_segments, kv_segments)
+    needs = Needs(
+        q_THD.device.type,
+        q_THD.dtype,
+        backward=torch.is_grad_enabled() and (q_THD.requires_grad or k_SHD.requires_grad or v_SHD.requires_grad),
+        forward_mode=has_tangent(q_THD, k_SHD, v_SHD),
+        capability=_capability(q_THD.device.index) if q_THD.is_cuda else None,
+    )
+    return BACKENDS[choose_backend(needs, backend)].run(q_THD, k_SHD, v_SHD, q_segments, kv_segments)
 
 
 @cache
-def choose_backend(device_type: str, dtype: torch.dtype) -> str:
-    """The fastest backend for a device and dtype; the choice and its reason are logged once."""
-    if _varlen_runs(device_type, dtype):
-        name, reason = "varlen", f"{device_type} with {dtype}"
-    else:
-        name, reason = "sdpa", f"varlen needs CUDA and half precision, this is {device_type} with {dtype}"
-    log.info("attention backend %s: %s", name, reason)
-    return name
+def choose_backend(needs: Needs, wanted: str = "auto") -> str:
+    """The backend for a call; what `auto` chooses is logged once with its reason.
+
+    Raises ValueError for an unknown backend, or one that cannot do it: it says why, and what can.
+    """
+    best = next(name for name in ("flash", "varlen", "sdpa") if (name != "flash" or _flash_3()) and _obstacle(name, needs) is None)
+    if wanted == "auto":
+        reasons = {"flash": "flash-attn 3 is installed", "sdpa": f"varlen {_obstacle('varlen', needs)}"}
+        log.info("attention backend %s for %s on %s: %s", best, needs.dtype, needs.device, reasons.get(best, "the GPU can"))
+        return best
+    if wanted not in BACKENDS:
+        raise ValueError(f"unknown attention backend {wanted!r}: choose one of auto, {', '.join(BACKENDS)}")
+    obstacle = _obstacle(wanted, needs)
+    if obstacle is not None:
+        raise ValueError(f"attention backend {wanted!r} {obstacle}: use {best!r}")
+    return wanted
 
 
-def _varlen_runs(device_type: str, dtype: torch.dtype) -> bool:
-    return device_type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+def _obstacle(name: str, needs: Needs) -> str | None:
+    """Why a backend cannot do it, or None."""
+    backend = BACKENDS[name]
+    if needs.device not in backend.devices:
+        return f"needs {' or '.join(backend.devices)}, not {needs.device}"
+    if backend.dtypes is not None and needs.dtype not in backend.dtypes:
+        return f"needs {' or '.join(str(dtype) for dtype in backend.dtypes)}, not {needs.dtype}"
+    if backend.capability is not None and needs.capability is not None and needs.capability < backend.capability:
+        least, found = (".".join(map(str, version)) for version in (backend.capability, needs.capability))
+        return f"needs a GPU of compute capability {least}, not {found}"
+    if needs.forward_mode and not backend.forward_mode:
+        return "has no forward-mode derivative"
+    if needs.backward and needs.device not in backend.backward:
+        return f"has no backward pass on {needs.device}"
+    if name == "flash" and not _flash_3() and find_spec("flash_attn") is None:
+        return "needs the package flash-attn (the extra 'flash')"
+    return None
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@cache
+def _flash_3() -> bool:
+    """Whether flash-attn 3 is installed and the GPU can run it."""
+    return find_spec("flash_attn_interface") is not None and torch.cuda.is_available() and _capability(None) >= HOPPER
+
+
+@cache
+def _flash_function() -> Any:
+    return import_module("flash_attn_interface" if _flash_3() else "flash_attn").flash_attn_varlen_func
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    return _fused(_flash_function(), q, k, v, q_segments, kv_segments)
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
+    return _fused(varlen_attn, q, k, v, q_segments, kv_segments)
+
+
+def _fused(function: Any, q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    """The seven positional arguments on which all releases of torch and flash-attn agree."""
     cu_q, cu_k = q_segments.cu_seqlens, kv_segments.cu_seqlens
-    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, q_segments.max_len, kv_segments.max_len)
-    assert isinstance(out, Tensor)
-    return out
+    out = function(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, q_segments.max_len, kv_segments.max_len)
+    return out[0] if isinstance(out, tuple) else out  # early releases of flash-attn 3 add the log-sum-exp
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    plan = _batching(q_segments.lengths, kv_segments.lengths, q.device)
-    heads, width = q.shape[1:]
-    if not plan.batches:
-        return torch.zeros_like(q)
-    kernel = _written_out if _has_tangent(q, k, v) else F.scaled_dot_product_attention
-    qs = _Gather.apply(q, plan.q_index, plan.q_inverse).split([b.segments * b.q_len for b in plan.batches])
-    ks = _Gather.apply(k, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
-    vs = _Gather.apply(v, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
-    outputs = []
-    for batch, q_part, k_part, v_part in zip(plan.batches, qs, ks, vs, strict=True):
-        q_BHTD = q_part.view(batch.segments, batch.q_len, heads, width).transpose(1, 2)
-        k_BHSD = k_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
-        v_BHSD = v_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
-        out_BHTD = kernel(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
-        outputs.append(out_BHTD.transpose(1, 2).reshape(-1, heads, width))
-    outputs.append(q.new_zeros(1, heads, width))
-    return torch.cat(outputs).index_select(0, plan.q_inverse)
-
-
-def _has_tangent(*tensors: Tensor) -> bool:
-    """Whether a forward-mode derivative (`torch.func.jvp`) is being taken."""
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
-
-
-def _written_out(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
-    """Scaled-dot-product attention as plain products and a softmax: the fused kernels have no forward-mode derivative."""
-    scores = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.mT
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    return scores.softmax(-1) @ v_BHSD
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]] = {"varlen": _varlen, "sdpa": _sdpa}
-
-
-class _Batch(NamedTuple):
-    segments: int
-    q_len: int
-    kv_len: int
-    mask: Tensor | None  # (segments, 1, 1, kv_len), False where a shorter segment has no key
-
-
-class _Batching(NamedTuple):
-    """How a pack falls into batches: `index` gathers tokens into them, `inverse` finds a token there (one row past the end: nowhere)."""
-
-    batches: tuple[_Batch, ...]
-    q_index: Tensor
-    q_inverse: Tensor
-    kv_index: Tensor
-    kv_inverse: Tensor
-
-
-class _Gather(torch.autograd.Function):
-    """Rows by index, where rows that occur twice are padding without gradient: so the backward pass is a gather too, not a scatter."""
-
-    @staticmethod
-    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return x.index_select(0, index)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        _, index, inverse = inputs
-        ctx.save_for_backward(inverse)
-        ctx.save_for_forward(index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (inverse,) = ctx.saved_tensors
-        return torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, inverse), None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (index,) = ctx.saved_tensors
-        return tangent.index_select(0, index)
-
-
-@lru_cache(maxsize=256)
-def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> _Batching:
-    """Sort segments by length and batch neighbours while masking costs less than another kernel launch."""
-    assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
-    groups: list[list[int]] = []
-    segments = [i for i in range(len(q_lengths)) if q_lengths[i] and kv_lengths[i]]
-    for i in sorted(segments, key=lambda i: (-q_lengths[i], -kv_lengths[i], i)):
-        if groups:
-            q_len, kv_len = q_lengths[groups[-1][0]], max(kv_lengths[j] for j in groups[-1])
-            grown = max(kv_len, kv_lengths[i])
-            waste = q_len * grown - q_lengths[i] * kv_lengths[i] + (grown - kv_len) * q_len * len(groups[-1])
-            if waste <= PAIRS_PER_LAUNCH:
-                groups[-1].append(i)
-                continue
-        groups.append([i])
-
-    q_starts, kv_starts = np.cumsum((0, *q_lengths)), np.cumsum((0, *kv_lengths))
-    batches = []
-    q_index, kv_index = [], []
-    for group in groups:
-        q_len, kv_len = q_lengths[group[0]], max(kv_lengths[j] for j in group)
-        counts = np.array([kv_lengths[j] for j in group])
-        mask = None
-        if (counts < kv_len).any():
-            mask = torch.from_numpy((np.arange(kv_len) < counts[:, None])[:, None, None]).to(device)
-        batches.append(_Batch(len(group), q_len, kv_len, mask))
-        q_index += [_padded_range(q_starts[j], q_lengths[j], q_len) for j in group]
-        kv_index += [_padded_range(kv_starts[j], kv_lengths[j], kv_len) for j in group]
-    q_gather, q_inverse = _with_inverse(q_index, int(q_starts[-1]))
-    kv_gather, kv_inverse = _with_inverse(kv_index, int(kv_starts[-1]))
-    return _Batching(tuple(batches), q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
-
-
-def _padded_range(start: int, length: int, padded: int) -> np.ndarray:
-    rows = np.full(padded, -1, dtype=np.int64)
-    rows[:length] = np.arange(start, start + length)
-    return rows
-
-
-def _with_inverse(parts: list[np.ndarray], total: int) -> tuple[Tensor, Tensor]:
-    index = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-    inverse = np.full(total, len(index), dtype=np.int64)
-    real = np.flatnonzero(index >= 0)
-    inverse[index[real]] = real
-    return torch.from_numpy(np.maximum(index, 0)), torch.from_numpy(inverse)
+BACKENDS = {
+    "varlen": Backend(_varlen, devices=("cuda",), backward=("cuda",), dtypes=HALF, capability=AMPERE),
+    "flash": Backend(_flash, devices=("cuda",), backward=("cuda",), dtypes=HALF, capability=AMPERE),
+    "flex": Backend(flex, devices=("cuda", "cpu"), backward=("cuda",)),
+    "sdpa": Backend(sdpa, devices=("cuda", "cpu"), backward=("cuda", "cpu"), forward_mode=True),
+}

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
-from tim.attention import attention, choose_backend
+from tim.attention import BACKENDS, Needs, attention, choose_backend
+from tim.flex import _block_mask
 from tim.packed import Segments
 
 
@@ -63,12 +67,63 @@ def test_a_pack_without_any_key_gives_zeros() -> None:
     assert not attention(q, none, none, Segments.from_lengths([3, 4]), Segments.from_lengths([0, 0])).any()
 
 
-def test_backend_choice_and_its_errors() -> None:
-    assert choose_backend("cpu", torch.float32) == "sdpa"
-    assert choose_backend("cuda", torch.bfloat16) == "varlen"
-    assert choose_backend("cuda", torch.float32) == "sdpa"
+@pytest.mark.parametrize("name", CASES)
+def test_flex_skips_blocks_and_equals_a_dense_mask(name: str) -> None:
+    """Forward on the CPU, where FlexAttention has no backward pass; several blocks of 128 in the larger cases."""
+    q_lengths, kv_lengths = CASES[name]
+    torch.manual_seed(0)
+    q = torch.randn(sum(q_lengths), 2, 8, dtype=torch.float64)
+    k, v = torch.randn(2, sum(kv_lengths), 2, 8, dtype=torch.float64)
+    out = attention(q, k, v, Segments.from_lengths(q_lengths), Segments.from_lengths(kv_lengths), backend="flex")
+    torch.testing.assert_close(out, dense(q, k, v, q_lengths, kv_lengths))
+    mask = _block_mask(tuple(q_lengths), tuple(kv_lengths), q.device)
+    owner_q, owner_k = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (q_lengths, kv_lengths))
+    expected = create_block_mask(lambda b, h, i, j: owner_q[i] == owner_k[j], None, None, len(owner_q), len(owner_k), device="cpu")
+    torch.testing.assert_close(mask.to_dense(), expected.to_dense())
+    torch.testing.assert_close(mask.full_kv_num_blocks, expected.full_kv_num_blocks)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_every_backend_equals_a_dense_mask_on_the_gpu(name: str, backend: str) -> None:
+    if backend == "flash" and not (find_spec("flash_attn") or find_spec("flash_attn_interface")):
+        pytest.skip("needs flash-attn")
+    q_lengths, kv_lengths = CASES[name]
+    dtype = torch.float32 if BACKENDS[backend].dtypes is None else torch.bfloat16
+    torch.manual_seed(0)
+    q = torch.randn(sum(q_lengths), 2, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k, v = (torch.randn(sum(kv_lengths), 2, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2))
+    weights = torch.randn_like(q)
+    out = attention(q, k, v, Segments.from_lengths(q_lengths, "cuda"), Segments.from_lengths(kv_lengths, "cuda"), backend=backend)
+    reference = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    expected = dense(reference[0], reference[1], reference[2], q_lengths, kv_lengths)
+    gradients = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    expected_gradients = torch.autograd.grad((expected * weights.cpu()).sum(), reference)
+    for actual, wanted in zip((out, *gradients), (expected, *expected_gradients), strict=True):
+        assert float((actual.cpu() - wanted).norm() / wanted.norm()) < (1e-3 if dtype == torch.float32 else 2e-2)
+
+
+def test_auto_takes_the_fastest_that_can() -> None:
+    half, full = torch.bfloat16, torch.float32
+    assert choose_backend(Needs("cpu", full, backward=True)) == "sdpa"
+    assert choose_backend(Needs("cuda", half, backward=True, capability=(8, 0))) == "varlen"
+    assert choose_backend(Needs("cuda", half, capability=(7, 5))) == "sdpa"
+    assert choose_backend(Needs("cuda", half, forward_mode=True)) == "sdpa"
+    assert choose_backend(Needs("cuda", full)) == "sdpa"
+
+
+def test_an_impossible_choice_says_why_and_what_can() -> None:
     x, segments = torch.zeros(2, 1, 4), Segments.from_lengths([2])
-    with pytest.raises(ValueError, match="unknown attention backend 'fast'"):
+    with pytest.raises(ValueError, match="unknown attention backend 'fast': choose one of auto, varlen, flash, flex, sdpa"):
         attention(x, x, x, segments, segments, backend="fast")
-    with pytest.raises(ValueError, match="needs CUDA"):
+    with pytest.raises(ValueError, match="'varlen' needs cuda, not cpu: use 'sdpa'"):
         attention(x, x, x, segments, segments, backend="varlen")
+    with pytest.raises(ValueError, match="'flex' has no backward pass on cpu: use 'sdpa'"):
+        attention(x.requires_grad_(), x, x, segments, segments, backend="flex")
+    with pytest.raises(ValueError, match="'varlen' has no forward-mode derivative: use 'sdpa'"):
+        choose_backend(Needs("cuda", torch.bfloat16, forward_mode=True), "varlen")
+    with pytest.raises(ValueError, match=r"'flash' needs a GPU of compute capability 8\.0, not 7\.5: use 'sdpa'"):
+        choose_backend(Needs("cuda", torch.float16, capability=(7, 5)), "flash")
+    with pytest.raises(ValueError, match=r"'varlen' needs torch\.bfloat16 or torch\.float16, not torch\.float32: use 'sdpa'"):
+        choose_backend(Needs("cuda", torch.float32), "varlen")
