@@ -10,12 +10,13 @@ Legend: B images, T tokens of a pack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tim.packed import Condition, PackedTokens, select
+from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
@@ -27,12 +28,37 @@ SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fade
 Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]
 
 
+class AlignedNetwork(Protocol):
+    """A network that also gives what is compared with an alignment teacher, (T, z_dim)."""
+
+    def __call__(
+        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, /, *, return_alignment: bool
+    ) -> tuple[PackedTokens, Tensor]: ...
+
+
 class Losses(NamedTuple):
     """loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached
-    squared error plus cosine term of every image, before weighting."""
+    squared error plus cosine term of every image, before weighting; alignment: (B,) detached distance from the alignment teacher,
+    0 without one."""
 
     loss: Tensor
     raw: Tensor
+    alignment: Tensor
+
+
+class Guide(NamedTuple):
+    """Model guidance: what the averaged network says for r = t takes part in the target, so that the trained one needs no guidance
+    when it samples (TiM, §5; 0.75 is the published weight, a guidance scale of 1.75).
+
+    In f*, of images whose t lies in the closed `interval` (shares of the transport's start), v becomes
+    w_gt·v + w_cond·F(x_t, t, t | c) + (1 − w_gt − w_cond)·F(x_t, t, t | ∅). null_condition: ∅ for each of the pack's images.
+    """
+
+    network: Network
+    null_condition: Condition
+    w_gt: float = 1.0
+    w_cond: float = 0.75
+    interval: tuple[float, float] = (0.3, 0.8)
 
 
 class TransitionObjective:
@@ -41,7 +67,8 @@ class TransitionObjective:
     transport: see `tim.transports`; derivative: how df/dt is found, `finite-difference` or `jvp` (exact; needs whole weights, and
     attention with a forward-mode derivative); derivative_precision: `fp32`, or `bf16` by autocast; epsilon: half the interval of the
     central difference; weighting: `tangent` gives an r < t image (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the
-    square whose times are not shifted (None: no shift); pixels_per_cell: the codec's factor.
+    square whose times are not shifted (None: no shift); pixels_per_cell: the codec's factor; alignment: weight of the distance from
+    the alignment teacher.
     """
 
     def __init__(
@@ -55,6 +82,7 @@ class TransitionObjective:
         weighting: str = "tangent",
         shift: int | None = 1024,
         pixels_per_cell: int = 1,
+        alignment: float = 1.0,
     ) -> None:
         choices = {
             "derivative": (derivative, DERIVATIVES),
@@ -74,6 +102,7 @@ class TransitionObjective:
         self.weighting = weighting
         self.shift = shift
         self.pixels_per_cell = pixels_per_cell
+        self.alignment = alignment
 
     def __call__(
         self,
@@ -86,14 +115,28 @@ class TransitionObjective:
         uniforms: Tensor,
         weights: Tensor,
         derivative_network: Network | None = None,
+        guide: Guide | None = None,
+        teacher: Tensor | None = None,
     ) -> Losses:
         """Loss of one pack.
 
         latents, noise: B tensors (C, h, w) of equal shapes; kinds: (B,) on the CPU; uniforms: (B, 2) in (0, 1) on the CPU, the times'
-        draws; weights: (B,), 0 for a sample that is not there. `derivative_network` evaluates the derivative (default: `network`).
+        draws; weights: (B,), 0 for a sample that is not there. `derivative_network` evaluates the derivative (default: `network`); `guide`
+        takes part in the target; `teacher`: (T, z_dim), what the network's projection is to be aligned with (REPA, arXiv 2410.06940).
         """
         t, r = self.draw_times(uniforms, kinds, latents)
-        return self.at_times(network, latents, condition, noise=noise, t=t, r=r, weights=weights, derivative_network=derivative_network)
+        return self.at_times(
+            network,
+            latents,
+            condition,
+            noise=noise,
+            t=t,
+            r=r,
+            weights=weights,
+            derivative_network=derivative_network,
+            guide=guide,
+            teacher=teacher,
+        )
 
     def draw_times(self, uniforms: Tensor, kinds: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Times t and r, (B,) float64 on the CPU: the larger and the smaller of two draws, r replaced as the kind says."""
@@ -116,6 +159,8 @@ class TransitionObjective:
         r: Tensor,
         weights: Tensor,
         derivative_network: Network | None = None,
+        guide: Guide | None = None,
+        teacher: Tensor | None = None,
     ) -> Losses:
         """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError where r > t."""
         if (r > t).any():
@@ -131,12 +176,19 @@ class TransitionObjective:
         t_tokens, r_tokens = (clean.per_token(time.to(device))[:, None] for time in (t, r))
         noisy = clean._replace(tokens=self.transport.mix(clean.tokens, noise_tokens, t_tokens))
         target = self.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
-        out = network(noisy, self._time_input(t, clean), self._time_input(r, clean), condition)
+        if guide is not None:
+            target = target + self._guidance(guide, noisy, self.transport.ideal(clean.tokens, noise_tokens, t_tokens), condition, t=t)
+
+        inputs = noisy, self._time_input(t, clean), self._time_input(r, clean), condition
+        if teacher is None:
+            out, misaligned = network(*inputs), torch.zeros(len(t), device=device)
+        else:
+            out, projection = cast(AlignedNetwork, network)(*inputs, return_alignment=True)
+            misaligned = out.mean_per_image(1 - F.cosine_similarity(projection.float(), teacher.float(), dim=-1))
 
         raw = self.distance(out, target)
-        scale = self.time_weight(t, r).to(device, torch.float32) * weights.to(device)
-        loss = (scale * raw / (raw.detach() + 1e-5)).sum()
-        return Losses(loss, raw.detach())
+        errors = self.time_weight(t, r).to(device, torch.float32) * raw / (raw.detach() + 1e-5) + self.alignment * misaligned
+        return Losses((weights.to(device) * errors).sum(), raw.detach(), misaligned.detach())
 
     def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
         """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
@@ -156,6 +208,22 @@ class TransitionObjective:
         if self.weighting == "none":
             return torch.ones_like(t)
         return torch.where(r == t, torch.ones_like(t), (1 + self.transport.tangent(t) - self.transport.tangent(r)).rsqrt())
+
+    def _guidance(self, guide: Guide, noisy: PackedTokens, ideal: Tensor, condition: Condition, *, t: Tensor) -> Tensor:
+        """What model guidance adds to the target, (T, p·p·C): both evaluations of the guide run as one pack."""
+        shares = t / self.transport.start
+        guided = ((guide.interval[0] <= shares) & (shares <= guide.interval[1])).nonzero()[:, 0].tolist()
+        nothing = torch.zeros_like(ideal)
+        if not guided:
+            return nothing
+        both, rows = guided + guided, noisy.rows(guided)
+        times = self._time_input(t[both], noisy)
+        with torch.no_grad():
+            conditions = join([select(condition, guided), select(guide.null_condition, guided)])
+            said, said_of_none = guide.network(noisy.select(both), times, times, conditions).tokens.chunk(2)
+        w_none = 1 - guide.w_gt - guide.w_cond
+        change = (guide.w_gt - 1) * ideal.index_select(0, rows) + guide.w_cond * said + w_none * said_of_none
+        return nothing.index_copy(0, rows, change.to(ideal.dtype))
 
     def _derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor

@@ -89,16 +89,20 @@ def test_samples(case: Case, name: str, steps: int, guidance: float, interval: t
 
 
 def test_losses_and_derivative(case: Case) -> None:
-    schedule = case.schedule
-    objective = TransitionObjective(transports.make("ot_fm"), patch_size=case.params["patch_size"], shift=None)
-    losses = objective.at_times(
-        case.network("legacy"),
-        list(schedule["x0"]),
-        case.condition(schedule["y"]),
-        noise=list(schedule["z"]),
-        t=schedule["loss.t"].double(),
-        r=schedule["loss.r"].double(),
-        weights=torch.ones(4),
-    )
+    schedule, patch_size = case.schedule, case.params["patch_size"]
+    network, condition, latents, noise = case.network("legacy"), case.condition(schedule["y"]), list(schedule["x0"]), list(schedule["z"])
+    t, r = schedule["loss.t"].double(), schedule["loss.r"].double()
+    objective = TransitionObjective(transports.make("ot_fm"), patch_size=patch_size, shift=None, alignment=0.5)
+    teacher = schedule["loss.h_target"].flatten(0, 1)
+    losses = objective.at_times(network, latents, condition, noise=noise, t=t, r=r, weights=torch.ones(4), teacher=teacher)
+    proj = float(schedule["loss.dir.proj"])
     assert float(losses.raw.mean()) == pytest.approx(float(schedule["loss.dir.denoising"]), rel=TOLERANCE)
-    assert float(losses.loss.detach()) / 4 == pytest.approx(float(schedule["loss.dir.weighted"]), rel=TOLERANCE)
+    assert float(losses.alignment.mean()) == pytest.approx(proj, rel=TOLERANCE)
+    assert float(losses.loss.detach()) / 4 == pytest.approx(float(schedule["loss.dir.weighted"]) + 0.5 * proj, rel=TOLERANCE)
+
+    clean, noise_tokens = PackedTokens.from_latents(latents, patch_size), PackedTokens.from_latents(noise, patch_size).tokens
+    derivative = objective._derivative(network, clean, noise_tokens, condition, t=t, r=r)
+    t_tokens, r_tokens = clean.per_token(t)[:, None], clean.per_token(r)[:, None]
+    target = objective.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
+    for actual, name in ((derivative, "dF"), (target, "F_target")):
+        assert relative_error(torch.stack(clean._replace(tokens=actual).to_latents()), schedule[f"loss.{name}"]) < TOLERANCE, name

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.tim.conftest import TINY
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
-from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
+from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION, Guide, Losses
 from tim.packed import Condition
 
 OT = transports.make("ot_fm")
@@ -61,29 +64,39 @@ def test_kinds_decide_r_and_uniforms_decide_t() -> None:
 
 
 def test_a_loss_does_not_depend_on_neighbours_or_kinds_beside_it(tiny: TransitionTransformer) -> None:
+    """Nor on the guide's and the teacher's view of them."""
     generator = torch.Generator().manual_seed(1)
+    network = TransitionTransformer.from_official({**TINY, "z_dim": 8, "projector_dim": 8, "encoder_depth": 1})
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=generator)
     latents, noise = ([torch.randn(3, h, w, generator=generator) for h, w in ((4, 4), (2, 6), (4, 8))] for _ in range(2))
+    teacher = [torch.randn(latent[0].numel() // 4, 8, generator=generator) for latent in latents]
     captions = [torch.randn(m, 16, generator=generator) for m in (2, 3, 1)]
     kinds = torch.tensor([TRANSITION, DIFFUSION, CONSISTENCY])
     uniforms = torch.rand(3, 2, generator=generator, dtype=torch.float64)
     objective = TransitionObjective(OT, patch_size=2, shift=None)
 
-    def run(images: list[int], weights: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(images: list[int], weights: list[float], *, guided: bool = True) -> Losses:
+        null = PackedText.from_features([torch.zeros(1, 16)] * len(images))
         return objective(
-            tiny,
+            network,
             [latents[i] for i in images],
             PackedText.from_features([captions[i] for i in images]),
             noise=[noise[i] for i in images],
             kinds=kinds[images],
             uniforms=uniforms[images],
             weights=torch.tensor(weights),
+            guide=Guide(tiny, null, w_gt=0.5, interval=(0.0, 1.0)) if guided else None,
+            teacher=torch.cat([teacher[i] for i in images]),
         )
 
     together = run([0, 1, 2], [1, 1, 1])
     alone = [run([i], [1]) for i in range(3)]
-    torch.testing.assert_close(together[1], torch.cat([raw for _, raw in alone]), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(together[0], torch.stack([loss for loss, _ in alone]).sum(), rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(run([0, 1, 2], [1, 0, 1])[0], alone[0][0] + alone[2][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.raw, torch.cat([losses.raw for losses in alone]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.alignment, torch.cat([losses.alignment for losses in alone]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(together.loss, torch.stack([losses.loss for losses in alone]).sum(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(run([0, 1, 2], [1, 0, 1]).loss, alone[0].loss + alone[2].loss, rtol=1e-3, atol=1e-4)
+    assert ((run([0, 1, 2], [1, 1, 1], guided=False).raw - together.raw).abs() > 1e-3).all()
 
 
 def test_a_new_network_starts_with_a_gradient_of_ordinary_size() -> None:
@@ -161,7 +174,7 @@ def test_a_pack_without_transitions_evaluates_one_token(tiny: TransitionTransfor
     """ZeRO-3 needs as many forwards on every rank; it does not need them to be large."""
     seen: list[int] = []
 
-    def counting(packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: PackedText) -> PackedTokens:
+    def counting(packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> PackedTokens:
         seen.append(len(packed.tokens))
         return tiny(packed, t, r, condition)
 
@@ -172,6 +185,28 @@ def test_a_pack_without_transitions_evaluates_one_token(tiny: TransitionTransfor
         objective = TransitionObjective(OT, patch_size=2, derivative=derivative)
         objective.at_times(counting, latents, text, noise=latents, t=t, r=t, weights=torch.ones(2))
         assert seen == expected
+
+
+@pytest.mark.parametrize("kind", transports.TRANSPORTS)
+def test_guidance_in_the_target_is_the_published_one(kind: str, golden: Path) -> None:
+    case = {name.split(".")[1]: x for name, x in load_file(golden / "transports.safetensors").items() if name.startswith(f"{kind}.")}
+    published = json.loads((golden / "meta.json").read_text())["transports"][kind]
+    transport, t = transports.make(kind), case["t"].double()
+    answers = torch.stack(PackedTokens.from_latents([*case["F_cond"], *case["F_uncond"]], 1).tokens.split(30))
+
+    def says(packed: PackedTokens, t: torch.Tensor, r: torch.Tensor, condition: Condition) -> PackedTokens:
+        assert isinstance(condition, torch.Tensor)
+        assert torch.equal(t, r)
+        return packed._replace(tokens=answers[condition].flatten(0, 1))
+
+    interval = (published["w_start"] / transport.start, published["w_end"] / transport.start)
+    guide = Guide(says, torch.arange(6, 12), w_gt=published["w_gt"], w_cond=published["w_cond"], interval=interval)
+    noisy = PackedTokens.from_latents(list(case["x_t"]), 1)
+    ideal = PackedTokens.from_latents(list(transport.ideal(case["x"], case["z"], t)), 1).tokens
+    change = TransitionObjective(transport, patch_size=1, shift=None)._guidance(guide, noisy, ideal, torch.arange(6), t=t.flatten())
+    expected = case["target_guided"] - case["target"]
+    assert expected.any()
+    torch.testing.assert_close(torch.stack(noisy._replace(tokens=change).to_latents()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_users_mistakes_are_named(tiny: TransitionTransformer) -> None:
