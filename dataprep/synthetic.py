@@ -33,7 +33,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }  # fmt: skip
 SUPERSAMPLING = 4
-LARGEST_RADIUS = 9.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
+LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
 STRAY = 0.1  # how far a figure strays from the middle, as a share of the room it has
 
 
@@ -83,7 +83,7 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
     shortest = min_side * max(aspect, 1 / aspect)
-    long_side = shortest * (max_side / shortest) ** rng.uniform()
+    long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small pictures, which cost least, are the most frequent
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
     radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
