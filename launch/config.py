@@ -67,6 +67,11 @@ class NetworkParams(Section):
     cap_feat_dim: int = Field(default=512, ge=1)
     """Width of the caption features."""
     input_size: int = Field(default=32, ge=1)
+    encoder_depth: int = Field(default=8, ge=1)
+    """Block after which the projection for representation alignment branches off."""
+    z_dim: int = Field(default=0, ge=0)
+    """Width of that projection; 0: there is none."""
+    projector_dim: int = Field(default=2048, ge=1)
     lora_hidden_size: int = Field(default=0, ge=0)
     """Rank of the modulation layers; 0: three quarters of hidden_size."""
     qk_norm: bool = True
@@ -88,6 +93,35 @@ class NetworkConfig(Section):
     params: NetworkParams
     rope: Literal["rowcol", "centred", "legacy"] = "rowcol"
     """Rotary layout: positions count from the corner or the middle of an image; `legacy` only for the published weights."""
+
+
+class GuidanceConfig(Section):
+    """Guidance in the target, by the averaged network: v becomes w_gt·v + w_cond·F(c) + (1 − w_gt − w_cond)·F(∅)."""
+
+    w_gt: float = 1.0
+    w_cond: float = 0.75
+    """With w_gt 1, a guidance scale of 1 + w_cond is trained in."""
+    interval: tuple[Share, Share] = (0.3, 0.8)
+    """Times at which it acts, as shares of the transport's start; ends included."""
+    after: int = Field(default=0, ge=0)
+    """Steps that are trained without it; 100,000 as published."""
+    refresh: int = Field(default=100, ge=1)
+    """Steps between fillings of the copy of the averaged network that each rank holds."""
+
+    @model_validator(mode="after")
+    def _interval_fits(self) -> GuidanceConfig:
+        if self.interval[0] > self.interval[1]:
+            raise Impossible("interval", f"{list(self.interval)} is empty: its start is after its end")
+        return self
+
+
+class AlignmentConfig(Section):
+    """Alignment of the network's features after block `encoder_depth` with those of a frozen vision transformer."""
+
+    kind: Literal["radio", "dinov2", "open_clip"]
+    path: Annotated[Path, Field(strict=False)]
+    """Its weights: RADIO's file, or a folder that transformers or open_clip reads."""
+    weight: float = Field(default=1.0, ge=0)
 
 
 TRANSPORT_SETTINGS = {"time_mean": "mean", "time_std": "std", "sigma_d": "sigma_d"}  # of this section → of `transports.make`
@@ -113,6 +147,10 @@ class ObjectiveConfig(Section):
     """Standard deviation of the latents, for edm; null: 0.5."""
     weighting: Literal["tangent", "none"] = "tangent"
     """How an image's loss is weighted by t and r."""
+    guidance: GuidanceConfig | None = None
+    """Guidance in the target; null: none."""
+    alignment: AlignmentConfig | None = None
+    """A teacher whose features the network's are aligned with; null: none."""
     shift: int | None = Field(default=1024, ge=1)
     """Times shift with resolution, by this reference side in pixels; null: they do not. Only ot_fm and trigflow can."""
 
@@ -227,6 +265,16 @@ class Config(Section):
         if self.objective.derivative == "jvp" and self.train.zero == 3:
             why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
             raise Impossible("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> Config:
+        if self.objective.guidance is not None and not self.text.caption_dropout:
+            raise Impossible("objective.guidance", "needs the empty caption, which is not trained: give text.caption_dropout above 0")
+        if self.objective.alignment is not None and not self.network.params.z_dim:
+            raise Impossible("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")
+        if self.objective.alignment is None and self.network.params.z_dim:
+            raise Impossible("network.params.z_dim", f"{self.network.params.z_dim} given, but no objective.alignment that would train it")
         return self
 
     @model_validator(mode="after")

@@ -46,9 +46,12 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks, on the CPU in the dtype given."""
-        total = values.to(self.device)
-        dist.all_reduce(total)
-        return total.cpu()
+        return self.total(values.to(self.device, copy=True)).cpu()
+
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place, on this rank's device."""
+        dist.all_reduce(values)
+        return values
 
     def gather(self, value: Result) -> list[Result]:
         """What every rank has, in rank order."""
@@ -157,8 +160,8 @@ class Engine:
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=stepper, config=config, dist_init_required=False)
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+    def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
+        return self._engine(*inputs, return_alignment=True) if return_alignment else self._engine(*inputs)
 
     @property
     def module(self) -> nn.Module:

@@ -1,13 +1,14 @@
 """What a run says while it trains: rows in metrics.jsonl, TensorBoard curves, and a progress line.
 
-    {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "lr": …, "grad_norm": …,
-     "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …, "tokens_per_second": …,
-     "seconds": …, "ids_digest": "…", "first_ids": […]}
+    {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
+     "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …,
+     "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
 
 `loss` is the mean unweighted error of all images since the last row, `loss_KIND` of those of one kind (null if there was none); what is
-minimised is scaled by each image's own error and shows nothing. `fill` and `grad_norm` are means over the steps. `images`, `tokens`,
-`failed` (images that could not be loaded) and `seconds` (training only) count from the run's start. `ids_digest` chains the ids of all
-samples of all steps so far: two runs with equal digests saw the same samples in the same order.
+minimised is scaled by each image's own error and shows nothing. `loss_alignment` is their mean distance from the alignment teacher (null
+without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed` (images that could not be loaded) and
+`seconds` (training only) count from the run's start. `ids_digest` chains the ids of all samples of all steps so far: two runs with equal
+digests saw the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ class Sums:
     tokens: int = 0
     raw: list[float] = field(default_factory=lambda: [0.0] * len(KINDS))
     raw_images: list[int] = field(default_factory=lambda: [0] * len(KINDS))
+    alignment: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StepMeasure:
-    """One step, all ranks together. raw, raw_images: error sums and counts by kind."""
+    """One step, all ranks together. raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher."""
 
     ids: tuple[str, ...]
     raw: Sequence[float]
@@ -56,6 +58,7 @@ class StepMeasure:
     failed: int
     tokens: int
     fill: float
+    alignment: float | None = None
 
 
 class Meter:
@@ -78,6 +81,8 @@ class Meter:
         since.tokens += measure.tokens
         since.raw = [a + b for a, b in zip(since.raw, measure.raw, strict=True)]
         since.raw_images = [a + int(b) for a, b in zip(since.raw_images, measure.raw_images, strict=True)]
+        if measure.alignment is not None:
+            since.alignment = (since.alignment or 0.0) + measure.alignment
         total["images"] += measure.images
         total["tokens"] += measure.tokens
         total["failed"] += measure.failed
@@ -96,6 +101,7 @@ class Meter:
             "step": step,
             "loss": sum(since.raw) / max(1, sum(since.raw_images)),
             **kinds,
+            "loss_alignment": None if since.alignment is None else since.alignment / max(1, sum(since.raw_images)),
             "lr": last.lr,
             "grad_norm": _finite(since.grad_norm / since.steps),
             **self._total,

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from launch import checkpoint, fragments, runs
+from launch import checkpoint, fragments, replica, runs
 from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
@@ -27,10 +27,12 @@ from launch.engine import Engine, Ranks, process_group
 from launch.export import export
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.planning import make_planner
+from launch.replica import Replica
 from launch.tally import Tally
-from pipeline.loader import LoadedStep, Loader
+from pipeline.loader import Batch, LoadedStep, Loader
 from pipeline.planner import Planner
-from tim import PackedText, TransitionObjective, TransitionTransformer, codecs, text, transports
+from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, text, transports
+from tim.objective import Guide
 
 MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
 
@@ -113,7 +115,16 @@ class Trainer:
             weighting=chosen.weighting,
             shift=chosen.shift,
             pixels_per_cell=self.codec.factor,
+            alignment=chosen.alignment.weight if chosen.alignment else 1.0,
         )
+        self.teacher = None
+        if chosen.alignment:
+            wanted = chosen.alignment
+            self.teacher = ranks.together(
+                lambda: alignment.make(wanted.kind, wanted.path, device=ranks.device, precision=config.train.precision)
+            )
+            if self.teacher.width != params.z_dim:
+                raise ConfigError(f"network.params.z_dim: {params.z_dim} given, but the teacher {wanted.path} is {self.teacher.width} wide")
         self.loader = Loader(
             planner,
             seed=config.seed,
@@ -141,6 +152,7 @@ class Trainer:
         )
         cleanup.callback(self.engine.close)
         self.ema = ShardedEMA(self.engine.fragments(), shapes=self.engine.shapes, decay=config.train.ema)
+        self.replica: Replica | None = None  # from the first step that is guided
         self.meter = Meter()
         self.step = 0
         self._skipped = 0  # steps in a row
@@ -152,6 +164,7 @@ class Trainer:
             self._steps = iter(self.loader)
             self.meter.pause()
         loaded = next(self._steps)
+        self._refresh_replica()
         tally = Tally()
         for index, batch in enumerate(loaded.batches):
             losses = self.objective(
@@ -163,9 +176,11 @@ class Trainer:
                 uniforms=batch.uniforms,
                 weights=batch.weights,
                 derivative_network=self.engine.module,
+                guide=self._guide(len(batch.ids)),
+                teacher=self.teacher.tokens(batch.images, self._grids(batch)) if self.teacher else None,
             )
             self.engine.accumulate(losses.loss, count=loaded.images, last=index == len(loaded.batches) - 1)
-            tally.add(batch, loss=losses.loss, raw=losses.raw)
+            tally.add(batch, losses)
         sums = tally.sums(self.ranks, stop=stop)
 
         lr = learning_rate(self.step, self.config.train)
@@ -187,9 +202,39 @@ class Trainer:
             failed=sums.failed,
             tokens=loaded.tokens,
             fill=loaded.fill,
+            alignment=sums.alignment if self.teacher else None,
         )
         self.meter.add(measure)
         return measure, sums.stop
+
+    def _refresh_replica(self) -> None:
+        """Fill the copy of the averaged network where this step is to: a function of the step alone."""
+        guidance = self.config.objective.guidance
+        if guidance is None or self.step < guidance.after:
+            return
+        if self.replica is None:
+            self.replica = self._empty_replica()
+        elif (self.step - guidance.after) % guidance.refresh:
+            return
+        self.replica.fill(self.ema.average)
+
+    def _empty_replica(self) -> Replica:
+        with torch.device("meta"):
+            network = TransitionTransformer.from_official(self.config.network.params.model_dump(), rope=self.config.network.rope)
+        return Replica(network, ranks=self.ranks)
+
+    def _guide(self, images: int) -> Guide | None:
+        """What takes part in the targets of a pack of so many images."""
+        guidance = self.config.objective.guidance
+        if guidance is None or self.replica is None:
+            return None
+        nothing = PackedText.from_features(self.encoder.encode([""]) * images)
+        return Guide(self.replica, nothing, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
+
+    def _grids(self, batch: Batch) -> list[tuple[int, int]]:
+        """Rows and columns of every image's tokens."""
+        stride = self.codec.factor * self.config.network.params.patch_size
+        return [(image.shape[1] // stride, image.shape[2] // stride) for image in batch.images]
 
     def save(self, run_dir: Path) -> Path:
         """Write a checkpoint of this step."""
@@ -203,6 +248,9 @@ class Trainer:
         state = self.ranks.together(lambda: self._accept(found))
         self.engine.load(found.folder)
         self.ema.load(found.folder / checkpoint.fragment_file("ema", self.ranks.rank))
+        if (found.folder / replica.FILE).is_file():
+            self.replica = self._empty_replica()
+            self.replica.load(found.folder)
         self.meter.load_state_dict(state["meter"])
         self.step = found.facts.step
 
@@ -228,6 +276,8 @@ class Trainer:
         if self.ranks.is_main:
             state = {"format": checkpoint.FORMAT, "step": self.step, "data": self.loader.state_dict(), "meter": self.meter.state_dict()}
             written.append(checkpoint.write_trainer_state(folder, state))
+            if self.replica is not None:
+                written.append(self.replica.save(folder))
         return written
 
 

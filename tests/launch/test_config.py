@@ -100,6 +100,10 @@ ON_THE_COMMAND_LINE = {
     "objective.sigma_d=1": "command line: objective.sigma_d: transport ot_fm has no such setting; leave it out",
     "objective={transport: ve, time_std: 1}": "command line: objective.time_std: transport ve has no such setting; leave it out",
     "objective={transport: edm, shift: 256}": "command line: objective.shift: the noise of transport edm has a fixed range",
+    "objective={guidance: {interval: [0.8, 0.2]}}": "objective.guidance.interval: [0.8, 0.2] is empty: its start is after its end",
+    "objective={guidance: {w: 1}}": "command line: objective.guidance.w: unknown key",
+    "objective={alignment: {kind: radio, path: x}}": "command line: objective.alignment: needs a projection in the network",
+    "network.params.z_dim=8": "command line: network.params.z_dim: 8 given, but no objective.alignment that would train it",
     "run_dir=[": "command line: run_dir: '[' is not a value in YAML",
 }
 
@@ -143,6 +147,14 @@ def test_an_exact_derivative_needs_whole_weights(good: Path) -> None:
     assert load_config(good, overrides=["objective.derivative=jvp", "train.zero=2"]).objective.derivative == "jvp"
     with pytest.raises(ConfigError, match=r"objective\.derivative: jvp needs whole weights.*use zero 1 or 2, or finite-difference"):
         load_config(good, overrides=["train.zero=3", "objective.derivative=jvp"])
+
+
+def test_guidance_needs_the_empty_caption(good: Path) -> None:
+    guidance = load_config(good, overrides=["objective.guidance={}"]).objective.guidance
+    assert guidance is not None
+    assert (guidance.w_gt, guidance.w_cond, guidance.interval) == (1.0, 0.75, (0.3, 0.8))
+    with pytest.raises(ConfigError, match=r"objective\.guidance: needs the empty caption.*give text\.caption_dropout above 0"):
+        load_config(good, overrides=["objective.guidance={}", "text.caption_dropout=0"])
 
 
 def test_a_shift_that_nobody_asked_for_is_left_out_where_there_is_none(good: Path) -> None:

@@ -11,6 +11,7 @@ from launch.engine import Ranks
 from launch.tally import Tally
 from launch.trainer import learning_rate, train
 from pipeline.loader import Batch
+from tim.objective import Losses
 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
@@ -39,20 +40,25 @@ def batch(*ids: str, weights: list[float], kinds: list[int]) -> Batch:
     )
 
 
+def losses(loss: float, raw: list[float], alignment: list[float]) -> Losses:
+    return Losses(torch.tensor(loss), torch.tensor(raw), torch.tensor(alignment))
+
+
 def test_a_step_adds_up_by_kind(alone: Ranks) -> None:
     tally = Tally()
     pack = batch("a", "b", "c", "d", weights=[1, 1, 0, 1], kinds=[0, 2, 0, 2])
-    tally.add(pack, loss=torch.tensor(3.0), raw=torch.tensor([1.0, 2.0, 99.0, 4.0]))
-    tally.add(batch("", weights=[0], kinds=[0]), loss=torch.tensor(0.0), raw=torch.tensor([7.0]))
+    tally.add(pack, losses(3.0, [1.0, 2.0, 99.0, 4.0], [0.5, 0.25, 9.0, 1.0]))
+    tally.add(batch("", weights=[0], kinds=[0]), losses(0.0, [7.0], [7.0]))
     sums = tally.sums(alone, stop=True)
     assert (sums.raw, sums.raw_images, sums.failed, sums.stop) == ((1.0, 0.0, 6.0), (1, 0, 2), 1, True)
+    assert sums.alignment == 1.75
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(alone: Ranks) -> None:
     tally = Tally()
-    tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), loss=torch.tensor(1.0), raw=torch.tensor([1.0, 1.0]))
-    tally.add(batch("c", "d", weights=[1, 1], kinds=[0, 0]), loss=torch.tensor(math.nan), raw=torch.tensor([1.0, math.nan]))
-    with pytest.raises(RuntimeError, match="the loss is not finite for d: the step was not taken"):
+    tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), losses(1.0, [1.0, 1.0], [0.0, 0.0]))
+    tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
+    with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was not taken"):
         tally.sums(alone, stop=False)
 
 
