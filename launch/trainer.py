@@ -220,7 +220,9 @@ class Trainer:
 
     def _empty_replica(self) -> Replica:
         with torch.device("meta"):
-            network = TransitionTransformer.from_official(self.config.network.params.model_dump(), rope=self.config.network.rope)
+            network = TransitionTransformer.from_official(
+                self.config.network.params.model_dump(exclude_none=True), rope=self.config.network.rope
+            )
         return Replica(network, ranks=self.ranks)
 
     def _guide(self, images: int) -> Guide | None:

@@ -35,6 +35,8 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny: TransitionTransformer)
         steps=[s for s, _ in settings],
         guidance=[g for _, g in settings],
         null_condition=PackedText.from_features([null] * 3),
+        stochasticity=0.3,
+        seeds=[7, 8, 9],
     )
     assert together.evaluations == [2, 4, 6]
     for i, (steps, guidance) in enumerate(settings):
@@ -46,6 +48,8 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny: TransitionTransformer)
             steps=steps,
             guidance=guidance,
             null_condition=PackedText.from_features([null]),
+            stochasticity=0.3,
+            seeds=[7 + i],
         )
         torch.testing.assert_close(together.latents[i], alone.latents[0], rtol=1e-3, atol=1e-4)
 
@@ -76,6 +80,22 @@ def test_the_callback_sees_the_clean_estimate() -> None:
     torch.testing.assert_close(seen[-1][1].float(), result.latents[0])
 
 
+def test_stochastic_steps_change_the_image_and_keep_the_distribution() -> None:
+    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    def run(stochasticity: float, seed: int, steps: int = 64) -> Tensor:
+        return sample(Gaussian(0.5), [noise], TEXT, transport=OT, steps=steps, stochasticity=stochasticity, seeds=[seed]).latents[0]
+
+    plain, one, other = run(0.0, 1), run(1.0, 1), run(1.0, 2)
+    assert torch.equal(one, run(1.0, 1))
+    for image in (one, other):
+        assert float(image.std()) == pytest.approx(0.5, abs=0.02)
+        assert abs(float(image.mean())) < 0.03
+    similarity = torch.corrcoef(torch.stack([plain.flatten(), one.flatten(), other.flatten()]))
+    assert (similarity[[0, 0, 1], [1, 2, 2]] < 0.7).all()
+    assert torch.equal(run(0.0, 1, steps=2), run(1.0, 1, steps=2)), "the first and the last step exchange no noise"
+
+
 def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
     assert time_grid(4, transport=OT) == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = time_grid(2, transport=OT, pixels=2048**2, shift=1024)
@@ -89,13 +109,17 @@ def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
         ({"times": [1.0, 0.5, 0.5]}, "each smaller than the one before"),
         ({"times": [1.0]}, "two times or more"),
         ({"guidance": 2.0}, "needs a null condition"),
+        ({"times": [1.5, 0.0]}, "this transport's times go from 1 to 0"),
+        ({"times": [0.2, 0.7]}, "each smaller than the one before"),
+        ({"stochasticity": 0.2}, "needs one seed for each of the 1 images"),
+        ({"stochasticity": 0.2, "seeds": [1], "transport": transports.make("ve")}, "only transport ot_fm has stochastic steps"),
         ({"interval": (0.8, 0.2)}, "its start is after its end"),
         ({"steps": [1, 2]}, "2 time grids for 1 images"),
     ],
 )
 def test_mistakes_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        sample(Gaussian(1.0), [torch.zeros(1, 2, 2)], TEXT, transport=OT, **arguments)  # pyright: ignore[reportArgumentType]
+        sample(Gaussian(1.0), [torch.zeros(1, 2, 2)], TEXT, **{"transport": OT, **arguments})  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", transports.TRANSPORTS)
