@@ -265,6 +265,8 @@ class Trainer:
         if facts.zero != self.config.train.zero:
             raise ConfigError(f"{folder} was written with train.zero={facts.zero}, not {self.config.train.zero}: keep it to resume")
         state = checkpoint.read_trainer_state(folder)
+        if state["optimizer"] != self.config.train.optimizer:
+            raise ConfigError(f"{folder} was written with train.optimizer={state['optimizer']}, not {self.config.train.optimizer}: keep it")
         self.loader.load_state_dict(state["data"])
         return state
 
@@ -276,7 +278,13 @@ class Trainer:
         self.ema.save(average)
         written += [weights, average]
         if self.ranks.is_main:
-            state = {"format": checkpoint.FORMAT, "step": self.step, "data": self.loader.state_dict(), "meter": self.meter.state_dict()}
+            state = {
+                "format": checkpoint.FORMAT,
+                "step": self.step,
+                "optimizer": self.config.train.optimizer,
+                "data": self.loader.state_dict(),
+                "meter": self.meter.state_dict(),
+            }
             written.append(checkpoint.write_trainer_state(folder, state))
             if self.replica is not None:
                 written.append(self.replica.save(folder))

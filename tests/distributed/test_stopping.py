@@ -79,3 +79,15 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> Non
     assert [row["ids_digest"] for row in rows] == planned_digests(load_config(config))
     assert rows[-1]["skipped_steps"] == 0
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.timeout(1500)
+def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_line(config: Path, tmp_path: Path) -> None:
+    short = ["train", str(config), "train.zero=1", "train.precision=fp32", "train.steps=2"]
+    assert jobs.run(*short, log=tmp_path / "first") == 0, (tmp_path / "first").read_text()
+    for number, (override, said) in enumerate({"train.optimizer=muon": "train.optimizer=adamw", "train.zero=2": "train.zero=1"}.items()):
+        log = tmp_path / f"log{number}"
+        assert jobs.run(*short, "train.steps=3", override, log=log) == 2
+        assert said in log.read_text()
+        assert "keep it" in log.read_text()
+        assert "Traceback" not in log.read_text()
