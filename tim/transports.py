@@ -155,7 +155,7 @@ class OptimalTransportFlow(Transport):
     def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
         """t' = q·t / (1 + (q − 1)·t)."""
         q = pixels.double().sqrt() / reference
-        return q * t / (1 + (q - 1) * t)
+        return (q * t / (1 + (q - 1) * t)).clamp(self.end, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +190,7 @@ class TrigFlow(Transport):
 
     def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
         """t' = atan(q·tan t)."""
-        return torch.atan(pixels.double().sqrt() / reference * torch.tan(t))
+        return torch.atan(pixels.double().sqrt() / reference * torch.tan(t)).clamp(self.end, self.start)
 
 
 @dataclass(frozen=True, slots=True)

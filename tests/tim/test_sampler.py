@@ -100,6 +100,11 @@ def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
     assert time_grid(4, transport=OT) == [1.0, 0.75, 0.5, 0.25, 0.0]
     shifted = time_grid(2, transport=OT, pixels=2048**2, shift=1024)
     assert shifted == pytest.approx([1.0, 2 / 3, 0.0])
+    for kind in ("ot_fm", "trigflow"):
+        transport = transports.make(kind)
+        for pixels in range(16, 100_000, 97):
+            grid = time_grid(3, transport=transport, pixels=pixels, shift=7)
+            assert transport.start >= grid[0] > grid[1] > grid[2] > grid[3] >= transport.end, "not even by a rounding error outside"
 
 
 @pytest.mark.parametrize(
