@@ -18,6 +18,8 @@ from tim.packed import Segments
 
 # One more kernel launch costs about as much as this many query-key pairs, so segments are batched while masking wastes less.
 PAIRS_PER_LAUNCH = 2048
+# On a CPU, copying this many tokens into a batch and out of it costs about as much as a launch; on a GPU nearly nothing.
+TOKENS_PER_LAUNCH = 128
 
 
 def has_tangent(*tensors: Tensor) -> bool:
@@ -32,18 +34,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Seg
     if not plan.batches:
         return torch.zeros_like(q)
     kernel = _written_out if has_tangent(q, k, v) else F.scaled_dot_product_attention
-    qs = _Gather.apply(q, plan.q_index, plan.q_inverse).split([b.segments * b.q_len for b in plan.batches])
-    ks = _Gather.apply(k, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
-    vs = _Gather.apply(v, plan.kv_index, plan.kv_inverse).split([b.segments * b.kv_len for b in plan.batches])
+    if plan.rows is not None:
+        q = _Gather.apply(q, plan.rows.q_index, plan.rows.q_inverse)
+        k, v = (_Gather.apply(x, plan.rows.kv_index, plan.rows.kv_inverse) for x in (k, v))
     outputs = []
-    for batch, q_part, k_part, v_part in zip(plan.batches, qs, ks, vs, strict=True):
+    q_parts = q.split([batch.segments * batch.q_len for batch in plan.batches])
+    k_parts, v_parts = (x.split([batch.segments * batch.kv_len for batch in plan.batches]) for x in (k, v))
+    for batch, q_part, k_part, v_part in zip(plan.batches, q_parts, k_parts, v_parts, strict=True):
         q_BHTD = q_part.view(batch.segments, batch.q_len, heads, width).transpose(1, 2)
         k_BHSD = k_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
         v_BHSD = v_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
         out_BHTD = kernel(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
         outputs.append(out_BHTD.transpose(1, 2).reshape(-1, heads, width))
+    if plan.rows is None:
+        return torch.cat(outputs)
     outputs.append(q.new_zeros(1, heads, width))
-    return torch.cat(outputs).index_select(0, plan.q_inverse)
+    return torch.cat(outputs).index_select(0, plan.rows.q_inverse)
 
 
 def _written_out(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
@@ -61,14 +67,20 @@ class _Batch(NamedTuple):
     mask: Tensor | None  # (segments, 1, 1, kv_len), False where a shorter segment has no key
 
 
-class _Batching(NamedTuple):
-    """How a pack falls into batches: `index` gathers tokens into them, `inverse` finds a token there (one row past the end: nowhere)."""
+class _Rows(NamedTuple):
+    """Where tokens go: `index` gathers them into batches, `inverse` finds a token there (one row past the end: nowhere)."""
 
-    batches: tuple[_Batch, ...]
     q_index: Tensor
     q_inverse: Tensor
     kv_index: Tensor
     kv_inverse: Tensor
+
+
+class _Batching(NamedTuple):
+    """How a pack falls into batches. rows: None where every token lies in its place already."""
+
+    batches: tuple[_Batch, ...]
+    rows: _Rows | None
 
 
 class _Gather(torch.autograd.Function):
@@ -97,19 +109,14 @@ class _Gather(torch.autograd.Function):
 
 @lru_cache(maxsize=256)
 def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> _Batching:
-    """Sort segments by length and batch neighbours while masking costs less than another kernel launch."""
+    """Batch segments of similar lengths, or leave each alone where it lies if that saves more copying than it costs launches."""
     assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
-    groups: list[list[int]] = []
     segments = [i for i in range(len(q_lengths)) if q_lengths[i] and kv_lengths[i]]
-    for i in sorted(segments, key=lambda i: (-q_lengths[i], -kv_lengths[i], i)):
-        if groups:
-            q_len, kv_len = q_lengths[groups[-1][0]], max(kv_lengths[j] for j in groups[-1])
-            grown = max(kv_len, kv_lengths[i])
-            waste = q_len * grown - q_lengths[i] * kv_lengths[i] + (grown - kv_len) * q_len * len(groups[-1])
-            if waste <= PAIRS_PER_LAUNCH:
-                groups[-1].append(i)
-                continue
-        groups.append([i])
+    groups = _groups(segments, q_lengths, kv_lengths)
+    tokens = sum(q_lengths) + sum(kv_lengths)
+    if device.type == "cpu" and len(segments) == len(q_lengths) and (len(segments) - len(groups)) * TOKENS_PER_LAUNCH < tokens:
+        batches = tuple(_Batch(1, q_len, kv_len, None) for q_len, kv_len in zip(q_lengths, kv_lengths, strict=True))
+        return _Batching(batches, rows=None)
 
     q_starts, kv_starts = np.cumsum((0, *q_lengths)), np.cumsum((0, *kv_lengths))
     batches = []
@@ -125,7 +132,23 @@ def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: t
         kv_index += [_padded_range(kv_starts[j], kv_lengths[j], kv_len) for j in group]
     q_gather, q_inverse = _with_inverse(q_index, int(q_starts[-1]))
     kv_gather, kv_inverse = _with_inverse(kv_index, int(kv_starts[-1]))
-    return _Batching(tuple(batches), q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
+    rows = _Rows(q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
+    return _Batching(tuple(batches), rows)
+
+
+def _groups(segments: list[int], q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...]) -> list[list[int]]:
+    """Segments sorted by length, neighbours together while masking costs less than another kernel launch."""
+    groups: list[list[int]] = []
+    for i in sorted(segments, key=lambda i: (-q_lengths[i], -kv_lengths[i], i)):
+        if groups:
+            q_len, kv_len = q_lengths[groups[-1][0]], max(kv_lengths[j] for j in groups[-1])
+            grown = max(kv_len, kv_lengths[i])
+            waste = q_len * grown - q_lengths[i] * kv_lengths[i] + (grown - kv_len) * q_len * len(groups[-1])
+            if waste <= PAIRS_PER_LAUNCH:
+                groups[-1].append(i)
+                continue
+        groups.append([i])
+    return groups
 
 
 def _padded_range(start: int, length: int, padded: int) -> np.ndarray:

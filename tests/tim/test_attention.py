@@ -27,6 +27,8 @@ CASES = {
     "one giant": ([700], [9]),
     "giant beside one token": ([400, 1, 3], [5, 1, 7]),
     "empty text": ([4, 9, 2], [0, 3, 0]),
+    "alike, in any order": ([40, 40, 6, 40, 6], [3, 3, 9, 3, 9]),
+    "long ones side by side": ([300, 260, 300], [6, 5, 11]),
     "hundreds": ([1 + i % 23 for i in range(300)], [1 + i % 7 for i in range(300)]),
 }
 
