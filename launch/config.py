@@ -202,6 +202,12 @@ class TrainConfig(Section):
     """Largest norm of a step's gradient; 0: no limit."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the averaged weights, which the model folder holds."""
+    attention: Literal["auto", "varlen", "flash", "flex", "sdpa"] = "auto"
+    """Implementation of attention in the training pass; auto takes the fastest that the device has."""
+    checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
+    """Blocks whose activations are computed again instead of kept: none, all, or every n-th. Less memory, up to a third more time."""
+    compile: bool = False
+    """Fuse the blocks' norms and MLPs by torch.compile; for GPUs. The first steps take minutes."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -209,6 +215,8 @@ class TrainConfig(Section):
             raise Impossible("warmup", f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
         if self.optimizer == "muon" and self.zero == 3:
             raise Impossible("optimizer", "muon needs whole matrices, which train.zero=3 cuts up: use zero 1 or 2, or adamw")
+        if self.compile and self.zero == 3:
+            raise Impossible("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or no compile")
         return self
 
 
@@ -265,6 +273,8 @@ class Config(Section):
         if self.objective.derivative == "jvp" and self.train.zero == 3:
             why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
             raise Impossible("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
+        if self.objective.derivative == "jvp" and self.train.attention not in ("auto", "sdpa"):
+            raise Impossible("train.attention", f"{self.train.attention} has no forward-mode derivative, which jvp needs: use auto or sdpa")
         return self
 
     @model_validator(mode="after")

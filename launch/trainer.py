@@ -32,6 +32,7 @@ from launch.tally import Tally
 from pipeline.loader import Batch, LoadedStep, Loader
 from pipeline.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, text, transports
+from tim.attention import Needs, choose_backend
 from tim.objective import Guide
 
 MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
@@ -139,6 +140,7 @@ class Trainer:
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
         network = TransitionTransformer.from_official(params.model_dump(), rope=config.network.rope)
+        network.execute(**execution(config.train, ranks.device))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         self.engine = Engine(
             network,
@@ -289,6 +291,19 @@ class Trainer:
             if self.replica is not None:
                 written.append(self.replica.save(folder))
         return written
+
+
+def execution(train: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """How the network runs, as `TransitionTransformer.execute` takes it. Raises ConfigError for an attention that this device has not."""
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    try:
+        choose_backend(Needs(device.type, dtype, backward=True, capability=capability), train.attention)
+    except ValueError as error:
+        raise ConfigError(f"train.attention: {error}") from error
+    named = {"none": 0, "full": 1}
+    every = named[train.checkpointing] if isinstance(train.checkpointing, str) else train.checkpointing
+    return {"attention": {dtype: train.attention}, "checkpoint_every": every, "compile": train.compile}
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:

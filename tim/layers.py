@@ -6,6 +6,7 @@ Legend: B images, T image tokens of a pack, S text tokens, D network width, H he
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,14 @@ def plain_norm(x: Tensor) -> Tensor:
     return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
 
 
-def modulate(x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, packed: PackedTokens) -> Tensor:
-    """x·(1 + scale) + shift with one shift and scale per image (adaLN, DiT, arXiv 2212.09748)."""
-    return torch.addcmul(packed.per_token(shift_BD), x_TD, packed.per_token(1 + scale_BD))
+class ModulatedNorm(nn.Module):
+    """Plain norm, then x·(1 + scale) + shift with one shift and scale per image (adaLN, DiT, arXiv 2212.09748).
+
+    A module without parameters that takes tensors alone, so that it can be compiled: `owner` is that of the pack, (T,).
+    """
+
+    def forward(self, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, owner: Tensor) -> Tensor:
+        return torch.addcmul(shift_BD.index_select(0, owner), plain_norm(x_TD), (1 + scale_BD).index_select(0, owner))
 
 
 class HeadNorm(nn.LayerNorm):
@@ -105,8 +111,11 @@ class ClassEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Attention among an image's tokens whose projections also see how far the transition goes ("interval attention", TiM §4.2).
 
-    qkv(x) + qkv_d(E_Δ), normalised per head, turned by the rotary embedding. `delta_BD` is the embedding of t − r.
+    qkv(x) + qkv_d(E_Δ), normalised per head, turned by the rotary embedding. `delta_BD` is the embedding of t − r. `backends` holds
+    the attention backend to use for a dtype, where it is not to be `auto`.
     """
+
+    backends: Mapping[torch.dtype, str] = {}
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool, distance_aware: bool) -> None:
         super().__init__()
@@ -124,11 +133,14 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         q = rotate(self.q_norm(q), rotations).to(v.dtype)
         k = rotate(self.k_norm(k), rotations).to(v.dtype)
-        return self.proj(attention(q, k, v, packed.segments, packed.segments).flatten(1))
+        out = attention(q, k, v, packed.segments, packed.segments, backend=self.backends.get(q.dtype, "auto"))
+        return self.proj(out.flatten(1))
 
 
 class CrossAttention(nn.Module):
     """Attention from an image's tokens to its caption's; only the queries are turned by the rotary embedding."""
+
+    backends: Mapping[torch.dtype, str] = {}
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -144,7 +156,8 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text.features).unflatten(-1, (2, self.heads, -1)).unbind(1)
         q = rotate(self.q_norm(q), rotations).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
-        return self.proj(attention(q, k, v, packed.segments, text.segments).flatten(1))
+        out = attention(q, k, v, packed.segments, text.segments, backend=self.backends.get(q.dtype, "auto"))
+        return self.proj(out.flatten(1))
 
 
 class Block(nn.Module):
@@ -155,6 +168,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, *, heads: int, modulation_rank: int, qk_norm: bool, distance_aware: bool, captions: bool) -> None:
         super().__init__()
+        self.norm = ModulatedNorm()
         self.attn = SelfAttention(width, heads=heads, qk_norm=qk_norm, distance_aware=distance_aware)
         self.cross_attn = CrossAttention(width, heads=heads, qk_norm=qk_norm) if captions else None
         self.mlp = SwiGLU(width, hidden=int(4 * width * 2 / 3), out=width)
@@ -165,15 +179,15 @@ class Block(nn.Module):
     ) -> Tensor:
         modulation = self.adaLN_modulation(condition_BD).chunk(6 if self.cross_attn is None else 9, dim=-1)
         shift, scale, gate = modulation[:3]
-        h = modulate(plain_norm(x_TD), shift, scale, packed)
+        h = self.norm(x_TD, shift, scale, packed.owner)
         x_TD = torch.addcmul(x_TD, packed.per_token(gate), self.attn(h, delta_BD, packed, rotations))
         if self.cross_attn is not None:
             assert text is not None
             shift, scale, gate = modulation[3:6]
-            h = modulate(plain_norm(x_TD), shift, scale, packed)
+            h = self.norm(x_TD, shift, scale, packed.owner)
             x_TD = torch.addcmul(x_TD, packed.per_token(gate), self.cross_attn(h, text, packed, rotations))
         shift, scale, gate = modulation[-3:]
-        h = modulate(plain_norm(x_TD), shift, scale, packed)
+        h = self.norm(x_TD, shift, scale, packed.owner)
         return torch.addcmul(x_TD, packed.per_token(gate), self.mlp(h))
 
 
@@ -182,9 +196,10 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, *, out: int) -> None:
         super().__init__()
+        self.norm = ModulatedNorm()
         self.linear = nn.Linear(width, out)
         self.adaLN_modulation = SwiGLU(width, hidden=width // 2, out=2 * width)
 
     def forward(self, x_TD: Tensor, condition_BD: Tensor, packed: PackedTokens) -> Tensor:
         shift, scale = self.adaLN_modulation(condition_BD).chunk(2, dim=-1)
-        return self.linear(modulate(plain_norm(x_TD), shift, scale, packed))
+        return self.linear(self.norm(x_TD, shift, scale, packed.owner))

@@ -9,9 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from tim.layers import Block, CaptionEmbedding, ClassEmbedding, FinalLayer, PatchEmbedding, TimeEmbedding, at_least_float32, plain_norm
+from tim.layers import (
+    Block,
+    CaptionEmbedding,
+    ClassEmbedding,
+    CrossAttention,
+    FinalLayer,
+    PatchEmbedding,
+    SelfAttention,
+    TimeEmbedding,
+    at_least_float32,
+    plain_norm,
+)
 from tim.official import read_weights, unnested
 from tim.packed import Condition, PackedText, PackedTokens
 from tim.rope import LAYOUTS, rotations
@@ -79,6 +92,7 @@ class TransitionTransformer(nn.Module):
         )
         self.final_layer = FinalLayer(width, out=self.patch_size**2 * self.channels)
         self.projector = _projector(width, hidden=params["projector_dim"], out=params["z_dim"]) if params["z_dim"] else None
+        self._checkpoint_every = 0
         self._initialise()
 
     @classmethod
@@ -117,6 +131,24 @@ class TransitionTransformer(nn.Module):
         """A copy of the weights on the CPU under the published names: what `load_official` and the published code read."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
+    def execute(self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False) -> None:
+        """How to run, which changes nothing but speed and memory.
+
+        attention: the backend of `tim.attention` for a dtype (others: auto); checkpoint_every: every n-th block keeps its input alone and
+        is computed again in the backward pass (1: all, 0: none); compile: the blocks' norms and MLPs by `torch.compile`, one kernel for
+        what is a chain of passes over the pack's tokens; for packs of any size at once, as only tensors reach them.
+        """
+        assert checkpoint_every >= 0
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.backends = dict(attention or {})
+        self._checkpoint_every = checkpoint_every
+        if compile:
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                block.norm.compile(dynamic=True)
+                block.mlp.compile(dynamic=True)
+
     @overload
     def forward(
         self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, *, return_alignment: Literal[False] = False
@@ -145,7 +177,10 @@ class TransitionTransformer(nn.Module):
         x = self.x_embedder(packed.tokens)
         alignment = None
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, time, delta, text, packed, angles)
+            if self._checkpoint_every and depth % self._checkpoint_every == 0 and torch.is_grad_enabled():
+                x = checkpoint(block, x, time, delta, text, packed, angles, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, time, delta, text, packed, angles)
             if return_alignment and depth == self.params["encoder_depth"]:
                 assert self.projector is not None, "return_alignment needs a network with z_dim"
                 alignment = self.projector(x)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Sequence
 
 import pytest
@@ -49,6 +51,53 @@ def test_a_pack_equals_its_images_in_output_and_gradient(network: TransitionTran
     assert together.keys() == {name for name, _ in network.named_parameters()}
     for name, parameter in network.named_parameters():
         torch.testing.assert_close(parameter.grad, together[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointing_changes_no_gradient(tiny: TransitionTransformer, every: int) -> None:
+    latents, captions, t, r = inputs()
+    packed, text = PackedTokens.from_latents(latents, 2), PackedText.from_features(captions)
+
+    def gradients() -> tuple[list[Tensor], int]:
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            out = tiny(packed, t, r, text).tokens
+        return list(torch.autograd.grad(out.square().sum(), list(tiny.parameters()))), sum(kept)
+
+    plain, plain_kept = gradients()
+    tiny.execute(checkpoint_every=every)
+    again, kept = gradients()
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+    assert kept < 0.9 * plain_kept
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_blocks_compute_the_same_for_packs_of_any_size(tiny: TransitionTransformer) -> None:
+    latents, captions, t, r = inputs()
+    compiled = copy.deepcopy(tiny)
+    compiled.execute(compile=True)
+    torch.compiler.reset()
+    graphs = []
+    for images in (4, 2, 3):
+        packed, text = PackedTokens.from_latents(latents[:images], 2), PackedText.from_features(captions[:images])
+        out, expected = (network(packed, t[:images], r[:images], text).tokens for network in (compiled, tiny))
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(packed, t[:images], r[:images], text).tokens, expected, rtol=1e-4, atol=1e-5)
+        for network, result in ((compiled, out), (tiny, expected)):
+            network.zero_grad()
+            result.square().sum().backward()
+        for actual, wanted in zip(compiled.parameters(), tiny.parameters(), strict=True):
+            torch.testing.assert_close(actual.grad, wanted.grad, rtol=1e-3, atol=1e-4)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1], "compiled again for a pack of another size"
+
+
+def test_an_attention_that_cannot_run_is_an_error(tiny: TransitionTransformer) -> None:
+    latents, captions, t, r = inputs()
+    tiny.execute(attention={torch.float32: "varlen"})
+    with pytest.raises(ValueError, match="attention backend 'varlen' needs cuda, not cpu: use 'sdpa'"):
+        tiny(PackedTokens.from_latents(latents, 2), t, r, PackedText.from_features(captions))
 
 
 def test_every_input_matters(network: TransitionTransformer) -> None:

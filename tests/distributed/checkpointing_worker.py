@@ -1,0 +1,72 @@
+"""Run by test_checkpointing.py under torchrun, on two ranks: gradients with activation checkpointing under ZeRO against one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.engine import Engine, Ranks, process_group
+from tim import PackedText, PackedTokens, TransitionTransformer
+
+PARAMS = {"patch_size": 2, "in_channels": 3, "depth": 2, "hidden_size": 32, "cap_feat_dim": 16, "num_heads": 2, "lora_hidden_size": 8}
+CASES = ((1, 1), (2, 2), (3, 1))  # ZeRO stage, every n-th block
+SIZES = [(4, 4), (2, 8), (12, 4), (4, 6)]  # one pack of two images on each rank
+
+
+def make_network() -> TransitionTransformer:
+    torch.manual_seed(0)
+    network = TransitionTransformer.from_official(PARAMS)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def pack(images: list[int]) -> tuple[PackedTokens, Tensor, Tensor, PackedText]:
+    latents, captions = [], []
+    for i in images:
+        generator = torch.Generator().manual_seed(i)
+        latents.append(torch.randn(3, *SIZES[i], generator=generator))
+        captions.append(torch.randn(1 + i, 16, generator=generator))
+    t = torch.tensor([0.9, 0.5, 0.3, 1.0])[images]
+    return PackedTokens.from_latents(latents, 2), t, t / 2, PackedText.from_features(captions)
+
+
+def alone() -> dict[str, Tensor]:
+    network = make_network()
+    (network(*pack([0, 1, 2, 3])).tokens.square().sum() / len(SIZES)).backward()
+    return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+def gradient_error(ranks: Ranks, *, stage: int, every: int) -> float:
+    """The largest difference to one process without checkpointing, over the gradient's largest entry."""
+    from deepspeed.utils import safe_get_full_grad
+
+    network = make_network()
+    network.execute(checkpoint_every=every)
+    engine = Engine(network, ranks=ranks, stage=stage)
+    mine = pack([2 * ranks.rank, 2 * ranks.rank + 1])
+    with torch.no_grad():
+        engine.module(*mine)
+    engine.accumulate(engine(*mine).tokens.square().sum(), count=len(SIZES), last=True)
+    expected, worst = alone(), 0.0
+    for name, parameter in engine.module.named_parameters():
+        found = safe_get_full_grad(parameter)
+        assert found is not None
+        worst = max(worst, float((found - expected[name]).abs().max()))
+    engine.close()
+    return worst / max(float(gradient.abs().max()) for gradient in expected.values())
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with process_group() as ranks:
+        report = {f"{stage}-{every}": gradient_error(ranks, stage=stage, every=every) for stage, every in CASES}
+        (folder / f"{ranks.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
