@@ -16,6 +16,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
+from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
 from launch.tables import count, describe_account, describe_plan, describe_recipes
@@ -26,6 +27,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(bench, name="bench")
 
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has no public name for it
 

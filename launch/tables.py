@@ -50,6 +50,20 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_bench(data: Mapping[str, Any]) -> str:
+    """A measurement: one line for each figure, indented where figures belong together."""
+    lines = []
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            lines += [
+                f"  {name.replace('_', ' ')}",
+                *(f"  {line}" for line in _columns({key: _figure(item) for key, item in value.items()})),
+            ]
+        else:
+            lines += _columns({name.replace("_", " "): _figure(value)})
+    return "\n".join(lines)
+
+
 def histogram(counts: Mapping[str, int]) -> list[str]:
     """One line per bin: label, bar, count."""
     if not counts:
@@ -63,6 +77,10 @@ def histogram(counts: Mapping[str, int]) -> list[str]:
 def count(number: int, noun: str) -> str:
     """`count(2, "shard")` → "2 shards"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _columns(facts: Mapping[str, str]) -> list[str]:

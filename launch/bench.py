@@ -1,0 +1,106 @@
+"""`tim bench …`: what this machine and these pictures make of the packed network, each time beside other ways to run it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.console import session
+from launch.tables import describe_bench
+
+bench = typer.Typer(
+    help="Measure speed, in one run against padding and against buckets of equal sizes.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+Pictures = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[CORPUS|FOLDER]...", help="Whose picture sizes to use; one given twice counts twice. Default: made up."),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens per image at most, in patches of 16 × 16 pixels.")]
+Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multiple of 64.")]
+Depth = Annotated[int, typer.Option(min=1, help="Blocks of the network.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Times that each thing is measured; the fastest counts.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@bench.command()
+def step(
+    pictures: Pictures = None,
+    max_tokens: MaxTokens = 1024,
+    width: Width = 384,
+    depth: Depth = 2,
+    batch: Batch = 16,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to measure.")] = 1,
+    repeats: Repeats = 2,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """A training step of the full objective.
+
+    Packed, padded to the longest image, and in buckets of exactly equal sizes; what the derivative costs; and the share of this
+    device's matrix-product rate that the packed step reaches.
+
+    Example: tim bench step photos --max-tokens 1024
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.benchmarks import bench_step, grids_of
+
+        grids = grids_of(pictures or [], max_tokens=max_tokens)
+        with console.progress() as report:
+            data = bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
+        console.result(describe_bench(data), data=data)
+
+
+@bench.command()
+def attention(
+    pictures: Pictures = None,
+    max_tokens: MaxTokens = 1024,
+    width: Width = 384,
+    batch: Batch = 16,
+    repeats: Repeats = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Attention alone: every backend that this device has.
+
+    Example: tim bench attention photos --max-tokens 4096
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.benchmarks import bench_attention, grids_of
+
+        grids = grids_of(pictures or [], max_tokens=max_tokens)
+        with console.progress() as report:
+            data = bench_attention(grids, width=width, batch=batch, repeats=repeats, progress=report)
+        console.result(describe_bench(data), data=data)
+
+
+@bench.command()
+def sample(
+    pictures: Pictures = None,
+    max_tokens: MaxTokens = 1024,
+    width: Width = 384,
+    depth: Depth = 2,
+    batch: Batch = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 2,
+    repeats: Repeats = 2,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Guided sampling of pictures of mixed sizes.
+
+    Example: tim bench sample photos --steps 4
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.benchmarks import bench_sample, grids_of
+
+        grids = grids_of(pictures or [], max_tokens=max_tokens)
+        with console.progress() as report:
+            data = bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)
+        console.result(describe_bench(data), data=data)

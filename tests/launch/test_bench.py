@@ -1,0 +1,77 @@
+"""`tim bench`: that its other ways to run the network compute the same, and that each measurement says what it promises."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from launch.baselines import DenseNetwork
+from launch.benchmarks import grids_of
+from launch.cli import main
+from tests.tim.conftest import TINY
+from tim import PackedText, PackedTokens, TransitionTransformer
+
+SMALL = ["--width", "64", "--max-tokens", "16", "--batch", "4", "--repeats", "1"]
+
+
+@pytest.mark.parametrize("sizes", [[(4, 4), (2, 8), (12, 4)], [(4, 6)] * 3], ids=["padded", "one bucket"])
+def test_dense_batches_compute_what_packs_compute(sizes: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    network = TransitionTransformer.from_official(TINY).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    packed = PackedTokens.from_latents([torch.randn(3, h, w).double() for h, w in sizes], 2)
+    text = PackedText.from_features([torch.randn(m, 16).double() for m in (3, 1, 5)])
+    t = torch.rand(len(sizes)).double()
+    gradients = []
+    for way in (network, DenseNetwork(network)):
+        out = way(packed, t, t / 2, text).tokens
+        gradients.append((out, *torch.autograd.grad(out.square().sum(), list(network.parameters()))))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
+
+
+def test_sizes_come_from_headers_upright(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=turned)
+    Image.new("RGB", (100, 50)).save(tmp_path / "b.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert sorted(grids_of([tmp_path], max_tokens=1024)) == [(3, 6), (4, 2)]
+    assert sorted(grids_of([tmp_path, tmp_path], max_tokens=1024)) == [(3, 6), (3, 6), (4, 2), (4, 2)]
+    assert len(grids_of([], max_tokens=1024)) == 400
+
+
+def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
+    assert main(["bench", *arguments, *SMALL, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_step(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "step", "--depth", "1")
+    assert found["images"] == 4
+    assert set(found["images_per_second"]) == {"packed", "padded", "buckets"}
+    assert found["ideal_padded_over_packed"] > 1
+    assert found["share_of_ideal"] == pytest.approx(found["padded_over_packed"] / found["ideal_padded_over_packed"])
+    assert min(found["derivative_over_forward_backward"], found["share_of_matmul_rate"], found["buckets_over_packed"]) > 0
+
+
+def test_attention(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "attention")
+    assert {"sdpa forward", "sdpa with backward", "padded forward", "image by image with backward"} <= set(found["seconds"])
+    if found["device"].startswith("CPU"):
+        assert set(found["impossible"]) == {"varlen", "flash", "flex"}
+
+
+def test_sample(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "sample", "--depth", "1", "--steps", "1")
+    assert set(found["images_per_second"]) == {"packed", "padded", "buckets"}
+
+
+def test_a_folder_without_pictures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "step", str(tmp_path)])
+    assert "no pictures: give a corpus or a folder of pictures" in capsys.readouterr().err
