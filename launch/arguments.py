@@ -81,6 +81,18 @@ def check_guidance(guidance: float) -> float:
     return guidance
 
 
+def check_prompts(prompts: Sequence[str], *, classes: Sequence[int]) -> Sequence[str | int]:
+    """What to draw: texts or classes, whichever were given.
+
+    Raises:
+        ValueError: none of them, or both.
+    """
+    if bool(prompts) == bool(classes):
+        given = "both were given" if prompts else "neither was given"
+        raise ValueError(f"expected --prompt TEXT, or --class ID for a model of classes: {given}")
+    return prompts or classes
+
+
 def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[tuple[int, int]], list[str]]:
     """(Sizes with each side rounded down to a multiple of `stride`, one remark for each that changed). Heights first.
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, split_overrides
+from launch.arguments import check_guidance, check_prompts, one_config, parse_sizes, parse_steps, split_overrides
 from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
@@ -249,10 +249,13 @@ def launch(
 @app.command()
 def sample(
     model: Annotated[Path, typer.Argument(help="A model folder, or the run_dir of a training run.")],
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
     size: Annotated[
         str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to what the model can draw.")
     ],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    classes: Annotated[
+        list[int] | None, typer.Option("--class", min=0, metavar="ID", help="The same for a model of classes: which one to draw.")
+    ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the model's.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
@@ -262,7 +265,7 @@ def sample(
 ) -> None:
     """Draw pictures at any size.
 
-    One PNG for every prompt, size and number of steps, and all of them in grid.png.
+    One PNG for every prompt or class, size and number of steps, and all of them in grid.png.
 
     Example: tim sample runs/first --prompt "a red fox" --size 512x128,256x256 --steps 1,4,8 --out samples
     """
@@ -270,9 +273,10 @@ def sample(
         sizes = parse_sizes(size)
         step_counts = parse_steps(steps) if steps is not None else None
         scale = check_guidance(guidance) if guidance is not None else None
+        prompts = check_prompts(prompt or [], classes=classes or [])
         from launch.draw import draw
 
-        drawings, grid = draw(model, prompts=prompt, sizes=sizes, steps=step_counts, guidance=scale, seed=seed, out=out, console=console)
+        drawings, grid = draw(model, prompts=prompts, sizes=sizes, steps=step_counts, guidance=scale, seed=seed, out=out, console=console)
         text = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(text, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 
@@ -283,6 +287,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint. Default: the newest.")] = None,
     ema: Annotated[bool, typer.Option(help="The averaged weights, or those of the last update.")] = True,
+    official: Annotated[bool, typer.Option("--official", help="Write what the published TiM code reads: network.yaml, weights.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -295,9 +300,9 @@ def export(
     with session(as_json=as_json, debug=debug) as console:
         from launch.export import export as export_run
 
-        done = export_run(run, out=out, ema=ema, step=step)
-        for problem in done.passed_over:
-            console.line(f"passed over: {problem}")
+        done = export_run(run, out=out, ema=ema, step=step, official=official)
+        for note in done.notes:
+            console.line(note)
         weights = "averaged weights" if done.ema else "weights"
         text = f"{done.folder}: {weights} of step {done.step}, {done.parameters:,} parameters"
         console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})

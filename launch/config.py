@@ -41,8 +41,8 @@ def _as_corpora(value: Any) -> Any:
 
 
 class CodecConfig(Section):
-    kind: Literal["pixel"] = "pixel"
-    """How images become latents; `pixel` is the image itself."""
+    kind: Literal["pixel", "sd-vae", "dc-ae"] = "pixel"
+    """How images become latents; `pixel` is the image itself. The others can be planned for, but not trained with yet."""
 
 
 class TextConfig(Section):
@@ -64,8 +64,12 @@ class NetworkParams(Section):
     depth: int = Field(ge=1)
     hidden_size: int = Field(ge=4)
     num_heads: int = Field(ge=1)
-    cap_feat_dim: int = Field(default=512, ge=1)
-    """Width of the caption features."""
+    cap_feat_dim: int | None = Field(default=None, ge=1)
+    """Width of the caption features of a text model; null: 512."""
+    num_classes: int | None = Field(default=None, ge=1)
+    """Number of classes of a class model; null: 1000."""
+    class_dropout_prob: Share | None = None
+    """Share of images that a class model sees without their class, for guidance; null: 0.1."""
     input_size: int = Field(default=32, ge=1)
     encoder_depth: int = Field(default=8, ge=1)
     """Block after which the projection for representation alignment branches off."""
@@ -76,8 +80,10 @@ class NetworkParams(Section):
     """Rank of the modulation layers; 0: three quarters of hidden_size."""
     qk_norm: bool = True
     distance_aware: bool = True
-    new_condition: Literal["t-r"] = "t-r"
-    use_new_embed: Literal[True] = True
+    new_condition: Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"] = "t-r"
+    """Which times the embedding of a transition's length is made of."""
+    use_new_embed: bool = True
+    """Whether the last of them has an embedder of its own."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NetworkParams:
@@ -90,9 +96,22 @@ class NetworkParams(Section):
 
 
 class NetworkConfig(Section):
+    recipe: str | None = None
+    """A recipe to take `network.params` from; what `params` says here replaces its own. Without alignment its projection is left out."""
     params: NetworkParams
     rope: Literal["rowcol", "centred", "legacy"] = "rowcol"
     """Rotary layout: positions count from the corner or the middle of an image; `legacy` only for the published weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_from_recipe(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("recipe"), str) or not isinstance(values.get("params", {}), dict):
+            return values
+        name = values["recipe"]
+        if name not in recipe_names():
+            raise Impossible("recipe", f"{name!r} is no recipe; {configfile.nearest_of(name, recipe_names())}")
+        taken = configfile.read(recipe_path(name)).values["network"]["params"]
+        return {**values, "params": {**taken, **values.get("params", {})}}
 
 
 class GuidanceConfig(Section):
@@ -119,8 +138,8 @@ class AlignmentConfig(Section):
     """Alignment of the network's features after block `encoder_depth` with those of a frozen vision transformer."""
 
     kind: Literal["radio", "dinov2", "open_clip"]
-    path: Annotated[Path, Field(strict=False)]
-    """Its weights: RADIO's file, or a folder that transformers or open_clip reads."""
+    path: Annotated[Path, Field(strict=False)] | None = None
+    """Its weights: RADIO's file, or a folder that transformers or open_clip reads. Training needs them."""
     weight: float = Field(default=1.0, ge=0)
 
 
@@ -256,7 +275,8 @@ class Config(Section):
     run_dir: Path | None = None
     """Where the run writes; a run that is there already is resumed."""
     seed: int = Field(default=0, ge=0)
-    condition: Literal["text"] = "text"
+    condition: Literal["text", "class"] = "text"
+    """What pictures are asked for by: their captions, or the classes that the corpus says (`KEY.cls`)."""
     plan: PlanConfig = PlanConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
@@ -278,16 +298,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _teachers_fit(self) -> Config:
-        if self.objective.guidance is not None and not self.text.caption_dropout:
-            raise Impossible("objective.guidance", "needs the empty caption, which is not trained: give text.caption_dropout above 0")
-        if self.objective.alignment is not None and not self.network.params.z_dim:
-            raise Impossible("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")
-        if self.objective.alignment is None and self.network.params.z_dim:
-            raise Impossible("network.params.z_dim", f"{self.network.params.z_dim} given, but no objective.alignment that would train it")
-        return self
-
-    @model_validator(mode="after")
     def _sampling_fits(self) -> Config:
         from tim import transports
 
@@ -296,11 +306,45 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _follow_the_condition(self) -> Config:
+        """Fill in what the network needs for the condition; refuse what belongs to the other one."""
+        params = self.network.params
+        usual = {"text": {"cap_feat_dim": 512}, "class": {"num_classes": 1000, "class_dropout_prob": 0.1}}
+        wanted = usual.pop(self.condition)
+        for kind, keys in usual.items():
+            for key in keys:
+                if (given := getattr(params, key)) is not None:
+                    raise Impossible(f"network.params.{key}", f"{given} given, which is for condition: {kind}, not {self.condition}")
+        if self.condition == "class" and self.text != TextConfig():
+            raise Impossible("text", "condition: class reads no captions; leave this section out")
+        filled = {key: value for key, value in wanted.items() if getattr(params, key) is None}
+        vars(self).update(network=self.network.model_copy(update={"params": params.model_copy(update=filled)}))
+        return self
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> Config:
+        objective, params = self.objective, self.network.params
+        if objective.guidance is not None and not self.condition_dropout:
+            nothing, key = ("the empty caption", "text.caption_dropout")
+            if self.condition == "class":
+                nothing, key = ("pictures without a class", "network.params.class_dropout_prob")
+            raise Impossible("objective.guidance", f"needs {nothing}, which is not trained: give {key} above 0")
+        if objective.alignment is not None and not params.z_dim:
+            raise Impossible("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")
+        if objective.alignment is not None and params.encoder_depth > params.depth:
+            raise Impossible("network.params.encoder_depth", f"{params.encoder_depth} given, but there are {params.depth} blocks")
+        if objective.alignment is None and params.z_dim:
+            if self.network.recipe is None:
+                raise Impossible("network.params.z_dim", f"{params.z_dim} given, but no objective.alignment that would train it")
+            vars(self).update(network=self.network.model_copy(update={"params": params.model_copy(update={"z_dim": 0})}))
+        return self
+
+    @model_validator(mode="after")
     def _follow_the_codec(self) -> Config:
         """Fill in what follows from the codec: the plan's stride and the network's channels."""
         from tim import codecs  # torch is slow to import, and a config that is wrong does not need it
 
-        params, codec = self.network.params, codecs.CODECS[self.codec.kind]
+        params, codec = self.network.params, codecs.GEOMETRIES[self.codec.kind]
         stride = codec.factor * params.patch_size
         if self.plan.stride not in (None, stride):
             product = (
@@ -309,10 +353,16 @@ class Config(Section):
             raise Impossible("plan.stride", f"{self.plan.stride} given, but it is {product}; leave it out")
         if params.in_channels not in (None, codec.channels):
             wanted = f"codec {self.codec.kind} has {codec.channels} channels"
-            raise Impossible("network.params.in_channels", f"{params.in_channels} given, but {wanted}; leave it out")
+            remedy = "leave it out" if self.network.recipe is None else f"give network.params.in_channels={codec.channels}, or that codec"
+            raise Impossible("network.params.in_channels", f"{params.in_channels} given, but {wanted}; {remedy}")
         network = self.network.model_copy(update={"params": params.model_copy(update={"in_channels": codec.channels})})
         vars(self).update(plan=self.plan.model_copy(update={"stride": stride}), network=network)
         return self
+
+    @property
+    def condition_dropout(self) -> float:
+        """Share of images that are trained without their caption or class."""
+        return self.text.caption_dropout if self.condition == "text" else self.network.params.class_dropout_prob or 0.0
 
 
 def load_config(source: str | Path | None, *, overrides: Sequence[str] = (), schema: type[Schema] = Config) -> Schema:

@@ -20,10 +20,13 @@ from launch.preview import grid
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks. Height and width in pixels."""
+    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks. Height and width in pixels.
+
+    The prompt is a text, or the number of a class.
+    """
 
     path: Path
-    prompt: str
+    prompt: str | int
     height: int
     width: int
     steps: int
@@ -34,7 +37,7 @@ class Drawing:
 def draw(
     model: Path,
     *,
-    prompts: Sequence[str],
+    prompts: Sequence[str | int],
     sizes: Sequence[tuple[int, int]],
     steps: Sequence[int] | None,
     guidance: float | None,
@@ -49,7 +52,7 @@ def draw(
     more steps add.
 
     Raises:
-        ValueError: `model` is neither, `out` is a file, or a size is below the model's stride.
+        ValueError: `model` is neither, `out` is a file, a size is below the model's stride, or a prompt is not for this model.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file has this name; name a folder")
@@ -62,6 +65,7 @@ def draw(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console.line(f"device: {device} ({'a' if device == 'cuda' else 'no'} CUDA device is present)")
     generator = Generator.from_pretrained(folder, device=device)
+    generator.check(prompts)
     defaults = generator.spec.sampling
     steps = steps or [int(defaults["steps"])]
     scale = float(defaults["guidance"]) if guidance is None else guidance
@@ -77,15 +81,16 @@ def draw(
     with console.progress() as report:
         report("draw", 0, total)
         for number, prompt in enumerate(prompts):
+            name = prompt if isinstance(prompt, str) else f"class {prompt}"
             for height, width in rounded:
                 row = generator([prompt] * len(steps), height=height, width=width, steps=list(steps), guidance=scale, seed=seed)
                 for image, count in zip(row, steps, strict=True):
-                    path = out / f"{number:02d}-{_slug(prompt)}-{width}x{height}-steps{count}-seed{seed}.png"
+                    path = out / f"{number:02d}-{_slug(name)}-{width}x{height}-steps{count}-seed{seed}.png"
                     drawing = Drawing(path=path, prompt=prompt, height=height, width=width, steps=count, guidance=scale, seed=seed)
-                    write_png(path, image, facts={"prompt": prompt, "steps": count, "guidance": scale, "seed": seed})
+                    write_png(path, image, facts={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
                     drawings.append(drawing)
                 rows.append(row)
-                labels.append(f"{prompt}\n{width} x {height}")
+                labels.append(f"{name}\n{width} x {height}")
                 report("draw", len(drawings), total)
     columns = [f"{count} step{'s' * (count > 1)}" for count in steps]
     write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"seed": seed, "guidance": scale})

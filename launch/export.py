@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from launch.config import Config, load_config
-from tim.weights import ModelSpec, save_model
+from tim import transports
+from tim.official import published_config
+from tim.weights import ModelSpec, save_model, write_folder
 
 MODEL_FILES = ("config.json", "model.safetensors")
+OFFICIAL_FILES = ("network.yaml", "model.safetensors")
 PUBLISHED_GUIDANCE = 2.5
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A model folder and the training step that it comes from; `passed_over` says which newer checkpoints are damaged, and how."""
+    """A model folder and the training step that it comes from; `notes` say which newer checkpoints are damaged, and what else to know."""
 
     folder: Path
     step: int
     ema: bool
     parameters: int
-    passed_over: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
-def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None) -> Exported:
+def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False) -> Exported:
     """Write the model folder `out` from a run's newest intact checkpoint, or from the one of `step`.
 
-    Works without deepspeed. `ema` takes the averaged weights, else those of the last update. The folder appears whole or not at all; an
-    older model folder of this name is replaced.
+    Works without deepspeed. `ema` takes the averaged weights, else those of the last update; `official` writes what the published code
+    reads instead, `network.yaml` and `model.safetensors`. The folder appears whole or not at all; an older one of the kind is replaced.
 
     Raises:
-        ValueError: `run` is not a run, has no such checkpoint or no intact one, or `out` exists and is something else than a model folder.
+        ValueError: `run` is not a run, has no such checkpoint or no intact one, `out` exists and is something else than a model folder, or
+            the published code could not compute this network.
     """
     from launch import checkpoint
 
     config = run_config(run)
-    check_target(out)
+    check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
+    spec = spec_of(config)
+    published = _published(spec) if official else ""
     found = checkpoint.find(run, step=step)
+    notes = [f"passed over: {problem}" for problem in found.passed_over]
     state = checkpoint.consolidate(found.folder, ema=ema)
-    save_model(out, state, spec_of(config))
+    if official:
+        if spec.rope != "legacy":
+            notes.append("the published code exchanges the sides of pictures that are not square: only squares come out alike")
+        write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
+    else:
+        save_model(out, state, spec)
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, passed_over=found.passed_over)
+    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, notes=tuple(notes))
+
+
+def _published(spec: ModelSpec) -> str:
+    """The network's description for the published code, as YAML."""
+    kind = spec.transport["kind"]
+    transport = transports.make(**spec.transport)
+    settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # those that the config leaves out, too
+    published = published_config(spec.network, rope=spec.rope, transport={**settings, "kind": kind})
+    return yaml.safe_dump(published, sort_keys=False)
 
 
 def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
@@ -80,15 +103,15 @@ def _trained_on_since(run: Path) -> bool:
 
 
 def spec_of(config: Config) -> ModelSpec:
-    """What a run's config says of its model. Guidance is on by default only where training has dropped captions for it."""
+    """What a run's config says of its model. Guidance is on by default only where training has dropped conditions for it."""
     sampling = config.sampling
-    usual = PUBLISHED_GUIDANCE if config.text.caption_dropout else 1.0
+    usual = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
     return ModelSpec(
-        network=config.network.params.model_dump(),
+        network=config.network.params.model_dump(exclude_none=True),
         rope=config.network.rope,
         transport={"kind": config.objective.transport, **config.objective.transport_settings()},
         codec={"kind": config.codec.kind},
-        text={"kind": config.text.kind, "max_tokens": config.text.max_tokens},
+        text={"kind": config.text.kind, "max_tokens": config.text.max_tokens} if config.condition == "text" else None,
         sampling={
             "steps": sampling.steps,
             "guidance": usual if sampling.guidance is None else sampling.guidance,
@@ -111,9 +134,9 @@ def is_model(folder: Path) -> bool:
     return all((folder / name).is_file() for name in MODEL_FILES)
 
 
-def check_target(out: Path) -> None:
-    """Raises ValueError if writing a model folder here would destroy something else."""
+def check_target(out: Path, *, files: Sequence[str] = MODEL_FILES) -> None:
+    """Raises ValueError if writing a folder of these files here would destroy something else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: a file has this name; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not is_model(out):
+    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in files):
         raise ValueError(f"{out}: holds something else than a model; name a new folder")

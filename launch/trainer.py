@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch import checkpoint, fragments, replica, runs
 from launch.cluster import die_with_launcher
@@ -26,7 +27,7 @@ from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
-from launch.planning import make_planner
+from launch.planning import check_models, make_planner
 from launch.replica import Replica
 from launch.tally import Tally
 from pipeline.loader import Batch, LoadedStep, Loader
@@ -34,6 +35,7 @@ from pipeline.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, text, transports
 from tim.attention import Needs, choose_backend
 from tim.objective import Guide
+from tim.packed import Condition
 
 MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
 
@@ -60,6 +62,7 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
     run_dir = config.run_dir
     if run_dir is None:
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    check_models(config)
 
     with ExitStack() as cleanup:
         signals = cleanup.enter_context(_listening())
@@ -106,7 +109,9 @@ class Trainer:
         self.config = config
         self.ranks = ranks
         self.codec = codecs.make(config.codec.kind)
-        self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
+        self.encoder = None
+        if params.cap_feat_dim is not None:
+            self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
         self.objective = TransitionObjective(
             transports.make(chosen.transport, **chosen.transport_settings()),
             patch_size=params.patch_size,
@@ -120,12 +125,11 @@ class Trainer:
         )
         self.teacher = None
         if chosen.alignment:
-            wanted = chosen.alignment
-            self.teacher = ranks.together(
-                lambda: alignment.make(wanted.kind, wanted.path, device=ranks.device, precision=config.train.precision)
-            )
+            kind, path = chosen.alignment.kind, chosen.alignment.path
+            assert path is not None, "check_models has seen to it"
+            self.teacher = ranks.together(lambda: alignment.make(kind, path, device=ranks.device, precision=config.train.precision))
             if self.teacher.width != params.z_dim:
-                raise ConfigError(f"network.params.z_dim: {params.z_dim} given, but the teacher {wanted.path} is {self.teacher.width} wide")
+                raise ConfigError(f"network.params.z_dim: {params.z_dim} given, but the teacher {path} is {self.teacher.width} wide")
         self.loader = Loader(
             planner,
             seed=config.seed,
@@ -139,7 +143,8 @@ class Trainer:
         )
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
-        network = TransitionTransformer.from_official(params.model_dump(), rope=config.network.rope)
+        network = TransitionTransformer.from_official(params.model_dump(exclude_none=True), rope=config.network.rope)
+        self.null_class = network.null_class
         network.execute(**execution(config.train, ranks.device))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         self.engine = Engine(
@@ -172,7 +177,7 @@ class Trainer:
             losses = self.objective(
                 self.engine,
                 self.codec.encode([image.to(self.ranks.device) for image in batch.images]),
-                PackedText.from_features(self.encoder.encode(batch.captions)),
+                self._condition(batch.captions, batch.labels),
                 noise=[noise.to(self.ranks.device) for noise in batch.noise],
                 kinds=batch.kinds,
                 uniforms=batch.uniforms,
@@ -232,13 +237,20 @@ class Trainer:
         guidance = self.config.objective.guidance
         if guidance is None or self.replica is None:
             return None
-        nothing = PackedText.from_features(self.encoder.encode([""]) * images)
+        nothing = self._condition([""] * images, torch.full((images,), -1))
         return Guide(self.replica, nothing, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
 
     def _grids(self, batch: Batch) -> list[tuple[int, int]]:
         """Rows and columns of every image's tokens."""
         stride = self.codec.factor * self.config.network.params.patch_size
         return [(image.shape[1] // stride, image.shape[2] // stride) for image in batch.images]
+
+    def _condition(self, captions: Sequence[str], classes: Tensor) -> Condition:
+        """What images are to show. The empty caption and class −1 ask for nothing in particular."""
+        if self.encoder is not None:
+            return PackedText.from_features(self.encoder.encode(captions))
+        none = 0 if self.null_class is None else self.null_class  # without a null class, only the dummy of an empty pack has none
+        return classes.where(classes >= 0, none).to(self.ranks.device)
 
     def save(self, run_dir: Path) -> Path:
         """Write a checkpoint of this step."""

@@ -74,6 +74,13 @@ class Corpus:
             raise ValueError(f"{self._index_path} has no column '{missing[0]}': run `tim prepare` again with this version")
         return table
 
+    def labels(self) -> pa.ChunkedArray:
+        """The class of every kept row, null where it has none: int32. Raises ValueError if the index is damaged or lacks the column."""
+        try:
+            return self._index.read(columns=["label"], use_threads=False).column("label")
+        except (KeyError, OSError, pa.ArrowException) as error:
+            raise ValueError(f"{self._index_path} has no readable classes ({_one_line(error)}): run `tim verify` on the corpus") from error
+
     @cached_property
     def _index(self) -> pq.ParquetFile:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +24,25 @@ class PixelCodec:
         return [((latent.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8) for latent in latents]
 
 
+class Geometry(NamedTuple):
+    """factor: pixels per side of a latent cell; channels: of a latent. All that planning and counting have to know of a codec."""
+
+    factor: int
+    channels: int
+
+
 CODECS = {"pixel": PixelCodec}
 Codec = PixelCodec
+GEOMETRIES = {
+    **{kind: Geometry(codec.factor, codec.channels) for kind, codec in CODECS.items()},
+    "sd-vae": Geometry(8, 4),
+    "dc-ae": Geometry(32, 32),
+}
 
 
 def make(kind: str) -> Codec:
-    """A codec by name. Raises ValueError for an unknown one."""
+    """A codec by name. Raises ValueError for an unknown one, and for one of which this version knows the geometry only."""
     if kind not in CODECS:
-        raise ValueError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}")
+        known = f"codec {kind} can be planned for, but not run by this version" if kind in GEOMETRIES else f"unknown codec {kind!r}"
+        raise ValueError(f"{known}: choose one of {', '.join(CODECS)}")
     return CODECS[kind]()

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from PIL import Image
 
 from tim import codecs, text, transports
-from tim.network import TransitionTransformer
-from tim.packed import PackedText
+from tim.network import TransitionTransformer, check_classes
+from tim.packed import Condition, PackedText
 from tim.sampler import sample, time_grid
 from tim.weights import ModelSpec, load_model
 
 T = TypeVar("T")
+Prompt: TypeAlias = str | int  # a text, or for a model of classes the number of one
 
 
 class Generator:
@@ -34,9 +35,10 @@ class Generator:
         self.tokens_per_pack = tokens_per_pack
         self.transport = transports.make(**spec.transport)
         self.codec = codecs.make(spec.codec["kind"])
-        self.text = text.make(
-            spec.text["kind"], width=network.params["cap_feat_dim"], max_tokens=spec.text["max_tokens"], device=self.device
-        )
+        self.text = None
+        if spec.text is not None:
+            width, max_tokens = network.params["cap_feat_dim"], spec.text["max_tokens"]
+            self.text = text.make(spec.text["kind"], width=width, max_tokens=max_tokens, device=self.device)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:
@@ -51,22 +53,25 @@ class Generator:
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: Prompt | Sequence[Prompt],
         *,
         height: int | Sequence[int],
         width: int | Sequence[int],
         steps: int | Sequence[int] | None = None,
         guidance: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
-        negative: str | Sequence[str] = "",
+        negative: Prompt | Sequence[Prompt] | None = None,
     ) -> list[Image.Image]:
         """Draw images; steps and guidance default to the model's own.
 
-        Raises ValueError for lists of different lengths, sizes that are no multiples of `stride` and fewer than one step.
+        prompt: what to draw, for a class model a class id; negative: what guidance leads away from, by default the empty caption or no
+        class. Raises ValueError for lists of different lengths, sizes that are no multiples of `stride`, fewer than one step, a prompt
+        that is not of the model's kind and a class that it does not know.
         """
         defaults = self.spec.sampling
         steps = int(defaults["steps"]) if steps is None else steps
         guidance = float(defaults["guidance"]) if guidance is None else guidance
+        negative = self._nothing if negative is None else negative
         arguments = {
             "prompt": prompt,
             "height": height,
@@ -76,11 +81,13 @@ class Generator:
             "seed": seed,
             "negative": negative,
         }
-        lengths = {len(value) for value in arguments.values() if not isinstance(value, (str, int, float))}
+        lengths = {len(value) for value in arguments.values() if isinstance(value, Sequence) and not isinstance(value, str)}
         if len(lengths) > 1:
             raise ValueError(f"the lists given have different lengths: {sorted(lengths)}")
         count = lengths.pop() if lengths else 1
-        prompts, negatives = _spread(prompt, count), _spread(negative, count)
+        prompts: list[Prompt] = _spread(prompt, count)
+        negatives: list[Prompt] = [] if negative is None else _spread(negative, count)
+        self.check(prompts + negatives)
         heights, widths = _spread(height, count), _spread(width, count)
         step_counts, scales, seeds = _spread(steps, count), _spread(guidance, count), _spread(seed, count)
         for h, w in zip(heights, widths, strict=True):
@@ -96,15 +103,36 @@ class Generator:
             samples = sample(
                 self.network,
                 noise,
-                PackedText.from_features(self.text.encode([prompts[i] for i in pack])),
+                self._condition([prompts[i] for i in pack]),
                 transport=self.transport,
                 times=grids,
                 guidance=[scales[i] for i in pack],
-                null_condition=PackedText.from_features(self.text.encode([negatives[i] for i in pack])),
+                null_condition=self._condition([negatives[i] for i in pack]) if negatives else None,
                 interval=tuple(defaults["interval"]),
             )
             images += [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in self.codec.decode(samples.latents)]
         return images
+
+    @property
+    def _nothing(self) -> Prompt | None:
+        """The prompt that asks for nothing in particular: the empty caption, the null class, or None where there is no such class."""
+        return "" if self.network.classes is None else self.network.null_class
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError for a prompt that is not of the model's kind, and for a class that it does not know."""
+        captions = [prompt for prompt in prompts if isinstance(prompt, str)]
+        classes = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if self.network.classes is None and classes:
+            raise ValueError(f"prompt {classes[0]}: this model draws what a text says, not classes by number")
+        if self.network.classes is not None:
+            if captions:
+                raise ValueError(f"prompt {captions[0]!r}: this model draws classes by number, from 0 to {self.network.classes - 1}")
+            check_classes(classes, classes=self.network.classes, null=self.network.null_class)
+
+    def _condition(self, prompts: Sequence[Prompt]) -> Condition:
+        if self.text is None:
+            return torch.tensor(prompts, device=self.device)
+        return PackedText.from_features(self.text.encode([str(prompt) for prompt in prompts]))
 
     def _noise(self, height: int, width: int, seed: int) -> torch.Tensor:
         """(C, h, w) drawn on the CPU from the image's own seed, so that every device and pack sees the same."""

@@ -1,4 +1,4 @@
-"""The published networks' files: reading their weights, safely and however they are nested."""
+"""The published networks' files: reading their weights, safely and however they are nested, and describing a network as they do."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 NESTS = ("ema", "state_dict", "model")  # where a training checkpoint keeps its weights, the averaged ones first
 PICKLES = (".bin", ".pt", ".pth")
+TRANSPORTS = {"ot_fm": "OT_FM", "trigflow": "TrigFlow", "vp": "VP_SDE", "ve": "VE_SDE"}  # their EDM step is wrong
+SETTINGS = {"mean": "P_mean", "std": "P_std", "sigma_d": "sigma_d"}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -46,6 +48,29 @@ def unnested(content: Any) -> dict[str, Tensor]:
             return unnested(content[nest])
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise ValueError(f"expected names and tensors, by themselves or under {', '.join(NESTS)}; found {found or 'nothing'}")
+
+
+def published_config(params: Mapping[str, Any], *, rope: str, transport: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a published YAML file that its code needs to build and sample this network.
+
+    params: under the published names; rope: the network's rotary layout; transport: {kind} and its settings, all of them.
+    Raises ValueError where the published code would compute something else on every image.
+    """
+    is_text = params.get("cap_feat_dim") is not None
+    if is_text and rope == "centred":
+        raise ValueError("rope: centred is unknown to the published code, which counts positions from the corner")
+    if transport["kind"] not in TRANSPORTS:
+        raise ValueError(f"transport {transport['kind']}: the published code has it wrong; it has {', '.join(TRANSPORTS)}")
+    given = {name: value for name, value in params.items() if value is not None and not (name == "lora_hidden_size" and not value)}
+    if not given.get("z_dim"):
+        given = {name: value for name, value in given.items() if name not in ("z_dim", "projector_dim", "encoder_depth")}
+    settings = {name: transport[ours] for ours, name in SETTINGS.items() if ours in transport}
+    return {
+        "model": {
+            "transport": {"target": f"tim.schedulers.transports.{TRANSPORTS[transport['kind']]}", "params": settings},
+            "network": {"target": f"tim.models.{'t2i' if is_text else 'c2i'}.tim_model.TiM", "params": given},
+        }
+    }
 
 
 def _first_line(error: BaseException) -> str:

@@ -26,26 +26,31 @@ class ModelSpec:
     """What a model is made of, as `config.json` holds it.
 
     network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind};
-    text: {kind, max_tokens}; sampling: defaults {steps, guidance, interval, shift}.
+    text: {kind, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}.
     """
 
     network: dict[str, Any]
     rope: str
     transport: dict[str, Any]
     codec: dict[str, Any]
-    text: dict[str, Any]
+    text: dict[str, Any] | None
     sampling: dict[str, Any]
 
 
 def save_model(folder: str | Path, state_dict: dict[str, Tensor], spec: ModelSpec) -> None:
     """Write a model folder; it appears whole or not at all, an older one is replaced."""
+    write_folder(folder, state_dict, name="config.json", text=json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n")
+
+
+def write_folder(folder: str | Path, state_dict: dict[str, Tensor], *, name: str, text: str) -> None:
+    """Write `model.safetensors` and beside it a file of this name and text; the folder appears whole or not at all."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / "config.json").write_text(json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n", encoding="utf-8")
-    for path in (partial / "model.safetensors", partial / "config.json"):
+    (partial / name).write_text(text, encoding="utf-8")
+    for path in (partial / "model.safetensors", partial / name):
         _sync(path)
     if folder.exists():
         shutil.rmtree(folder)

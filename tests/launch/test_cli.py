@@ -205,6 +205,8 @@ def test_plan_and_train_refuse_what_is_wrong(corpus: Path, config: Path, tmp_pat
     refused(tim("plan", config_with_typo), r"typo\.yaml:5: train\.stepz: unknown key; did you mean train\.steps\?")
     refused(tim("plan", config, config), "expected one CONFIG")
     refused(tim("train", config, f"corpus={corpus}"), "run_dir: missing")
+    refused(tim("train", "t2i-xl-1", f"corpus={corpus}", f"run_dir={tmp_path / 'run'}"), r"codec\.kind: codec dc-ae can be planned for")
+    refused(tim("plan", config, f"corpus={corpus}", "condition=class", "network.params.cap_feat_dim=null"), "6 of 6 samples have no class")
     refused(tim("train", config, f"corpus={corpus}", "train.steps=0"), r"train\.steps")
     refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}", "plan.stride=5"), r"plan\.stride")
     refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}"), "run_dir: missing")
@@ -267,6 +269,9 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     def sample(*more: object, folder: Path = model, size: str = "16x16", steps: str = "1", guidance: str = "1", where: Path = out) -> Done:
         return tim("sample", folder, "--prompt", "a fox", "--size", size, "--steps", steps, "--guidance", guidance, "--out", where, *more)
 
+    refused(tim("sample", model, "--size", "16x16", "--out", out), "--prompt TEXT, or --class ID .*neither was given")
+    refused(sample("--class", "1"), "both were given")
+    assert "prompt 1: this model draws what a text says" in tim("sample", model, "--size", "16x16", "--class", "1", "--out", out).err
     refused(sample(folder=tmp_path / "nowhere"), "no such folder")
     refused(sample(folder=tmp_path / "file"), "no such folder")
     refused(sample(folder=tmp_path / "folder"), "neither a model folder")

@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from launch.config import Config, ConfigError, digest, load_config, recipe_names, recipe_path, to_yaml
+from launch.planning import check_models
+from tim import TransitionTransformer
 
 GOOD = """\
 corpus: corpus
@@ -54,7 +57,7 @@ IN_THE_FILE = {
     "key of another section": ("max_tokns: 5", "7: max_tokns: unknown key; did you mean plan.max_tokens or text.max_tokens?"),
     "no such section": ("xyzzy: 5", "7: xyzzy: unknown key; valid keys here: corpus, run_dir,"),
     "text for a number": ("  warmup: many", "7: train.warmup: input should be a valid integer, got 'many'"),
-    "number for a text": ("condition: 7", "7: condition: input should be 'text', got 7"),
+    "number for a text": ("condition: 7", "7: condition: input should be 'text' or 'class', got 7"),
     "section for a number": ("  clip: {a: 1}", "7: train.clip: input should be a valid number, got {'a': 1}"),
     "number for a section": ("plan: 7", "7: plan: input should be an object, got 7"),
     "out of range": ("  warmup: -1", "7: train.warmup: input should be greater than or equal to 0, got -1"),
@@ -136,6 +139,57 @@ def test_every_recipe_is_valid_and_names_no_path() -> None:
         assert config.run_dir is None, name
         assert not config.corpus, name
         assert yaml.safe_load(recipe_path(name).read_text())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "stride"),
+    [("t2i-xl-1", 873_109_408, 32), ("c2i-b-4-256", 136_173_120, 32), ("c2i-xl-2-256", 672_259_344, 16), ("c2i-xl-1-512", 672_296_224, 32)],
+)
+def test_the_published_recipes_hold_the_published_networks(recipe: str, parameters: int, stride: int) -> None:
+    config = load_config(recipe)
+    assert config.plan.stride == stride
+    assert config.condition_dropout == 0.1
+    assert (config.train.ema, config.train.betas, config.train.weight_decay, config.train.clip) == (0.9999, (0.9, 0.95), 0.01, 1.0)
+    with torch.device("meta"):
+        network = TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True))
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
+def test_a_network_can_be_taken_from_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("network: {recipe: c2i-b-4-256, params: {in_channels: 3, depth: 6}}\ncondition: class\ntrain: {steps: 1}\n")
+    config = load_config(path)
+    params = config.network.params
+    assert (params.hidden_size, params.lora_hidden_size, params.depth, params.num_classes) == (768, 256, 6, 1000)
+    assert params.z_dim == 0  # nothing would train the projection
+    aligned = load_config(path, overrides=["objective.alignment={kind: radio}"])
+    assert aligned.network.params.z_dim == 768
+    with pytest.raises(ConfigError, match=r"objective\.alignment\.path: missing; give it in the file"):
+        check_models(aligned)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+    for override, message in {
+        "network.recipe=c2i-b-4-255": r"network\.recipe: 'c2i-b-4-255' is no recipe; did you mean c2i-b-4-256\?",
+        "network.params.in_channels=4": r"in_channels: 4 given, but codec pixel has 3 channels; give network\.params",
+        "condition=text": r"network\.params\.num_classes: 1000 given, which is for condition: class, not text",
+        "objective.alignment={kind: radio}; network.params.depth=3": r"network\.params\.encoder_depth: 4 given, but there are 3 blocks",
+        "network.params=7": r"network\.params: input should be an object",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_config(path, overrides=override.split("; "))
+
+
+def test_a_class_model_takes_no_captions(good: Path) -> None:
+    config = load_config(good, overrides=["condition=class", "network.params.num_classes=7"])
+    params = config.network.params
+    assert (params.num_classes, params.class_dropout_prob, params.cap_feat_dim, config.condition_dropout) == (7, 0.1, None, 0.1)
+    for override, message in {
+        "network.params.cap_feat_dim=8": r"cap_feat_dim: 8 given, which is for condition: text, not class",
+        "text.caption_dropout=0.5": "text: condition: class reads no captions",
+        "network.params.class_dropout_prob=0": r"objective\.guidance: needs pictures without a class.*network\.params\.class",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            load_config(good, overrides=["condition=class", "objective.guidance={}", override])
 
 
 class Other(BaseModel):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from launch import checkpoint, fragments
@@ -16,6 +17,7 @@ from launch.engine import Ranks, process_group
 from launch.export import export, model_folder, spec_of
 from launch.fragments import Fragment
 from tim import TransitionTransformer
+from tim.official import read_weights
 from tim.weights import load_model
 
 CONFIG = """\
@@ -69,7 +71,7 @@ def some_weight(folder: Path) -> float:
 
 def test_the_newest_checkpoint_averaged_by_default(run: Path, tmp_path: Path) -> None:
     done = export(run, out=tmp_path / "m")
-    assert (done.step, done.ema, done.passed_over) == (5, True, ())
+    assert (done.step, done.ema, done.notes) == (5, True, ())
     assert some_weight(tmp_path / "m") == 5.0
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
     network, spec = load_model(tmp_path / "m")
@@ -90,9 +92,31 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     done = export(run, out=tmp_path / "m")
     assert done.step == 3
-    assert "step-000005" in done.passed_over[0]
+    assert "step-000005" in done.notes[0]
     with pytest.raises(ValueError, match="step-000005"):
         export(run, out=tmp_path / "n", step=5)
+    assert not (tmp_path / "n").exists()
+
+
+def test_the_published_format_builds_the_same_network(run: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path / "m", official=True)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.safetensors", "network.yaml"]
+    model = yaml.safe_load((tmp_path / "m" / "network.yaml").read_text())["model"]
+    assert model["network"]["target"] == "tim.models.t2i.tim_model.TiM"
+    assert model["transport"] == {"target": "tim.schedulers.transports.OT_FM", "params": {"P_mean": 0.0, "P_std": 1.6}}
+    assert not {"z_dim", "lora_hidden_size", "num_classes"} & set(model["network"]["params"])  # unset: the published defaults hold
+    network = TransitionTransformer.from_official(model["network"]["params"])
+    network.load_official(tmp_path / "m" / "model.safetensors")
+    assert all((value == 5.0).all() for value in network.to_official().values())
+    assert "sides of pictures that are not square" in done.notes[0]
+
+    export(run, out=tmp_path / "m", step=3, official=True)
+    assert (next(iter(read_weights(tmp_path / "m" / "model.safetensors").values())) == 3.0).all()
+    with pytest.raises(ValueError, match="something else than a model"):
+        export(run, out=tmp_path / "m")
+    (run / "config.yaml").write_text(CONFIG.replace("network:", "network:\n  rope: centred"))
+    with pytest.raises(ValueError, match="rope: centred is unknown to the published code"):
+        export(run, out=tmp_path / "n", official=True)
     assert not (tmp_path / "n").exists()
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.tim.conftest import TINY
+from tests.tim.conftest import TINY, TINY_CLASSES
 from tim import Generator, ModelSpec, TransitionTransformer, codecs, text
 from tim.weights import load_model, save_model
 
@@ -46,6 +47,8 @@ def test_lookup_features_are_fixed_and_tell_captions_apart() -> None:
     assert not torch.allclose(a.sum(0), swapped.sum(0)) or not torch.equal(a, swapped)
     long = text.make("lookup", width=16, max_tokens=5).encode(["one two three four five six"])[0]
     assert len(long) == 5
+    with pytest.raises(ValueError, match="codec dc-ae can be planned for, but not run by this version: choose one of pixel"):
+        codecs.make("dc-ae")
     with pytest.raises(ValueError, match="unknown text encoder 't5'"):
         text.make("t5", width=16)
 
@@ -71,10 +74,33 @@ def test_an_image_depends_on_its_own_arguments_alone(folder: Path) -> None:
     assert np.asarray(other_seed).tobytes() != np.asarray(alone).tobytes()
 
 
+def test_classes_are_drawn_by_number(tiny_classes: TransitionTransformer, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", tiny_classes.state_dict(), replace(SPEC, network=TINY_CLASSES, text=None))
+    generator = Generator.from_pretrained(tmp_path / "model")
+
+    def pixels(prompt: int, **arguments: float) -> np.ndarray:
+        return np.asarray(generator(prompt, height=8, width=4, guidance=2.0, **arguments)[0], dtype=int)  # pyright: ignore[reportArgumentType]
+
+    together = [np.asarray(image, dtype=int) for image in generator([0, 2, 3], height=8, width=4, guidance=2.0)]
+    for number, image in zip((0, 2, 3), together, strict=True):
+        assert np.abs(image - pixels(number)).max() <= 1
+    assert np.array_equal(pixels(0), pixels(0, negative=3))  # guidance leads away from no class, unless told otherwise
+    assert not np.array_equal(pixels(0), pixels(0, negative=1))
+    assert not np.array_equal(pixels(0), pixels(1))
+    for prompt, message in {
+        "red": "'red': this model draws classes by number, from 0 to 2",
+        4: "class 4: must be from 0 to 2, or 3",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            generator(prompt, height=8, width=4)
+
+
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     generator = Generator.from_pretrained(folder)
     with pytest.raises(ValueError, match="size 9x8: width and height must be multiples of 2"):
         generator("x", height=8, width=9)
+    with pytest.raises(ValueError, match="prompt 3: this model draws what a text says"):
+        generator(3, height=8, width=8)
     with pytest.raises(ValueError, match="different lengths"):
         generator(["x", "y"], height=[8, 8, 8], width=8)
     with pytest.raises(ValueError, match="not a model folder"):
