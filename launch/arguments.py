@@ -70,6 +70,32 @@ def parse_steps(text: str) -> list[int]:
     return _distinct(steps)
 
 
+def parse_times(text: str) -> list[float]:
+    """`"1,0.6,0"` → [1.0, 0.6, 0.0]; what the transport makes of them is the sampler's to say.
+
+    Raises:
+        ValueError: fewer than two numbers, or not falling.
+    """
+    times = _numbers(text, option="--times", example="1,0.6,0")
+    if len(times) < 2 or times != sorted(set(times), reverse=True):
+        raise ValueError(f"--times {text}: two numbers or more are needed, each smaller than the one before")
+    return times
+
+
+def parse_interval(text: str) -> tuple[float, float]:
+    """`"0.2,0.7"` → (0.2, 0.7), shares of the noisiest time.
+
+    Raises:
+        ValueError: not two numbers in [0, 1] that rise.
+    """
+    ends = _numbers(text, option="--interval", example="0.2,0.7")
+    if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
+        raise ValueError(
+            f"--interval {text}: expected two numbers from 0 to 1, the smaller one first; write for example --interval 0.2,0.7"
+        )
+    return ends[0], ends[1]
+
+
 def check_guidance(guidance: float) -> float:
     """A finite guidance scale of at least 0 (1 is no guidance).
 
@@ -108,6 +134,16 @@ def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[
             remarks.append(f"size {width}x{height} rounded down to {size[1]}x{size[0]}, multiples of this model's {stride} pixels")
         rounded.append(size)
     return _distinct(rounded), remarks
+
+
+def _numbers(text: str, *, option: str, example: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in _parts(text)]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError(f"{option} {text}: expected numbers; write for example {option} {example}")
+    return numbers
 
 
 def _parts(text: str) -> list[str]:

@@ -15,7 +15,16 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from launch.arguments import check_guidance, check_prompts, one_config, parse_sizes, parse_steps, split_overrides
+from launch.arguments import (
+    check_guidance,
+    check_prompts,
+    one_config,
+    parse_interval,
+    parse_sizes,
+    parse_steps,
+    parse_times,
+    split_overrides,
+)
 from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
@@ -258,6 +267,14 @@ def sample(
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps. Default: the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the model's.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance leads away from. Default: nothing in particular.")] = None,
+    interval: Annotated[
+        str | None, typer.Option(metavar="LOW,HIGH", help="When guidance acts: shares of the noisiest time, ends included.")
+    ] = None,
+    times: Annotated[
+        str | None, typer.Option(metavar="T,T[,T]...", help="Times to step through instead of --steps: 1 (noise) to 0 for ot_fm.")
+    ] = None,
+    stochasticity: Annotated[float, typer.Option(min=0, help="New noise in every step but the first and the last; ot_fm only.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     as_json: Json = False,
@@ -274,9 +291,26 @@ def sample(
         step_counts = parse_steps(steps) if steps is not None else None
         scale = check_guidance(guidance) if guidance is not None else None
         prompts = check_prompts(prompt or [], classes=classes or [])
+        grid_times = parse_times(times) if times is not None else None
+        guided = parse_interval(interval) if interval is not None else None
+        if steps is not None and times is not None:
+            raise ValueError(f"--steps {steps} and --times {times}: give one of them")
         from launch.draw import draw
 
-        drawings, grid = draw(model, prompts=prompts, sizes=sizes, steps=step_counts, guidance=scale, seed=seed, out=out, console=console)
+        drawings, grid = draw(
+            model,
+            prompts=prompts,
+            sizes=sizes,
+            steps=step_counts,
+            guidance=scale,
+            seed=seed,
+            out=out,
+            console=console,
+            negative=negative,
+            times=grid_times,
+            interval=guided,
+            stochasticity=stochasticity,
+        )
         text = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(text, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 

@@ -20,9 +20,9 @@ from launch.preview import grid
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks. Height and width in pixels.
+    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks.
 
-    The prompt is a text, or the number of a class.
+    The prompt is a text, or the number of a class; height and width in pixels; evaluations: forwards of the network that it took.
     """
 
     path: Path
@@ -32,6 +32,7 @@ class Drawing:
     steps: int
     guidance: float
     seed: int
+    evaluations: int
 
 
 def draw(
@@ -43,13 +44,17 @@ def draw(
     guidance: float | None,
     seed: int,
     out: Path,
+    negative: str | None = None,
+    times: Sequence[float] | None = None,
+    interval: tuple[float, float] | None = None,
+    stochasticity: float = 0.0,
     console: Console,
 ) -> tuple[list[Drawing], Path]:
     """Draw every prompt at every size (height, width) in every number of steps; returns the drawings and the grid's path.
 
-    `model` is a model folder, or a run folder (then its `model/`, or its newest checkpoint exported, is used). Steps and guidance of None
-    are the model's own defaults. All drawings of one prompt and size start from the same noise: a row of the grid shows what
-    more steps add.
+    `model` is a model folder, or a run folder (then its `model/`, or its newest checkpoint exported, is used). Steps, guidance and
+    interval of None are the model's own defaults; `times` are stepped through instead of `steps`. All drawings of one prompt and size
+    start from the same noise: a row of the grid shows what more steps add.
 
     Raises:
         ValueError: `model` is neither, `out` is a file, a size is below the model's stride, or a prompt is not for this model.
@@ -67,7 +72,7 @@ def draw(
     generator = Generator.from_pretrained(folder, device=device)
     generator.check(prompts)
     defaults = generator.spec.sampling
-    steps = steps or [int(defaults["steps"])]
+    steps = [len(times) - 1] if times is not None else steps or [int(defaults["steps"])]
     scale = float(defaults["guidance"]) if guidance is None else guidance
     rounded, remarks = round_sizes(sizes, stride=generator.stride)
     for remark in remarks:
@@ -83,10 +88,30 @@ def draw(
         for number, prompt in enumerate(prompts):
             name = prompt if isinstance(prompt, str) else f"class {prompt}"
             for height, width in rounded:
-                row = generator([prompt] * len(steps), height=height, width=width, steps=list(steps), guidance=scale, seed=seed)
+                row = generator(
+                    [prompt] * len(steps),
+                    height=height,
+                    width=width,
+                    steps=None if times is not None else list(steps),
+                    guidance=scale,
+                    seed=seed,
+                    negative=negative,
+                    times=times,
+                    interval=interval,
+                    stochasticity=stochasticity,
+                )
                 for image, count in zip(row, steps, strict=True):
                     path = out / f"{number:02d}-{_slug(name)}-{width}x{height}-steps{count}-seed{seed}.png"
-                    drawing = Drawing(path=path, prompt=prompt, height=height, width=width, steps=count, guidance=scale, seed=seed)
+                    drawing = Drawing(
+                        path=path,
+                        prompt=prompt,
+                        height=height,
+                        width=width,
+                        steps=count,
+                        guidance=scale,
+                        seed=seed,
+                        evaluations=image.info["evaluations"],
+                    )
                     write_png(path, image, facts={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
                     drawings.append(drawing)
                 rows.append(row)

@@ -61,14 +61,19 @@ class Generator:
         guidance: float | Sequence[float] | None = None,
         seed: int | Sequence[int] = 0,
         negative: Prompt | Sequence[Prompt] | None = None,
+        times: Sequence[float] | None = None,
+        interval: tuple[float, float] | None = None,
+        stochasticity: float = 0.0,
     ) -> list[Image.Image]:
-        """Draw images; steps and guidance default to the model's own.
+        """Draw images; steps, guidance and its interval default to the model's own.
 
         prompt: what to draw, for a class model a class id; negative: what guidance leads away from, by default the empty caption or no
         class. Raises ValueError for lists of different lengths, sizes that are no multiples of `stride`, fewer than one step, a prompt
         that is not of the model's kind and a class that it does not know.
         """
         defaults = self.spec.sampling
+        if times is not None and steps is not None:
+            raise ValueError(f"{steps} steps and times {list(times)}: give one of them")
         steps = int(defaults["steps"]) if steps is None else steps
         guidance = float(defaults["guidance"]) if guidance is None else guidance
         negative = self._nothing if negative is None else negative
@@ -98,7 +103,10 @@ class Generator:
         for pack in self._packs(heights, widths):
             noise = [self._noise(heights[i], widths[i], seeds[i]) for i in pack]
             grids = [
-                time_grid(step_counts[i], transport=self.transport, pixels=heights[i] * widths[i], shift=defaults["shift"]) for i in pack
+                time_grid(step_counts[i], transport=self.transport, pixels=heights[i] * widths[i], shift=defaults["shift"])
+                if times is None
+                else [float(t) for t in times]
+                for i in pack
             ]
             samples = sample(
                 self.network,
@@ -108,9 +116,13 @@ class Generator:
                 times=grids,
                 guidance=[scales[i] for i in pack],
                 null_condition=self._condition([negatives[i] for i in pack]) if negatives else None,
-                interval=tuple(defaults["interval"]),
+                interval=tuple(defaults["interval"]) if interval is None else interval,
+                stochasticity=stochasticity,
+                seeds=[seeds[i] for i in pack],
             )
-            images += [Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()) for pixels in self.codec.decode(samples.latents)]
+            for pixels, evaluations in zip(self.codec.decode(samples.latents), samples.evaluations, strict=True):
+                images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+                images[-1].info["evaluations"] = evaluations
         return images
 
     @property

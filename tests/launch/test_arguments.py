@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.arguments import check_guidance, one_config, parse_sizes, parse_steps, round_sizes, split_overrides
+from launch.arguments import check_guidance, one_config, parse_interval, parse_sizes, parse_steps, parse_times, round_sizes, split_overrides
 
 
 def test_overrides_are_told_from_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +43,17 @@ def test_steps() -> None:
     for text in ("0", "-1", "1,0", "", "a", "1.5", "1;2"):
         with pytest.raises(ValueError, match="--steps"):
             parse_steps(text)
+
+
+def test_times_and_intervals() -> None:
+    assert parse_times("1, 0.6,0") == [1.0, 0.6, 0.0]
+    assert parse_interval("0.2,0.7") == (0.2, 0.7)
+    for text in ("1", "0,1", "1,1,0", "", "a,b", "nan,0", "1;0"):
+        with pytest.raises(ValueError, match="--times"):
+            parse_times(text)
+    for text in ("0.7,0.2", "0.5", "-1,1", "0,2", "0,0.5,1", "a,b", "nan,1"):
+        with pytest.raises(ValueError, match="--interval"):
+            parse_interval(text)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])

@@ -261,6 +261,15 @@ def test_sample_draws_each_size_and_step_count_and_a_grid(model: Path, tmp_path:
     assert [Path(image["path"]).read_bytes() for image in again["images"]] == [Path(image["path"]).read_bytes() for image in images]
 
 
+def test_sample_says_how_often_the_network_was_asked(model: Path, tmp_path: Path, tim: Tim) -> None:
+    def evaluations(*more: str) -> list[int]:
+        common = ["--prompt", "a fox", "--size", "16x16", "--guidance", "2", "--negative", "a hen", "--out", tmp_path / "s", "--json"]
+        return [image["evaluations"] for image in tim("sample", model, *common, *more).data["images"]]
+
+    assert evaluations("--steps", "1,4") == [2, 8]
+    assert evaluations("--times", "1,0.8,0.5,0", "--interval", "0,0.8", "--stochasticity", "0.2") == [5]
+
+
 def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
@@ -282,6 +291,9 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     refused(sample(guidance="much"), "guidance")
     refused(sample(size="16"), "WIDTHxHEIGHT")
     refused(sample("--seed", "-1"), "seed")
+    refused(sample("--interval", "0.8,0.2"), "--interval 0.8,0.2")
+    refused(sample("--times", "0,1"), "each smaller than the one before")
+    refused(sample("--times", "1,0"), "--steps 1 and --times 1,0: give one of them")
     assert "8 pixels" in sample(size="16x4").err
     assert sample(size="16x4").code == 2
     assert sample(where=tmp_path / "file").code == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,9 @@ def test_an_image_depends_on_its_own_arguments_alone(folder: Path) -> None:
     generator.tokens_per_pack = 10_000
     alone = generator("", height=4, width=12, steps=4, seed=4, guidance=2.0)[0]
     assert np.abs(np.asarray(alone, dtype=int) - np.asarray(together[1], dtype=int)).max() <= 1
+    assert together[1].info["evaluations"] == 8
+    by_times = generator("", height=4, width=12, times=[1, 0.75, 0.5, 0.25, 0], seed=4, guidance=2.0)[0]
+    assert np.array_equal(np.asarray(by_times), np.asarray(alone))
     other_seed = generator("", height=4, width=12, steps=4, seed=5, guidance=2.0)[0]
     assert np.asarray(other_seed).tobytes() != np.asarray(alone).tobytes()
 
@@ -95,12 +99,27 @@ def test_classes_are_drawn_by_number(tiny_classes: TransitionTransformer, tmp_pa
             generator(prompt, height=8, width=4)
 
 
+def test_every_setting_of_the_sampler_is_at_hand(folder: Path) -> None:
+    generator = Generator.from_pretrained(folder)
+
+    def draw(**settings: Any) -> tuple[bytes, int]:
+        image = generator("a red circle", height=8, width=8, seed=4, **{"steps": 4, "guidance": 50.0, **settings})[0]
+        return image.tobytes(), image.info["evaluations"]
+
+    plain, partly = draw(), draw(interval=(0.0, 0.5))
+    assert (plain[1], partly[1]) == (8, 6)
+    assert draw(stochasticity=0.5) == draw(stochasticity=0.5)
+    assert len({picture for picture, _ in (plain, partly, draw(negative="a cat"), draw(stochasticity=0.5), draw(guidance=1.0))}) == 5
+
+
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     generator = Generator.from_pretrained(folder)
     with pytest.raises(ValueError, match="size 9x8: width and height must be multiples of 2"):
         generator("x", height=8, width=9)
     with pytest.raises(ValueError, match="prompt 3: this model draws what a text says"):
         generator(3, height=8, width=8)
+    with pytest.raises(ValueError, match=r"3 steps and times \[1, 0\]: give one of them"):
+        generator("x", height=8, width=8, steps=3, times=[1, 0])
     with pytest.raises(ValueError, match="different lengths"):
         generator(["x", "y"], height=[8, 8, 8], width=8)
     with pytest.raises(ValueError, match="not a model folder"):
