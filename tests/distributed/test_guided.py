@@ -1,4 +1,4 @@
-"""The whole objective, with guidance in the target and an alignment teacher: two ranks, stopped in between, do what one process does."""
+"""The whole objective (exact derivative, guidance in the target, alignment teacher): two ranks, stopped in between, do what one does."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ plan: {max_tokens: 64, tokens_per_pack: 128, packs_per_step: 2}
 network:
   params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16, z_dim: 128, projector_dim: 32, encoder_depth: 1}
 objective:
+  derivative: jvp
   guidance: {w_gt: 0.5, interval: [0, 1], after: 1, refresh: 3}
 text: {caption_dropout: 0.3}
 train: {lr: 1e-2, zero: 2, ema: 0.5}
