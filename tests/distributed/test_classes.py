@@ -24,7 +24,7 @@ CONFIG = """\
 condition: class
 plan: {max_tokens: 16, tokens_per_pack: 64, packs_per_step: 2}
 network:
-  params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, num_classes: 5, class_dropout_prob: 0.2}
+  params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, num_classes: 5, class_dropout_prob: 0.2, new_condition: "t,r,t-r"}
 objective: {shift: null}
 train: {steps: 8, lr: 1e-2, zero: 3}
 loader: {workers: 0}
