@@ -405,6 +405,8 @@ def _locate(source: str | Path | None) -> Path | None:
     if source is None:
         return None
     path = Path(source)
+    if str(source) in recipe_names() and not path.is_file():
+        return recipe_path(str(source))  # also beside a folder of this name, as `tim demo` makes one
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give a YAML file or a recipe: {', '.join(recipe_names())}")
     return path if path.exists() or path.suffix in (".yaml", ".yml") or path.name != str(source) else recipe_path(str(source))

@@ -78,7 +78,6 @@ def draw(
     for remark in remarks:
         console.line(remark)
 
-    out.mkdir(parents=True, exist_ok=True)
     drawings: list[Drawing] = []
     rows: list[list[Image.Image]] = []
     labels: list[str] = []
@@ -100,6 +99,7 @@ def draw(
                     interval=interval,
                     stochasticity=stochasticity,
                 )
+                out.mkdir(parents=True, exist_ok=True)  # not before: a refused argument leaves nothing behind
                 for image, count in zip(row, steps, strict=True):
                     path = out / f"{number:02d}-{_slug(name)}-{width}x{height}-steps{count}-seed{seed}.png"
                     drawing = Drawing(

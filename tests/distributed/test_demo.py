@@ -14,16 +14,17 @@ from launch.demo import PICTURES, SIZES, STEPS
 
 
 def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "launch.cli", "demo", "--out", str(tmp_path), "--steps", "6", "--json"]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=540, check=False)
+    command = [sys.executable, "-m", "launch.cli", "demo", "--steps", "6", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     result = json.loads(done.stdout)
     assert [row["steps"] for row in result["scores"]] == list(STEPS)
     assert all(0 <= row["all"] <= min(row["shape"], row["colours"]) <= 1 for row in result["scores"])
     assert result["fill"] > 0.9
-    assert json.loads((tmp_path / "corpus" / "manifest.json").read_text())["totals"]["kept"] == PICTURES
-    with Image.open(result["files"]["grid"]) as grid:
+    assert json.loads((tmp_path / "demo" / "corpus" / "manifest.json").read_text())["totals"]["kept"] > 0.99 * PICTURES
+    with Image.open(tmp_path / result["files"]["grid"]) as grid:
         assert grid.height > 2 * sum(height for height, _ in SIZES)
         assert len(grid.convert("RGB").getcolors(1 << 20) or []) > 1000
     for name in ("loss", "model"):
-        assert Path(result["files"][name]).exists()
+        assert (tmp_path / result["files"][name]).exists()

@@ -294,6 +294,7 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     refused(sample("--interval", "0.8,0.2"), "--interval 0.8,0.2")
     refused(sample("--times", "0,1"), "each smaller than the one before")
     refused(sample("--times", "1,0"), "--steps 1 and --times 1,0: give one of them")
+    assert tim("sample", model, "--prompt", "a fox", "--size", "16x16", "--times", "2,0", "--out", out).code == 2
     assert "8 pixels" in sample(size="16x4").err
     assert sample(size="16x4").code == 2
     assert sample(where=tmp_path / "file").code == 2

@@ -133,6 +133,15 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
         load_config(None, overrides=["train.steps=1"])
 
 
+def test_a_recipe_is_found_beside_a_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "runs").mkdir()
+    assert load_config("demo").train.optimizer == "muon"
+    with pytest.raises(ConfigError, match="runs is a folder"):
+        load_config("runs")
+
+
 def test_every_recipe_is_valid_and_names_no_path() -> None:
     for name in recipe_names():
         config = load_config(name)
