@@ -64,3 +64,9 @@ def test_models_and_preparation_work_without_deepspeed() -> None:
     forbid = "import sys; sys.modules['deepspeed'] = None; "
     modules = "import tim, dataprep.prepare, launch.export, launch.preview, launch.cli"
     subprocess.run([sys.executable, "-c", forbid + modules], cwd=REPOSITORY, check=True, timeout=120)
+
+
+def test_the_command_line_and_the_schema_load_without_torch() -> None:
+    """It takes seconds to import, and `--help`, `prepare` and `recipes` do not need it."""
+    check = "import sys, launch.cli, launch.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

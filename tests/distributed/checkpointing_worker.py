@@ -10,19 +10,11 @@ import torch
 from torch import Tensor
 
 from launch.engine import Engine, Ranks, process_group
-from tim import PackedText, PackedTokens, TransitionTransformer
+from tests.tim.tiny import tiny_network
+from tim import PackedText, PackedTokens
 
-PARAMS = {"patch_size": 2, "in_channels": 3, "depth": 2, "hidden_size": 32, "cap_feat_dim": 16, "num_heads": 2, "lora_hidden_size": 8}
 CASES = ((1, 1), (2, 2), (3, 1))  # ZeRO stage, every n-th block
 SIZES = [(4, 4), (2, 8), (12, 4), (4, 6)]  # one pack of two images on each rank
-
-
-def make_network() -> TransitionTransformer:
-    torch.manual_seed(0)
-    network = TransitionTransformer.from_official(PARAMS)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    return network
 
 
 def pack(images: list[int]) -> tuple[PackedTokens, Tensor, Tensor, PackedText]:
@@ -36,7 +28,7 @@ def pack(images: list[int]) -> tuple[PackedTokens, Tensor, Tensor, PackedText]:
 
 
 def alone() -> dict[str, Tensor]:
-    network = make_network()
+    network = tiny_network()
     (network(*pack([0, 1, 2, 3])).tokens.square().sum() / len(SIZES)).backward()
     return {name: parameter.grad for name, parameter in network.named_parameters() if parameter.grad is not None}
 
@@ -45,7 +37,7 @@ def gradient_error(ranks: Ranks, *, stage: int, every: int) -> float:
     """The largest difference to one process without checkpointing, over the gradient's largest entry."""
     from deepspeed.utils import safe_get_full_grad
 
-    network = make_network()
+    network = tiny_network()
     network.execute(checkpoint_every=every)
     engine = Engine(network, ranks=ranks, stage=stage)
     mine = pack([2 * ranks.rank, 2 * ranks.rank + 1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.metrics import read_rows
 
 PATIENCE = 500.0  # seconds
+ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -29,6 +30,14 @@ def run(*arguments: str, log: Path) -> int:
         return job.wait(PATIENCE)
     finally:
         job.kill()
+
+
+def run_ranks(module: str, *arguments: str) -> None:
+    """Run a module of these tests to its end on two ranks; fail with what it said where that fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes], *, log: Path) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.distributed import jobs
 
 CASES = ("1-fp32-adamw", "2-fp32-adamw", "3-fp32-adamw", "2-bf16-adamw", "1-fp32-muon", "2-fp32-muon")
 PARAMETERS = 7 * 33 + 33 + 33 * 33 + 33 + 33 * 20 + 20 + 20 * 5
@@ -22,10 +20,7 @@ Reports = dict[str, list[dict[str, Any]]]
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
     """By case, what each rank measured."""
     folder = tmp_path_factory.mktemp("engine")
-    worker = Path(__file__).with_name("engine_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker), str(folder), *CASES]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    jobs.run_ranks("tests.distributed.engine_worker", str(folder), *CASES)
     return {case: [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1)] for case in CASES}
 
 

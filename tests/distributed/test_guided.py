@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from dataprep.prepare import PrepareConfig, prepare
-from dataprep.synthetic import write_corpus
 from launch.config import ConfigError, load_config
 from launch.metrics import read_rows
 from launch.trainer import train
@@ -32,12 +30,10 @@ log: {every: 1}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    write_corpus(tmp_path / "source", count=40)
-    prepare([str(tmp_path / "source")], out=tmp_path / "corpus", config=PrepareConfig())
+def config(figures: Path, tmp_path: Path) -> Path:
     save_file(radio_weights(), tmp_path / "radio.safetensors")
     teacher = f"  alignment: {{kind: radio, path: {tmp_path / 'radio.safetensors'}, weight: 0.5}}\n"
-    (tmp_path / "run.yaml").write_text(f"corpus: {tmp_path / 'corpus'}\n" + CONFIG.replace("objective:\n", "objective:\n" + teacher))
+    (tmp_path / "run.yaml").write_text(f"corpus: {figures}\n" + CONFIG.replace("objective:\n", "objective:\n" + teacher))
     return tmp_path / "run.yaml"
 
 

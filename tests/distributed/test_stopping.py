@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from dataprep.prepare import PrepareConfig, prepare
-from dataprep.synthetic import write_corpus
 from launch.config import Config, load_config
 from launch.metrics import read_rows
 from pipeline.index import Corpus
@@ -28,10 +26,8 @@ log: {every: 1}
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    write_corpus(tmp_path / "source", count=40)
-    prepare([str(tmp_path / "source")], out=tmp_path / "corpus", config=PrepareConfig())
-    (tmp_path / "run.yaml").write_text(f"corpus: {tmp_path / 'corpus'}\nrun_dir: {tmp_path / 'run'}\n{CONFIG}")
+def config(figures: Path, tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(f"corpus: {figures}\nrun_dir: {tmp_path / 'run'}\n{CONFIG}")
     return tmp_path / "run.yaml"
 
 

@@ -12,18 +12,15 @@ from PIL import Image
 from launch.baselines import DenseNetwork
 from launch.benchmarks import grids_of
 from launch.cli import main
-from tests.tim.conftest import TINY
-from tim import PackedText, PackedTokens, TransitionTransformer
+from tests.tim.tiny import tiny_network
+from tim import PackedText, PackedTokens
 
 SMALL = ["--width", "64", "--max-tokens", "16", "--batch", "4", "--repeats", "1"]
 
 
 @pytest.mark.parametrize("sizes", [[(4, 4), (2, 8), (12, 4)], [(4, 6)] * 3], ids=["padded", "one bucket"])
 def test_dense_batches_compute_what_packs_compute(sizes: list[tuple[int, int]]) -> None:
-    torch.manual_seed(0)
-    network = TransitionTransformer.from_official(TINY).double()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
+    network = tiny_network().double()
     packed = PackedTokens.from_latents([torch.randn(3, h, w).double() for h, w in sizes], 2)
     text = PackedText.from_features([torch.randn(m, 16).double() for m in (3, 1, 5)])
     t = torch.rand(len(sizes)).double()

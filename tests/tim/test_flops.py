@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tim.sdpa
-from tests.tim.conftest import TINY, TINY_CLASSES
+from tests.tim.tiny import TINY, TINY_CLASSES
 from tim import PackedText, PackedTokens, TransitionTransformer
 from tim.flops import Lengths, activation_bytes, backward_flops, forward_flops, step_flops
 from tim.packed import Condition

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.tim.conftest import TINY, TINY_CLASSES
+from tests.tim.tiny import TINY, TINY_CLASSES
 from tim import Generator, ModelSpec, TransitionTransformer, codecs, text
 from tim.weights import load_model, save_model
 

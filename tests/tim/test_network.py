@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tim.conftest import TINY, TINY_CLASSES
+from tests.tim.tiny import TINY, TINY_CLASSES
 from tim import PackedText, PackedTokens, TransitionTransformer
 from tim.network import NEW_CONDITIONS
 from tim.packed import Condition, select

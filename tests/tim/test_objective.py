@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.tim.conftest import TINY
+from tests.tim.tiny import TINY
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION, Guide, Losses
 from tim.packed import Condition

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.tim.conftest import TINY
+from tests.tim.tiny import TINY
 from tim import TransitionTransformer
 from tim.official import read_weights
 
