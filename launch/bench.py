@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.console import session
+from launch.console import Report, session
 from launch.tables import describe_bench
+
+if TYPE_CHECKING:
+    from launch.benchmarks import Data, Grid
 
 bench = typer.Typer(
     help="Measure speed, in one run against padding and against buckets of equal sizes.",
@@ -49,13 +53,13 @@ def step(
 
     Example: tim bench step photos --max-tokens 1024
     """
-    with session(as_json=as_json, debug=debug) as console:
-        from launch.benchmarks import bench_step, grids_of
 
-        grids = grids_of(pictures or [], max_tokens=max_tokens)
-        with console.progress() as report:
-            data = bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
-        console.result(describe_bench(data), data=data)
+    def measure(grids: list[Grid], report: Report) -> Data:
+        from launch.benchmarks import bench_step
+
+        return bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
+
+    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
 
 
 @bench.command()
@@ -72,13 +76,13 @@ def attention(
 
     Example: tim bench attention photos --max-tokens 4096
     """
-    with session(as_json=as_json, debug=debug) as console:
-        from launch.benchmarks import bench_attention, grids_of
 
-        grids = grids_of(pictures or [], max_tokens=max_tokens)
-        with console.progress() as report:
-            data = bench_attention(grids, width=width, batch=batch, repeats=repeats, progress=report)
-        console.result(describe_bench(data), data=data)
+    def measure(grids: list[Grid], report: Report) -> Data:
+        from launch.benchmarks import bench_attention
+
+        return bench_attention(grids, width=width, batch=batch, repeats=repeats, progress=report)
+
+    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
 
 
 @bench.command()
@@ -97,10 +101,23 @@ def sample(
 
     Example: tim bench sample photos --steps 4
     """
+
+    def measure(grids: list[Grid], report: Report) -> Data:
+        from launch.benchmarks import bench_sample
+
+        return bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)
+
+    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
+
+
+def _run(
+    measure: Callable[[list[Grid], Report], Data], pictures: list[Path] | None, *, max_tokens: int, as_json: bool, debug: bool
+) -> None:
+    """Measure on the grids of some pictures, and print what came out."""
     with session(as_json=as_json, debug=debug) as console:
-        from launch.benchmarks import bench_sample, grids_of
+        from launch.benchmarks import grids_of  # torch is slow to import, and `--help` does not need it
 
         grids = grids_of(pictures or [], max_tokens=max_tokens)
         with console.progress() as report:
-            data = bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)
+            data = measure(grids, report)
         console.result(describe_bench(data), data=data)

@@ -21,6 +21,7 @@ from torch import Tensor
 from launch.baselines import DenseNetwork, Padding, dense_attention
 from launch.console import Report
 from pipeline.cost import DIFFUSION, TRANSITION
+from pipeline.images import exif_orientation
 from pipeline.index import Corpus
 from pipeline.resolution import SizeRule, target_sizes
 from tim import PackedText, PackedTokens, Segments, TransitionObjective, TransitionTransformer, transports
@@ -31,7 +32,6 @@ from tim.objective import Network
 
 STRIDE = 16  # pixels per side of a token: raw pixels in patches of 16
 FEATURES = 128  # width of the caption features
-ORIENTATION = 0x0112  # the EXIF tag; 5 and more are turned by a quarter
 Grid = tuple[int, int]
 Data = dict[str, Any]
 
@@ -308,8 +308,7 @@ def _size(file: Path) -> tuple[int, int] | None:
     """Height and width of an upright picture; None for a file that is none."""
     try:
         with Image.open(file) as image:
-            turned = image.getexif().get(ORIENTATION, 1) >= 5
-            return image.size if turned else (image.height, image.width)
+            return image.size if exif_orientation(image) >= 5 else (image.height, image.width)
     except (UnidentifiedImageError, IsADirectoryError, Image.DecompressionBombError):
         return None
 

@@ -180,21 +180,6 @@ class ObjectiveConfig(Section):
             raise Impossible("consistency_share", f"diffusion_share and consistency_share add up to {total:g}, more than 1")
         return self
 
-    @model_validator(mode="after")
-    def _transport_fits(self) -> ObjectiveConfig:
-        """Refuse what the transport does not have; a shift that nobody asked for is left out."""
-        from tim import transports  # torch is slow to import, and a config that is wrong does not need it
-
-        known, shifts = transports.settings_of(self.transport), transports.TRANSPORTS[self.transport].shifts
-        for key, name in TRANSPORT_SETTINGS.items():
-            if getattr(self, key) is not None and name not in known:
-                raise Impossible(key, f"transport {self.transport} has no such setting; leave it out")
-        if self.shift is not None and not shifts:
-            if "shift" in self.model_fields_set:
-                raise Impossible("shift", f"the noise of transport {self.transport} has a fixed range, its times do not shift; set null")
-            vars(self).update(shift=None)
-        return self
-
     def transport_settings(self) -> dict[str, float]:
         """What `transports.make` is to be told."""
         given = {name: getattr(self, key) for key, name in TRANSPORT_SETTINGS.items()}
@@ -298,11 +283,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _sampling_fits(self) -> Config:
-        from tim import transports
+    def _transport_fits(self) -> Config:
+        """Refuse what the transport does not have; a shift that nobody asked for is left out."""
+        from tim import transports  # torch is slow to import, and a config that is wrong does not need it
 
-        if self.sampling.shift is not None and not transports.TRANSPORTS[self.objective.transport].shifts:
-            raise Impossible("sampling.shift", f"the noise of transport {self.objective.transport} has a fixed range; set null")
+        objective, kind = self.objective, self.objective.transport
+        known = transports.settings_of(kind)
+        for key, name in TRANSPORT_SETTINGS.items():
+            if getattr(objective, key) is not None and name not in known:
+                raise Impossible(f"objective.{key}", f"transport {kind} has no such setting; leave it out")
+        if transports.TRANSPORTS[kind].shifts:
+            return self
+        asked = {"objective.shift": "shift" in objective.model_fields_set and objective.shift, "sampling.shift": self.sampling.shift}
+        for key, shift in asked.items():
+            if shift:
+                raise Impossible(key, f"the noise of transport {kind} has a fixed range, its times do not shift; set null")
+        vars(self).update(objective=objective.model_copy(update={"shift": None}))
         return self
 
     @model_validator(mode="after")

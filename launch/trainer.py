@@ -143,7 +143,7 @@ class Trainer:
         )
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
-        network = TransitionTransformer.from_official(params.model_dump(exclude_none=True), rope=config.network.rope)
+        network = self._new_network()
         self.null_class = network.null_class
         network.execute(**execution(config.train, ranks.device))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -225,11 +225,13 @@ class Trainer:
             return
         self.replica.fill(self.ema.average)
 
+    def _new_network(self) -> TransitionTransformer:
+        network = self.config.network
+        return TransitionTransformer.from_official(network.params.model_dump(exclude_none=True), rope=network.rope)
+
     def _empty_replica(self) -> Replica:
         with torch.device("meta"):
-            network = TransitionTransformer.from_official(
-                self.config.network.params.model_dump(exclude_none=True), rope=self.config.network.rope
-            )
+            network = self._new_network()
         return Replica(network, ranks=self.ranks)
 
     def _guide(self, images: int) -> Guide | None:

@@ -79,14 +79,14 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Pi
 
     format_name = "JPEG" if image.format == "MPO" else str(image.format)
     width, height = image.size
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     if format_name == "TIFF" and orientation >= 5:  # Pillow turns TIFFs, and only those, by itself
         width, height = height, width
     changes = [] if format_name == "JPEG" else [f"from-{format_name.lower()}"]
     with _damage_rejected():
         decoded = Image.fromarray(_decode_jpeg(data)) if format_name == "JPEG" and image.mode == "RGB" else image
         decoded.load()
-        orientation = _orientation(image)  # once more: a PNG may keep it behind its pixels
+        orientation = exif_orientation(image)  # once more: a PNG may keep it behind its pixels
     if format_name != "JPEG" and _animated(image):
         changes.append("first-frame")
     decoded, alpha, colour_changes = _to_rgb(decoded, profile=image.info.get("icc_profile") or b"")
@@ -192,7 +192,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 def _is_clean_jpeg(image: Image.Image) -> bool:
     """Three components, upright, sRGB: every reader shows what the decoder gives."""
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or _orientation(image) in _UPRIGHT:
+    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or exif_orientation(image) in _UPRIGHT:
         return False
     profile = image.info.get("icc_profile")
     return not profile or _to_srgb(profile, mode="RGB") == "srgb"
@@ -223,7 +223,8 @@ def _decode_jpeg(data: bytes) -> Pixels:
         return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)  # odd, but all pixels are there
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
+    """How EXIF says that an image has to be turned: 1 for not at all, 5 to 8 where width and height change places."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

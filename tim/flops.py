@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tim.layers import TimeEmbedding, mlp_width
 from tim.network import modulation_rank
 
 
@@ -49,7 +50,7 @@ def activation_bytes(params: Mapping[str, Any], lengths: Lengths, *, precision: 
     precision: fp32, or bf16 (autocast); checkpoint_every: as in `TransitionTransformer.execute`.
     """
     width, depth = params["hidden_size"], params["depth"]
-    mlp = int(4 * width * 2 / 3)
+    mlp = mlp_width(width)
     full, half = 4, 4 if precision == "fp32" else 2
     copies = 0 if precision == "fp32" else full  # half-precision queries and keys are normalised as float32 copies
     # Each part: input and normalised input, then scale, modulated input, output and gate.
@@ -76,7 +77,9 @@ def _swiglu(width: int, hidden: int, out: int) -> tuple[tuple[int, int], ...]:
 def _first_layers(params: Mapping[str, Any], lengths: Lengths) -> int:
     """The embedding of patches, and the first layer of each embedded time: what reads inputs that need no gradient."""
     width, features = params["hidden_size"], params["patch_size"] ** 2 * params["in_channels"]
-    return _linear(sum(lengths.tokens), (features, width)) + _linear(_times(params) * len(lengths.tokens), (256, width))
+    return _linear(sum(lengths.tokens), (features, width)) + _linear(
+        _times(params) * len(lengths.tokens), (2 * TimeEmbedding.FREQUENCIES, width)
+    )
 
 
 def _inputs(params: Mapping[str, Any], lengths: Lengths) -> int:
@@ -96,7 +99,7 @@ def _rest(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool) -> in
     width, tokens, images = params["hidden_size"], sum(lengths.tokens), len(lengths.tokens)
     modulations = 6 if lengths.text is None else 9
     block = _linear(images, *_swiglu(width, modulation_rank(params), modulations * width))
-    block += _linear(tokens, (width, 3 * width), (width, width), *_swiglu(width, int(4 * width * 2 / 3), width))
+    block += _linear(tokens, (width, 3 * width), (width, width), *_swiglu(width, mlp_width(width), width))
     block += 4 * width * sum(n * n for n in lengths.tokens)
     if params["distance_aware"]:
         block += _linear(images, (width, 3 * width))

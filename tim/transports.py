@@ -74,7 +74,8 @@ class Transport(ABC):
         """x_r from x_t and the network's output f: A·x_t + B·f."""
         (alpha_t, sigma_t), (to_alpha, to_sigma), (alpha_r, sigma_r) = self.interpolant(t), self.direction(t), self.interpolant(r)
         a, b = alpha_r * to_sigma - sigma_r * to_alpha, sigma_r * alpha_t - alpha_r * sigma_t
-        return _combine((a / self._cross(t), b / self._cross(t)), x_t, f)
+        cross = self._cross(t)
+        return _combine((a / cross, b / cross), x_t, f)
 
     def clean(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
         """The estimate of the noise-free image that goes with output f at time t."""
