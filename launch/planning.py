@@ -61,12 +61,16 @@ def check_models(config: Config) -> None:
 
 
 def _check_classes(corpus: Corpus, *, classes: int) -> None:
-    labels = corpus.labels()
-    if labels.null_count:
+    """One shard in memory at a time."""
+    without, largest = 0, -1
+    for shard in range(len(corpus.shards)):
+        labels = corpus.read(shard, columns=("label",)).column("label")
+        without += labels.null_count
+        largest = max(largest, pc.call_function("max", [labels]).as_py() or 0)
+    if without:
         raise ConfigError(
-            f"corpus {corpus.name}: {labels.null_count} of {len(labels)} samples have no class, which condition: class needs: "
+            f"corpus {corpus.name}: {without} of {corpus.count} samples have no class, which condition: class needs: "
             "prepare it from sources with a column `label`, or with KEY.cls members"
         )
-    largest = pc.call_function("max", [labels]).as_py() if len(labels) else 0
     if largest >= classes:
         raise ConfigError(f"corpus {corpus.name}: has class {largest}, but network.params.num_classes {classes} means 0 to {classes - 1}")

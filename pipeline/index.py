@@ -1,19 +1,21 @@
 """A corpus as training sees it: its manifest, and the tables of its kept samples, read one shard at a time.
 
-Columns and files are those that `tim prepare` writes (DESIGN §4). Row group i of `index.parquet` belongs to shard i, so that memory stays
-bounded by the shards that a plan has open, however many rows there are.
+Columns and files are those that `tim prepare` and `tim index` write (DESIGN §4). Every shard has a table of its own, so that memory stays
+bounded by the shards that a plan has open, however many there are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 FORMAT = 1
@@ -21,23 +23,24 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a corpus: path, number of samples, bytes."""
+    """One tar of a corpus: path, number of samples, bytes, and the name of its table."""
 
     path: str
     count: int
     bytes: int
+    table: str
 
 
 class Corpus:
-    """A prepared corpus. Make one with `Corpus.open`."""
+    """A corpus of shards and their tables. Make one with `Corpus.open`."""
 
-    def __init__(self, *, path: Path, name: str, digest: str, shards: tuple[Shard, ...], index_path: Path) -> None:
+    def __init__(self, *, path: Path, name: str, digest: str, shards: tuple[Shard, ...], qualified: bool) -> None:
         self.path = path
         self.name = name
         self.digest = digest
         self.shards = shards
         self.count = sum(shard.count for shard in shards)
-        self._index_path = index_path
+        self._qualified = qualified
 
     @classmethod
     def open(cls, path: str | Path, *, name: str | None = None) -> Corpus:
@@ -47,52 +50,56 @@ class Corpus:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        shards = []
         try:
-            for shard in manifest["shards"]:
-                file = folder / shard["name"]
-                _expect_size(file, size=shard["bytes"])
-                shards.append(Shard(path=str(file), count=shard["count"], bytes=shard["bytes"]))
-            index_path = folder / manifest["index"]["name"]
-            if not index_path.is_file():
-                raise ValueError(f"corpus {folder} lacks {index_path.name}: restore the file or run `tim prepare` again")
+            shards = tuple(_shard(folder, entry) for entry in manifest["shards"])
+            contents = {key: [shard[key] for shard in manifest["shards"]] for key in ("table", "count", "bytes", "sha256", "table_sha256")}
             corpus_name = manifest["name"] if name is None else name
-            contents = {key: [shard[key] for shard in manifest["shards"]] for key in ("name", "count", "sha256", "table_sha256")}
-            digest = hashlib.sha256(json.dumps([contents, manifest["index"]["sha256"]], sort_keys=True).encode()).hexdigest()
+            qualified = manifest.get("qualified_keys", False)
         except (KeyError, TypeError) as error:
             raise ValueError(f"corpus {folder}: manifest.json is damaged ({error}): run `tim prepare` again") from error
-        return cls(path=folder, name=corpus_name, digest=digest, shards=tuple(shards), index_path=index_path)
+        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        return cls(path=folder, name=corpus_name, digest=digest, shards=shards, qualified=qualified)
 
     def read(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
-        """The kept rows of one shard, in the order of the tar. Raises ValueError if the index is damaged or lacks a column."""
+        """The kept rows of one shard, in the order of the tar. Raises ValueError if its table is missing, damaged or lacks a column.
+
+        Where keys of different shards may be equal, the shard's number stands before them: `000012/KEY`.
+        """
+        path = self.path / self.shards[shard].table
         try:
-            table = self._index.read_row_group(shard, columns=list(columns), use_threads=False)
+            table = pq.ParquetFile(path).read(columns=[*dict.fromkeys(("key", *columns))], use_threads=False)
+        except FileNotFoundError as error:
+            raise ValueError(f"corpus {self.path} lacks {path.name}: restore the file, or make the corpus again") from error
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{self._index_path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
+            raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
         missing = [column for column in columns if column not in table.column_names]
         if missing:
-            raise ValueError(f"{self._index_path} has no column '{missing[0]}': run `tim prepare` again with this version")
-        return table
-
-    def labels(self) -> pa.ChunkedArray:
-        """The class of every kept row, null where it has none: int32. Raises ValueError if the index is damaged or lacks the column."""
-        try:
-            return self._index.read(columns=["label"], use_threads=False).column("label")
-        except (KeyError, OSError, pa.ArrowException) as error:
-            raise ValueError(f"{self._index_path} has no readable classes ({_one_line(error)}): run `tim verify` on the corpus") from error
-
-    @cached_property
-    def _index(self) -> pq.ParquetFile:
-        try:
-            index = pq.ParquetFile(self._index_path)
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{self._index_path} is not a parquet file ({_one_line(error)}): run `tim prepare` again") from error
-        if index.num_row_groups != len(self.shards) or index.metadata.num_rows != self.count:
+            raise ValueError(f"{path} has no column '{missing[0]}': make the corpus again with this version")
+        keys = table.column("key")
+        if keys.null_count:  # rejected inputs
+            table = table.filter(keys.is_valid())
+        if table.num_rows != self.shards[shard].count:
             raise ValueError(
-                f"{self._index_path} has {index.metadata.num_rows} rows in {index.num_row_groups} groups, manifest.json says {self.count} "
-                f"in {len(self.shards)} shards: they are not of one corpus, run `tim prepare` again"
+                f"{path} has {table.num_rows} samples, manifest.json says {self.shards[shard].count}: they are not of one corpus, "
+                "make it again"
             )
-        return index
+        if self._qualified:
+            keys = pc.call_function("binary_join_element_wise", [pa.scalar(f"{shard:06d}"), table.column("key"), pa.scalar("/")])
+            table = table.set_column(table.column_names.index("key"), "key", keys)
+        return table.select(columns)
+
+
+def _shard(folder: Path, entry: dict[str, Any]) -> Shard:
+    """A shard lies in the corpus's folder, or at the absolute path or URL that `tim index` was given; its table in the folder."""
+    name, table = entry["name"], entry["table"]
+    is_foreign = os.path.isabs(name) or "://" in name
+    for inside in (table,) if is_foreign else (name, table):
+        if os.path.basename(inside) != inside or inside in ("", ".", ".."):
+            raise ValueError(f"corpus {folder}: manifest.json names {inside!r}, which leads out of the folder: do not use this corpus")
+    path = name if is_foreign else os.path.join(folder, name)
+    if "://" not in path:
+        _expect_size(path, size=entry["bytes"])
+    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], table=table)
 
 
 def _read_manifest(folder: Path) -> dict:
@@ -111,13 +118,14 @@ def _read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def _expect_size(file: Path, *, size: int) -> None:
+def _expect_size(path: str, *, size: int) -> None:
     try:
-        found = file.stat().st_size
+        found = os.stat(path).st_size
     except FileNotFoundError as error:
-        raise ValueError(f"corpus {file.parent} lacks the shard {file.name}: restore the file or run `tim prepare` again") from error
+        folder, name = os.path.split(path)
+        raise ValueError(f"corpus {folder} lacks the shard {name}: restore the file, or make the corpus again") from error
     if found != size:
-        raise ValueError(f"shard {file} has {found} bytes, manifest.json says {size}: restore the file or run `tim prepare` again")
+        raise ValueError(f"shard {path} has {found} bytes, manifest.json says {size}: restore the file, or make the corpus again")
 
 
 def _one_line(error: BaseException) -> str:

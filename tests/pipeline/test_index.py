@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -60,16 +61,17 @@ def test_files_that_are_missing_or_cut_off(corpus: Corpus) -> None:
     tar.unlink()
     assert "lacks the shard 000001.tar" in error_of_opening(corpus.path)
     tar.write_bytes(data)
-    (corpus.path / "index.parquet").write_bytes(b"PAR1")
-    assert "not a parquet file" in error_of_opening(corpus.path)
-    (corpus.path / "index.parquet").unlink()
-    assert "lacks index.parquet" in error_of_opening(corpus.path)
+    table = corpus.path / "000000.parquet"
+    table.write_bytes(b"PAR1")
+    assert "000000.parquet cannot be read" in error_of_opening(corpus.path)
+    table.unlink()
+    assert "lacks 000000.parquet" in error_of_opening(corpus.path)
 
 
-def test_an_index_of_another_corpus(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_table_of_another_corpus(corpus: Corpus, tmp_path: Path) -> None:
     other = write_corpus(tmp_path / "other", shards=[[Sample(20, 30, ("a",))]])
-    (corpus.path / "index.parquet").write_bytes((other.path / "index.parquet").read_bytes())
-    assert "1 rows in 1 groups, manifest.json says 24 in 2 shards" in error_of_opening(corpus.path)
+    (corpus.path / "000000.parquet").write_bytes((other.path / "000000.parquet").read_bytes())
+    assert "000000.parquet has 1 samples, manifest.json says 14" in error_of_opening(corpus.path)
 
 
 def test_a_column_that_is_missing(corpus: Corpus) -> None:
@@ -77,6 +79,33 @@ def test_a_column_that_is_missing(corpus: Corpus) -> None:
         corpus.read(0, columns=("key", "score"))
 
 
-def test_only_one_shard_is_read_at_a_time(corpus: Corpus) -> None:
-    assert pq.ParquetFile(corpus.path / "index.parquet").num_row_groups == 2
-    assert corpus.read(1, columns=("key",)).num_rows == 10
+def test_rejected_rows_are_no_samples(corpus: Corpus) -> None:
+    file = corpus.path / "000001.parquet"
+    table = pq.read_table(file)
+    rejected = table.slice(0, 2).set_column(0, "key", pa.nulls(2, pa.string()))
+    pq.write_table(pa.concat_tables([table.slice(0, 3), rejected, table.slice(3)]), file)
+    assert corpus.read(1, columns=("key", "width")).equals(table.select(["key", "width"]))
+
+
+@pytest.mark.parametrize("name", ["../000000.tar", "sub/000000.tar", "..", ""])
+@pytest.mark.parametrize("what", ["name", "table"])
+def test_no_name_leads_out_of_the_folder(corpus: Corpus, name: str, what: str) -> None:
+    shards = json.loads((corpus.path / "manifest.json").read_text())["shards"]
+    edit_manifest(corpus, shards=[{**shards[0], what: name}])
+    assert f"names {name!r}, which leads out of the folder" in error_of_opening(corpus.path)
+
+
+def test_shards_may_lie_where_the_manifest_says_in_full(corpus: Corpus, tmp_path: Path) -> None:
+    shards = json.loads((corpus.path / "manifest.json").read_text())["shards"]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Path(corpus.shards[0].path).rename(elsewhere / "a.tar")
+    edit_manifest(corpus, shards=[{**shards[0], "name": str(elsewhere / "a.tar")}, {**shards[1], "name": "s3://bucket/b.tar"}])
+    opened = Corpus.open(corpus.path)
+    assert [shard.path for shard in opened.shards] == [str(elsewhere / "a.tar"), "s3://bucket/b.tar"]
+    assert opened.digest == corpus.digest
+
+
+def test_keys_that_need_their_shards_number(corpus: Corpus) -> None:
+    edit_manifest(corpus, qualified_keys=True)
+    assert Corpus.open(corpus.path).read(1, columns=("width", "key")).column("key")[3].as_py() == "000001/0000010003"
