@@ -15,10 +15,11 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.captions import CaptionConfig, clean_captions
+from dataprep.captions import CaptionConfig
 from dataprep.dedup import perceptual_hash
 from dataprep.filters import FilterConfig, size_rejection
 from dataprep.records import RawSample
+from pipeline.captions import clean_captions
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
 
 PIECE_SIZE = 32

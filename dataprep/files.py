@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
+WORK, JOB, LOCK = ".work", "job.json", "lock"
 
 
 @contextmanager
@@ -31,6 +33,22 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 def publish_text(path: Path, text: str) -> None:
     with publish(path) as stream:
         stream.write(text.encode("utf-8"))
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[Path]:
+    """OUT/.work, locked against a second run, with the litter of a killed run removed. Raises RuntimeError where another run writes."""
+    work = out / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with open(work / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{out}: another run is writing here") from error
+        for folder in (out, work):
+            for litter in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+                litter.unlink()
+        yield work
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from dataprep.records import Fields, RawSample, read_fields
+from dataprep.records import RawSample
+from pipeline.captions import MAX_TEXT_BYTES
+from pipeline.fields import IMAGE_EXTENSIONS, Fields, read_fields
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-MAX_CAPTION_BYTES = 1 << 20
 MAX_LINE_BYTES = 16 << 20
 
 
@@ -100,7 +101,7 @@ class ImageFolder:
         captions: tuple[str, ...] = ()
         if text in self._sizes:
             with open(self.path / text, "rb") as stream:
-                captions = (stream.read(MAX_CAPTION_BYTES).decode("utf-8-sig", "replace"),)
+                captions = (stream.read(MAX_TEXT_BYTES).decode("utf-8-sig", "replace"),)
         return self._sample(file, fields=Fields(captions=captions, label=None, extra={}), found=True)
 
     def _sample(self, file: str, *, fields: Fields, found: bool) -> RawSample:

@@ -6,7 +6,6 @@ file appears whole or not at all, so that a run that was killed goes on where it
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from dataprep.chunks import CHUNK_SIZE, ChunkTables, write_chunk
 from dataprep.dedup import DedupConfig
 from dataprep.examine import PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece
 from dataprep.executor import LocalPool, WorkerDied
-from dataprep.files import TEMPORARY_SUFFIX, publish_text
+from dataprep.files import JOB, WORK, claimed, publish_text
 from dataprep.filters import FilterConfig
 from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
 from dataprep.plan import Plan, ShardConfig, make_plan
@@ -35,7 +34,6 @@ __all__ = ["Account", "PrepareConfig", "prepare"]
 
 Progress = Callable[[str, int, int | None], None]
 
-WORK, JOB, LOCK = ".work", "job.json", "lock"
 MANY_SHARDS = 10_000
 
 
@@ -132,17 +130,8 @@ def _difference(before: Any, now: Any, *, at: str = "") -> str:
 
 @contextmanager
 def _claimed(out: Path, *, identity: dict[str, Any]) -> Iterator[Path]:
-    """OUT/.work, locked against a second run, with the job written down and the litter of a killed run removed."""
-    work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
-    with open(work / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"{out}: another run is writing here") from error
-        for folder in (out, work):
-            for litter in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-                litter.unlink()
+    """OUT/.work with the job written down."""
+    with claimed(out) as work:
         if not (work / JOB).exists():
             publish_text(work / JOB, json.dumps({**identity, "version": version("tim")}, indent=1))
         yield work

@@ -48,12 +48,12 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A finished shard, as the manifest lists it."""
+    """A finished shard, as the manifest lists it; `sha256` is None where a tar is foreign and was not read as a whole."""
 
     name: str
     count: int
     bytes: int
-    sha256: str
+    sha256: str | None
     table: str
     table_sha256: str
     table_bytes: int

@@ -48,8 +48,8 @@ def open_sources(specs: Sequence[str]) -> list[Source]:
     for spec in specs:
         path = Path(spec).expanduser()
         tars = [] if path.is_dir() else _find_tars(spec)
-        is_pattern = _BRACES.search(spec) or _is_pattern(spec)
-        place = path if path.is_dir() else tars[0].parent if is_pattern else tars[0].with_suffix("")
+        names_many = _BRACES.search(spec) or is_pattern(spec)
+        place = path if path.is_dir() else tars[0].parent if names_many else tars[0].with_suffix("")
         name = base = place.resolve().name or "data"
         number = 2
         while name in names:
@@ -79,7 +79,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 def _find_tars(spec: str) -> list[Path]:
     patterns = [str(Path(pattern).expanduser()) for pattern in expand_braces(spec)]
-    names = [name for pattern in patterns for name in (sorted(glob(pattern)) if _is_pattern(pattern) else [pattern])]
+    names = [name for pattern in patterns for name in (sorted(glob(pattern)) if is_pattern(pattern) else [pattern])]
     if not names:
         raise ValueError(f"{spec}: no file matches")
     tars = [Path(name) for name in names]
@@ -91,5 +91,6 @@ def _find_tars(spec: str) -> list[Path]:
     return tars
 
 
-def _is_pattern(spec: str) -> bool:
+def is_pattern(spec: str) -> bool:
+    """Whether a name has wildcards, and is not itself the name of a file."""
     return has_magic(spec) and not Path(spec).exists()

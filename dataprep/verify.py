@@ -1,4 +1,7 @@
-"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every picture decoded, keys unique."""
+"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every picture decoded, keys unique.
+
+The tars of an index have no digest: they are indexed once more, which has to give the same table.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import file_digest
+from dataprep.indexing import KIND, open_tar, read_foreign
 from dataprep.manifest import INDEX, MANIFEST, README, WIDS_INDEX, kept_rows, read_account, read_manifest
 from dataprep.shards import MEMBERS
 from pipeline.images import Rejection, read_image
@@ -51,12 +56,14 @@ def verify(corpus: str | Path, *, workers: int = 1, progress: Progress | None = 
         if progress:
             progress("verify", min(done, total), total)
 
+    is_index = manifest.get("kind") == KIND
     checks = [ShardCheck(corpus=corpus, entry=entry) for entry in manifest["shards"]]
     with LocalPool(workers) as pool:
-        for found in pool.map(check_shard, checks, retry=_stop_before_crash, on_items=show):
+        for found in pool.map(check_foreign_shard if is_index else check_shard, checks, retry=_stop_before_crash, on_items=show):
             problems += found
     show(total)
-    problems += _check_index(corpus, manifest=manifest)
+    if not is_index:
+        problems += _check_index(corpus, manifest=manifest)
     return Report(problems=problems, shards=len(checks), samples=total)
 
 
@@ -83,6 +90,33 @@ def check_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
     return problems + details
 
 
+def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
+    """All problems of one shard of an index."""
+    name, table_path = check.entry["name"], check.corpus / check.entry["table"]
+    if not table_path.is_file():
+        return [f"{table_path.name}: is missing"]
+    if file_digest(table_path) != check.entry["table_sha256"]:
+        return [f"{table_path.name}: its digest is not the manifest's: the file was changed or damaged"]
+    table = pq.read_table(table_path)
+    crashed = frozenset(table.filter(pc.equal(table["reason"], "crashed"))["image_offset"].to_pylist())
+    found, size = read_foreign(name, crashed=crashed)
+    if size != check.entry["bytes"] or not found.table.equals(table):
+        said = next((row["detail"] for row in found.table.to_pylist() if row["path"] == name.rpartition("/")[2]), f"{size} bytes")
+        return [f"{name}: is not what {table_path.name} says ({said}): the tar was changed or damaged, run `tim index` again"]
+    problems = []
+    with open_tar(name) as tar:
+        for position, row in enumerate(kept_rows(table).to_pylist()):
+            report(position)
+            if position == check.crashes_at:
+                problems.append(f"{name}: {row['key']}: its picture takes the decoder down; the samples after it were not checked")
+                break
+            picture = tar.at(row["image_offset"], row["image_length"])
+            problems += [f"{name}: {row['key']}: {problem}" for problem in _check_picture(picture, row=row)]
+    if len(problems) > _MANY:
+        problems[_MANY:] = [f"{name}: and {len(problems) - _MANY} more problems"]
+    return problems
+
+
 def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
     if death.at < 0 or death.at == check.crashes_at:
         raise death
@@ -102,11 +136,13 @@ def _check_account(manifest: dict[str, Any]) -> list[str]:
 
 def _check_strangers(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
     """Shards that the manifest does not know, and marker files that are gone."""
-    known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | {INDEX}
+    is_index = manifest.get("kind") == KIND
+    known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | (set() if is_index else {INDEX})
     found = {path.name for pattern in ("*.tar", "*.parquet", "*.tmp") for path in corpus.glob(pattern)}
     problems = [f"{name}: not in the manifest" for name in sorted(found - known)]
-    markers = [shard["name"].removesuffix(".tar") + "_stats.json" for shard in manifest["shards"]]
-    problems += [f"{name}: is missing" for name in (*markers, WIDS_INDEX, README) if not (corpus / name).is_file()]
+    markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]
+    markers += [] if is_index else [WIDS_INDEX, README]
+    problems += [f"{name}: is missing" for name in markers if not (corpus / name).is_file()]
     return problems
 
 
@@ -151,12 +187,7 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
         tar.seek(row[f"{member}_offset"])
         return tar.read(row[f"{member}_length"])
 
-    try:
-        picture = read_image(payload("image"))
-        if picture.pixels.shape[:2] != (row["height"], row["width"]):
-            yield f"its picture is {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, the table says {row['width']}x{row['height']}"
-    except Rejection as rejection:
-        yield f"its picture cannot be read: {rejection}"
+    yield from _check_picture(payload("image"), row=row)
     if payload("text") != row["caption"].encode("utf-8"):
         yield "its caption is not the table's"
     if row["cls_offset"] is not None and payload("cls") != str(row["label"]).encode("ascii"):
@@ -171,6 +202,15 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
         yield f"its JSON differs from the table in {', '.join(different)}"
 
 
+def _check_picture(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
+    try:
+        picture = read_image(data)
+        if picture.pixels.shape[:2] != (row["height"], row["width"]):
+            yield f"its picture is {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, the table says {row['width']}x{row['height']}"
+    except Rejection as rejection:
+        yield f"its picture cannot be read: {rejection}"
+
+
 def _check_index(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
     """index.parquet: the manifest's digest, one row group a shard with the shard's kept rows, keys unique over the corpus."""
     path = corpus / manifest["index"]["name"]
@@ -183,14 +223,12 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
         index = pq.ParquetFile(path)
         if index.num_row_groups != len(manifest["shards"]):
             return [*problems, f"{path.name}: {index.num_row_groups} row groups for {len(manifest['shards'])} shards"]
-        keys: set[str] = set()
         for group, shard in enumerate(manifest["shards"]):
             rows = index.read_row_group(group)
-            keys.update(rows.column("key").to_pylist())
+            if not all(key.startswith(shard["table"].removesuffix(".parquet")) for key in rows.column("key").to_pylist()):
+                problems.append(f"{path.name}: a key of row group {group} is not of {shard['table']}: keys may be repeated")
             if (corpus / shard["table"]).is_file() and not rows.equals(kept_rows(pq.read_table(corpus / shard["table"]))):
                 problems.append(f"{path.name}: row group {group} is not what {shard['table']} keeps")
-        if len(keys) != index.metadata.num_rows:
-            problems.append(f"{path.name}: keys are repeated")
     except (pa.ArrowException, KeyError, OSError) as error:
         problems.append(f"{path.name}: cannot be read: {_one_line(error)}")
     return problems

@@ -110,6 +110,28 @@ def sample(
     _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
 
 
+@bench.command()
+def index(
+    samples: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 20_000,
+    rows: Annotated[int, typer.Option(min=1, help="Samples of the corpus that is opened and planned.")] = 1_000_000_000,
+    repeats: Repeats = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Indexing foreign tars.
+
+    Samples a second on one core; time to the first step, and memory, of a plan over very many rows.
+
+    Example: tim bench index --rows 100000000
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.index_benchmark import bench_index
+
+        with console.progress() as report:
+            data = bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
+        console.result(describe_bench(data), data=data)
+
+
 def _run(
     measure: Callable[[list[Grid], Report], Data], pictures: list[Path] | None, *, max_tokens: int, as_json: bool, debug: bool
 ) -> None:

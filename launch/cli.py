@@ -112,8 +112,31 @@ def prepare(
 
 
 @app.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(metavar="SHARDS", help='WebDataset tars: "x/{00000..41407}.tar", "x/*.tar", URLs.')],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus: a new one, or one that an earlier index has begun.")],
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Shards that others wrote, as a corpus.
+
+    Planned, trained and verified from where they lie: nothing is copied or changed, and no picture is decoded.
+
+    Example: tim index "laion/{00000..41407}.tar" --out corpus
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.indexing import index as index_shards
+
+        with console.progress() as report:
+            account = index_shards(shards, out=out, workers=workers or cores(), progress=report)
+        facts = asdict(account)
+        console.result(describe_account(out, facts), data={"corpus": out, **facts})
+
+
+@app.command()
 def verify(
-    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` wrote.")],
+    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` or `tim index` wrote.")],
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,

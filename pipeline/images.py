@@ -71,7 +71,7 @@ class Picture:
 
 def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Picture:
     """Decode an image in full and normalise it. Raises `Rejection`; the pixel limit is checked before anything is decoded."""
-    image = _open(data, max_decode_pixels=max_decode_pixels)
+    image = open_image(data, max_decode_pixels=max_decode_pixels)
     if _is_clean_jpeg(image):
         pixels = _decode_jpeg(data)
         height, width = pixels.shape[:2]
@@ -149,13 +149,13 @@ def _no_pillow_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _open(data: bytes, *, max_decode_pixels: int) -> Image.Image:
-    """Read the header only, and check the size that it claims."""
+def open_image(data: bytes, *, max_decode_pixels: int) -> Image.Image:
+    """Read the header only, and check the size that it claims. Raises `Rejection`."""
     if not data:
         raise Rejection("empty", detail="0 bytes")
-    claimed = _webp_size(data)  # Pillow's WebP reader allocates the whole canvas as soon as it opens a file
+    claimed = webp_size(data)  # Pillow's WebP reader allocates the whole canvas as soon as it opens a file
     if claimed is not None:
-        _check_size(*claimed, max_decode_pixels=max_decode_pixels)
+        check_size(*claimed, max_decode_pixels=max_decode_pixels)
     try:
         with _no_pillow_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -167,16 +167,16 @@ def _open(data: bytes, *, max_decode_pixels: int) -> Image.Image:
             raise Rejection("truncated", detail="its header cannot be read") from error
         detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _one_line(error)
         raise Rejection("not-an-image", detail=detail) from error
-    _check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
+    check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
     return image
 
 
-def _check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
+def check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
     if height * width > max_decode_pixels:
         raise Rejection("too-large", detail=f"{width}x{height} pixels, the limit is {max_decode_pixels / 1e6:g} megapixels")
 
 
-def _webp_size(data: bytes) -> tuple[int, int] | None:
+def webp_size(data: bytes) -> tuple[int, int] | None:
     """(height, width) that a WebP header claims, None for other files and for headers that are cut off."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
@@ -316,7 +316,7 @@ def _load_shrunk_jpeg(data: bytes, *, target_height: int, target_width: int) -> 
     """Decode a JPEG at a fraction of its size; None where the image needs the full path (not a JPEG, not upright sRGB, not large)."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
-    image = _open(data, max_decode_pixels=MAX_DECODE_PIXELS)
+    image = open_image(data, max_decode_pixels=MAX_DECODE_PIXELS)
     if not _is_clean_jpeg(image):
         return None
     for shrink in (8, 4, 2):

@@ -18,33 +18,45 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.cost import Ints
+from pipeline.features import Features
+from pipeline.resolution import SizeRule
+
 FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a corpus: path, number of samples, bytes, and the name of its table."""
+    """One tar of a corpus: path, number of samples, bytes, the name of its table and its sha256."""
 
     path: str
     count: int
     bytes: int
     table: str
+    digest: str
 
 
 class Corpus:
-    """A corpus of shards and their tables. Make one with `Corpus.open`."""
+    """A corpus of shards and their tables. Make one with `Corpus.open`.
 
-    def __init__(self, *, path: Path, name: str, digest: str, shards: tuple[Shard, ...], qualified: bool) -> None:
+    `features` are read in place of its pictures and captions, if there are any.
+    """
+
+    def __init__(
+        self, *, path: Path, name: str, digest: str, shards: tuple[Shard, ...], qualified: bool, features: Features | None
+    ) -> None:
         self.path = path
         self.name = name
         self.digest = digest
         self.shards = shards
         self.count = sum(shard.count for shard in shards)
+        self.features = features
         self._qualified = qualified
 
     @classmethod
-    def open(cls, path: str | Path, *, name: str | None = None) -> Corpus:
-        """Open the corpus in folder `path`, under the `name` of its manifest unless another is given.
+    def open(cls, path: str | Path, *, name: str | None = None, features: str | Path | None = None) -> Corpus:
+        """Open the corpus in folder `path`, under the `name` of its manifest unless another is given, with the `features`
+        of a folder joined to it.
 
         Raises ValueError, in one line, if it is no corpus, is of an unknown format, or lacks or mismatches one of its files.
         """
@@ -58,7 +70,8 @@ class Corpus:
         except (KeyError, TypeError) as error:
             raise ValueError(f"corpus {folder}: manifest.json is damaged ({error}): run `tim prepare` again") from error
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-        return cls(path=folder, name=corpus_name, digest=digest, shards=shards, qualified=qualified)
+        joined = None if features is None else Features.open(features)
+        return cls(path=folder, name=corpus_name, digest=digest, shards=shards, qualified=qualified, features=joined)
 
     def read(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
         """The kept rows of one shard, in the order of the tar. Raises ValueError if its table is missing, damaged or lacks a column.
@@ -88,6 +101,17 @@ class Corpus:
             table = table.set_column(table.column_names.index("key"), "key", keys)
         return table.select(columns)
 
+    def check_features(self, *, rules: Sequence[SizeRule], flips: bool) -> None:
+        """Refuse a plan that the features are not for (`Features.check`). Raises ValueError."""
+        if self.features is not None:
+            self.features.check(of=[shard.digest for shard in self.shards], corpus=self.name, rules=rules, flips=flips)
+
+    def locate_features(self, shard: int, *, keys: Sequence[str], heights: Ints, widths: Ints, captions: Ints) -> Ints:
+        """Where the features of some of its samples lie (`Features.join`); only with features. Raises ValueError."""
+        assert self.features is not None
+        plain = [key.removeprefix(f"{shard:06d}/") for key in keys] if self._qualified else keys
+        return self.features.join(shard, keys=plain, heights=heights, widths=widths, captions=captions)
+
 
 def _shard(folder: Path, entry: dict[str, Any]) -> Shard:
     """A shard lies in the corpus's folder, or at the absolute path or URL that `tim index` was given; its table in the folder."""
@@ -97,9 +121,9 @@ def _shard(folder: Path, entry: dict[str, Any]) -> Shard:
         if os.path.basename(inside) != inside or inside in ("", ".", ".."):
             raise ValueError(f"corpus {folder}: manifest.json names {inside!r}, which leads out of the folder: do not use this corpus")
     path = name if is_foreign else os.path.join(folder, name)
-    if "://" not in path:
+    if "://" not in path and entry["count"]:  # what an index could not read has no samples
         _expect_size(path, size=entry["bytes"])
-    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], table=table)
+    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], table=table, digest=entry["table_sha256"])
 
 
 def _read_manifest(folder: Path) -> dict:

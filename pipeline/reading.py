@@ -5,7 +5,6 @@ Kept free of pyarrow, pydantic and the planner, because every worker process imp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,9 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipeline.captions import MAX_TEXT_BYTES, clean_captions, normalise
 from pipeline.draws import generator, to_uniform
+from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
-from pipeline.steps import PlannedSample
+from pipeline.steps import Member, PlannedSample
 from pipeline.storage import ShardReader
 
 
@@ -31,7 +32,8 @@ class ReadPack(NamedTuple):
     """A pack as it travels between processes: few large tensors, because each costs a file descriptor.
 
     `pixels` is uint8, all images one after the other, (3, h, w) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
-    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride.
+    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Read from features, `pixels` are float32 latents
+    like `noise`, zero for a failed one, and `texts` float32 (M, F) each, of `text_lengths` M, unless there are none.
     """
 
     pixels: Tensor
@@ -40,6 +42,8 @@ class ReadPack(NamedTuple):
     captions: list[str]
     uniforms: NDArray[np.float64]
     failures: list[Failure]
+    texts: Tensor | None = None
+    text_lengths: tuple[int, ...] = ()
 
 
 class PackReader:
@@ -70,7 +74,7 @@ class PackReader:
             try:
                 image, caption = self._image(sample), self._caption(sample)
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a shard cut off, a broken image or caption file
-                failures.append(Failure(position=position, reason=" ".join(f"{type(error).__name__}: {error}".split())[:300]))
+                failures.append(Failure(position=position, reason=in_words(error)))
                 image, caption = self._black(), ""
             pixels.append(image)
             captions.append(caption)
@@ -80,7 +84,7 @@ class PackReader:
             noise=torch.from_numpy(np.concatenate([self._noise(s, size=size) for s, size in zip(samples, sizes, strict=True)])),
             sizes=sizes,
             captions=captions,
-            uniforms=np.stack([_time_draws(self._seed, sample) for sample in samples]),
+            uniforms=np.stack([time_draws(self._seed, sample) for sample in samples]),
             failures=failures,
         )
 
@@ -90,19 +94,23 @@ class PackReader:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def _caption(self, sample: PlannedSample) -> str:
-        """The drawn caption: the first one is the text file, the others stand in the json file; "" if dropped or if there is none."""
+        """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none."""
         if sample.caption < 0:
             return ""
-        if sample.caption == 0:
-            return (
-                self._shards.read(sample.tar, offset=sample.text.offset, length=sample.text.length).decode() if sample.text.exists else ""
-            )
-        record = json.loads(self._shards.read(sample.tar, offset=sample.json.offset, length=sample.json.length))
-        return record["captions"][sample.caption]
+        text = self._member(sample, sample.text).decode("utf-8-sig", "replace")
+        if sample.caption == 0 and text and not text.isspace():
+            return normalise(text)[0]
+        record = parse_json(self._member(sample, sample.json)) or {}
+        captions, _ = clean_captions([text, *read_fields(record).captions])
+        return captions[sample.caption] if captions else ""
+
+    def _member(self, sample: PlannedSample, member: Member) -> bytes:
+        if not member.exists:
+            return b""
+        return self._shards.read(sample.tar, offset=member.offset, length=min(member.length, MAX_TEXT_BYTES))
 
     def _noise(self, sample: PlannedSample, *, size: tuple[int, int]) -> NDArray[np.float32]:
-        count = self._channels * (size[0] // self._factor) * (size[1] // self._factor)
-        return generator(self._seed, "noise", sample.visit, sample.id).standard_normal(count, dtype=np.float32)
+        return noise(self._seed, sample, shape=(self._channels, size[0] // self._factor, size[1] // self._factor)).reshape(-1)
 
     def _black(self) -> NDArray[np.uint8]:
         return np.zeros((3, self._stride, self._stride), dtype=np.uint8)
@@ -118,5 +126,16 @@ class PackReader:
         )
 
 
-def _time_draws(seed: int, sample: PlannedSample) -> NDArray[np.float64]:
+def noise(seed: int, sample: PlannedSample, *, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+    """The noise that a sample is mixed with on this visit."""
+    return generator(seed, "noise", sample.visit, sample.id).standard_normal(shape, dtype=np.float32)
+
+
+def time_draws(seed: int, sample: PlannedSample) -> NDArray[np.float64]:
+    """The two numbers in (0, 1) that the times of a sample follow from on this visit."""
     return to_uniform(generator(seed, "times", sample.visit, sample.id).integers(0, 2**64, 2, dtype=np.uint64))
+
+
+def in_words(error: Exception) -> str:
+    """Why a sample could not be read, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

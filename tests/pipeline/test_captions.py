@@ -5,7 +5,7 @@ import unicodedata
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataprep.captions import clean_captions, normalise
+from pipeline.captions import clean_captions, normalise
 
 
 @given(st.text(alphabet=st.characters(), max_size=200))

@@ -1,0 +1,231 @@
+"""A tar that somebody else wrote → its table, in the columns of a prepared corpus (DESIGN §4), without changing or copying a byte of it.
+
+Members of one key are one sample, in whatever order they come: an image, `.txt`, `.json` (img2dataset's names) and `.cls`. What cannot
+be used is a row with its reason. One pass over the headers; of the payloads only texts and the heads of images are read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.captions import MAX_TEXT_BYTES, clean_captions
+from pipeline.fields import IMAGE_EXTENSIONS, RECOMPUTED, TAKEN, Value, parse_json, read_fields
+from pipeline.headers import Size, careful_size, quick_size
+from pipeline.images import Rejection
+from pipeline.tar import BlockReader, Member, members
+
+_MEMBERS = [f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")]
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("key", "path", "status", "reason", "detail")),
+        *((name, pa.int32()) for name in ("width", "height")),
+        ("caption", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("label", pa.int32()),
+        *((name, pa.int64()) for name in _MEMBERS),
+    ]
+)
+_KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
+_CAPTIONS = {"caption", "captions", "text"}
+_MOST_COLUMNS = 256  # further columns that are taken from JSON files
+_MOST_OTHERS = 10  # other extensions that are named
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignShard:
+    """The table of a tar, one row per sample, `key` null where it is rejected; and the other extensions that lie in it."""
+
+    table: pa.Table
+    others: tuple[str, ...]
+
+
+class _Sample:
+    """What the members of one key have said so far."""
+
+    __slots__ = ("extensions", "label", "path", "places", "problem", "record", "size", "text")
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.extensions: set[str] = set()
+        self.places: dict[str, tuple[int, int]] = {}
+        self.problem: tuple[str, str] | None = None
+        self.size: Size | None = None
+        self.text: str | None = None
+        self.record: dict[str, Value] | None = None
+        self.label: str | None = None
+
+
+def index_tar(
+    file: BlockReader,
+    *,
+    tar: str,
+    sidecar: pa.Table | None = None,
+    crashed: Collection[int] = (),
+    on_risk: Callable[[int], None] = lambda offset: None,
+) -> ForeignShard:
+    """Find the samples of a tar.
+
+    Args:
+        file: the tar.
+        tar: what problems call it.
+        sidecar: img2dataset's table of the tar, with a column `key`: further columns come from it, and captions, if it has them; then
+            no text is read.
+        crashed: offsets of images that take the decoder down.
+        on_risk: called with the offset of an image whose size only Pillow can tell, before it is asked.
+
+    Raises OSError where the file cannot be read.
+    """
+    told = {} if sidecar is None else {key: row for row, key in enumerate(sidecar.column("key").to_pylist())}
+    speaks = sidecar is not None and not _CAPTIONS.isdisjoint(sidecar.column_names)
+    samples: dict[str, _Sample] = {}
+    others: dict[str, None] = {}
+    for member in members(file, tar=tar):
+        kind = _KINDS.get(member.extension)
+        if kind is None and member.problem is None:
+            others[member.extension] = None
+            continue
+        key = member.key.removeprefix("./")
+        sample = samples.get(key)
+        if sample is None:
+            sample = samples[key] = _Sample(member.name or tar)
+        if member.problem is not None or kind is None:
+            sample.problem = sample.problem or member.problem
+            continue
+        if member.extension in sample.extensions:
+            sample.problem = sample.problem or ("bad-record", f"{tar} has two members of the name {member.name}")
+            continue
+        sample.extensions.add(member.extension)
+        if kind in sample.places:  # a second image
+            others[member.extension] = None
+            continue
+        sample.places[kind] = (member.offset, member.length)
+        if kind == "image":
+            sample.path = member.name
+            _measure(sample, file=file, member=member, crashed=crashed, on_risk=on_risk)
+        elif kind == "cls" or not (speaks and key in told):
+            _read(sample, kind, file.at(member.offset, min(member.length, MAX_TEXT_BYTES)), name=member.name)
+    return ForeignShard(table=_table(samples, told=told, sidecar=sidecar), others=tuple(others)[:_MOST_OTHERS])
+
+
+def unreadable(tar: str, *, reason: str, detail: str) -> ForeignShard:
+    """A tar of which nothing can be read: one rejected row in its name."""
+    sample = _Sample(tar)
+    sample.problem = (reason, detail)
+    return ForeignShard(table=_table({tar: sample}, told={}, sidecar=None), others=())
+
+
+def _measure(sample: _Sample, *, file: BlockReader, member: Member, crashed: Collection[int], on_risk: Callable[[int], None]) -> None:
+    offset, length = member.offset, member.length
+
+    def peek(start: int, count: int) -> bytes:
+        return file.at(offset + start, min(count, length - start)) if start < length else b""
+
+    if offset in crashed:
+        sample.problem = ("crashed", "its header takes the decoder down")
+        return
+    try:
+        sample.size = quick_size(peek, length=length)
+        if sample.size is None:
+            on_risk(offset)
+            sample.size = careful_size(peek, length=length)
+    except Rejection as rejection:
+        sample.problem = sample.problem or (rejection.reason, rejection.detail)
+
+
+def _read(sample: _Sample, kind: str, payload: bytes, *, name: str) -> None:
+    if kind == "text":
+        sample.text = payload.decode("utf-8-sig", "replace")
+    elif kind == "cls":
+        sample.label = payload.decode("ascii", "replace").strip()
+    else:
+        sample.record = parse_json(payload)
+        if sample.record is None:
+            sample.problem = sample.problem or ("bad-record", f"{name} is not a JSON object")
+
+
+def _table(samples: Mapping[str, _Sample], *, told: Mapping[str, int], sidecar: pa.Table | None) -> pa.Table:
+    """One row per sample, then the further columns of the sidecar or of the JSON files."""
+    rows: list[tuple[Any, ...]] = []
+    extras: list[Mapping[str, Value]] = []
+    in_sidecar = [told.get(key) for key in samples]
+    said = [] if sidecar is None else _said(sidecar, in_sidecar)
+    for number, (key, sample) in enumerate(samples.items()):
+        record = {**(sample.record or {}), **(said[number] if said else {})}
+        if sample.label is not None:
+            record = {**record, "label": sample.label}
+        fields = read_fields(record)
+        captions, _ = clean_captions([sample.text, *fields.captions] if sample.text else fields.captions)
+        problem = sample.problem or _lack(sample, has_condition=bool(captions) or fields.label is not None)
+        height, width = sample.size or (None, None)
+        places = [place for kind in ("image", "text", "cls", "json") for place in sample.places.get(kind, (None, None))]
+        status = ("rejected", *problem) if problem else ("success", "", "")
+        rows.append(
+            (
+                None if problem else _stored(key),
+                _stored(sample.path),
+                status[0],
+                status[1],
+                _stored(status[2]),
+                width,
+                height,
+                captions[0] if captions else "",
+                captions,
+                fields.label,
+                *places,
+            )
+        )
+        extras.append(fields.extra)
+    columns = list(zip(*rows, strict=True)) or [() for _ in SCHEMA]
+    table = pa.table([pa.array(values, type=field.type) for values, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    further = _further_of_sidecar(sidecar, in_sidecar) if sidecar is not None else _further_of_records(extras)
+    for name, values in further:
+        table = table.append_column(name, values)
+    return table
+
+
+def _lack(sample: _Sample, *, has_condition: bool) -> tuple[str, str] | None:
+    if sample.size is None:
+        return "missing", f"no image beside {sample.path}"
+    return None if has_condition else ("no-caption", "neither a caption nor a class")
+
+
+def _said(sidecar: pa.Table, rows: Sequence[int | None]) -> list[dict[str, Value]]:
+    """Captions and class of each sample, as the sidecar has them."""
+    columns = [name for name in sidecar.column_names if name in _CAPTIONS or name in ("label", "class")]
+    return sidecar.select(columns).take(pa.array(rows, type=pa.int64())).to_pylist() if columns else [{} for _ in rows]
+
+
+def _further_of_sidecar(sidecar: pa.Table, rows: Sequence[int | None]) -> Iterable[tuple[str, pa.ChunkedArray]]:
+    """Its own columns of numbers and texts, null for samples that it does not know."""
+    indices = pa.array(rows, type=pa.int64())
+    known = {*SCHEMA.names, *RECOMPUTED, *TAKEN, "text", "class"}
+    for field in sidecar.schema:
+        if field.name not in known and not pa.types.is_nested(field.type):
+            known.add(field.name)
+            yield field.name, sidecar.column(field.name).take(indices)
+
+
+def _further_of_records(extras: list[Mapping[str, Value]]) -> Iterable[tuple[str, pa.Array]]:
+    names = sorted({name for extra in extras for name in extra} - set(SCHEMA.names))
+    for name in names[:_MOST_COLUMNS]:
+        values = [extra.get(name) for extra in extras]
+        if all(value is None for value in values):
+            continue
+        if not any(isinstance(value, (list, dict)) for value in values):
+            try:
+                yield _stored(name), pa.array(values)
+                continue
+            except (pa.ArrowException, UnicodeError):  # of several kinds, or not to be stored as they are
+                pass
+        yield _stored(name), pa.array([None if value is None else _stored(value) for value in values], type=pa.string())
+
+
+def _stored(value: Value) -> str:
+    """Any value as text that UTF-8 can hold."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")

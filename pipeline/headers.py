@@ -1,0 +1,85 @@
+"""How large a picture is when it stands upright, from the head of its file: nothing is decoded.
+
+`quick_size` knows plain JPEG, PNG and WebP by their bytes alone. Where EXIF or XMP may turn the picture, or the format is another,
+`careful_size` asks Pillow. Both say what `read_image` would give, or None and a `Rejection` for what they cannot tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipeline.images import MAX_DECODE_PIXELS, Rejection, check_size, exif_orientation, open_image, read_image, webp_size
+
+Peek = Callable[[int, int], bytes]
+"""(offset in the file, length) → that many bytes, or fewer where the file ends."""
+Size = tuple[int, int]
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where a PNG may keep an orientation
+_TAIL = 1 << 16  # bytes of a PNG that are searched for them from its end
+_LARGEST_FILE = 1 << 30
+_MOST_SEGMENTS = 1000  # of a header: one with more is left to Pillow
+
+
+def quick_size(peek: Peek, *, length: int) -> Size | None:
+    """(height, width) of a plain JPEG, PNG or WebP that nothing turns; None for everything else. Raises `Rejection` if it is too large."""
+    head = peek(0, 2048)
+    size = None
+    if head.startswith(b"\xff\xd8\xff"):
+        size, is_plain, _ = _walk_jpeg(peek, head=head)
+        size = size if is_plain else None
+    elif head.startswith(_PNG):
+        size = _png_size(peek, head=head, length=length)
+    elif head[20:21] and not (head[12:16] == b"VP8X" and head[20] & 0b1100):  # flags: EXIF, XMP
+        size = webp_size(head)
+    if size is None or not size[0] * size[1]:
+        return None
+    check_size(*size, max_decode_pixels=MAX_DECODE_PIXELS)
+    return size
+
+
+def careful_size(peek: Peek, *, length: int) -> Size:
+    """(height, width) of any picture that `read_image` reads, upright. Raises `Rejection`."""
+    if length > _LARGEST_FILE:
+        raise Rejection("too-large", detail=f"{length / 1e9:.1f} GB")
+    head = peek(0, 2048)
+    end = _walk_jpeg(peek, head=head)[2] if head.startswith(b"\xff\xd8\xff") else None
+    image = open_image(peek(0, end or length), max_decode_pixels=MAX_DECODE_PIXELS)
+    if image.format not in ("JPEG", "MPO", "PNG", "WEBP"):
+        height, width = read_image(peek(0, length)).pixels.shape[:2]
+        return height, width
+    return (image.width, image.height) if exif_orientation(image) >= 5 else (image.height, image.width)
+
+
+def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | None]:
+    """Size as stored, whether no application segment could turn it, and where the pixels begin; None for what was not found."""
+    size, is_plain, position = None, True, 2
+    for _ in range(_MOST_SEGMENTS):
+        marker = head[position : position + 9] if position + 9 <= len(head) else peek(position, 9)
+        if len(marker) < 4 or marker[0] != 0xFF or not 0xC0 <= marker[1] <= 0xFE or 0xD0 <= marker[1] <= 0xD9:
+            break
+        kind = marker[1]
+        position += 2 + (marker[2] << 8 | marker[3])
+        if kind in (0xC0, 0xC1, 0xC2) and len(marker) == 9 and size is None:
+            size = (marker[5] << 8 | marker[6], marker[7] << 8 | marker[8])
+        elif kind == 0xE1 or (0xC3 <= kind <= 0xCF and kind not in (0xC4, 0xCC)):
+            is_plain = False
+        elif kind == 0xDA:
+            return size, is_plain, position
+    return size, False, None
+
+
+def _png_size(peek: Peek, *, head: bytes, length: int) -> Size | None:
+    position = len(_PNG)
+    for _ in range(_MOST_SEGMENTS):
+        chunk = head[position : position + 40] if position + 40 <= len(head) else peek(position, 40)
+        if len(chunk) < 12 or chunk.startswith(_TURNING, 4) or chunk.startswith(_TURNING, 8):
+            return None
+        if chunk[4:8] == b"IDAT":
+            break
+        position += 12 + int.from_bytes(chunk[:4], "big")
+    start = max(position, length - _TAIL)
+    tail = peek(start, length - start)
+    if head[12:16] != b"IHDR" or any(name in tail for name in _TURNING):
+        return None
+    return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")
