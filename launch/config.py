@@ -223,6 +223,11 @@ class TrainConfig(Section):
             raise Impossible("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or no compile")
         return self
 
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks wait for each other in every pack: ZeRO-2 sums gradients in every backward pass, ZeRO-3 gathers every layer."""
+        return self.zero >= 2
+
 
 class SamplingConfig(Section):
     """What the model folder says by default."""

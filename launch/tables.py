@@ -32,7 +32,7 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     facts = {
         "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
         "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
-        + (f" ({summary['utilisation_lockstep']:.1%} if they wait after every pack, ZeRO-3)" if ranks > 1 else ""),
+        + (f" ({summary['utilisation_lockstep']:.1%} if they wait in every pack: ZeRO-2 and 3)" if ranks > 1 else ""),
         "images a step": f"{summary['samples_per_step']:.1f}",
         "planned": f"{summary['samples']} images in {count(steps, 'step')}, {summary['epochs']:.2f} epochs",
         "samples": f"{account['samples']} of {account['rows']} in the corpus",
@@ -41,8 +41,8 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         f"{account['cropped_pixels']:.1%}",
     }
     lines = _columns(facts)
-    if summary["empty_packs"]:
-        lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['empty_packs']} empty ones a step")
+    if summary["added_packs"]:
+        lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['added_packs']} more a step")
     if summary["smaller_than_a_step"]:
         lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
     tokens = {f"{size} to {2 * int(size) - 1}": images for size, images in account["tokens"].items()}

@@ -135,6 +135,7 @@ class Trainer:
             seed=config.seed,
             rank=ranks.rank,
             world_size=ranks.size,
+            lockstep=config.train.lockstep,
             channels=self.codec.channels,
             factor=self.codec.factor,
             workers=config.loader.workers,

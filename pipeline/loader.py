@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline.cost import DIFFUSION
-from pipeline.packing import deal
+from pipeline.dealing import deal
 from pipeline.reading import PackReader, ReadPack
 from pipeline.steps import PlannedSample, Step
 from pipeline.workers import WorkerPool, start_fork_server
@@ -75,6 +75,7 @@ class Loader:
         planner: belongs to the loader from now on.
         seed: of times and noise.
         rank, world_size: which packs of each step are read; every rank gets equally many.
+        lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3), or once a step; which packs they get depends on it.
         channels, factor: latent channels, and pixels per latent cell, of the codec.
         workers: processes that read; 0 reads in this one.
         prefetch: steps that are read ahead.
@@ -89,6 +90,7 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        lockstep: bool = False,
         channels: int,
         factor: int,
         workers: int = 2,
@@ -110,6 +112,7 @@ class Loader:
         self._reader = PackReader(seed=seed, stride=planner.stride, channels=channels, factor=factor)
         self._rank = rank
         self._world_size = world_size
+        self._lockstep = lockstep
         self._channels = channels
         self._factor = factor
         self._workers = workers
@@ -171,7 +174,8 @@ class Loader:
 
     def _plan_one_more(self) -> None:
         step = self._planner.next_step()
-        packs = [pack.samples for pack in deal(step.packs, ranks=self._world_size)[self._rank]]
+        hands = deal(step, ranks=self._world_size, lockstep=self._lockstep)
+        packs = [pack.samples for pack in hands[self._rank]]
         self._ahead.append(_Ahead(step=step, packs=packs, state=self._planner.state_dict()))
         if self._pool is not None:
             for samples in packs:

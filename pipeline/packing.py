@@ -1,8 +1,11 @@
-"""Which image goes into which pack, and which pack to which rank: token room is a limit, equal cost is the aim.
+"""Which image goes into which pack: token room is a limit, equal cost is the aim.
 
 Packs with equal numbers of tokens do not take equal time, because attention is quadratic and images with r < t cost more. Images in
 descending cost go to the cheapest pack with room for them (longest processing time first), which keeps the dearest pack within a few
 per cent of the mean. What finds no room is tried again after moving one image between packs, and left to the next step otherwise.
+
+One image can cost more than a whole pack on average. What is balanced can therefore be ranks of several packs, so that such an image
+meets a light second pack; and ranks can have a head start, so that some end dearer than others.
 """
 
 from __future__ import annotations
@@ -14,7 +17,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.cost import Floats, Ints
-from pipeline.steps import Pack
 
 NO_ROOM = -1
 _PARTNERS = 8  # cheapest packs that the dearest one swaps with
@@ -23,42 +25,61 @@ _EVEN_ENOUGH = 0.01  # by which the dearest pack may exceed the mean
 _WORTH_A_SWAP = 0.001  # of the dearest pack's cost
 
 
-def assign(tokens: Ints, *, costs: Floats, urgency: Ints, packs: int, tokens_per_pack: int) -> Ints:
+def assign(
+    tokens: Ints,
+    *,
+    costs: Floats,
+    urgency: Ints,
+    packs: int,
+    tokens_per_pack: int,
+    packs_per_rank: int = 1,
+    head_starts: Floats | None = None,
+) -> Ints:
     """The pack of each image, (n,), `NO_ROOM` where it fits into none.
 
     Args:
         tokens: (n,) tokens of each image.
-        costs: (n,) what each costs; packs are balanced by it.
+        costs: (n,) what each costs; ranks are balanced by it.
         urgency: (n,) the most urgent choose their room first, whatever they cost.
         packs: number of packs.
         tokens_per_pack: the limit of every pack.
+        packs_per_rank: so many consecutive packs are one rank's. By default every pack stands for itself.
+        head_starts: (ranks,) what each rank is taken to cost before its first image.
     """
-    order = np.lexsort((-costs, -urgency))
-    tokens_in_order = tokens[order]
-    smallest_still_to_come = np.minimum.accumulate(tokens_in_order[::-1])[::-1].tolist() if len(order) else []
-    room = [tokens_per_pack] * packs
-    open_packs = [(0.0, pack) for pack in range(packs)]  # a heap: cheapest first, then by number
+    ranks = packs // packs_per_rank
+    rooms = [[tokens_per_pack] * packs_per_rank for _ in range(ranks)]
+    # Two heaps: ranks by cost, then by number, and ranks that lacked room when it was their turn, the roomiest first.
+    open_ranks = (
+        [(0.0, rank) for rank in range(ranks)] if head_starts is None else list(zip(head_starts.tolist(), range(ranks), strict=True))
+    )
+    heapq.heapify(open_ranks)
+    too_full: list[tuple[int, float, int]] = []
     assigned = np.full(len(tokens), NO_ROOM, dtype=np.int64)
     without_room: list[int] = []
-    for image, needed, cost, smallest in zip(
-        order.tolist(), tokens_in_order.tolist(), costs[order].tolist(), smallest_still_to_come, strict=True
-    ):
-        too_full: list[tuple[float, int]] = []
-        while open_packs and room[open_packs[0][1]] < needed:
-            too_full.append(heapq.heappop(open_packs))
-        if open_packs:
-            cost_so_far, pack = open_packs[0]
-            heapq.heapreplace(open_packs, (cost_so_far + cost, pack))
-            room[pack] -= needed
-            assigned[image] = pack
-        else:
+    order = np.lexsort((-costs, -urgency))
+    for image, needed, cost in zip(order.tolist(), tokens[order].tolist(), costs[order].tolist(), strict=True):
+        while too_full and -too_full[0][0] >= needed:
+            _, cost_so_far, rank = heapq.heappop(too_full)
+            heapq.heappush(open_ranks, (cost_so_far, rank))
+        while open_ranks and (room := max(rooms[open_ranks[0][1]])) < needed:
+            cost_so_far, rank = heapq.heappop(open_ranks)
+            heapq.heappush(too_full, (-room, cost_so_far, rank))
+        if not open_ranks:
             without_room.append(image)
-        for entry in too_full:
-            if room[entry[1]] >= smallest:
-                heapq.heappush(open_packs, entry)
+            continue
+        cost_so_far, rank = open_ranks[0]
+        heapq.heapreplace(open_ranks, (cost_so_far + cost, rank))
+        slot = _tightest(rooms[rank], needed=needed)
+        rooms[rank][slot] -= needed
+        assigned[image] = rank * packs_per_rank + slot
     if without_room:
-        _make_room(without_room, tokens=tokens, assigned=assigned, room=room)
+        _make_room(without_room, tokens=tokens, assigned=assigned, room=[room for rank in rooms for room in rank])
     return assigned
+
+
+def _tightest(rooms: Sequence[int], *, needed: int) -> int:
+    """Position of the smallest room that is large enough."""
+    return 0 if len(rooms) == 1 else min((room, slot) for slot, room in enumerate(rooms) if room >= needed)[1]
 
 
 def fill_holes(tokens: Ints, *, room: Ints) -> Ints:
@@ -147,23 +168,3 @@ def _cheapest_move(
             if left_over >= 0 and sizes[image] <= room[target] and (best is None or left_over < best[0]):
                 best = (left_over, image, source, target)
     return None if best is None else best[1:]
-
-
-def deal(packs: Sequence[Pack], *, ranks: int) -> list[list[Pack]]:
-    """Give every rank the same number of packs; empty packs fill up where `ranks` does not divide their number.
-
-    Packs are sorted by cost and dealt `ranks` at a time, so that ranks which run in lock-step (ZeRO-3) meet packs of like cost; within
-    one deal the rank with the least so far takes the dearest, so that ranks which meet once a step finish together.
-    """
-    if ranks < 1:
-        raise ValueError(f"ranks: {ranks} is not a number of ranks, give 1 or more")
-    filled_up = [*packs, *[Pack.empty()] * (-len(packs) % ranks)]
-    dearest_first = sorted(filled_up, key=lambda pack: -pack.cost)
-    hands: list[list[Pack]] = [[] for _ in range(ranks)]
-    totals = [0.0] * ranks
-    for start in range(0, len(dearest_first), ranks):
-        least_first = sorted(range(ranks), key=lambda rank: totals[rank])
-        for pack, rank in zip(dearest_first[start : start + ranks], least_first, strict=True):
-            hands[rank].append(pack)
-            totals[rank] += pack.cost
-    return hands

@@ -2,7 +2,7 @@
 
 A step takes what the last one left over, then samples from the stream until its packs are nearly full; gives each its kind by hash
 order; spreads them over the packs by cost; and fills what room is left with small images from further down the stream. What finds no
-room is carried to the next step, never dropped. Nothing here knows of ranks: `deal` in `pipeline.packing` does, after the fact.
+room is carried to the next step, never dropped. Nothing here knows of ranks: `pipeline.dealing` does, after the fact.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pipeline.account import take_account
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
 from pipeline.draws import Hashes
 from pipeline.index import Corpus
-from pipeline.packing import NO_ROOM, assign, deal, even_out, fill_holes
+from pipeline.packing import NO_ROOM, assign, even_out, fill_holes
 from pipeline.resolution import SizeRule
 from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
 from pipeline.stream import Position, SampleStream
 
-__all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step", "deal"]
+__all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step"]
 
 FORMAT = 1
 _PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
@@ -264,11 +264,5 @@ class Planner:
             tokens_per_pack=self.plan.tokens_per_pack,
         )
         table = StepTable(columns=samples, kinds=kinds, costs=costs, places=self._stream.places)
-        by_pack = np.argsort(assigned, kind="stable")
-        ends = np.cumsum(np.bincount(assigned, minlength=self.plan.packs_per_step))
-        packs = tuple(
-            Pack(rows=rows, tokens=int(samples.tokens[rows].sum()), cost=float(costs[rows].sum()), table=table)
-            for rows in np.split(by_pack, ends[:-1])
-        )
-        tokens = int(samples.tokens.sum())
-        return Step(index=self._step, packs=packs, images=len(samples), tokens=tokens, fill=tokens / self._capacity)
+        packs = table.split(assigned, packs=self.plan.packs_per_step)
+        return Step(index=self._step, packs=packs, table=table, tokens_per_pack=self.plan.tokens_per_pack)

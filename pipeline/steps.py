@@ -116,6 +116,15 @@ class StepTable:
     costs: Floats
     places: Sequence[Place]
 
+    def split(self, assigned: Ints, *, packs: int) -> tuple[Pack, ...]:
+        """The samples as packs; `assigned` (n,) is the pack of each."""
+        by_pack = np.argsort(assigned, kind="stable")
+        ends = np.cumsum(np.bincount(assigned, minlength=packs))
+        return tuple(
+            Pack(rows=rows, tokens=int(self.columns.tokens[rows].sum()), cost=float(self.costs[rows].sum()), table=self)
+            for rows in np.split(by_pack, ends[:-1])
+        )
+
     def keys(self, rows: Ints) -> list[str]:
         return self.columns.key[rows].tolist()
 
@@ -185,13 +194,29 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The packs of one optimizer step, all ranks together; `fill` is the share of their token room that is used."""
+    """The packs of one optimizer step, all ranks together, and the table of their samples; `tokens_per_pack` is the limit of each."""
 
     index: int
     packs: tuple[Pack, ...]
-    images: int
-    tokens: int
-    fill: float
+    table: StepTable
+    tokens_per_pack: int
+
+    @property
+    def images(self) -> int:
+        return len(self.table.columns)
+
+    @property
+    def tokens(self) -> int:
+        return sum(pack.tokens for pack in self.packs)
+
+    @property
+    def cost(self) -> float:
+        return sum(pack.cost for pack in self.packs)
+
+    @property
+    def fill(self) -> float:
+        """The share of token room that is used."""
+        return self.tokens / (len(self.packs) * self.tokens_per_pack)
 
     @property
     def ids(self) -> tuple[str, ...]:

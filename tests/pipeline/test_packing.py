@@ -6,15 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, image_costs
-from pipeline.packing import NO_ROOM, assign, deal, even_out, fill_holes
-from pipeline.steps import Pack
+from pipeline.packing import NO_ROOM, assign, even_out, fill_holes
 
 CAPACITY = 100
 images = st.lists(st.tuples(st.integers(1, CAPACITY), st.floats(0.1, 100), st.booleans()), max_size=60)
-
-
-def pack(cost: float) -> Pack:
-    return Pack(rows=np.arange(1), tokens=1, cost=cost, table=None)
 
 
 def test_cost_is_the_formula_and_derivatives_are_dearer() -> None:
@@ -22,12 +17,23 @@ def test_cost_is_the_formula_and_derivatives_are_dearer() -> None:
     assert costs.tolist() == pytest.approx([1800, 3000, 3000])
 
 
-@given(images=images, packs=st.integers(1, 9))
-def test_no_pack_is_overfull_and_only_what_fits_nowhere_is_left(images: list[tuple[int, float, bool]], packs: int) -> None:
+@given(images=images, ranks=st.integers(1, 9), packs_per_rank=st.integers(1, 4), head_start=st.floats(0, 300))
+def test_no_pack_is_overfull_and_only_what_fits_nowhere_is_left(
+    images: list[tuple[int, float, bool]], ranks: int, packs_per_rank: int, head_start: float
+) -> None:
+    packs = ranks * packs_per_rank
     tokens = np.array([image[0] for image in images], dtype=np.int64)
     costs = np.array([image[1] for image in images], dtype=np.float64)
     urgency = np.array([image[2] for image in images], dtype=np.int64)
-    assigned = assign(tokens, costs=costs, urgency=urgency, packs=packs, tokens_per_pack=CAPACITY)
+    assigned = assign(
+        tokens,
+        costs=costs,
+        urgency=urgency,
+        packs=packs,
+        tokens_per_pack=CAPACITY,
+        packs_per_rank=packs_per_rank,
+        head_starts=np.linspace(0.0, head_start, ranks),
+    )
     used = np.bincount(assigned[assigned != NO_ROOM], weights=tokens[assigned != NO_ROOM], minlength=packs)
     assert len(used) == packs
     assert used.max(initial=0) <= CAPACITY
@@ -69,24 +75,19 @@ def test_packs_cost_the_same() -> None:
     assert total.max() < 1.02 * total.mean()
 
 
-@given(costs=st.lists(st.floats(0, 1000), min_size=1, max_size=40), ranks=st.integers(1, 12))
-def test_every_rank_gets_equally_many_packs_and_none_is_lost(costs: list[float], ranks: int) -> None:
-    packs = [pack(cost) for cost in costs]
-    hands = deal(packs, ranks=ranks)
-    assert [len(hand) for hand in hands] == [-(-len(packs) // ranks)] * ranks
-    dealt = [each for hand in hands for each in hand if len(each)]
-    assert sorted(map(id, dealt)) == sorted(map(id, packs))
+def test_ranks_of_several_packs_cost_the_same_where_packs_cannot() -> None:
+    costs = np.array([100.0, *[1.0] * 300])
+    tokens = np.array([60, *[1] * 300])
+    settings = {"costs": costs, "urgency": np.zeros(301, dtype=np.int64), "packs": 8, "tokens_per_pack": 60}
+    by_pack = np.bincount(assign(tokens, **settings), weights=costs, minlength=8)
+    assert by_pack.max() == 100 > 1.5 * by_pack.mean()
+    by_rank = np.bincount(assign(tokens, **settings, packs_per_rank=2) // 2, weights=costs)
+    assert by_rank.max() == by_rank.mean() == 100
 
 
-def test_ranks_in_lock_step_meet_like_costs_and_end_together() -> None:
-    costs = np.random.default_rng(0).uniform(50, 100, 64)
-    hands = deal([pack(cost) for cost in costs], ranks=8)
-    in_lock_step = sum(max(each.cost for each in packs) for packs in zip(*hands, strict=True))
-    once_a_step = max(sum(each.cost for each in hand) for hand in hands)
-    assert costs.sum() / (8 * in_lock_step) > 0.95
-    assert costs.sum() / (8 * once_a_step) > 0.99
-
-
-def test_no_ranks() -> None:
-    with pytest.raises(ValueError, match="ranks: 0"):
-        deal([pack(1)], ranks=0)
+def test_a_head_start_is_what_a_pack_ends_cheaper_by() -> None:
+    costs = np.ones(400)
+    tokens = np.ones(400, dtype=np.int64)
+    head_starts = np.array([0.0, 0.0, 30.0, 30.0])
+    assigned = assign(tokens, costs=costs, urgency=np.zeros(400, dtype=np.int64), packs=4, tokens_per_pack=200, head_starts=head_starts)
+    assert np.bincount(assigned).tolist() == [115, 115, 85, 85]

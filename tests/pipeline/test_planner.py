@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pipeline.dealing import deal
 from pipeline.index import Corpus
-from pipeline.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner, deal
+from pipeline.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.resolution import SizeRule, target_size
-from pipeline.steps import Step
+from pipeline.steps import Pack, Step
 from tests.pipeline.conftest import Sample, write_corpus
 
 
@@ -151,22 +154,32 @@ def test_resume_at_any_step_equals_the_unbroken_plan(case: Case, steps: int) -> 
 
 
 @with_tables
-@given(case=cases())
-def test_ranks_share_the_same_step(case: Case) -> None:
+@given(case=cases(), resume_after=st.integers(0, 2))
+def test_every_number_of_ranks_shares_the_same_steps_also_after_another_has_begun(case: Case, resume_after: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = case.write(folder)
-        planners = {ranks: case.planner(corpus) for ranks in (1, 2, 4)}
-        for _ in range(3):
-            dealt = {
-                ranks: sorted(
-                    (sample.id, sample.visit, sample.kind, sample.caption, sample.flip)
-                    for hand in deal(planner.next_step().packs, ranks=ranks)
-                    for pack in hand
-                    for sample in pack.samples
-                )
-                for ranks, planner in planners.items()
-            }
-            assert dealt[1] == dealt[2] == dealt[4]
+        planner, state = case.planner(corpus), {}
+        steps = []
+        for index in range(3):
+            if index == resume_after:
+                state = planner.state_dict()
+            steps.append(planner.next_step())
+        expected = [drawn(step.packs) for step in steps]
+        for ranks, lockstep in itertools.product((1, 2, 8, 64), (False, True)):
+            resumed = case.planner(corpus)
+            resumed.load_state_dict(state)
+            for index in range(resume_after, 3):
+                hands = deal(resumed.next_step(), ranks=ranks, lockstep=lockstep)
+                packs = [pack for hand in hands for pack in hand]
+                assert drawn(packs) == expected[index]
+                assert {len(hand) for hand in hands} == {-(-case.plan.packs_per_step // ranks)}
+                assert max(pack.tokens for pack in packs) <= case.plan.tokens_per_pack
+
+
+def drawn(packs: Iterable[Pack]) -> list[tuple[Any, ...]]:
+    """Everything that must not depend on the number of ranks."""
+    samples = [sample for pack in packs for sample in pack.samples]
+    return sorted((sample.id, sample.visit, sample.kind, sample.caption, sample.flip) for sample in samples)
 
 
 def small_plan(**changes: Any) -> PlanConfig:
