@@ -32,6 +32,8 @@ class CorpusConfig(Section):
     """A corpus folder, as `tim prepare` writes it."""
     name: str | None = None
     """What its samples' ids start with; default: the name in its manifest."""
+    features: Annotated[Path, Field(strict=False)] | None = None
+    """A folder of precomputed latents and text features of it, read in place of its pictures and captions."""
 
 
 def _as_corpora(value: Any) -> Any:
@@ -261,7 +263,7 @@ class LogConfig(Section):
 
 class Config(Section):
     corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(_as_corpora)] = ()
-    """A path, or a list of {path, name}."""
+    """A path, or a list of {path, name, features}."""
     run_dir: Path | None = None
     """Where the run writes; a run that is there already is resumed."""
     seed: int = Field(default=0, ge=0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 
 from launch.config import Config, ConfigError
+from pipeline.features import Features
 from pipeline.index import Corpus
 from pipeline.planner import Planner
 
@@ -19,7 +22,10 @@ def make_planner(config: Config) -> Planner:
     """
     if not config.corpus:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
-    corpora = [Corpus.open(source.path, name=source.name) for source in config.corpus]
+    corpora = [Corpus.open(source.path, name=source.name, features=source.features) for source in config.corpus]
+    for corpus in corpora:
+        if corpus.features is not None:
+            _check_encoders(corpus.features, config)
     if config.network.params.num_classes is not None:
         for corpus in corpora:
             _check_classes(corpus, classes=config.network.params.num_classes)
@@ -49,15 +55,42 @@ def check_ready(config: Config) -> Path:
 
 
 def check_models(config: Config) -> None:
-    """Raises ConfigError if the codec can be planned for but not run, or if the teacher's weights are not named."""
+    """Raises ConfigError if the codec has to be run but can only be planned for, or if the teacher cannot be asked."""
     from tim import codecs
 
     try:
-        codecs.make(config.codec.kind)
+        if not from_features(config):
+            codecs.make(config.codec.kind)
     except ValueError as error:
         raise ConfigError(f"codec.kind: {error}") from error
+    if config.objective.alignment is not None and from_features(config):
+        raise ConfigError("objective.alignment: its teacher sees pictures, and the corpus's features have none: leave one of them out")
     if config.objective.alignment is not None and config.objective.alignment.path is None:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")
+
+
+def from_features(config: Config) -> bool:
+    """Whether latents and text features are read instead of made."""
+    return any(source.features is not None for source in config.corpus)
+
+
+def _check_encoders(features: Features, config: Config) -> None:
+    """Refuse features of another codec or text encoder than the config's."""
+    from tim import codecs
+
+    wanted = {"kind": config.codec.kind, **codecs.GEOMETRIES[config.codec.kind]._asdict()}
+    _expect(features, "codec", found=features.codec, wanted=wanted)
+    if config.network.params.cap_feat_dim is not None:
+        text = {"kind": config.text.kind, "width": config.network.params.cap_feat_dim, "max_tokens": config.text.max_tokens}
+        _expect(features, "text", found=features.text or {}, wanted=text)
+
+
+def _expect(features: Features, section: str, *, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise ConfigError(
+                f"features {features.path} are of {section}.{key} {found.get(key)}, the config says {value}: encode with that"
+            )
 
 
 def _check_classes(corpus: Corpus, *, classes: int) -> None:

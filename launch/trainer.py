@@ -30,6 +30,7 @@ from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.planning import check_models, make_planner
 from launch.replica import Replica
 from launch.tally import Tally
+from pipeline.feature_reading import empty_text
 from pipeline.loader import Batch, LoadedStep, Loader
 from pipeline.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, text, transports
@@ -108,9 +109,12 @@ class Trainer:
         params, chosen = config.network.params, config.objective
         self.config = config
         self.ranks = ranks
-        self.codec = codecs.make(config.codec.kind)
+        self.geometry = codecs.GEOMETRIES[config.codec.kind]
+        features = planner.corpora[0].features
+        self.codec = None if features else codecs.make(config.codec.kind)
+        self.empty_text = None if features is None or features.empty is None else empty_text(features.empty)
         self.encoder = None
-        if params.cap_feat_dim is not None:
+        if params.cap_feat_dim is not None and features is None:
             self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
         self.objective = TransitionObjective(
             transports.make(chosen.transport, **chosen.transport_settings()),
@@ -120,7 +124,7 @@ class Trainer:
             epsilon=chosen.epsilon,
             weighting=chosen.weighting,
             shift=chosen.shift,
-            pixels_per_cell=self.codec.factor,
+            pixels_per_cell=self.geometry.factor,
             alignment=chosen.alignment.weight if chosen.alignment else 1.0,
         )
         self.teacher = None
@@ -136,8 +140,8 @@ class Trainer:
             rank=ranks.rank,
             world_size=ranks.size,
             lockstep=config.train.lockstep,
-            channels=self.codec.channels,
-            factor=self.codec.factor,
+            channels=self.geometry.channels,
+            factor=self.geometry.factor,
             workers=config.loader.workers,
             prefetch=config.loader.prefetch,
             max_bad_fraction=config.loader.max_bad_fraction,
@@ -177,8 +181,8 @@ class Trainer:
         for index, batch in enumerate(loaded.batches):
             losses = self.objective(
                 self.engine,
-                self.codec.encode([image.to(self.ranks.device) for image in batch.images]),
-                self._condition(batch.captions, batch.labels),
+                self._latents(batch),
+                self._condition(batch.captions, batch.labels, batch.texts),
                 noise=[noise.to(self.ranks.device) for noise in batch.noise],
                 kinds=batch.kinds,
                 uniforms=batch.uniforms,
@@ -240,18 +244,27 @@ class Trainer:
         guidance = self.config.objective.guidance
         if guidance is None or self.replica is None:
             return None
-        nothing = self._condition([""] * images, torch.full((images,), -1))
+        empty = None if self.empty_text is None else [self.empty_text] * images
+        nothing = self._condition([""] * images, torch.full((images,), -1), empty)
         return Guide(self.replica, nothing, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
 
     def _grids(self, batch: Batch) -> list[tuple[int, int]]:
         """Rows and columns of every image's tokens."""
-        stride = self.codec.factor * self.config.network.params.patch_size
+        stride = self.geometry.factor * self.config.network.params.patch_size
         return [(image.shape[1] // stride, image.shape[2] // stride) for image in batch.images]
 
-    def _condition(self, captions: Sequence[str], classes: Tensor) -> Condition:
-        """What images are to show. The empty caption and class −1 ask for nothing in particular."""
+    def _latents(self, batch: Batch) -> list[Tensor]:
+        if batch.latents is not None:
+            return [latent.to(self.ranks.device) for latent in batch.latents]
+        assert self.codec is not None
+        return self.codec.encode([image.to(self.ranks.device) for image in batch.images])
+
+    def _condition(self, captions: Sequence[str], classes: Tensor, texts: Sequence[Tensor] | None) -> Condition:
+        """What images are to show. The empty caption and class −1 ask for nothing in particular. `texts` are captions already encoded."""
         if self.encoder is not None:
             return PackedText.from_features(self.encoder.encode(captions))
+        if texts is not None and self.config.condition == "text":
+            return PackedText.from_features([text.to(self.ranks.device) for text in texts])
         none = 0 if self.null_class is None else self.null_class  # without a null class, only the dummy of an empty pack has none
         return classes.where(classes >= 0, none).to(self.ranks.device)
 

@@ -138,11 +138,11 @@ class Features:
                     f"features {self.path}: sample {key} has no latent of {width}x{height} pixels: encode it at the plan's sizes"
                 )
         if self.text is not None:
-            short = np.flatnonzero(found.column("captions").to_numpy() < captions)
+            encoded = found.column("captions").to_numpy()
+            short = np.flatnonzero(encoded < captions)
             if len(short):
-                raise ValueError(
-                    f"features {self.path}: sample {keys[short[0]]} lacks caption {captions[short[0]]}: encode the corpus again"
-                )
+                key, number = keys[short[0]], encoded[short[0]]
+                raise ValueError(f"features {self.path}: sample {key} lacks caption {number}: encode the corpus again")
         return np.stack([found.column(name).to_numpy() for name in ("offset", "length")], axis=1).astype(np.int64).reshape(-1, 2)
 
     def _read(self, shard: int) -> pa.Table:

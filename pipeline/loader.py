@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pipeline.cost import DIFFUSION
 from pipeline.dealing import deal
+from pipeline.feature_reading import FeatureReader
 from pipeline.reading import PackReader, ReadPack
 from pipeline.steps import PlannedSample, Step
 from pipeline.workers import WorkerPool, start_fork_server
@@ -28,11 +29,13 @@ _SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One pack of B images of different sizes, in planned order.
+    """One pack of B images of different sizes, in planned order: as pixels and captions, or as their features.
 
     `images` are uint8 (3, h, w), `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64 −1 where dropped or
     absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a sample that could not
     be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens` are the planned ones.
+    Where the corpus has features, there are `latents` of the noise's shapes instead of images (none), no captions (""), and
+    `texts`, (M, F) each, unless the features have no captions either; all are float32.
     """
 
     ids: list[str]
@@ -44,6 +47,8 @@ class Batch:
     noise: list[Tensor]
     weights: Tensor
     tokens: int
+    latents: list[Tensor] | None = None
+    texts: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,9 @@ class Loader:
         self.samples_seen = 0  # by this rank, since this object was made
         self.samples_failed = 0
         self._planner = planner
-        self._reader = PackReader(seed=seed, stride=planner.stride, channels=channels, factor=factor)
+        self._features = planner.corpora[0].features
+        geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
+        self._reader = FeatureReader(**geometry, empty=self._features.empty) if self._features else PackReader(**geometry)
         self._rank = rank
         self._world_size = world_size
         self._lockstep = lockstep
@@ -211,7 +218,12 @@ class Loader:
 
     def _batch(self, pack: ReadPack, *, samples: tuple[PlannedSample, ...]) -> Batch:
         cells = [(height // self._factor, width // self._factor) for height, width in pack.sizes]
-        pixels = pack.pixels.split([3 * height * width for height, width in pack.sizes])
+        if self._features is None:
+            pixels = pack.pixels.split([3 * height * width for height, width in pack.sizes])
+            images, latents = [flat.view(3, *size) for flat, size in zip(pixels, pack.sizes, strict=True)], None
+        else:
+            pixels = pack.pixels.split([self._channels * rows * columns for rows, columns in cells])
+            images, latents = [], [flat.view(self._channels, *size) for flat, size in zip(pixels, cells, strict=True)]
         noise = pack.noise.split([self._channels * rows * columns for rows, columns in cells])
         weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
         for failure in pack.failures:
@@ -222,7 +234,7 @@ class Loader:
         self.samples_failed += len(pack.failures)
         return Batch(
             ids=[sample.id for sample in samples] or [""],
-            images=[flat.view(3, *size) for flat, size in zip(pixels, pack.sizes, strict=True)],
+            images=images,
             captions=pack.captions,
             labels=torch.tensor([sample.label for sample in samples] or [-1]),
             kinds=torch.tensor([sample.kind for sample in samples] or [DIFFUSION]),
@@ -230,6 +242,8 @@ class Loader:
             noise=[flat.view(self._channels, *size) for flat, size in zip(noise, cells, strict=True)],
             weights=weights,
             tokens=sum(sample.tokens for sample in samples),
+            latents=latents,
+            texts=None if pack.texts is None else list(pack.texts.split(pack.text_lengths)),
         )
 
     def _stop_if_too_many_failed(self) -> None:

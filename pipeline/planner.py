@@ -101,6 +101,9 @@ class Planner:
             raise ValueError(
                 f"diffusion_share {diffusion_share} and consistency_share {consistency_share} must be at least 0 and at most 1 together"
             )
+        if len({corpus.features is None for corpus in corpora}) > 1:
+            without = next(corpus.name for corpus in corpora if corpus.features is None)
+            raise ValueError(f"corpus {without} has no features and another has: give them for all corpora or for none")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
         self.corpora = tuple(corpora)
@@ -116,6 +119,8 @@ class Planner:
             max_aspect=plan.max_aspect,
             fit=plan.fit,
         )
+        for corpus in self.corpora:
+            corpus.check_features(rules=[self.rule], flips=plan.flip > 0)
         self._shares = (diffusion_share, consistency_share)
         self._capacity = plan.packs_per_step * plan.tokens_per_pack
         self._stream = SampleStream(

@@ -47,8 +47,8 @@ class PlannedSample:
     shard: int  # position in the corpus's list of shards
     row: int  # position in the shard
     key: str
-    tar: str  # path of the shard
-    image: Member
+    tar: str  # path of the shard, of the features where the corpus has some
+    image: Member  # or its features
     text: Member
     json: Member
     label: int  # class, -1 without classes and where the condition is dropped

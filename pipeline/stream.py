@@ -50,7 +50,12 @@ class SampleStream:
 
     def __init__(self, corpora: Sequence[Corpus], *, rule: SizeRule, seed: int, window: int, caption_dropout: float, flip: float) -> None:
         self.places = [
-            Place(corpus=number, shard=shard, name=corpus.name, tar=corpus.shards[shard].path)
+            Place(
+                corpus=number,
+                shard=shard,
+                name=corpus.name,
+                tar=corpus.features.shards[shard].tar if corpus.features else corpus.shards[shard].path,
+            )
             for number, corpus in enumerate(corpora)
             for shard in range(len(corpus.shards))
         ]
@@ -83,7 +88,9 @@ class SampleStream:
                 tokens -= int(window.tokens_up_to[end - 1]) - taken_before
             else:
                 windows_without += 1
-                if windows_without > self._windows:
+                if (
+                    windows_without > 2 * self._windows
+                ):  # the last of one epoch may have been its first window, the next of another its last
                     raise ValueError(
                         "the plan leaves out every sample of the corpus: see `tim plan`, loosen plan.min_tokens or plan.max_aspect"
                     )
@@ -141,6 +148,12 @@ class SampleStream:
         keys = np.array([*table.column("key").to_pylist(), None], dtype=object)[:-1][
             kept
         ]  # the None keeps NumPy from making an array of str
+        members = np.stack([_integers(table, member) for member in _MEMBERS], axis=1)[kept]
+        captions = _lengths(table, "captions")[kept]
+        if corpus.features is not None:  # they take the place of the image, and have the captions, too
+            members = np.full_like(members, -1)
+            sizes = {"heights": targets.height[kept], "widths": targets.width[kept]}
+            members[:, :2] = corpus.locate_features(self.places[place].shard, keys=keys.tolist(), **sizes, captions=captions)
         nothing_drawn = np.zeros(len(kept), dtype=np.int64)
         return Columns(
             place=np.full(len(kept), place),
@@ -149,8 +162,8 @@ class SampleStream:
             key=keys,
             id_hash=hash_ids([f"{corpus.name}/{key}" for key in keys]),
             label=_integers(table, "label")[kept],
-            captions=np.maximum(_lengths(table, "captions"), 1)[kept],
-            members=np.stack([_integers(table, member) for member in _MEMBERS], axis=1)[kept],
+            captions=np.maximum(captions, 1),
+            members=members,
             resize_height=targets.resize_height[kept],
             resize_width=targets.resize_width[kept],
             height=targets.height[kept],

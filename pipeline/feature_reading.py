@@ -1,0 +1,99 @@
+"""What a worker process does where features take the place of pictures: planned samples → latents, text features, time draws and noise.
+
+A pure function of the plan, like `pipeline.reading`, with the same draws: the same steps can be trained from either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, load_file
+from torch import Tensor
+
+from pipeline.draws import generator
+from pipeline.features import latent_name, text_name
+from pipeline.reading import Failure, ReadPack, in_words, noise, time_draws
+from pipeline.steps import PlannedSample
+from pipeline.storage import ShardReader
+
+
+class FeatureReader:
+    """Reads packs of features. Belongs to one process from its first read on.
+
+    Args:
+        seed: of times and noise, and of what a codec samples.
+        stride: pixels per token side.
+        channels: of a latent.
+        factor: pixels per latent cell.
+        empty: file of the empty caption's features; None where there are no captions.
+    """
+
+    def __init__(self, *, seed: int, stride: int, channels: int, factor: int, empty: str | None) -> None:
+        self._seed = seed
+        self._channels = channels
+        self._factor = factor
+        self._no_latent = torch.zeros(channels, stride // factor, stride // factor)
+        self._empty = None if empty is None else empty_text(empty)
+        self._shards = ShardReader()
+
+    def read(self, samples: Sequence[PlannedSample]) -> ReadPack:
+        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy latent of one stride."""
+        latents: list[Tensor] = []
+        texts: list[Tensor | None] = []
+        failures: list[Failure] = []
+        for position, sample in enumerate(samples):
+            try:
+                latent, text = self._features(sample)
+            except Exception as error:  # a shard cut off, or whatever safetensors makes of one that is damaged
+                failures.append(Failure(position=position, reason=in_words(error)))
+                latent, text = self._no_latent, self._empty
+            latents.append(latent)
+            texts.append(text)
+        draws = [time_draws(self._seed, sample) for sample in samples] or [np.full(2, 0.5)]
+        noises = [torch.from_numpy(self._noise(sample, like=latent)) for sample, latent in zip(samples, latents, strict=True)]
+        latents, texts = latents or [self._no_latent], texts or [self._empty]
+        known = [text for text in texts if text is not None]
+        return ReadPack(
+            pixels=torch.cat([latent.reshape(-1) for latent in latents]),
+            noise=torch.cat([each.reshape(-1) for each in noises or [self._no_latent]]),
+            sizes=[(latent.shape[1] * self._factor, latent.shape[2] * self._factor) for latent in latents],
+            captions=[""] * len(latents),
+            uniforms=np.stack(draws),
+            failures=failures,
+            texts=torch.cat(known) if known else None,
+            text_lengths=tuple(len(text) for text in known),
+        )
+
+    def _features(self, sample: PlannedSample) -> tuple[Tensor, Tensor | None]:
+        tensors = load(self._shards.read(sample.tar, offset=sample.image.offset, length=sample.image.length))
+        height, width = sample.height, sample.width
+        latent = tensors[latent_name(height, width, flipped=sample.flip)].float()
+        expected = (self._channels, height // self._factor, width // self._factor)
+        if latent.shape != expected:
+            raise ValueError(f"its latent is of shape {tuple(latent.shape)}, not {expected}")
+        deviation = tensors.get(latent_name(height, width, flipped=sample.flip, deviation=True))
+        if deviation is not None:
+            drawn = generator(self._seed, "codec", sample.visit, sample.id).standard_normal(expected, dtype=np.float32)
+            latent = latent + deviation.float() * torch.from_numpy(drawn)
+        return latent, None if self._empty is None else self._text(tensors, sample)
+
+    def _text(self, tensors: Mapping[str, Tensor], sample: PlannedSample) -> Tensor:
+        if sample.caption < 0 or (sample.caption == 0 and text_name(0) not in tensors):
+            assert self._empty is not None
+            return self._empty
+        return tensors[text_name(sample.caption)].float()
+
+    def _noise(self, sample: PlannedSample, *, like: Tensor) -> NDArray[np.float32]:
+        channels, rows, columns = like.shape
+        return noise(self._seed, sample, shape=(channels, rows, columns))
+
+
+def empty_text(path: str) -> Tensor:
+    """Features of the empty caption: float32 (M, F). Raises ValueError if the file is none of them."""
+    try:
+        return load_file(path)[text_name(0)].float()
+    except Exception as error:  # safetensors' own, a missing file or tensor
+        raise ValueError(f"{path} has no features of the empty caption ({in_words(error)}): encode the corpus again") from error

@@ -1,0 +1,177 @@
+"""Latents and text features take the place of pictures and captions, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.draws import generator
+from pipeline.features import Features, latent_name
+from pipeline.index import Corpus
+from pipeline.loader import LoadedStep, Loader
+from pipeline.planner import PlanConfig, Planner
+from pipeline.resolution import SizeRule
+from tests.pipeline.conftest import Sample, write_corpus
+from tests.pipeline.feature_writer import write_features
+
+RULE = SizeRule(stride=8, max_tokens=36)
+PLAN = PlanConfig(stride=8, max_tokens=36, tokens_per_pack=144, packs_per_step=4)
+
+
+def texts(captions: Any) -> list[torch.Tensor]:
+    """One number a word, after a first one."""
+    return [torch.tensor([[float(sum(word.encode()))] for word in ["^", *caption.split()]]) for caption in captions]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Corpus:
+    sides = np.random.default_rng(1).integers(16, 80, (10, 2)).tolist()
+    samples = [Sample(height, width, tuple(f"caption {k} of {i}" for k in range(1 + i % 3)), i) for i, (height, width) in enumerate(sides)]
+    return write_corpus(tmp_path / "corpus", shards=[samples[:6], samples[6:]])
+
+
+@pytest.fixture
+def encode(small: Corpus, tmp_path: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        settings = {"rules": [RULE], "codec": {}, "encode_images": lambda images: [image / 127.5 - 1 for image in images]}
+        return write_features(tmp_path / "features", small, **{**settings, "text": {}, "encode_texts": texts, **changes})
+
+    return write
+
+
+def planner(corpus: Corpus, *, features: Path | None, **changes: Any) -> Planner:
+    opened = Corpus.open(corpus.path, features=features)
+    plan = PlanConfig.model_validate({**PLAN.model_dump(), **changes})
+    return Planner([opened], plan=plan, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1, caption_dropout=0.2)
+
+
+def steps(corpus: Corpus, *, features: Path | None, count: int = 4, workers: int = 0, **changes: Any) -> list[LoadedStep]:
+    loader = Loader(planner(corpus, features=features, **changes), seed=5, channels=3, factor=1, workers=workers)
+    try:
+        return list(islice(loader, count))
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_same_steps_from_pixels_and_from_features(small: Corpus, encode: Callable[..., Path], workers: int) -> None:
+    folder = encode(flipped=True)
+    pixels, features = (steps(small, features=f, workers=w, flip=0.3) for f, w in ((None, 0), (folder, workers)))
+    for one, other in zip(pixels, features, strict=True):
+        assert (one.ids, one.state["plan_hash"], one.state) == (other.ids, other.state["plan_hash"], other.state)
+        for batch, same in zip(one.batches, other.batches, strict=True):
+            assert same.latents is not None
+            assert same.texts is not None
+            assert (batch.ids, same.images, batch.latents, batch.texts) == (same.ids, [], None, None)
+            assert all(torch.equal(image / 127.5 - 1, latent) for image, latent in zip(batch.images, same.latents, strict=True))
+            assert all(map(torch.equal, texts(batch.captions), same.texts))
+            assert all(map(torch.equal, batch.noise, same.noise))
+            for name in ("labels", "kinds", "uniforms", "weights"):
+                assert torch.equal(getattr(batch, name), getattr(same, name)), name
+
+
+def test_half_precision_is_half_precise(small: Corpus, encode: Callable[..., Path]) -> None:
+    exact, half = steps(small, features=None), steps(small, features=encode(dtype=torch.float16))
+    latents = [latent for step in half for batch in step.batches for latent in batch.latents or []]
+    images = [image / 127.5 - 1 for step in exact for batch in step.batches for image in batch.images]
+    errors = torch.cat([(image - latent).abs().flatten() for image, latent in zip(images, latents, strict=True)])
+    assert 0 < errors.max() <= 2**-12  # half a step of float16 below 1
+
+
+def test_what_a_codec_samples_is_drawn_for_each_visit(small: Corpus, encode: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import feature_reading
+
+    plain, load = steps(small, features=encode()), feature_reading.load
+
+    def with_deviation(data: bytes) -> dict[str, torch.Tensor]:
+        tensors = load(data)
+        latents = {name: tensor for name, tensor in tensors.items() if name.startswith("latent.")}
+        return {**tensors, **{name.replace("latent.", "latent_std."): torch.full_like(tensor, 0.5) for name, tensor in latents.items()}}
+
+    monkeypatch.setattr(feature_reading, "load", with_deviation)
+    sampled = steps(small, features=small.path.parent / "features")
+    draws = [
+        (other - one) * 2
+        for before, after in zip(plain, sampled, strict=True)
+        for batch, same in zip(before.batches, after.batches, strict=True)
+        for one, other in zip(batch.latents or [], same.latents or [], strict=True)
+    ]
+    assert abs(torch.cat([draw.flatten() for draw in draws]).std() - 1) < 0.02
+    assert len({float(draw.flatten()[0]) for draw in draws}) == len(draws)
+    assert latent_name(8, 16, deviation=True, flipped=True) == "latent_std.8x16.flipped"
+    assert generator(5, "codec", 0, "corpus/x").standard_normal() != generator(5, "noise", 0, "corpus/x").standard_normal()
+
+
+def test_features_that_are_damaged_leave_a_place_empty(small: Corpus, encode: Callable[..., Path]) -> None:
+    folder = encode()
+    row = pq.read_table(folder / "000000.parquet").to_pylist()[2]
+    with open(folder / "000000.tar", "r+b") as tar:
+        tar.seek(row["offset"])
+        tar.write(b"\xff" * 64)
+    loader = Loader(planner(small, features=folder), seed=5, channels=3, factor=1, workers=0, max_bad_fraction=1)
+    weights = {id: float(batch.weights[i]) for step in islice(loader, 3) for batch in step.batches for i, id in enumerate(batch.ids)}
+    assert [id for id, weight in weights.items() if not weight] == [f"corpus/{row['key']}"]
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_what_a_plan_needs_and_does_not_find_is_named(small: Corpus, encode: Callable[..., Path]) -> None:
+    folder = encode()
+    manifest = json.loads((folder / "manifest.json").read_text())
+
+    def refused(said: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=said) as caught:
+            planner(small, features=folder, **changes).next_step()
+        assert "\n" not in str(caught.value)
+
+    refused(r"encoded at other sizes \(stride 8, max_tokens 36, .*\) than the plan's \(stride 8, max_tokens 30,", max_tokens=30)
+    refused("min_tokens 1.*max_aspect 9.0", max_aspect=9.0)
+    refused("no mirrored latents", flip=0.5)
+    rewrite(folder, shards=[manifest["shards"][0], {**manifest["shards"][1], "of": "0" * 64}])
+    refused("shard 1 is of another digest than that of corpus corpus")
+    rewrite(folder, shards=manifest["shards"][:1])
+    refused("have 1 shards, corpus corpus has 2")
+    rewrite(folder, shards=[{**manifest["shards"][0], "name": "../a.tar"}])
+    refused("leads out of the folder")
+    rewrite(folder, shards=manifest["shards"], format=2)
+    refused("format 2")
+    rewrite(folder, format=1, kind="index")
+    refused("of kind 'index'")
+    (folder / "manifest.json").write_text("{")
+    refused("damaged")
+    (folder / "manifest.json").unlink()
+    refused("there is no manifest.json")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    Features.open(folder)
+
+    path = folder / "000001.parquet"
+    table = pq.read_table(path)
+    for column, value, said in (
+        ("key", "0000010009", "has no sample 0000010003"),
+        ("heights", [8], r"sample 0000010003 has no latent of \d+x\d+ pixels"),
+        ("captions", 0, "sample 0000010003 lacks caption 0"),
+    ):
+        rows = table.to_pylist()
+        rows[3][column] = value
+        pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
+        refused(said)
+    path.write_bytes(b"PAR1")
+    refused("000001.parquet cannot be read")
+
+
+def test_all_corpora_have_features_or_none(small: Corpus, encode: Callable[..., Path]) -> None:
+    corpora = [Corpus.open(small.path, features=encode()), Corpus.open(small.path, name="other")]
+    with pytest.raises(ValueError, match="corpus other has no features and another has"):
+        Planner(corpora, plan=PLAN, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1)
