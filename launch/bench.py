@@ -132,6 +132,43 @@ def index(
         console.result(describe_bench(data), data=data)
 
 
+@bench.command()
+def data(
+    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Whose JPEGs to read.")],
+    out: Annotated[Path, typer.Option(help="Folder for their shards and for the other loaders' environment; kept for the next time.")],
+    max_side: Annotated[int, typer.Option(min=32, help="Pictures are scaled down to so many pixels squared.")] = 256,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 10.0,
+    repeats: Repeats = 2,
+    install: Annotated[
+        bool, typer.Option("--install", help="Install webdataset, mosaicml-streaming, litdata and megatron-energon there, to compare with.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Pictures from shards to arrays of their target sizes.
+
+    The loader beside others on the same shards, and beside processes that do nothing but decode; and reading alone.
+
+    Example: tim bench data photos --out bench --install
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.data_benchmark import bench_data
+
+        with console.progress() as report:
+            found = bench_data(
+                pictures,
+                work=out,
+                max_side=max_side,
+                workers=workers,
+                seconds=seconds,
+                repeats=repeats,
+                install=install,
+                progress=report,
+            )
+        console.result(describe_bench(found), data=found)
+
+
 def _run(
     measure: Callable[[list[Grid], Report], Data], pictures: list[Path] | None, *, max_tokens: int, as_json: bool, debug: bool
 ) -> None:

@@ -28,8 +28,8 @@ class Section(BaseModel):
 
 
 class CorpusConfig(Section):
-    path: Annotated[Path, Field(strict=False)]
-    """A corpus folder, as `tim prepare` writes it."""
+    path: str
+    """A corpus folder, as `tim prepare` writes it, or its URL: s3://…, gs://…, https://…, hf://…"""
     name: str | None = None
     """What its samples' ids start with; default: the name in its manifest."""
     features: Annotated[Path, Field(strict=False)] | None = None
@@ -241,6 +241,15 @@ class SamplingConfig(Section):
     """Reference side in pixels of the shift of the sampler's times; null: that of the objective."""
 
 
+class CacheConfig(Section):
+    """Whole remote shards on a local disk; without it, the wanted parts of shards are read from where they are."""
+
+    dir: Annotated[Path, Field(strict=False)]
+    """A folder on a disk of each machine; all processes share it, and so may other runs."""
+    bytes: int = Field(ge=1)
+    """Room for shards; those that were not read for longest go first."""
+
+
 class LoaderConfig(Section):
     workers: int = Field(default=2, ge=0)
     """Processes per rank that decode images; 0: none but the training process."""
@@ -248,6 +257,13 @@ class LoaderConfig(Section):
     """Steps that are read ahead."""
     max_bad_fraction: Share = 0.01
     """The run stops when more than this share of images cannot be loaded."""
+    on_bad_shard: Literal["error", "skip"] = "error"
+    """A shard that is missing, cut off or not what its digest says stops the run, or leaves the places of its images empty."""
+    verify: bool = False
+    """Compare local shards with their digests when they are first read; what the cache downloads is always compared."""
+    cache: CacheConfig | None = None
+    timeout: float = Field(default=300.0, gt=0)
+    """The run stops when nothing can be read for so many seconds."""
 
 
 class CheckpointConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from launch.config import Config, ConfigError
 from pipeline.features import Features
 from pipeline.index import Corpus
 from pipeline.planner import Planner
+from pipeline.shardcache import ShardCache
 
 
 def make_planner(config: Config) -> Planner:
@@ -22,7 +23,9 @@ def make_planner(config: Config) -> Planner:
     """
     if not config.corpus:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
-    corpora = [Corpus.open(source.path, name=source.name, features=source.features) for source in config.corpus]
+    check_shards = config.loader.on_bad_shard == "error"
+    corpora = [Corpus.open(c.path, name=c.name, features=c.features, check_shards=check_shards) for c in config.corpus]
+    _check_cache(config, corpora)
     for corpus in corpora:
         if corpus.features is not None:
             _check_encoders(corpus.features, config)
@@ -38,6 +41,12 @@ def make_planner(config: Config) -> Planner:
         consistency_share=config.objective.consistency_share,
         caption_dropout=config.condition_dropout,
     )
+
+
+def make_cache(config: Config) -> ShardCache | None:
+    """Where remote shards are kept, if anywhere."""
+    cache = config.loader.cache
+    return None if cache is None else ShardCache(cache.dir, limit=cache.bytes)
 
 
 def check_ready(config: Config) -> Path:
@@ -91,6 +100,13 @@ def _expect(features: Features, section: str, *, found: Mapping[str, Any], wante
             raise ConfigError(
                 f"features {features.path} are of {section}.{key} {found.get(key)}, the config says {value}: encode with that"
             )
+
+
+def _check_cache(config: Config, corpora: Sequence[Corpus]) -> None:
+    largest = max((shard for corpus in corpora for shard in corpus.shards), key=lambda shard: shard.bytes, default=None)
+    cache = config.loader.cache
+    if cache is not None and largest is not None and largest.bytes > cache.bytes:
+        raise ConfigError(f"loader.cache.bytes: {cache.bytes} is less than the {largest.bytes} bytes of {largest.path}")
 
 
 def _check_classes(corpus: Corpus, *, classes: int) -> None:

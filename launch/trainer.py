@@ -27,7 +27,7 @@ from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
-from launch.planning import check_models, make_planner
+from launch.planning import check_models, make_cache, make_planner
 from launch.replica import Replica
 from launch.tally import Tally
 from pipeline.feature_reading import empty_text
@@ -145,6 +145,11 @@ class Trainer:
             workers=config.loader.workers,
             prefetch=config.loader.prefetch,
             max_bad_fraction=config.loader.max_bad_fraction,
+            on_bad_shard=config.loader.on_bad_shard,
+            verify=config.loader.verify,
+            cache=make_cache(config),
+            timeout=config.loader.timeout,
+            device=ranks.device,
         )
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
@@ -183,7 +188,7 @@ class Trainer:
                 self.engine,
                 self._latents(batch),
                 self._condition(batch.captions, batch.labels, batch.texts),
-                noise=[noise.to(self.ranks.device) for noise in batch.noise],
+                noise=batch.noise,
                 kinds=batch.kinds,
                 uniforms=batch.uniforms,
                 weights=batch.weights,
@@ -255,9 +260,9 @@ class Trainer:
 
     def _latents(self, batch: Batch) -> list[Tensor]:
         if batch.latents is not None:
-            return [latent.to(self.ranks.device) for latent in batch.latents]
+            return batch.latents
         assert self.codec is not None
-        return self.codec.encode([image.to(self.ranks.device) for image in batch.images])
+        return self.codec.encode(batch.images)
 
     def _condition(self, captions: Sequence[str], classes: Tensor, texts: Sequence[Tensor] | None) -> Condition:
         """What images are to show. The empty caption and class −1 ask for nothing in particular. `texts` are captions already encoded."""

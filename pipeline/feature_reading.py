@@ -17,38 +17,46 @@ from pipeline.draws import generator
 from pipeline.features import latent_name, text_name
 from pipeline.reading import Failure, ReadPack, in_words, noise, time_draws
 from pipeline.steps import PlannedSample
-from pipeline.storage import ShardReader
+from pipeline.storage import BadShard, Part, ShardReader
+
+FetchedFeatures = tuple[Sequence[PlannedSample], list[memoryview | OSError]]  # each sample's bytes, or why they cannot be read
 
 
 class FeatureReader:
-    """Reads packs of features. Belongs to one process from its first read on.
+    """Reads packs of features. Belongs to one process from its first read on; one thread may fetch while another decodes.
 
     Args:
         seed: of times and noise, and of what a codec samples.
         stride: pixels per token side.
         channels: of a latent.
         factor: pixels per latent cell.
+        shards: where bytes come from.
         empty: file of the empty caption's features; None where there are no captions.
     """
 
-    def __init__(self, *, seed: int, stride: int, channels: int, factor: int, empty: str | None) -> None:
+    def __init__(self, *, seed: int, stride: int, channels: int, factor: int, shards: ShardReader, empty: str | None) -> None:
         self._seed = seed
         self._channels = channels
         self._factor = factor
         self._no_latent = torch.zeros(channels, stride // factor, stride // factor)
         self._empty = None if empty is None else empty_text(empty)
-        self._shards = ShardReader()
+        self._shards = shards
 
-    def read(self, samples: Sequence[PlannedSample]) -> ReadPack:
+    def fetch(self, samples: Sequence[PlannedSample]) -> FetchedFeatures:
+        """The bytes of a pack, from all its shards at once."""
+        return samples, self._shards.read_parts([Part(sample.tar, sample.image.offset, sample.image.length) for sample in samples])
+
+    def decode(self, fetched: FetchedFeatures) -> ReadPack:
         """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy latent of one stride."""
+        samples, parts = fetched
         latents: list[Tensor] = []
         texts: list[Tensor | None] = []
         failures: list[Failure] = []
-        for position, sample in enumerate(samples):
+        for position, (sample, data) in enumerate(zip(samples, parts, strict=True)):
             try:
-                latent, text = self._features(sample)
+                latent, text = self._features(sample, data)
             except Exception as error:  # a shard cut off, or whatever safetensors makes of one that is damaged
-                failures.append(Failure(position=position, reason=in_words(error)))
+                failures.append(Failure(position=position, reason=in_words(error), bad_shard=isinstance(error, BadShard)))
                 latent, text = self._no_latent, self._empty
             latents.append(latent)
             texts.append(text)
@@ -67,8 +75,10 @@ class FeatureReader:
             text_lengths=tuple(len(text) for text in known),
         )
 
-    def _features(self, sample: PlannedSample) -> tuple[Tensor, Tensor | None]:
-        tensors = load(self._shards.read(sample.tar, offset=sample.image.offset, length=sample.image.length))
+    def _features(self, sample: PlannedSample, data: memoryview | OSError) -> tuple[Tensor, Tensor | None]:
+        if isinstance(data, OSError):
+            raise data
+        tensors = load(bytes(data))
         height, width = sample.height, sample.width
         latent = tensors[latent_name(height, width, flipped=sample.flip)].float()
         expected = (self._channels, height // self._factor, width // self._factor)

@@ -47,9 +47,11 @@ TABLE = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class FeatureShard:
-    """One tar of features; `of` is the digest of the corpus's table that it was made from."""
+    """One tar of features with its bytes and sha256; `of` is the digest of the corpus's table that it was made from."""
 
     tar: str
+    bytes: int
+    sha256: str
     table: str
     of: str
 
@@ -66,7 +68,13 @@ class Features:
         self.text: dict[str, Any] | None = manifest["text"] and dict(manifest["text"])
         self.empty = None if self.text is None else str(path / _plain(manifest["empty"]))
         self.shards = tuple(
-            FeatureShard(tar=str(path / _plain(shard["name"])), table=_plain(shard["table"]), of=shard["of"])
+            FeatureShard(
+                tar=str(path / _plain(shard["name"])),
+                bytes=shard["bytes"],
+                sha256=shard["sha256"],
+                table=_plain(shard["table"]),
+                of=shard["of"],
+            )
             for shard in manifest["shards"]
         )
         self._flipped = bool(manifest["flipped"])

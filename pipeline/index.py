@@ -7,6 +7,7 @@ bounded by the shards that a plan has open, however many there are.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
 from pipeline.features import Features
+from pipeline.remote import is_remote, read_file
 from pipeline.resolution import SizeRule
 
 FORMAT = 1
@@ -27,11 +29,12 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar of a corpus: path, number of samples, bytes, the name of its table and its sha256."""
+    """One tar of a corpus: path or URL, number of samples, bytes, its sha256 ("" if unknown), the name of its table and its sha256."""
 
     path: str
     count: int
     bytes: int
+    sha256: str
     table: str
     digest: str
 
@@ -43,9 +46,9 @@ class Corpus:
     """
 
     def __init__(
-        self, *, path: Path, name: str, digest: str, shards: tuple[Shard, ...], qualified: bool, features: Features | None
+        self, *, folder: str, name: str, digest: str, shards: tuple[Shard, ...], qualified: bool, features: Features | None
     ) -> None:
-        self.path = path
+        self.folder = folder
         self.name = name
         self.digest = digest
         self.shards = shards
@@ -54,16 +57,18 @@ class Corpus:
         self._qualified = qualified
 
     @classmethod
-    def open(cls, path: str | Path, *, name: str | None = None, features: str | Path | None = None) -> Corpus:
-        """Open the corpus in folder `path`, under the `name` of its manifest unless another is given, with the `features`
-        of a folder joined to it.
+    def open(cls, path: str | Path, *, name: str | None = None, features: str | Path | None = None, check_shards: bool = True) -> Corpus:
+        """Open the corpus at `path`, a folder or a URL (s3://…), under the `name` of its manifest unless another is given, with the
+        `features` of a folder joined to it.
+
+        With `check_shards`, local shards must be there in their full size; remote ones are looked at when they are first read.
 
         Raises ValueError, in one line, if it is no corpus, is of an unknown format, or lacks or mismatches one of its files.
         """
-        folder = Path(path)
+        folder = str(path).rstrip("/") if is_remote(path) else os.fspath(path)
         manifest = _read_manifest(folder)
         try:
-            shards = tuple(_shard(folder, entry) for entry in manifest["shards"])
+            shards = tuple(_shard(folder, entry, check=check_shards) for entry in manifest["shards"])
             contents = {key: [shard[key] for shard in manifest["shards"]] for key in ("table", "count", "bytes", "sha256", "table_sha256")}
             corpus_name = manifest["name"] if name is None else name
             qualified = manifest.get("qualified_keys", False)
@@ -71,18 +76,26 @@ class Corpus:
             raise ValueError(f"corpus {folder}: manifest.json is damaged ({error}): run `tim prepare` again") from error
         digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
         joined = None if features is None else Features.open(features)
-        return cls(path=folder, name=corpus_name, digest=digest, shards=shards, qualified=qualified, features=joined)
+        return cls(folder=folder, name=corpus_name, digest=digest, shards=shards, qualified=qualified, features=joined)
+
+    @property
+    def path(self) -> Path:
+        """The folder of a local corpus."""
+        return Path(self.folder)
 
     def read(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
         """The kept rows of one shard, in the order of the tar. Raises ValueError if its table is missing, damaged or lacks a column.
 
         Where keys of different shards may be equal, the shard's number stands before them: `000012/KEY`.
         """
-        path = self.path / self.shards[shard].table
+        path = os.path.join(self.folder, self.shards[shard].table)
         try:
-            table = pq.ParquetFile(path).read(columns=[*dict.fromkeys(("key", *columns))], use_threads=False)
+            source = io.BytesIO(read_file(path)) if is_remote(path) else path
+            table = pq.ParquetFile(source).read(columns=[*dict.fromkeys(("key", *columns))], use_threads=False)
         except FileNotFoundError as error:
-            raise ValueError(f"corpus {self.path} lacks {path.name}: restore the file, or make the corpus again") from error
+            raise ValueError(
+                f"corpus {self.folder} lacks {self.shards[shard].table}: restore the file, or make the corpus again"
+            ) from error
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
         missing = [column for column in columns if column not in table.column_names]
@@ -113,27 +126,31 @@ class Corpus:
         return self.features.join(shard, keys=plain, heights=heights, widths=widths, captions=captions)
 
 
-def _shard(folder: Path, entry: dict[str, Any]) -> Shard:
+def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:
     """A shard lies in the corpus's folder, or at the absolute path or URL that `tim index` was given; its table in the folder."""
     name, table = entry["name"], entry["table"]
-    is_foreign = os.path.isabs(name) or "://" in name
+    is_foreign = os.path.isabs(name) or is_remote(name)
     for inside in (table,) if is_foreign else (name, table):
         if os.path.basename(inside) != inside or inside in ("", ".", ".."):
             raise ValueError(f"corpus {folder}: manifest.json names {inside!r}, which leads out of the folder: do not use this corpus")
     path = name if is_foreign else os.path.join(folder, name)
-    if "://" not in path and entry["count"]:  # what an index could not read has no samples
+    if check and not is_remote(path) and entry["count"]:  # what an index could not read has no samples
         _expect_size(path, size=entry["bytes"])
-    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], table=table, digest=entry["table_sha256"])
+    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], sha256=entry["sha256"], table=table, digest=entry["table_sha256"])
 
 
-def _read_manifest(folder: Path) -> dict:
-    file = folder / "manifest.json"
-    if not folder.is_dir():
+def _read_manifest(folder: str) -> dict:
+    file = os.path.join(folder, "manifest.json")
+    if not is_remote(folder) and not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a corpus: there is no such folder")
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a corpus: it has no manifest.json; `tim prepare SOURCE --out CORPUS` makes one")
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        text = read_file(file) if is_remote(file) else Path(file).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a corpus: it has no manifest.json; `tim prepare SOURCE --out CORPUS` makes one") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({_one_line(error)}): is the storage alive?") from error
+    try:
+        manifest = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): run `tim prepare` again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from torch import Tensor
 from pipeline.cost import DIFFUSION
 from pipeline.dealing import deal
 from pipeline.feature_reading import FeatureReader
-from pipeline.reading import PackReader, ReadPack
+from pipeline.reading import Failure, PackReader, ReadPack
 from pipeline.steps import PlannedSample, Step
+from pipeline.storage import ShardCache, ShardFacts, ShardReader
 from pipeline.workers import WorkerPool, start_fork_server
 
 if TYPE_CHECKING:
+    from pipeline.index import Corpus
     from pipeline.planner import Planner
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class Batch:
     be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens` are the planned ones.
     Where the corpus has features, there are `latents` of the noise's shapes instead of images (none), no captions (""), and
     `texts`, (M, F) each, unless the features have no captions either; all are float32.
+    Images, latents and noise are on the loader's device, the rest is on the host.
     """
 
     ids: list[str]
@@ -85,7 +88,12 @@ class Loader:
         workers: processes that read; 0 reads in this one.
         prefetch: steps that are read ahead.
         max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
+        on_bad_shard: whether a shard that is missing, cut off or not what its digest says stops reading with RuntimeError, or leaves
+            the places of its samples empty, which `samples_skipped` counts.
+        verify: compare local shards with their digests before they are first read.
+        cache: where remote shards are kept whole; None reads the wanted parts of them.
         timeout: seconds without a pack after which reading stops with RuntimeError.
+        device: where images and noise go; to a GPU from pinned memory, without waiting.
     """
 
     def __init__(
@@ -101,7 +109,11 @@ class Loader:
         workers: int = 2,
         prefetch: int = 2,
         max_bad_fraction: float = 0.01,
+        on_bad_shard: Literal["error", "skip"] = "error",
+        verify: bool = False,
+        cache: ShardCache | None = None,
         timeout: float = 300.0,
+        device: torch.device | None = None,
     ) -> None:
         if planner.stride % factor:
             raise ValueError(f"plan.stride {planner.stride} is no multiple of the codec's {factor} pixels per latent cell")
@@ -113,10 +125,17 @@ class Loader:
             raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
         self.samples_seen = 0  # by this rank, since this object was made
         self.samples_failed = 0
+        self.samples_skipped = 0  # those of bad shards, which are not among the failed ones
         self._planner = planner
         self._features = planner.corpora[0].features
+        shards = ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify)
         geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
-        self._reader = FeatureReader(**geometry, empty=self._features.empty) if self._features else PackReader(**geometry)
+        if self._features is None:
+            reader = PackReader(**geometry, shards=shards)
+        else:
+            reader = FeatureReader(**geometry, shards=shards, empty=self._features.empty)
+        self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
+        self._decode: Callable[[Any], ReadPack] = reader.decode
         self._rank = rank
         self._world_size = world_size
         self._lockstep = lockstep
@@ -125,7 +144,10 @@ class Loader:
         self._workers = workers
         self._prefetch = prefetch
         self._max_bad_fraction = max_bad_fraction
+        self._on_bad_shard = on_bad_shard
+        self._bad_shards: set[str] = set()
         self._timeout = timeout
+        self._device = device
         self._state = planner.state_dict()
         self._ahead: deque[_Ahead] = deque()
         self._pool: WorkerPool[tuple[PlannedSample, ...], ReadPack] | None = None
@@ -139,7 +161,7 @@ class Loader:
         self._planner.load_state_dict(self._state)
         if self._workers:
             steps_ahead = self._steps_ahead()
-            self._pool = WorkerPool(self._reader.read, workers=self._workers, timeout=self._timeout)
+            self._pool = WorkerPool(self._fetch, self._decode, workers=self._workers, timeout=self._timeout)
         else:
             steps_ahead = 0
         iteration = self._iterations
@@ -190,7 +212,7 @@ class Loader:
 
     def _read(self, packs: list[tuple[PlannedSample, ...]]) -> list[ReadPack]:
         if self._pool is None:
-            return [self._reader.read(samples) for samples in packs]
+            return [self._decode(self._fetch(samples)) for samples in packs]
         try:
             return [self._pool.get() for _ in packs]
         except RuntimeError:
@@ -218,20 +240,19 @@ class Loader:
 
     def _batch(self, pack: ReadPack, *, samples: tuple[PlannedSample, ...]) -> Batch:
         cells = [(height // self._factor, width // self._factor) for height, width in pack.sizes]
+        flat, noise = self._on_device(pack.pixels), self._on_device(pack.noise)
         if self._features is None:
-            pixels = pack.pixels.split([3 * height * width for height, width in pack.sizes])
-            images, latents = [flat.view(3, *size) for flat, size in zip(pixels, pack.sizes, strict=True)], None
+            pixels = flat.split([3 * height * width for height, width in pack.sizes])
+            images, latents = [each.view(3, *size) for each, size in zip(pixels, pack.sizes, strict=True)], None
         else:
-            pixels = pack.pixels.split([self._channels * rows * columns for rows, columns in cells])
-            images, latents = [], [flat.view(self._channels, *size) for flat, size in zip(pixels, cells, strict=True)]
-        noise = pack.noise.split([self._channels * rows * columns for rows, columns in cells])
+            pixels = flat.split([self._channels * rows * columns for rows, columns in cells])
+            images, latents = [], [each.view(self._channels, *size) for each, size in zip(pixels, cells, strict=True)]
+        noise = noise.split([self._channels * rows * columns for rows, columns in cells])
         weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
         for failure in pack.failures:
-            sample = samples[failure.position]
             weights[failure.position] = 0
-            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, sample.tar, failure.reason)
+            self._account(failure, samples[failure.position])
         self.samples_seen += len(samples)
-        self.samples_failed += len(pack.failures)
         return Batch(
             ids=[sample.id for sample in samples] or [""],
             images=images,
@@ -246,6 +267,26 @@ class Loader:
             texts=None if pack.texts is None else list(pack.texts.split(pack.text_lengths)),
         )
 
+    def _on_device(self, flat: Tensor) -> Tensor:
+        """One copy for all images of a pack; into pinned memory first, from where a GPU fetches it while this process goes on."""
+        if self._device is None or self._device.type == "cpu":
+            return flat
+        return (flat.pin_memory() if self._device.type == "cuda" else flat).to(self._device, non_blocking=True)
+
+    def _account(self, failure: Failure, sample: PlannedSample) -> None:
+        """Log and count a sample that could not be read, or stop because of its shard; a bad shard is logged once."""
+        if not failure.bad_shard:
+            self.samples_failed += 1
+            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, sample.tar, failure.reason)
+            return
+        if self._on_bad_shard == "error":
+            self.close()
+            raise RuntimeError(f"sample {sample.id} cannot be read: {failure.reason}")
+        self.samples_skipped += 1
+        if sample.tar not in self._bad_shards:
+            self._bad_shards.add(sample.tar)
+            logger.warning("the places of all samples of %s stay empty: %s", sample.tar, failure.reason)
+
     def _stop_if_too_many_failed(self) -> None:
         """Judged as soon as so many samples were seen that at least one of them may have failed."""
         failed, allowed = self.samples_failed, self._max_bad_fraction * self.samples_seen
@@ -255,3 +296,14 @@ class Loader:
                 f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
                 "allows: see the warnings above, `tim verify` on the corpus names all of them"
             )
+
+
+def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:
+    """What manifests say of the shards that are read."""
+    facts: dict[str, ShardFacts] = {}
+    for corpus in corpora:
+        if corpus.features is None:
+            facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}
+        else:
+            facts |= {shard.tar: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.features.shards}
+    return facts

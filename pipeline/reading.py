@@ -1,4 +1,4 @@
-"""What a worker process does: planned samples → pixels, captions, time draws and noise. A pure function of the plan.
+"""What a worker process does: planned samples → their bytes → pixels, captions, time draws and noise. A pure function of the plan.
 
 Kept free of pyarrow, pydantic and the planner, because every worker process imports it.
 """
@@ -18,14 +18,27 @@ from pipeline.draws import generator, to_uniform
 from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
 from pipeline.steps import Member, PlannedSample
-from pipeline.storage import ShardReader
+from pipeline.storage import BadShard, Part, ShardReader
 
 
 class Failure(NamedTuple):
-    """A sample that could not be read: its position in the pack, and why."""
+    """A sample that could not be read: its position in the pack, why, and whether because its whole shard cannot."""
 
     position: int
     reason: str
+    bad_shard: bool = False
+
+
+class FetchedPack(NamedTuple):
+    """The bytes of a pack: for every sample those of its image, its text and its json file, or why they cannot be read.
+
+    What a sample does not have or need is empty.
+    """
+
+    samples: Sequence[PlannedSample]
+    images: list[memoryview | OSError]
+    texts: list[memoryview | OSError]
+    records: list[memoryview | OSError]
 
 
 class ReadPack(NamedTuple):
@@ -47,40 +60,54 @@ class ReadPack(NamedTuple):
 
 
 class PackReader:
-    """Reads packs. Belongs to one process from its first read on.
+    """Reads packs. Belongs to one process from its first read on; one thread may fetch a pack while another decodes one.
 
     Args:
         seed: of times and noise.
         stride: pixels per token side.
         channels: of a latent.
         factor: pixels per latent cell.
+        shards: where bytes come from.
     """
 
-    def __init__(self, *, seed: int, stride: int, channels: int, factor: int) -> None:
+    def __init__(self, *, seed: int, stride: int, channels: int, factor: int, shards: ShardReader) -> None:
         self._seed = seed
         self._stride = stride
         self._channels = channels
         self._factor = factor
-        self._shards = ShardReader()
+        self._shards = shards
 
-    def read(self, samples: Sequence[PlannedSample]) -> ReadPack:
+    def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
+        """The bytes of a pack, from all its shards at once."""
+        images = [Part(sample.tar, sample.image.offset, sample.image.length) for sample in samples]
+        texts = [_text_part(sample, sample.text) for sample in samples]
+        records = [_text_part(sample, sample.json) for sample in samples]
+        found, count = self._shards.read_parts([*images, *texts, *records]), len(samples)
+        return FetchedPack(samples, found[:count], found[count : 2 * count], found[2 * count :])
+
+    def decode(self, fetched: FetchedPack) -> ReadPack:
         """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy image of one stride."""
+        samples = fetched.samples
         if not samples:
             return self._dummy_pack()
-        pixels: list[NDArray[np.uint8]] = []
+        pixels = np.empty(sum(3 * sample.height * sample.width for sample in samples), dtype=np.uint8)
+        sizes: list[tuple[int, int]] = []
         captions: list[str] = []
         failures: list[Failure] = []
-        for position, sample in enumerate(samples):
+        filled = 0
+        for position, (sample, data, text, record) in enumerate(zip(*fetched, strict=True)):
             try:
-                image, caption = self._image(sample), self._caption(sample)
+                image, caption = _decode_image(sample, data), decode_caption(sample, text, record)
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a shard cut off, a broken image or caption file
-                failures.append(Failure(position=position, reason=in_words(error)))
-                image, caption = self._black(), ""
-            pixels.append(image)
+                failures.append(Failure(position=position, reason=in_words(error), bad_shard=isinstance(error, BadShard)))
+                image, caption = np.zeros((self._stride, self._stride, 3), dtype=np.uint8), ""
+            height, width = image.shape[:2]
+            pixels[filled : filled + image.size].reshape(3, height, width)[:] = image.transpose(2, 0, 1)
+            filled += image.size
+            sizes.append((height, width))
             captions.append(caption)
-        sizes = [(image.shape[1], image.shape[2]) for image in pixels]
         return ReadPack(
-            pixels=torch.from_numpy(np.concatenate([image.reshape(-1) for image in pixels])),
+            pixels=torch.from_numpy(pixels[:filled]),
             noise=torch.from_numpy(np.concatenate([self._noise(s, size=size) for s, size in zip(samples, sizes, strict=True)])),
             sizes=sizes,
             captions=captions,
@@ -88,42 +115,29 @@ class PackReader:
             failures=failures,
         )
 
-    def _image(self, sample: PlannedSample) -> NDArray[np.uint8]:
-        data = self._shards.read(sample.tar, offset=sample.image.offset, length=sample.image.length)
-        pixels = load_image(data, resize=sample.resize, crop=(sample.height, sample.width), flip=sample.flip)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    def _caption(self, sample: PlannedSample) -> str:
-        """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none."""
-        if sample.caption < 0:
-            return ""
-        text = self._member(sample, sample.text).decode("utf-8-sig", "replace")
-        if sample.caption == 0 and text and not text.isspace():
-            return normalise(text)[0]
-        record = parse_json(self._member(sample, sample.json)) or {}
-        captions, _ = clean_captions([text, *read_fields(record).captions])
-        return captions[sample.caption] if captions else ""
-
-    def _member(self, sample: PlannedSample, member: Member) -> bytes:
-        if not member.exists:
-            return b""
-        return self._shards.read(sample.tar, offset=member.offset, length=min(member.length, MAX_TEXT_BYTES))
-
     def _noise(self, sample: PlannedSample, *, size: tuple[int, int]) -> NDArray[np.float32]:
         return noise(self._seed, sample, shape=(self._channels, size[0] // self._factor, size[1] // self._factor)).reshape(-1)
 
-    def _black(self) -> NDArray[np.uint8]:
-        return np.zeros((3, self._stride, self._stride), dtype=np.uint8)
-
     def _dummy_pack(self) -> ReadPack:
         return ReadPack(
-            pixels=torch.from_numpy(self._black().reshape(-1)),
+            pixels=torch.zeros(3 * self._stride**2, dtype=torch.uint8),
             noise=torch.zeros(self._channels * (self._stride // self._factor) ** 2),
             sizes=[(self._stride, self._stride)],
             captions=[""],
             uniforms=np.full((1, 2), 0.5),
             failures=[],
         )
+
+
+def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
+    """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none."""
+    if sample.caption < 0:
+        return ""
+    first = str(_bytes(text), "utf-8-sig", "replace")
+    if sample.caption == 0 and first and not first.isspace():
+        return normalise(first)[0]
+    captions, _ = clean_captions([first, *read_fields(parse_json(bytes(_bytes(record))) or {}).captions])
+    return captions[sample.caption] if captions else ""
 
 
 def noise(seed: int, sample: PlannedSample, *, shape: tuple[int, int, int]) -> NDArray[np.float32]:
@@ -139,3 +153,20 @@ def time_draws(seed: int, sample: PlannedSample) -> NDArray[np.float64]:
 def in_words(error: Exception) -> str:
     """Why a sample could not be read, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _text_part(sample: PlannedSample, member: Member) -> Part:
+    """Where a text stands, as far as anybody reads it; next to the image where there is none, or where the caption is dropped."""
+    if sample.caption < 0 or not member.exists:
+        return Part(sample.tar, sample.image.offset, 0)
+    return Part(sample.tar, member.offset, min(member.length, MAX_TEXT_BYTES))
+
+
+def _decode_image(sample: PlannedSample, data: memoryview | OSError) -> NDArray[np.uint8]:
+    return load_image(_bytes(data), resize=sample.resize, crop=(sample.height, sample.width), flip=sample.flip)
+
+
+def _bytes(found: memoryview | OSError) -> memoryview:
+    if isinstance(found, OSError):
+        raise found
+    return found

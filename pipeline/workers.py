@@ -1,4 +1,6 @@
-"""A few processes that apply one function to one item after the other, and give the results back in order.
+"""A few processes that fetch and then decode one item after the other, and give the results back in order.
+
+In each, one thread fetches an item while another decodes the one before it, so that waiting for storage costs no time.
 
 They come from a fork server that has imported torch and the readers, and nothing else. Forking the training process itself would be
 lighter still, but it is full of threads by then (gloo, DeepSpeed, the progress display, CUDA), and a lock that one of them holds at that
@@ -31,6 +33,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
 Result = TypeVar("Result")
 
 _CLOSING_SECONDS = 5.0
@@ -50,13 +53,13 @@ def start_fork_server() -> None:
 
 
 class WorkerPool(Generic[Item, Result]):
-    """`workers` processes that apply `function`, which must be picklable, to items. Tensors come back through shared memory.
+    """`workers` processes that apply `fetch`, then `decode`, both picklable, to items. Tensors come back through shared memory.
 
     A result that takes longer than `timeout` seconds, or a worker that dies, is a RuntimeError in `get`. `close()` ends all workers, also
     those that are stuck; so does the end of the pool or of this process.
     """
 
-    def __init__(self, function: Callable[[Item], Result], *, workers: int, timeout: float) -> None:
+    def __init__(self, fetch: Callable[[Item], Fetched], decode: Callable[[Fetched], Result], *, workers: int, timeout: float) -> None:
         start_fork_server()
         context = multiprocessing.get_context("forkserver")
         self._timeout = timeout
@@ -64,7 +67,7 @@ class WorkerPool(Generic[Item, Result]):
         self._workers: list[_Worker] = []
         for number in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, function), name=f"reader-{number}", daemon=True)
+            process = context.Process(target=_serve, args=(theirs, fetch, decode), name=f"reader-{number}", daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process=process, pipe=ours))
@@ -83,7 +86,7 @@ class WorkerPool(Generic[Item, Result]):
         self._order.append(worker)
 
     def get(self) -> Result:
-        """The result of the oldest item that has none yet; an exception of the function is raised as a RuntimeError that quotes it."""
+        """The result of the oldest item that has none yet; an exception in the worker is raised as a RuntimeError that quotes it."""
         worker = self._order.popleft()
         if not worker.pipe.poll(self._timeout):
             raise RuntimeError(
@@ -118,19 +121,19 @@ def _death(worker: _Worker) -> str:
     return f"{worker.process.name} (pid {worker.process.pid}) died, {how}; after signal 9 memory may be short, try fewer loader.workers"
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any]) -> None:
+def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
     """The life of a worker, until its pipe closes. A thread empties the pipe, so that neither side waits for the other."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all of a job; the training process obeys
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    fetched: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=1)
     threading.Thread(target=_take_off, args=(pipe, items), daemon=True).start()
+    threading.Thread(target=_fetch_ahead, args=(fetch, items, fetched), daemon=True).start()
     while True:
-        item = items.get()
-        try:
-            answer = (True, function(item))
-        except Exception:
-            answer = (False, traceback.format_exc())
+        answer = fetched.get()
+        if answer[0]:
+            answer = _attempt(decode, answer[1])
         try:
             pipe.send(answer)
         except OSError:
@@ -143,3 +146,16 @@ def _take_off(pipe: Connection, items: queue.SimpleQueue[Any]) -> None:
             items.put(pipe.recv())
     except (EOFError, OSError):
         os._exit(0)  # the training process has closed the pipe, or is dead
+
+
+def _fetch_ahead(fetch: Callable[[Any], Any], items: queue.SimpleQueue[Any], fetched: queue.Queue[tuple[bool, Any]]) -> None:
+    while True:
+        fetched.put(_attempt(fetch, items.get()))
+
+
+def _attempt(function: Callable[[Any], Any], argument: Any) -> tuple[bool, Any]:
+    """Whether it succeeded, and its result or what went wrong."""
+    try:
+        return True, function(argument)
+    except Exception:
+        return False, traceback.format_exc()

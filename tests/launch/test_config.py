@@ -32,7 +32,7 @@ def test_what_follows_from_the_codec_is_filled_in(good: Path) -> None:
     config = load_config(good)
     assert (config.plan.stride, config.network.params.in_channels) == (2, 3)
     assert config.train.lr == 1e-4
-    assert [source.path for source in config.corpus] == [Path("corpus")]
+    assert [source.path for source in config.corpus] == ["corpus"]
 
 
 def test_overrides_win_over_the_file(good: Path) -> None:

@@ -17,8 +17,9 @@ from PIL import Image
 
 from pipeline.foreign import ForeignShard, index_tar
 from pipeline.index import Corpus
-from pipeline.reading import PackReader
+from pipeline.reading import PackReader, decode_caption
 from pipeline.steps import Member
+from pipeline.storage import ShardReader
 from pipeline.tar import BlockReader
 from tests.pipeline.test_tar import FORMATS, write
 
@@ -166,9 +167,10 @@ def test_captions_are_read_from_where_they_are(tmp_path: Path) -> None:
     files = three_samples() | {"f": {"jpg": jpeg(), "txt": b"one", "json": b'{"text": "two", "captions": ["one", " three "]}'}}
     path = tmp_path / "t.tar"
     path.write_bytes(write([(f"{k}.{e}", d) for k, fs in files.items() for e, d in fs.items()], format=tarfile.USTAR_FORMAT))
-    read = PackReader(seed=0, stride=1, channels=3, factor=1)
+    reader = PackReader(seed=0, stride=1, channels=3, factor=1, shards=ShardReader())
     for row in rows(index(path.read_bytes())):
         members = {m: Member(*(-1 if row[f"{m}_{w}"] is None else row[f"{m}_{w}"] for w in ("offset", "length"))) for m in ("text", "json")}
         for number in range(max(1, len(row["captions"]))):
-            sample: Any = SimpleNamespace(tar=str(path), caption=number, **members)
-            assert read._caption(sample) == (row["captions"] or [""])[number]
+            sample: Any = SimpleNamespace(tar=str(path), caption=number, image=Member(0, 0), **members)
+            fetched = reader.fetch([sample])
+            assert decode_caption(sample, fetched.texts[0], fetched.records[0]) == (row["captions"] or [""])[number]

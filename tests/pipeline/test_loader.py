@@ -29,7 +29,7 @@ CHANNELS, FACTOR, STRIDE = 4, 2, 8
 def make_loader(corpus: Corpus, *, packs: int = 4, workers: int = 0, dropout: float = 0.2, **changes: Any) -> Loader:
     plan = PlanConfig(stride=STRIDE, max_tokens=36, tokens_per_pack=144, packs_per_step=packs)
     planner = Planner(
-        [Corpus.open(corpus.path)], plan=plan, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1, caption_dropout=dropout
+        [Corpus.open(corpus.folder)], plan=plan, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1, caption_dropout=dropout
     )
     return Loader(planner, seed=5, channels=CHANNELS, factor=FACTOR, workers=workers, **changes)
 
@@ -191,11 +191,46 @@ def test_too_many_damaged_pictures_stop_the_run(corpus: Corpus, damage: Callable
         list(islice(make_loader(corpus, max_bad_fraction=0), 20))
 
 
-def test_a_shard_that_is_lost_on_the_way(corpus: Corpus) -> None:
-    loader = make_loader(corpus, max_bad_fraction=0.3)
-    Path(corpus.shards[0].path).unlink()
-    with pytest.raises(RuntimeError, match="could not be read"):
+def lose(tar: Path) -> str:
+    tar.unlink()
+    return "is missing"
+
+
+def cut(tar: Path) -> str:
+    os.truncate(tar, tar.stat().st_size - 1024)
+    return r"has \d+ bytes, the manifest says \d+"
+
+
+def change(tar: Path) -> str:
+    with tar.open("r+b") as stream:
+        stream.write(b"other")  # in a header: no sample notices
+    return "does not match its digest"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("ruin", [lose, cut, change])
+def test_a_bad_shard_is_an_error_or_skipped_and_counted(
+    corpus: Corpus, ruin: Callable[[Path], str], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    """The rest of a plan from which a shard is skipped is read as if it were there, and resumes from the same states."""
+    whole = list(islice(make_loader(corpus), 6))
+    loader, skipping = (make_loader(corpus, workers=workers, verify=True, on_bad_shard=what) for what in ("error", "skip"))
+    tar = corpus.shards[0].path
+    problem = ruin(Path(tar))
+    with pytest.raises(RuntimeError, match=f"sample corpus/000000.* cannot be read: BadShard: {tar} {problem}"):
         list(islice(loader, 20))
+    with caplog.at_level(logging.WARNING):
+        steps = list(islice(skipping, 6))
+    skipping.close()
+    assert [(step.ids, step.state) for step in steps] == [(step.ids, step.state) for step in whole]
+    assert [message.count(tar) for message in caplog.messages] == [2]
+    lost = sum(id.startswith("corpus/000000") for step in steps for id in step.ids)
+    assert (skipping.samples_skipped, skipping.samples_failed) == (lost, 0)
+    for step, before in zip(steps, whole, strict=True):
+        for batch, same in zip(step.batches, before.batches, strict=True):
+            assert batch.weights.tolist() == [float(not id.startswith("corpus/000000")) for id in batch.ids]
+            kept = [i for i, weight in enumerate(batch.weights) if weight]
+            assert all(torch.equal(batch.images[i], same.images[i]) and batch.captions[i] == same.captions[i] for i in kept)
 
 
 def test_a_killed_worker_is_an_error_at_once(corpus: Corpus) -> None:

@@ -1,0 +1,202 @@
+"""The measurement of `tim bench data`: pictures from shards to arrays of their target sizes, beside other loaders on the same tars.
+
+Everybody has the same number of worker processes and takes turns; of each the fastest turn counts. Others decode with Pillow and resize
+with its bicubic window, which is cheaper than the Lanczos window that pictures are resized with here.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sysconfig
+import time
+import venv
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from dataprep.prepare import PrepareConfig, prepare
+from launch import peers
+from launch.console import Report
+from pipeline.images import load_image
+from pipeline.index import Corpus
+from pipeline.loader import Loader
+from pipeline.planner import PlanConfig, Planner
+from pipeline.steps import PlannedSample
+from pipeline.storage import Part, ShardReader
+
+STRIDE = 32  # pixels per token side, and per latent cell, as with the codec of the published text-to-image network
+CHANNELS = 32
+PIXELS_PER_STEP = 16 * 1024**2
+Data = dict[str, Any]
+
+
+def bench_data(
+    pictures: Path, *, work: Path, max_side: int, workers: int, seconds: float, repeats: int, install: bool, progress: Report
+) -> Data:
+    """Measure on the JPEGs of a folder, scaled down to `max_side`² pixels. In `work` are prepared shards and the others' environment.
+
+    Raises ValueError where there are no JPEGs.
+    """
+    corpus = _prepared(pictures, work=work)
+    plan = Planner(
+        [corpus],
+        plan=PlanConfig(
+            stride=STRIDE,
+            max_tokens=max_side**2 // STRIDE**2,
+            tokens_per_pack=max(PIXELS_PER_STEP // 8, 2 * max_side**2) // STRIDE**2,
+            packs_per_step=4,
+        ),
+        seed=0,
+        width=1152,
+        diffusion_share=0.5,
+        consistency_share=0.1,
+    )
+    python, missing = _environment(work / "peers", install=install)
+    runs: dict[str, Callable[[], float]] = {
+        "tim": lambda: _loader_rate(plan, workers=workers, seconds=seconds),
+        "bare decoder": lambda: _decoder_rate(plan, workers=workers, seconds=seconds),
+    }
+    for name in peers.LOADERS:
+        if name not in missing:
+            options = {
+                "tars": corpus.folder,
+                "work": work / pictures.name,
+                "max-pixels": max_side**2,
+                "workers": workers,
+                "seconds": seconds,
+            }
+            runs[name] = partial(_peer_rate, python, name, options)
+    best: dict[str, float] = defaultdict(float)
+    for turn in range(repeats):
+        for position, (name, run) in enumerate(runs.items()):
+            progress("measuring", turn * len(runs) + position, repeats * len(runs))
+            try:
+                best[name] = max(best[name], run())
+            except ChildProcessError as error:
+                missing[name] = str(error)
+    others = {name: found for name, found in best.items() if name in peers.LOADERS}
+    data: Data = {
+        "pictures": corpus.count,
+        "max_side": max_side,
+        "workers": workers,
+        "images_per_second": dict(best),
+        "share_of_bare_decoder": best["tim"] / best["bare decoder"],
+        "gigabytes_read_per_cpu_second": _reading_rate(corpus) / 1e9,
+    }
+    if others:
+        data["tim_over_best_other"] = best["tim"] / max(others.values())
+    return {**data, "not_measured": missing} if missing else data
+
+
+def _prepared(pictures: Path, *, work: Path) -> Corpus:
+    """The folder's JPEGs in four shards or so, with the bytes that they have wherever those are clean."""
+    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")) if pictures.is_dir() else []
+    if not files:
+        raise ValueError(f"{pictures}: no JPEGs: give a folder of pictures")
+    links, out = work / f"{pictures.name}-jpegs", work / f"{pictures.name}-corpus"
+    links.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        if not (links / file.name).exists():
+            (links / file.name).symlink_to(file.resolve())
+    config = {"captions": {"required": False}, "shards": {"max_samples": -(-len(files) // 4)}}
+    prepare([str(links)], out=out, config=PrepareConfig.model_validate(config))
+    return Corpus.open(out)
+
+
+def _loader_rate(planner: Planner, *, workers: int, seconds: float) -> float:
+    """Images per second of the whole way; the steps that were read before the clock ran are not counted."""
+    loader = Loader(planner, seed=0, channels=CHANNELS, factor=STRIDE, workers=workers, max_bad_fraction=0)
+    with closing(loader):
+        steps = iter(loader)
+        for _ in range(3):
+            next(steps)
+        images, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            images += next(steps).images
+        return images / (time.perf_counter() - start)
+
+
+def _decoder_rate(planner: Planner, *, workers: int, seconds: float) -> float:
+    """Images per second of as many processes that do nothing but decode and resize bytes that they hold."""
+    samples = [sample for pack in planner.next_step().packs for sample in pack.samples]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        rates = [pool.submit(decode_for, samples, seconds) for _ in range(workers)]
+        return sum(rate.result() for rate in rates)
+
+
+def decode_for(samples: Sequence[PlannedSample], seconds: float) -> float:
+    """Decode and resize samples for some seconds, in one thread: images per second."""
+    import torch
+
+    torch.set_num_threads(1)
+    reader = ShardReader()
+    held = [(sample, reader.read(sample.tar, offset=sample.image.offset, length=sample.image.length)) for sample in samples]
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        sample, data = held[images % len(held)]
+        load_image(data, resize=sample.resize, crop=(sample.height, sample.width))
+        images += 1
+    return images / (time.perf_counter() - start)
+
+
+def _reading_rate(corpus: Corpus) -> float:
+    """Bytes of pictures read in random order per second of one core, from the page cache."""
+    parts: list[Part] = []
+    for number, shard in enumerate(corpus.shards):
+        table = corpus.read(number, columns=("image_offset", "image_length")).to_pydict()
+        parts += [Part(shard.path, *place) for place in zip(table["image_offset"], table["image_length"], strict=True)]
+    size = sum(part.length for part in parts)
+    reader = ShardReader()
+    best = float("inf")
+    for _ in range(6):
+        start = time.process_time()
+        for i in range(0, len(parts), 64):
+            reader.read_parts(parts[i : i + 64])
+        best = min(best, time.process_time() - start)
+    reader.close()
+    return size / best
+
+
+def _environment(folder: Path, *, install: bool) -> tuple[Path, dict[str, str]]:
+    """The Python that has the others, and why some of them are not there.
+
+    It is made over this one, so that torch, NumPy and Pillow are the same for all unless another loader insists on other versions.
+    """
+    python = folder / "bin" / "python"
+    if install and not python.exists():
+        venv.create(folder, with_pip=True)
+        packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
+        (packages / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    if not python.exists():
+        return python, dict.fromkeys(peers.LOADERS, f"not installed in {folder}: --install does it")
+    missing = {}
+    for name in peers.LOADERS:
+        if install:
+            done = subprocess.run([python, "-m", "pip", "install", "--quiet", name], capture_output=True, text=True)
+            if done.returncode:
+                missing[name] = f"cannot be installed: {_last_line(done.stderr)}"
+    return python, missing
+
+
+def _peer_rate(python: Path, name: str, options: dict[str, Any]) -> float:
+    """Raises ChildProcessError, with its last line, if it fails."""
+    Path(options["work"]).mkdir(parents=True, exist_ok=True)
+    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    try:
+        done = subprocess.run([python, peers.__file__, name, *arguments], capture_output=True, text=True, timeout=600 + options["seconds"])
+    except subprocess.TimeoutExpired as error:
+        raise ChildProcessError(f"{name} was stuck") from error
+    try:
+        return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
+    except (IndexError, ValueError) as error:
+        raise ChildProcessError(_last_line(done.stderr) or f"exit code {done.returncode}") from error
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")

@@ -1,0 +1,180 @@
+"""Other loaders, as their documentation has them used, with Pillow decoding: one process that reads a corpus's tars and says how fast.
+
+`tim bench data` runs this file by the Python of an environment in which they are installed, so it imports nothing of this project. It
+prints one JSON object. What a loader needs beside the tars (its own format, an index) is made in a folder of its own, once, untimed.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+import argparse
+import glob
+import io
+import itertools
+import json
+import os
+import tarfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+BATCH = 16
+SHUFFLED = 100  # samples in a shuffle buffer
+EPOCH = 400  # images at least, for those that pause between epochs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=LOADERS)
+    parser.add_argument("--tars", required=True)
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--max-pixels", type=int, required=True)
+    parser.add_argument("--workers", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    options = parser.parse_args()
+    tars = sorted(glob.glob(os.path.join(options.tars, "*.tar")))
+    batches = LOADERS[options.name](tars, os.path.join(options.work, options.name), partial(shrunk, options.max_pixels), options.workers)
+    print(json.dumps({"images_per_second": rate(batches, seconds=options.seconds)}))
+
+
+def rate(batches: Iterable[list[Any]], *, seconds: float) -> float:
+    """Images per second, from the first 2 batches a worker on."""
+    steps = iter(batches)
+    for _ in range(4):
+        next(steps)
+    images, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        images += len(next(steps))
+    return images / (time.perf_counter() - start)
+
+
+def shrunk(max_pixels: int, image: Image.Image) -> np.ndarray:
+    """(h, w, 3) of at most so many pixels, by Pillow's bicubic antialiased window."""
+    scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
+
+
+def decoded(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+Shrink = Callable[[Image.Image], np.ndarray]
+
+
+def webdataset(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterable[list[Any]]:
+    import webdataset as wds
+
+    samples = wds.WebDataset(tars, shardshuffle=len(tars)).shuffle(SHUFFLED).decode("pil").to_tuple("jpg").map(partial(_first, shrink))
+    return wds.WebLoader(samples.repeat(), batch_size=BATCH, num_workers=workers, collate_fn=list)
+
+
+def streaming(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterable[list[Any]]:
+    from streaming import MDSWriter, StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+    from torch.utils.data import DataLoader
+
+    if not os.path.isdir(work):
+        with MDSWriter(out=work, columns={"image": "bytes"}, size_limit=16 << 20) as out:
+            for data in _pictures(tars):
+                out.write({"image": data})
+
+    class Pictures(StreamingDataset):
+        def __getitem__(self, at: Any) -> Any:
+            return shrink(decoded(super().__getitem__(at)["image"]))
+
+    clean_stale_shared_memory()
+    dataset = Pictures(local=work, shuffle=True, batch_size=BATCH)
+    return _endless(DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list, persistent_workers=True))
+
+
+def litdata(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterable[list[Any]]:
+    from litdata import StreamingDataLoader, StreamingDataset, optimize
+
+    if not os.path.isdir(work):
+        files = []
+        os.makedirs(work + "-files")
+        for number, data in enumerate(_pictures(tars)):
+            files.append(os.path.join(work + "-files", f"{number}.jpg"))
+            with open(files[-1], "wb") as stream:
+                stream.write(data)
+        optimize(fn=_read, inputs=files, output_dir=work, chunk_bytes="16MB", num_workers=1)
+
+    class Pictures(StreamingDataset):
+        def __getitem__(self, index: Any) -> Any:
+            return shrink(decoded(super().__getitem__(index)))
+
+    dataset = Pictures(work, shuffle=True)
+    return _endless(StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list, persistent_workers=True))
+
+
+def energon(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterable[list[Any]]:
+    from megatron.energon import ImageSample, SampleDecoder, TaskEncoder, WorkerConfig, get_loader, get_train_dataset
+    from megatron.energon.flavors.webdataset.prepare import WebdatasetPreparator
+
+    if not os.path.isdir(work):
+        os.makedirs(work)
+        for tar in tars:
+            os.symlink(os.path.abspath(tar), os.path.join(work, os.path.basename(tar)))
+        names = [os.path.basename(tar) for tar in tars]
+        WebdatasetPreparator.prepare_dataset(work, names, split_parts_ratio=[("train", 1.0)], workers=1)
+        with open(os.path.join(work, ".nv-meta", "dataset.yaml"), "w") as stream:
+            stream.write("sample_type:\n  __module__: megatron.energon\n  __class__: ImageSample\nfield_map:\n  image: jpg\n")
+
+    class Encoder(TaskEncoder):
+        decoder = SampleDecoder(image_decode="pilrgb")
+
+        def encode_sample(self, sample: ImageSample) -> Any:
+            sample.image = shrink(sample.image)
+            return sample
+
+        def batch(self, samples: list[Any]) -> Any:
+            return [sample.image for sample in samples]
+
+        def encode_batch(self, batch: Any) -> Any:
+            return batch
+
+    dataset = get_train_dataset(
+        work,
+        worker_config=WorkerConfig(rank=0, world_size=1, num_workers=workers),
+        batch_size=BATCH,
+        shuffle_buffer_size=SHUFFLED,
+        max_samples_per_sequence=SHUFFLED,
+        task_encoder=Encoder(),
+    )
+    return get_loader(dataset)
+
+
+LOADERS = {"webdataset": webdataset, "mosaicml-streaming": streaming, "litdata": litdata, "megatron-energon": energon}
+
+
+def _pictures(tars: list[str]) -> Iterator[bytes]:
+    """All pictures, over and over until they make an epoch."""
+    pictures = []
+    for path in tars:
+        with tarfile.open(path) as tar:
+            pictures += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
+    return itertools.islice(itertools.cycle(pictures), max(EPOCH, len(pictures)))
+
+
+def _endless(loader: Any) -> Iterator[list[Any]]:
+    while True:
+        yield from loader
+
+
+def _first(shrink: Shrink, sample: tuple[Image.Image]) -> np.ndarray:
+    return shrink(sample[0])
+
+
+def _read(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return stream.read()
+
+
+if __name__ == "__main__":
+    main()
