@@ -98,7 +98,7 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
     if file_digest(table_path) != check.entry["table_sha256"]:
         return [f"{table_path.name}: its digest is not the manifest's: the file was changed or damaged"]
     table = pq.read_table(table_path)
-    crashed = frozenset(table.filter(pc.equal(table["reason"], "crashed"))["image_offset"].to_pylist())
+    crashed = frozenset(table.filter(pc.call_function("equal", [table["reason"], "crashed"]))["image_offset"].to_pylist())
     found, size = read_foreign(name, crashed=crashed)
     if size != check.entry["bytes"] or not found.table.equals(table):
         said = next((row["detail"] for row in found.table.to_pylist() if row["path"] == name.rpartition("/")[2]), f"{size} bytes")

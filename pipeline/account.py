@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.index import Corpus
 from pipeline.resolution import LEFT_OUT_REASONS, SizeRule, target_sizes
@@ -16,7 +17,7 @@ _ASPECT_NAMES = ("< 1:3", "1:3", "1:2", "3:4", "1:1", "10:9", "4:3", "2:1", "> 3
 
 
 def take_account(corpora: Sequence[Corpus], *, rule: SizeRule) -> dict[str, Any]:
-    """Count over all samples, one shard in memory at a time.
+    """Count over all samples, one shard in memory at a time. Raises ValueError naming a sample that the features of its corpus lack.
 
     Returns `rows` (samples in the corpora) = `samples` (trained) + Σ `left_out` (by reason); `tokens_per_epoch`; and of those trained:
     `downscaled`, `cropped_pixels` (share of resized pixels that the crop cuts off), `tokens` (a histogram: "64" counts images of 64 to
@@ -28,11 +29,13 @@ def take_account(corpora: Sequence[Corpus], *, rule: SizeRule) -> dict[str, Any]
     tokens = downscaled = resized_pixels = target_pixels = 0
     for corpus in corpora:
         for shard in range(len(corpus.shards)):
-            table = corpus.read(shard, columns=("width", "height"))
+            table = corpus.read(shard, columns=("key", "width", "height", "captions") if corpus.features else ("width", "height"))
             heights, widths = table.column("height").to_numpy(), table.column("width").to_numpy()
             targets = target_sizes(heights, widths=widths, rule=rule)
             reasons += np.bincount(targets.left_out, minlength=len(reasons))
             kept = targets.left_out == 0
+            if corpus.features:
+                corpus.locate_features(shard, table=table.filter(pa.array(kept)), heights=targets.height[kept], widths=targets.width[kept])
             tokens += int(targets.tokens[kept].sum())
             downscaled += int((targets.resize_height[kept] < heights[kept]).sum())
             resized_pixels += int((targets.resize_height * targets.resize_width)[kept].sum())

@@ -23,6 +23,8 @@ class Fields:
 
 # Columns that state what preparation finds out by itself: a source's own values would only contradict it.
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
+_LEAST, _GREATEST = -(2**63), 2**63 - 1
+_CONSUMED = RECOMPUTED | {"text", "caption", "captions"}
 # Columns that our tables use in another sense: the source's are kept under `source_NAME`.
 TAKEN = {"source", "path", "reason", "detail", "near_duplicate_of", "phash", "label"} | {
     f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")
@@ -43,22 +45,28 @@ def read_fields(record: Mapping[str, Value]) -> Fields:
         label, label_name = _as_label(record.get(name)), name
         if label is not None:
             break
-    consumed = RECOMPUTED | {"text", "caption", "captions"} | ({label_name} if label is not None else set())
-    further = {name: _storable(value) for name, value in record.items() if name and name not in consumed}
-    extra = {f"source_{name}" if name in TAKEN else name: value for name, value in further.items()}
+    extra = {
+        f"source_{name}" if name in TAKEN else name: _storable(value)
+        for name, value in record.items()
+        if name and name not in _CONSUMED and (label is None or name != label_name)
+    }
     return Fields(captions=tuple(captions), label=label, extra=extra)
 
 
 def _storable(value: Value) -> Value:
     """Numbers that no table or JSON file can hold: not finite → missing, beyond 64 bits → text."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    if isinstance(value, int) and not _LEAST <= value <= _GREATEST:
         return str(value)
     return value
 
 
 def _as_label(value: Value) -> int | None:
+    if value is None:
+        return None
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         value = int(value[:20])
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:

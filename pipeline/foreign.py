@@ -32,6 +32,7 @@ SCHEMA = pa.schema(
 )
 _KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
 _CAPTIONS = {"caption", "captions", "text"}
+_NO_FIELDS = read_fields({})
 _MOST_COLUMNS = 256  # further columns that are taken from JSON files
 _MOST_OTHERS = 10  # other extensions that are named
 
@@ -158,8 +159,8 @@ def _table(samples: Mapping[str, _Sample], *, told: Mapping[str, int], sidecar: 
         record = {**(sample.record or {}), **(said[number] if said else {})}
         if sample.label is not None:
             record = {**record, "label": sample.label}
-        fields = read_fields(record)
-        captions, _ = clean_captions([sample.text, *fields.captions] if sample.text else fields.captions)
+        fields = read_fields(record) if record else _NO_FIELDS
+        captions, _ = clean_captions((sample.text, *fields.captions) if sample.text else fields.captions)
         problem = sample.problem or _lack(sample, has_condition=bool(captions) or fields.label is not None)
         height, width = sample.size or (None, None)
         places = [place for kind in ("image", "text", "cls", "json") for place in sample.places.get(kind, (None, None))]

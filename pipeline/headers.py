@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 from pipeline.images import MAX_DECODE_PIXELS, Rejection, check_size, exif_orientation, open_image, read_image, webp_size
@@ -18,6 +19,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where a PNG may keep an orientation
 _TAIL = 1 << 16  # bytes of a PNG that are searched for them from its end
 _LARGEST_FILE = 1 << 30
+_SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, of a frame, bits, height, width
 _MOST_SEGMENTS = 1000  # of a header: one with more is left to Pillow
 
 
@@ -55,13 +57,15 @@ def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | Non
     """Size as stored, whether no application segment could turn it, and where the pixels begin; None for what was not found."""
     size, is_plain, position = None, True, 2
     for _ in range(_MOST_SEGMENTS):
-        marker = head[position : position + 9] if position + 9 <= len(head) else peek(position, 9)
-        if len(marker) < 4 or marker[0] != 0xFF or not 0xC0 <= marker[1] <= 0xFE or 0xD0 <= marker[1] <= 0xD9:
+        if position + _SEGMENT.size <= len(head):
+            mark, kind, length, _, height, width = _SEGMENT.unpack_from(head, position)
+        else:
+            mark, kind, length, _, height, width = _SEGMENT.unpack(peek(position, _SEGMENT.size).ljust(_SEGMENT.size, b"\0"))
+        if mark != 0xFF or not 0xC0 <= kind <= 0xFE or 0xD0 <= kind <= 0xD9:
             break
-        kind = marker[1]
-        position += 2 + (marker[2] << 8 | marker[3])
-        if kind in (0xC0, 0xC1, 0xC2) and len(marker) == 9 and size is None:
-            size = (marker[5] << 8 | marker[6], marker[7] << 8 | marker[8])
+        position += 2 + length
+        if kind in (0xC0, 0xC1, 0xC2) and size is None:
+            size = (height, width)
         elif kind == 0xE1 or (0xC3 <= kind <= 0xCF and kind not in (0xC4, 0xCC)):
             is_plain = False
         elif kind == 0xDA:

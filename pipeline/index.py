@@ -119,11 +119,17 @@ class Corpus:
         if self.features is not None:
             self.features.check(of=[shard.digest for shard in self.shards], corpus=self.name, rules=rules, flips=flips)
 
-    def locate_features(self, shard: int, *, keys: Sequence[str], heights: Ints, widths: Ints, captions: Ints) -> Ints:
-        """Where the features of some of its samples lie (`Features.join`); only with features. Raises ValueError."""
+    def locate_features(self, shard: int, *, table: pa.Table, heights: Ints, widths: Ints) -> Ints:
+        """Where the features of samples of a shard lie, (n, 2): offset and length in the features' tar. Only with features.
+
+        `table` has the n samples' columns key and captions, `heights` and `widths` are (n,) in pixels. Raises ValueError (`Features.join`).
+        """
         assert self.features is not None
-        plain = [key.removeprefix(f"{shard:06d}/") for key in keys] if self._qualified else keys
-        return self.features.join(shard, keys=plain, heights=heights, widths=widths, captions=captions)
+        keys: list[str] = table.column("key").to_pylist()
+        if self._qualified:
+            keys = [key.removeprefix(f"{shard:06d}/") for key in keys]
+        captions = pc.fill_null(pc.call_function("list_value_length", [table.column("captions")]), 0).to_numpy()
+        return self.features.join(shard, keys=keys, heights=heights, widths=widths, captions=captions)
 
 
 def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:

@@ -149,11 +149,10 @@ class SampleStream:
             kept
         ]  # the None keeps NumPy from making an array of str
         members = np.stack([_integers(table, member) for member in _MEMBERS], axis=1)[kept]
-        captions = _lengths(table, "captions")[kept]
         if corpus.features is not None:  # they take the place of the image, and have the captions, too
             members = np.full_like(members, -1)
             sizes = {"heights": targets.height[kept], "widths": targets.width[kept]}
-            members[:, :2] = corpus.locate_features(self.places[place].shard, keys=keys.tolist(), **sizes, captions=captions)
+            members[:, :2] = corpus.locate_features(self.places[place].shard, table=table.take(pa.array(kept)), **sizes)
         nothing_drawn = np.zeros(len(kept), dtype=np.int64)
         return Columns(
             place=np.full(len(kept), place),
@@ -162,7 +161,7 @@ class SampleStream:
             key=keys,
             id_hash=hash_ids([f"{corpus.name}/{key}" for key in keys]),
             label=_integers(table, "label")[kept],
-            captions=np.maximum(captions, 1),
+            captions=np.maximum(_lengths(table, "captions"), 1)[kept],
             members=members,
             resize_height=targets.resize_height[kept],
             resize_width=targets.resize_width[kept],

@@ -6,12 +6,14 @@ rest of a tar unusable is a named problem, and nothing that a name or a number i
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
 _NOTHING = bytes(BLOCK)
+_FIELDS = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")
 _LARGEST_EXTENSION = 1 << 20  # bytes of a PAX or GNU header that only says more about the next one
@@ -74,14 +76,15 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
             cut = _text(header[:100]) if len(header) >= 100 else ""
             yield broken(tar, reason="truncated", detail=f"the tar is cut off at byte {file.size}", name=cut)
             return
+        name_field, size_field, sum_field, kind, magic, prefix = _FIELDS.unpack(header)
         try:
-            _check(header)
-            stated = _number(header[124:136])
+            _check(header, stated=_number(sum_field))
+            stated = _number(size_field)
         except ValueError:
             what = f"the header at byte {position} is damaged; what follows it is not read" if position else "not a tar"
             yield broken(tar, reason="bad-record", detail=what)
             return
-        kind, payload = header[156:157], position + BLOCK
+        payload = position + BLOCK
         if kind in b"xXgLK":
             if stated > _LARGEST_EXTENSION:
                 yield broken(tar, reason="bad-record", detail=f"the header at byte {position} says {stated} bytes about the next one")
@@ -102,7 +105,12 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
                 extension = file.at(payload, BLOCK)
                 payload += BLOCK
                 more = len(extension) == BLOCK and extension[504]
-        name, length = name or _name(header), length if length >= 0 else stated
+        if not name:
+            name = _text(name_field)
+            if prefix[0] and magic.startswith(b"ustar\0"):  # GNU keeps other things there
+                name = f"{_text(prefix)}/{name}"
+        if length < 0:
+            length = stated
         position = payload + (0 if kind in _WITHOUT_PAYLOAD else _padded(length))
         if kind not in b"5V" and not (kind == b"\0" and name.endswith("/")):  # directories and labels are no files
             key, extension_name = split_name(name)
@@ -127,7 +135,7 @@ def broken(tar: str, *, reason: str, detail: str, name: str = "") -> Member:
 
 
 def _problem(name: str, *, kind: bytes, sparse: bool, is_cut: bool, tar: str) -> tuple[str, str] | None:
-    if name.startswith("/") or "\\" in name or "\0" in name or (".." in name and ".." in name.split("/")):
+    if name.startswith("/") or "\\" in name or (".." in name and ".." in name.split("/")):
         return "bad-record", "the member's name leads out of the tar"
     if kind not in _FILES or sparse:
         return "bad-record", "the member is a link, a device or a sparse file"
@@ -136,13 +144,13 @@ def _problem(name: str, *, kind: bytes, sparse: bool, is_cut: bool, tar: str) ->
     return None
 
 
-def _check(header: bytes) -> None:
-    """Raises ValueError if the checksum is wrong: the sum of all bytes, its own field taken as spaces.
+def _check(header: bytes, *, stated: int) -> None:
+    """Raises ValueError if the checksum is another than stated: the sum of all bytes, its own field taken as spaces.
 
     Adler-32's lower half is such a sum (modulo 65521, plus 1), and a hundred times faster than Python's.
     """
     total = zlib.adler32(header[156:], zlib.adler32(header[:148])) & 0xFFFF
-    if (total - 1 + 8 * 32 - _number(header[148:156])) % _ADLER_MODULUS:
+    if (total - 1 + 8 * 32 - stated) % _ADLER_MODULUS:
         raise ValueError("checksum")
 
 
@@ -154,13 +162,6 @@ def _number(field: bytes) -> int:
     if number < 0:
         raise ValueError("negative")
     return number
-
-
-def _name(header: bytes) -> str:
-    name = _text(header[:100])
-    if header[345] and header[257:263] == b"ustar\0":  # GNU keeps other things there
-        return f"{_text(header[345:500])}/{name}"
-    return name
 
 
 def _text(field: bytes) -> str:

@@ -68,6 +68,13 @@ def test_sample(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["images_per_second"]) == {"packed", "padded", "buckets"}
 
 
+def test_index(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "index", "--samples", "20", "--rows", "50000", "--repeats", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["indexed_per_second"]) == 4
+    assert min(*found["indexed_per_second"].values(), found["50,000_rows"]["seconds_to_first_step"]) > 0
+
+
 def test_a_folder_without_pictures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "step", str(tmp_path)])

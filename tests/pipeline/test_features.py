@@ -167,6 +167,8 @@ def test_what_a_plan_needs_and_does_not_find_is_named(small: Corpus, encode: Cal
         rows[3][column] = value
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
         refused(said)
+        with pytest.raises(ValueError, match=said):
+            _ = planner(small, features=folder).account
     path.write_bytes(b"PAR1")
     refused("000001.parquet cannot be read")
 

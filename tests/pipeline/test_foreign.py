@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
-import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from webdataset.writer import TarWriter
 
 from pipeline.foreign import ForeignShard, index_tar
 from pipeline.index import Corpus
@@ -88,7 +88,7 @@ def test_members_may_come_in_any_order_and_format(files: list[tuple[str, bytes]]
 
 
 def test_what_webdataset_writes(tmp_path: Path) -> None:
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+    with TarWriter(str(tmp_path / "a.tar")) as writer:
         for key, files in three_samples().items():
             writer.write({"__key__": key, **files})
     data = (tmp_path / "a.tar").read_bytes()
