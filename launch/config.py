@@ -15,7 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 import configs
 from launch import configfile
 from launch.configfile import ConfigError, Impossible
-from pipeline.planner import PlanConfig
+from pipeline.plan import PlanConfig, Weight
+from pipeline.where import Where
 
 __all__ = ["Config", "ConfigError", "load_config", "recipe_names", "recipe_path"]
 
@@ -34,6 +35,27 @@ class CorpusConfig(Section):
     """What its samples' ids start with; default: the name in its manifest."""
     features: Annotated[Path, Field(strict=False)] | None = None
     """A folder of precomputed latents and text features of it, read in place of its pictures and captions."""
+    weight: Weight | None = None
+    """Its share of all images, relative to the weights of the other corpora; null: every image is seen equally often."""
+    repeats: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """How often it is gone through while a corpus with repeats 1 is gone through once."""
+    cap: int | None = Field(default=None, ge=1)
+    """At most so many of its images in each epoch of it, other ones every time."""
+    where: str | None = None
+    """Only images for whose row in the corpus's tables this is true: 'clip >= 0.28 and width*height > 5e5'."""
+    exclude: Annotated[Path, Field(strict=False)] | None = None
+    """A parquet file; images whose key is in its column `key` are left out."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CorpusConfig:
+        if self.weight is not None and self.repeats != 1:
+            raise Impossible("repeats", "weight and repeats both say how much of the corpus is seen: give one of them")
+        if self.where is not None:
+            try:
+                Where(self.where)
+            except ValueError as error:
+                raise Impossible("where", str(error)) from None
+        return self
 
 
 def _as_corpora(value: Any) -> Any:
@@ -47,6 +69,17 @@ class CodecConfig(Section):
     """How images become latents; `pixel` is the image itself. The others can be planned for, but not trained with yet."""
 
 
+class TagsConfig(Section):
+    """For captions that are lists of tags: they are put in another order every time."""
+
+    share: Share = 1.0
+    """Share of images whose tags are shuffled."""
+    separator: str = Field(default=", ", min_length=1)
+    """What stands between tags; blanks around it do not count."""
+    keep: int = Field(default=0, ge=0)
+    """So many tags stay in front."""
+
+
 class TextConfig(Section):
     kind: Literal["lookup"] = "lookup"
     """How captions become features; `lookup` is a frozen table of random embeddings: no download."""
@@ -54,6 +87,15 @@ class TextConfig(Section):
     """Longer captions are cut."""
     caption_dropout: Share = 0.1
     """Share of images trained with the empty caption, for guidance."""
+    caption_weights: tuple[Weight, ...] = (1.0,)
+    """Relative weights of an image's 1st, 2nd, … caption, of which one is drawn every time; further ones weigh as much as the last."""
+    shuffle_tags: TagsConfig | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> TextConfig:
+        if not any(self.caption_weights):
+            raise Impossible("caption_weights", "one caption at least must weigh something")
+        return self
 
 
 class NetworkParams(Section):
@@ -279,7 +321,7 @@ class LogConfig(Section):
 
 class Config(Section):
     corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(_as_corpora)] = ()
-    """A path, or a list of {path, name, features}."""
+    """A path, or a list of {path, name, features, weight, repeats, cap, where, exclude}."""
     run_dir: Path | None = None
     """Where the run writes; a run that is there already is resumed."""
     seed: int = Field(default=0, ge=0)

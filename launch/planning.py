@@ -13,6 +13,8 @@ from pipeline.features import Features
 from pipeline.index import Corpus
 from pipeline.planner import Planner
 from pipeline.shardcache import ShardCache
+from pipeline.source import Source
+from pipeline.tags import TagShuffle
 
 
 def make_planner(config: Config) -> Planner:
@@ -24,7 +26,18 @@ def make_planner(config: Config) -> Planner:
     if not config.corpus:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
     check_shards = config.loader.on_bad_shard == "error"
-    corpora = [Corpus.open(c.path, name=c.name, features=c.features, check_shards=check_shards) for c in config.corpus]
+    sources = [
+        Source(
+            Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
+            weight=entry.weight,
+            repeats=entry.repeats,
+            cap=entry.cap,
+            where=entry.where,
+            exclude=entry.exclude,
+        )
+        for entry in config.corpus
+    ]
+    corpora = [source.corpus for source in sources]
     _check_cache(config, corpora)
     for corpus in corpora:
         if corpus.features is not None:
@@ -33,13 +46,15 @@ def make_planner(config: Config) -> Planner:
         for corpus in corpora:
             _check_classes(corpus, classes=config.network.params.num_classes)
     return Planner(
-        corpora,
+        sources,
         plan=config.plan,
         seed=config.seed,
         width=config.network.params.hidden_size,
         diffusion_share=config.objective.diffusion_share,
         consistency_share=config.objective.consistency_share,
         caption_dropout=config.condition_dropout,
+        caption_weights=config.text.caption_weights,
+        shuffle_tags=TagShuffle(**tags.model_dump()) if (tags := config.text.shuffle_tags) else None,
     )
 
 

@@ -114,6 +114,10 @@ class Corpus:
             table = table.set_column(table.column_names.index("key"), "key", keys)
         return table.select(columns)
 
+    def tar(self, shard: int) -> str:
+        """Path or URL of what is read of a shard: its features, where the corpus has some."""
+        return self.features.shards[shard].tar if self.features else self.shards[shard].path
+
     def check_features(self, *, rules: Sequence[SizeRule], flips: bool) -> None:
         """Refuse a plan that the features are not for (`Features.check`). Raises ValueError."""
         if self.features is not None:
@@ -130,6 +134,15 @@ class Corpus:
             keys = [key.removeprefix(f"{shard:06d}/") for key in keys]
         captions = pc.fill_null(pc.call_function("list_value_length", [table.column("captions")]), 0).to_numpy()
         return self.features.join(shard, keys=keys, heights=heights, widths=widths, captions=captions)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the tables' columns, as the first shard has them. Raises ValueError if its table is missing or damaged."""
+        path = os.path.join(self.folder, self.shards[0].table)
+        try:
+            return pq.read_schema(io.BytesIO(read_file(path)) if is_remote(path) else path)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
 
 
 def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:

@@ -81,7 +81,7 @@ class Loader:
 
     Args:
         planner: belongs to the loader from now on.
-        seed: of times and noise.
+        seed: of times, noise and tags.
         rank, world_size: which packs of each step are read; every rank gets equally many.
         lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3), or once a step; which packs they get depends on it.
         channels, factor: latent channels, and pixels per latent cell, of the codec.
@@ -131,7 +131,7 @@ class Loader:
         shards = ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify)
         geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
         if self._features is None:
-            reader = PackReader(**geometry, shards=shards)
+            reader = PackReader(**geometry, shards=shards, shuffle_tags=planner.shuffle_tags)
         else:
             reader = FeatureReader(**geometry, shards=shards, empty=self._features.empty)
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
@@ -224,7 +224,7 @@ class Loader:
         if not os.path.isdir(_SHARED_MEMORY):
             return self._prefetch
         stride, cells = self._planner.stride, self._planner.stride // self._factor
-        packs = -(-self._planner.plan.packs_per_step // self._world_size)
+        packs = -(-self._planner.plan.most_packs // self._world_size)
         step_bytes = packs * self._planner.plan.tokens_per_pack * (3 * stride**2 + 4 * self._channels * cells**2)
         found = os.statvfs(_SHARED_MEMORY)
         free = found.f_bavail * found.f_frsize

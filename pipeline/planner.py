@@ -10,77 +10,49 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.account import take_account
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
 from pipeline.draws import Hashes
 from pipeline.index import Corpus
+from pipeline.mixture import Mixture, mixture_shares
 from pipeline.packing import NO_ROOM, assign, even_out, fill_holes
-from pipeline.resolution import SizeRule
+from pipeline.plan import PlanConfig
+from pipeline.source import Source
 from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
-from pipeline.stream import Position, SampleStream
+from pipeline.stream import DrawRule
+from pipeline.tags import TagShuffle
 
 __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step"]
 
-FORMAT = 1
+FORMAT = 2
 _PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
 _LOOK_AHEAD = 2  # samples a pack, those left over included, that are looked at to fill what room is left
-
-
-class PlanConfig(BaseModel):
-    """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
-
-    `window` shards are shuffled together; `gamma` weighs the quadratic part of the cost; `flip` is the share of mirrored images.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    stride: int | None = Field(default=None, ge=1)
-    max_tokens: int = Field(default=1024, ge=1)
-    max_pixels: int | None = Field(default=None, ge=1)
-    min_tokens: int = Field(default=1, ge=1)
-    max_aspect: float = Field(default=8.0, ge=1)
-    fit: Literal["crop", "squash"] = "crop"
-    tokens_per_pack: int = Field(default=4096, ge=1)
-    packs_per_step: int = Field(default=8, ge=1)
-    window: int = Field(default=8, ge=1)
-    gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    flip: float = Field(default=0.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _check(self) -> PlanConfig:
-        if self.max_tokens > self.tokens_per_pack:
-            raise ValueError(
-                f"plan.max_tokens {self.max_tokens} is more than plan.tokens_per_pack {self.tokens_per_pack}: the largest image must fit "
-                "into a pack, lower the one or raise the other"
-            )
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"plan.min_tokens {self.min_tokens} is more than plan.max_tokens {self.max_tokens}: no image could be trained")
-        return self
 
 
 class Planner:
     """The endless, seeded, resumable sequence of steps over one or more corpora.
 
     Args:
-        corpora: what to train on; several are mixed in proportion to their sizes.
+        corpora: what to train on; what a corpus has of further settings (weight, repeats, cap, where, exclude) stands in a `Source`.
         plan: the plan section, with its stride.
         seed: every draw of the plan follows from it.
         width: the network's width, for the cost of attention.
         diffusion_share, consistency_share: shares of images with r = t and with r = 0; the rest has r < t.
         caption_dropout: share of images whose caption or class is dropped.
+        caption_weights: relative weights of a sample's 1st, 2nd, … caption; further ones weigh as much as the last.
+        shuffle_tags: how captions are shuffled that are lists of tags.
 
     Raises ValueError for an impossible plan, in one line.
     """
 
     def __init__(
         self,
-        corpora: Sequence[Corpus],
+        corpora: Sequence[Corpus | Source],
         *,
         plan: PlanConfig,
         seed: int,
@@ -88,10 +60,14 @@ class Planner:
         diffusion_share: float,
         consistency_share: float,
         caption_dropout: float = 0.0,
+        caption_weights: Sequence[float] = (1.0,),
+        shuffle_tags: TagShuffle | None = None,
     ) -> None:
-        names = [corpus.name for corpus in corpora]
-        if not corpora or not sum(corpus.count for corpus in corpora):
-            raise ValueError("there is nothing to plan: " + ("no corpus is given" if not corpora else f"corpus {names[0]} has no samples"))
+        self.sources = tuple(corpus if isinstance(corpus, Source) else Source(corpus) for corpus in corpora)
+        self.corpora = tuple(source.corpus for source in self.sources)
+        names = [corpus.name for corpus in self.corpora]
+        if not any(corpus.count for corpus in self.corpora):
+            raise ValueError("there is nothing to plan: " + (f"corpus {names[0]} has no samples" if names else "no corpus is given"))
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two corpora are named '{twice}': give one of them another name, ids of samples begin with it")
@@ -101,47 +77,54 @@ class Planner:
             raise ValueError(
                 f"diffusion_share {diffusion_share} and consistency_share {consistency_share} must be at least 0 and at most 1 together"
             )
-        if len({corpus.features is None for corpus in corpora}) > 1:
-            without = next(corpus.name for corpus in corpora if corpus.features is None)
-            raise ValueError(f"corpus {without} has no features and another has: give them for all corpora or for none")
+        without_features = [corpus.name for corpus in self.corpora if corpus.features is None]
+        if 0 < len(without_features) < len(names):
+            raise ValueError(f"corpus {without_features[0]} has no features and another has: give them for all corpora or for none")
+        if shuffle_tags is not None and not without_features:
+            raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
-        self.corpora = tuple(corpora)
+        if not caption_weights or min(caption_weights) < 0 or max(caption_weights) == 0:
+            raise ValueError(f"caption_weights {list(caption_weights)} must be at least 0, and one of them above")
         self.plan = plan
         self.stride = plan.stride
         self.seed = seed
         self.width = width
-        self.rule = SizeRule(
-            stride=plan.stride,
-            max_tokens=plan.max_tokens,
-            max_pixels=plan.max_pixels,
-            min_tokens=plan.min_tokens,
-            max_aspect=plan.max_aspect,
-            fit=plan.fit,
-        )
-        for corpus in self.corpora:
-            corpus.check_features(rules=[self.rule], flips=plan.flip > 0)
+        self.shuffle_tags = shuffle_tags
         self._shares = (diffusion_share, consistency_share)
-        self._capacity = plan.packs_per_step * plan.tokens_per_pack
-        self._stream = SampleStream(
-            self.corpora, rule=self.rule, seed=seed, window=plan.window, caption_dropout=caption_dropout, flip=plan.flip
+        self._accounts: dict[int, dict[str, Any]] = {}
+        self._stages = {first: (plan.at(first), self._mixture_shares(first)) for first in (0, *(stage.step for stage in plan.schedule))}
+        self._now, shares = self._stages[0]
+        for corpus in self.corpora:
+            corpus.check_features(rules=[now.size_rule for now, _ in self._stages.values()], flips=plan.flip > 0)
+        self._mixture = Mixture(
+            self.sources,
+            shares=shares,
+            rule=self._now.size_rule,
+            draw_rule=DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip),
+            window=plan.window,
         )
         self._step = 0
         self._carried: Columns | None = None
         self._waited = np.zeros(0, dtype=np.int64)
         self._inputs: dict[str, Any] = {
-            "corpora": [[corpus.name, corpus.digest] for corpus in self.corpora],
+            "corpora": [source.identity for source in self.sources],
             "seed": seed,
             "width": width,
             "diffusion_share": diffusion_share,
             "consistency_share": consistency_share,
             "caption_dropout": caption_dropout,
-            **{f"plan.{key}": value for key, value in plan.model_dump().items()},
+            "caption_weights": list(caption_weights),
+            "shuffle_tags": None if shuffle_tags is None else asdict(shuffle_tags),
+            **{f"plan.{key}": value for key, value in plan.model_dump(mode="json").items()},
         }
         self.plan_hash = hashlib.sha256(json.dumps([FORMAT, self._inputs], sort_keys=True).encode()).hexdigest()
 
     def next_step(self) -> Step:
-        """Plan one step more. Raises ValueError if a table cannot be read, or if the size rule leaves every sample out."""
+        """Plan one step more. Raises ValueError if a table cannot be read, or if the plan leaves every sample of a corpus out."""
+        if self._step in self._stages and self._step:
+            self._enter(self._step)
+            self._carry(self._carried_places())
         samples, waited = self._core()
         assigned = self._balanced(samples, waited=waited)
         room = self._capacity - int(samples.tokens[assigned != NO_ROOM].sum())
@@ -157,15 +140,13 @@ class Planner:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the plan stands, before its next step: JSON-able, small, the same on every rank."""
-        at, carried = self._stream.position, self._carried
-        places = [] if carried is None else np.stack([carried.place, carried.row, carried.visit, self._waited], axis=1).tolist()
         return {
             "format": FORMAT,
             "plan_hash": self.plan_hash,
             "inputs": self._inputs,
             "step": self._step,
-            "stream": {"epoch": at.epoch, "window": at.window, "position": at.position},
-            "carried": places,
+            "sources": self._mixture.state_dict(),
+            "carried": self._carried_places().tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,16 +159,45 @@ class Planner:
             changes = ", ".join(f"{key} was {saved.get(key)!r} and is {self._inputs.get(key)!r}" for key in differing)
             raise ValueError(f"the saved state is of another plan: {changes}; go on with what was saved, or start a new run")
         self._step = state["step"]
-        self._stream.position = Position(**state["stream"])
-        places = np.asarray(state["carried"], dtype=np.int64).reshape(-1, 4)
-        shards, rows, visits, waited = places.T.tolist()
-        self._carried = self._stream.fetch(shards, rows=rows, visits=visits) if shards else None
-        self._waited = np.asarray(waited, dtype=np.int64)
+        self._enter(max(self._step - 1, 0))
+        self._mixture.load_state_dict(state["sources"])
+        self._carry(np.asarray(state["carried"], dtype=np.int64).reshape(-1, 4))
 
-    @cached_property
+    @property
     def account(self) -> dict[str, Any]:
-        """What the size rule makes of every sample (`pipeline.account`). Reads all sizes of the corpora once."""
-        return take_account(self.corpora, rule=self.rule)
+        """What the plan makes of every sample (`pipeline.account`), in its present stage. Reads all sizes of the corpora once."""
+        return self._account(self._now)
+
+    def _account(self, plan: PlanConfig) -> dict[str, Any]:
+        if plan.max_tokens not in self._accounts:
+            self._accounts[plan.max_tokens] = take_account(self.sources, rule=plan.size_rule)
+        return self._accounts[plan.max_tokens]
+
+    def _mixture_shares(self, step: int) -> tuple[int, ...]:
+        def samples() -> list[int]:
+            return [corpus["samples"] for corpus in self._account(self.plan.at(0))["corpora"]]
+
+        return mixture_shares(self.sources, scheduled=self.plan.weights_at(step), samples=samples)
+
+    def _enter(self, step: int) -> None:
+        """Plan as the schedule says for `step`."""
+        self._now, shares = self._stages[max(first for first in self._stages if first <= step)]
+        self._mixture.turn(shares=shares, rule=self._now.size_rule)
+
+    def _carried_places(self) -> Ints:
+        """(n, 4): shard, row, visit of what was left over, and how often."""
+        if self._carried is None:
+            return np.zeros((0, 4), dtype=np.int64)
+        return np.stack([self._carried.place, self._carried.row, self._carried.visit, self._waited], axis=1)
+
+    def _carry(self, places: Ints) -> None:
+        """Have samples left over, except those that the size rule of this stage leaves out."""
+        self._carried, found = self._mixture.find(places=places[:, 0], rows=places[:, 1], visits=places[:, 2])
+        self._waited = places[found, 3]
+
+    @property
+    def _capacity(self) -> int:
+        return self._now.packs_per_step * self._now.tokens_per_pack
 
     @property
     def _slack(self) -> float:
@@ -196,7 +206,7 @@ class Planner:
         Where one image can fill a good part of a pack, cost balance needs more freedom, and an unfilled token costs nothing under
         variable-length attention (measured: DESIGN's four size mixes keep 94 to 99 % of 64 ranks busy at 0.94, 1 to 6 % fewer at 0.985).
         """
-        return 0.02 if self.plan.max_tokens * 4 <= self.plan.tokens_per_pack else 0.06
+        return 0.02 if self._now.max_tokens * 4 <= self.plan.tokens_per_pack else 0.06
 
     def _core(self) -> tuple[Columns, Ints]:
         """What was left over, then the stream, until the packs are nearly full: samples, and how often each was left over."""
@@ -204,7 +214,7 @@ class Planner:
         parts = [] if self._carried is None else [self._carried]
         missing = wanted - sum(int(part.tokens.sum()) for part in parts)
         if missing > 0:
-            parts.append(self._stream.take(tokens=missing))
+            parts.append(self._mixture.take(tokens=missing))
         samples = Columns.join(parts)
         waited = np.zeros(len(samples), dtype=np.int64)
         waited[: len(self._waited)] = self._waited
@@ -228,11 +238,11 @@ class Planner:
     def _with_fillers(self, samples: Columns, *, assigned: Ints) -> tuple[Columns, Ints]:
         """Fill the room that is left with what was left over and with samples further down the stream: all samples, their packs."""
         placed = assigned != NO_ROOM
-        used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self.plan.packs_per_step)
-        missing = _LOOK_AHEAD * self.plan.packs_per_step * (int(samples.tokens.mean()) + 1) - int(samples.tokens[~placed].sum())
+        used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self._now.packs_per_step)
+        missing = _LOOK_AHEAD * self._now.packs_per_step * (int(samples.tokens.mean()) + 1) - int(samples.tokens[~placed].sum())
         packs = assigned.copy()
         if missing > 0:
-            ahead = self._stream.take(tokens=missing)
+            ahead = self._mixture.take(tokens=missing)
             samples = Columns.join([samples, ahead])
             packs = np.concatenate([packs, np.full(len(ahead), NO_ROOM)])
         unplaced = np.flatnonzero(packs == NO_ROOM)
@@ -242,7 +252,7 @@ class Planner:
     def _assign(self, samples: Columns, *, rows: Ints, urgency: Ints) -> Ints:
         tokens = samples.tokens[rows]
         costs = self._costs(tokens, kinds=self._kinds(samples.kind_draw[rows]))
-        return assign(tokens, costs=costs, urgency=urgency, packs=self.plan.packs_per_step, tokens_per_pack=self.plan.tokens_per_pack)
+        return assign(tokens, costs=costs, urgency=urgency, packs=self._now.packs_per_step, tokens_per_pack=self.plan.tokens_per_pack)
 
     def _kinds(self, kind_draws: Hashes) -> Ints:
         """In the order of their draws the first round(share · n) have r = t, the next r = 0, the rest r < t."""
@@ -265,9 +275,9 @@ class Planner:
             assigned,
             tokens=samples.tokens,
             costs=costs,
-            packs=self.plan.packs_per_step,
+            packs=self._now.packs_per_step,
             tokens_per_pack=self.plan.tokens_per_pack,
         )
-        table = StepTable(columns=samples, kinds=kinds, costs=costs, places=self._stream.places)
-        packs = table.split(assigned, packs=self.plan.packs_per_step)
+        table = StepTable(columns=samples, kinds=kinds, costs=costs, places=self._mixture.places)
+        packs = table.split(assigned, packs=self._now.packs_per_step)
         return Step(index=self._step, packs=packs, table=table, tokens_per_pack=self.plan.tokens_per_pack)

@@ -19,6 +19,7 @@ from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
 from pipeline.steps import Member, PlannedSample
 from pipeline.storage import BadShard, Part, ShardReader
+from pipeline.tags import TagShuffle
 
 
 class Failure(NamedTuple):
@@ -63,19 +64,23 @@ class PackReader:
     """Reads packs. Belongs to one process from its first read on; one thread may fetch a pack while another decodes one.
 
     Args:
-        seed: of times and noise.
+        seed: of times, noise and tags.
         stride: pixels per token side.
         channels: of a latent.
         factor: pixels per latent cell.
         shards: where bytes come from.
+        shuffle_tags: for captions that are lists of tags.
     """
 
-    def __init__(self, *, seed: int, stride: int, channels: int, factor: int, shards: ShardReader) -> None:
+    def __init__(
+        self, *, seed: int, stride: int, channels: int, factor: int, shards: ShardReader, shuffle_tags: TagShuffle | None = None
+    ) -> None:
         self._seed = seed
         self._stride = stride
         self._channels = channels
         self._factor = factor
         self._shards = shards
+        self._shuffle_tags = shuffle_tags
 
     def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
         """The bytes of a pack, from all its shards at once."""
@@ -97,7 +102,7 @@ class PackReader:
         filled = 0
         for position, (sample, data, text, record) in enumerate(zip(*fetched, strict=True)):
             try:
-                image, caption = _decode_image(sample, data), decode_caption(sample, text, record)
+                image, caption = _decode_image(sample, data), self._caption(sample, text, record)
             except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a shard cut off, a broken image or caption file
                 failures.append(Failure(position=position, reason=in_words(error), bad_shard=isinstance(error, BadShard)))
                 image, caption = np.zeros((self._stride, self._stride, 3), dtype=np.uint8), ""
@@ -114,6 +119,12 @@ class PackReader:
             uniforms=np.stack([time_draws(self._seed, sample) for sample in samples]),
             failures=failures,
         )
+
+    def _caption(self, sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
+        caption = decode_caption(sample, text, record)
+        if self._shuffle_tags is None or not caption:
+            return caption
+        return self._shuffle_tags.apply(caption, generator=generator(self._seed, "tags", sample.visit, sample.id))
 
     def _noise(self, sample: PlannedSample, *, size: tuple[int, int]) -> NDArray[np.float32]:
         return noise(self._seed, sample, shape=(self._channels, size[0] // self._factor, size[1] // self._factor)).reshape(-1)

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from pipeline.cost import Ints
 
 KEPT = ""
-LEFT_OUT_REASONS = (KEPT, "aspect", "too-small")  # position = code in `Targets.left_out`
+LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude")  # position = code in `Targets.left_out`
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Target:
 
 
 def target_sizes(heights: ArrayLike, *, widths: ArrayLike, rule: SizeRule) -> Targets:
-    """Apply the rule to n upright images of `heights` × `widths` pixels, (n,) each."""
+    """Apply the rule to n upright images of `heights` × `widths` pixels, (n,) each; below 1 means that nobody knows."""
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     area = np.maximum(height * width, 1).astype(np.float64)
     largest_area = float(rule.max_tokens * rule.stride**2)
@@ -75,6 +75,7 @@ def target_sizes(heights: ArrayLike, *, widths: ArrayLike, rule: SizeRule) -> Ta
     short, long = np.minimum(height, width), np.maximum(height, width)
     left_out = np.where(tokens < max(rule.min_tokens, 1), LEFT_OUT_REASONS.index("too-small"), 0)
     left_out = np.where(long > rule.max_aspect * short, LEFT_OUT_REASONS.index("aspect"), left_out)
+    left_out = np.where(short < 1, LEFT_OUT_REASONS.index("no-size"), left_out)
     return Targets(
         resize_height=resize_height,
         resize_width=resize_width,

@@ -185,6 +185,11 @@ class Pack:
         return [] if self.table is None else self.table.ids(self.rows)
 
     @property
+    def corpora(self) -> list[int]:
+        """Positions in the planner's list of sources."""
+        return [] if self.table is None else [self.table.places[place].corpus for place in self.table.columns.place[self.rows].tolist()]
+
+    @property
     def samples(self) -> tuple[PlannedSample, ...]:
         """Made anew by every call."""
         if self.table is None:

@@ -1,6 +1,7 @@
-"""The endless, seeded stream of samples: shards in random order, samples in random order within a window of shards, epoch after epoch.
+"""The endless, seeded stream of one corpus: shards in random order, samples in random order within a window of shards, epoch after epoch.
 
-Only the tables of one window are in memory. A position in the stream is (epoch, window, position), so that resuming reads one window.
+Only the tables of one window are in memory, or those of 16 shards. A position in the stream is (epoch, window, position), so that
+resuming reads one window.
 """
 
 from __future__ import annotations
@@ -11,156 +12,168 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from pipeline.cost import Ints
-from pipeline.draws import draws, hash_ids, uniforms
-from pipeline.index import Corpus
-from pipeline.resolution import SizeRule, target_sizes
+from pipeline.draws import draws, uniforms
+from pipeline.resolution import SizeRule
 from pipeline.shuffle import shard_order, window_order
-from pipeline.steps import Columns, Place
+from pipeline.source import Source, integers
+from pipeline.steps import Columns
 
 _MEMBERS = ("image_offset", "image_length", "text_offset", "text_length", "json_offset", "json_length")
-_COLUMNS = ("key", "width", "height", "label", "captions", *_MEMBERS)
+_SHARDS_KEPT = 16  # at least: a small corpus is read once
+_COLUMNS = ("key", "label", "captions", *_MEMBERS)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRule:
+    """How samples are drawn: from `seed`; the shares of those whose condition is dropped and of those that are mirrored; and the relative
+    weights of a sample's 1st, 2nd, … caption, of which the last holds for all further ones."""
+
+    seed: int
+    caption_dropout: float = 0.0
+    caption_weights: tuple[float, ...] = (1.0,)
+    flip: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the stream stands: `position` samples of window `window` of epoch `epoch` were taken."""
+    """Where a stream stands: after `position` rows of window `window` of epoch `epoch`, of which `taken` samples were taken so far."""
 
-    epoch: int
-    window: int
-    position: int
+    epoch: int = 0
+    window: int = 0
+    position: int = 0
+    taken: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """The samples of a window in their order, and how many tokens the first 1, 2, … of them have."""
+    """The samples of a window in their order, and the position of each among all its rows, those left out included."""
 
     epoch: int
     window: int
     samples: Columns
-    tokens_up_to: Ints
+    positions: Ints
 
 
 class SampleStream:
-    """Samples of several corpora as if they were one, each once per epoch.
+    """The samples of a source, each once per epoch, or `source.cap` of them. `window` shards are shuffled together.
 
-    `window` shards are shuffled together; `caption_dropout` and `flip` are shares of samples.
+    `first_place` is the number of its first shard among those of all sources.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], *, rule: SizeRule, seed: int, window: int, caption_dropout: float, flip: float) -> None:
-        self.places = [
-            Place(
-                corpus=number,
-                shard=shard,
-                name=corpus.name,
-                tar=corpus.features.shards[shard].tar if corpus.features else corpus.shards[shard].path,
-            )
-            for number, corpus in enumerate(corpora)
-            for shard in range(len(corpus.shards))
-        ]
-        self.position = Position(epoch=0, window=0, position=0)
-        self._corpora = tuple(corpora)
+    def __init__(self, source: Source, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int) -> None:
+        self.position = Position()
+        self._source = source
         self._rule = rule
-        self._seed = seed
-        self._caption_dropout = caption_dropout
-        self._flip = flip
+        self._draw_rule = draw_rule
         self._shards_per_window = window
-        self._windows = -(-len(self.places) // window)
-        self._open_shards: dict[int, Columns] = {}
+        self._first_place = first_place
+        self._shards = len(source.corpus.shards)
+        self._windows = -(-self._shards // window)
+        self._open_shards: dict[int, tuple[Columns, int]] = {}
         self._open_window: _Window | None = None
 
-    def take(self, *, tokens: int) -> Columns:
-        """The next samples, as many as are needed to hold at least `tokens` tokens together.
+    def resize(self, rule: SizeRule) -> None:
+        """Go on under another size rule, from the same position."""
+        if rule != self._rule:
+            self._rule = rule
+            self._open_shards = {}
+            self._open_window = None
 
-        Raises ValueError if an epoch goes by in which the size rule leaves every sample out.
+    def take(self, count: int) -> tuple[Columns, Ints]:
+        """The next `count` samples, and where the stream stands after each of them: (count, 4), the fields of `Position`.
+
+        Raises ValueError if an epoch goes by in which every sample is left out.
         """
-        assert tokens > 0, tokens
+        assert count > 0, count
         parts: list[Columns] = []
+        positions: list[Ints] = []
         windows_without = 0
-        while tokens > 0:
-            window, start = self._window_at_position(), self.position.position
-            taken_before = int(window.tokens_up_to[start - 1]) if start else 0
-            end = min(int(np.searchsorted(window.tokens_up_to, taken_before + tokens)) + 1, len(window.samples))
-            if end > start:
-                windows_without = 0
-                parts.append(window.samples.take(slice(start, end)))
-                tokens -= int(window.tokens_up_to[end - 1]) - taken_before
-            else:
+        while count > 0:
+            window, at = self._window_at_position(), self.position
+            start = int(np.searchsorted(window.positions, at.position))
+            left = len(window.samples) - start
+            if self._source.cap is not None:
+                left = min(left, self._source.cap - at.taken)
+            if left <= 0:
                 windows_without += 1
-                if (
-                    windows_without > 2 * self._windows
-                ):  # the last of one epoch may have been its first window, the next of another its last
+                if windows_without > 2 * self._windows:  # the rest of this epoch, and all of the next
                     raise ValueError(
-                        "the plan leaves out every sample of the corpus: see `tim plan`, loosen plan.min_tokens or plan.max_aspect"
+                        f"the plan leaves out every sample of corpus {self._source.name}: see `tim plan`, loosen plan.min_tokens, "
+                        "plan.max_aspect or what its `where` and `exclude` ask for"
                     )
-            self._advance(end, of=len(window.samples))
-        return Columns.join(parts)
+                self._next_window()
+                continue
+            windows_without = 0
+            end = start + min(count, left)
+            after = np.empty((end - start, 4), dtype=np.int64)
+            after[:, 0], after[:, 1], after[:, 2] = at.epoch, at.window, window.positions[start:end] + 1
+            after[:, 3] = at.taken + 1 + np.arange(end - start)
+            parts.append(window.samples.take(slice(start, end)))
+            positions.append(after)
+            self.position = Position(*after[-1].tolist())
+            count -= end - start
+        return Columns.join(parts), np.concatenate(positions)
 
-    def fetch(self, places: Sequence[int], *, rows: Sequence[int], visits: Sequence[int]) -> Columns:
-        """Samples by shard and row: what a saved state carries. Raises ValueError if one of them is not there."""
-        found: dict[tuple[int, int], Columns] = {}
-        for place in sorted(set(places)):
-            if not 0 <= place < len(self.places):
-                raise ValueError(f"the saved plan carries a sample of shard {place}, there are {len(self.places)} shards")
-            samples = self._shard(place)
-            wanted = {row for other, row in zip(places, rows, strict=True) if other == place}
-            found |= {(place, int(row)): samples.take(slice(i, i + 1)) for i, row in enumerate(samples.row) if row in wanted}
-        try:
-            joined = Columns.join([found[key] for key in zip(places, rows, strict=True)])
-        except KeyError as error:
-            raise ValueError(f"the saved plan carries row {error.args[0][1]} of shard {error.args[0][0]}, which is not there") from error
-        return self._draw(joined, visits=np.asarray(visits, dtype=np.int64))
+    def find(self, shard: int, *, rows: Ints, visits: Ints) -> tuple[Columns, NDArray[np.bool_]]:
+        """Those of the samples at `rows` of a shard that the size rule keeps, and which those are: (n,)."""
+        samples, _ = self._shard(shard)
+        index = np.searchsorted(samples.row, rows)
+        found = np.append(samples.row, -1)[index] == rows
+        return self._draw(samples.take(index[found]), visits=visits[found]), found
 
-    def _advance(self, position: int, *, of: int) -> None:
+    def _next_window(self) -> None:
         at = self.position
-        if position < of:
-            self.position = Position(epoch=at.epoch, window=at.window, position=position)
-        elif at.window + 1 < self._windows:
-            self.position = Position(epoch=at.epoch, window=at.window + 1, position=0)
+        if at.window + 1 < self._windows and at.taken != self._source.cap:
+            self.position = Position(epoch=at.epoch, window=at.window + 1, position=0, taken=at.taken)
         else:
-            self.position = Position(epoch=at.epoch + 1, window=0, position=0)
+            self.position = Position(epoch=at.epoch + 1)
 
     def _window_at_position(self) -> _Window:
-        epoch, window = self.position.epoch, self.position.window
+        epoch, window, seed = self.position.epoch, self.position.window, self._draw_rule.seed
         if self._open_window is not None and (self._open_window.epoch, self._open_window.window) == (epoch, window):
             return self._open_window
         first = window * self._shards_per_window
-        positions = np.arange(first, min(first + self._shards_per_window, len(self.places)))
-        places = shard_order(positions, count=len(self.places), seed=self._seed, epoch=epoch).tolist()
-        self._open_shards = {place: self._open_shards[place] for place in places if place in self._open_shards}
-        for place in places:
-            self._open_shards[place] = self._shard(place)
-        samples = Columns.join([self._open_shards[place] for place in places])
-        samples = samples.take(window_order(count=len(samples), seed=self._seed, epoch=epoch, window=window))
-        samples = self._draw(samples, visits=np.full(len(samples), epoch))
-        self._open_window = _Window(epoch=epoch, window=window, samples=samples, tokens_up_to=np.cumsum(samples.tokens))
+        positions = np.arange(first, min(first + self._shards_per_window, self._shards))
+        shards = shard_order(positions, count=self._shards, seed=seed, epoch=epoch).tolist()
+        for shard in shards:
+            self._open_shards[shard] = self._open_shards.pop(shard, None) or self._shard(shard)
+        for shard in list(self._open_shards)[: -max(self._shards_per_window, _SHARDS_KEPT)]:
+            del self._open_shards[shard]
+        samples = Columns.join([self._open_shards[shard][0] for shard in shards])
+        rows = np.cumsum([0, *[self._open_shards[shard][1] for shard in shards]])
+        sample_of_row = np.full(rows[-1], -1)
+        sample_of_row[np.repeat(rows[:-1], [len(self._open_shards[shard][0]) for shard in shards]) + samples.row] = np.arange(len(samples))
+        in_order = sample_of_row[window_order(count=int(rows[-1]), seed=seed, epoch=epoch, window=window)]
+        positions = np.flatnonzero(in_order >= 0)
+        samples = self._draw(samples.take(in_order[positions]), visits=np.full(len(samples), epoch))
+        self._open_window = _Window(epoch=epoch, window=window, samples=samples, positions=positions)
         return self._open_window
 
-    def _shard(self, place: int) -> Columns:
-        """The kept samples of a shard in the order of the tar, not yet drawn for a visit."""
-        if place in self._open_shards:
-            return self._open_shards[place]
-        corpus = self._corpora[self.places[place].corpus]
-        table = corpus.read(self.places[place].shard, columns=_COLUMNS)
-        targets = target_sizes(_integers(table, "height"), widths=_integers(table, "width"), rule=self._rule)
+    def _shard(self, shard: int) -> tuple[Columns, int]:
+        """The samples of a shard that are kept, in the order of the tar and not yet drawn for a visit; and how many rows it has."""
+        if shard in self._open_shards:
+            return self._open_shards[shard]
+        table, targets = self._source.select(shard, rule=self._rule, columns=_COLUMNS)
         kept = np.flatnonzero(targets.left_out == 0)
         keys = np.array([*table.column("key").to_pylist(), None], dtype=object)[:-1][
             kept
         ]  # the None keeps NumPy from making an array of str
-        members = np.stack([_integers(table, member) for member in _MEMBERS], axis=1)[kept]
-        if corpus.features is not None:  # they take the place of the image, and have the captions, too
+        members = np.stack([integers(table, member) for member in _MEMBERS], axis=1)[kept]
+        if self._source.corpus.features is not None:  # they take the place of the image, and have the captions, too
             members = np.full_like(members, -1)
             sizes = {"heights": targets.height[kept], "widths": targets.width[kept]}
-            members[:, :2] = corpus.locate_features(self.places[place].shard, table=table.take(pa.array(kept)), **sizes)
+            members[:, :2] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), **sizes)
         nothing_drawn = np.zeros(len(kept), dtype=np.int64)
-        return Columns(
-            place=np.full(len(kept), place),
+        samples = Columns(
+            place=np.full(len(kept), self._first_place + shard),
             row=kept,
             visit=nothing_drawn,
             key=keys,
-            id_hash=hash_ids([f"{corpus.name}/{key}" for key in keys]),
-            label=_integers(table, "label")[kept],
+            id_hash=self._source.hashes(keys.tolist()),
+            label=integers(table, "label")[kept],
             captions=np.maximum(_lengths(table, "captions"), 1)[kept],
             members=members,
             resize_height=targets.resize_height[kept],
@@ -172,22 +185,27 @@ class SampleStream:
             caption=nothing_drawn,
             flip=nothing_drawn.astype(bool),
         )
+        return samples, table.num_rows
 
     def _draw(self, samples: Columns, *, visits: Ints) -> Columns:
-        seed, ids = self._seed, samples.id_hash
-        dropped = uniforms(seed, "caption-dropout", visits=visits, ids=ids) < self._caption_dropout
-        captions = (uniforms(seed, "caption", visits=visits, ids=ids) * samples.captions).astype(np.int64)
+        rule, seed, ids = self._draw_rule, self._draw_rule.seed, samples.id_hash
+        dropped = uniforms(seed, "caption-dropout", visits=visits, ids=ids) < rule.caption_dropout
+        captions = _choose(uniforms(seed, "caption", visits=visits, ids=ids), among=samples.captions, weights=rule.caption_weights)
         return replace(
             samples,
             visit=visits,
             kind_draw=draws(seed, "kind", visits=visits, ids=ids),
             caption=np.where(dropped, -1, captions),
-            flip=uniforms(seed, "flip", visits=visits, ids=ids) < self._flip,
+            flip=uniforms(seed, "flip", visits=visits, ids=ids) < rule.flip,
         )
 
 
-def _integers(table: pa.Table, column: str) -> Ints:
-    return pc.fill_null(table.column(column), -1).to_numpy().astype(np.int64)
+def _choose(uniform: NDArray[np.float64], *, among: Ints, weights: Sequence[float]) -> Ints:
+    """One of `among` things each, (n,), in proportion to their `weights`; the first one where all of them weigh nothing."""
+    most = int(among.max(initial=1))
+    up_to = np.cumsum([*weights[:most], *[weights[-1]] * (most - len(weights))])
+    chosen = np.searchsorted(up_to, uniform * up_to[among - 1], side="right")
+    return np.where(up_to[among - 1] > 0, np.minimum(chosen, among - 1), 0)
 
 
 def _lengths(table: pa.Table, column: str) -> Ints:

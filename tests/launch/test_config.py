@@ -54,7 +54,7 @@ def test_the_resolved_config_reads_back_as_the_same(good: Path, tmp_path: Path) 
 
 IN_THE_FILE = {
     "typo in a section": ("  stpes: 100", "7: train.stpes: unknown key; did you mean train.steps?"),
-    "key of another section": ("max_tokns: 5", "7: max_tokns: unknown key; did you mean plan.max_tokens or text.max_tokens?"),
+    "key of another section": ("max_tokns: 5", "7: max_tokns: unknown key; did you mean plan.max_tokens or plan.schedule.max_tokens or"),
     "no such section": ("xyzzy: 5", "7: xyzzy: unknown key; valid keys here: corpus, run_dir,"),
     "text for a number": ("  warmup: many", "7: train.warmup: input should be a valid integer, got 'many'"),
     "number for a text": ("condition: 7", "7: condition: input should be 'text' or 'class', got 7"),

@@ -43,7 +43,7 @@ def config(tmp_path: Path) -> Path:
 
 def encode(corpus: Corpus, folder: Path, config: Path, *, dtype: torch.dtype) -> None:
     encoder, codec = text.make("lookup", width=16), codecs.make("pixel")
-    rule = make_planner(load_config(config, overrides=[f"corpus={corpus.path}"])).rule
+    rule = make_planner(load_config(config, overrides=[f"corpus={corpus.path}"])).plan.size_rule
     facts = {"kind": "pixel", "factor": codec.factor, "channels": codec.channels}
     write_features(
         folder,

@@ -256,8 +256,8 @@ def test_a_state_of_another_plan_is_refused_and_says_what_differs(tmp_path: Path
         make_planner(corpus, seed=1, max_tokens=32).load_state_dict(state)
     with pytest.raises(ValueError, match="corpora was"):
         make_planner(random_corpus(tmp_path / "two", shards=1, samples=21)).load_state_dict(state)
-    with pytest.raises(ValueError, match="format 2"):
-        make_planner(corpus).load_state_dict({**state, "format": 2})
+    with pytest.raises(ValueError, match="format 3"):
+        make_planner(corpus).load_state_dict({**state, "format": 3})
 
 
 def test_impossible_plans(tmp_path: Path) -> None:

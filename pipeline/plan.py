@@ -1,0 +1,105 @@
+"""The `plan` section of a config: what a step holds, and the schedule by which that changes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.resolution import SizeRule
+
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Stage(BaseModel):
+    """From optimizer step `step` on (the first is step 0) what is named here holds; what is not stays as it was before.
+
+    `weights` are those of all corpora, by their names; 0 lets a corpus rest.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = Field(ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
+    packs_per_step: int | None = Field(default=None, ge=1)
+    weights: dict[str, Weight] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        if self.max_tokens is None and self.packs_per_step is None and self.weights is None:
+            raise ValueError(f"step {self.step} changes nothing: give max_tokens, packs_per_step or weights")
+        if self.weights is not None and not any(self.weights.values()):
+            raise ValueError("weights are all 0: one corpus at least must weigh something")
+        return self
+
+
+class PlanConfig(BaseModel):
+    """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
+
+    `window` shards are shuffled together; `gamma` weighs the quadratic part of the cost; `flip` is the share of mirrored images;
+    `schedule` says what changes at which step.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stride: int | None = Field(default=None, ge=1)
+    max_tokens: int = Field(default=1024, ge=1)
+    max_pixels: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=1, ge=1)
+    max_aspect: float = Field(default=8.0, ge=1)
+    fit: Literal["crop", "squash"] = "crop"
+    tokens_per_pack: int = Field(default=4096, ge=1)
+    packs_per_step: int = Field(default=8, ge=1)
+    window: int = Field(default=8, ge=1)
+    gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    flip: float = Field(default=0.0, ge=0, le=1)
+    schedule: tuple[Stage, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> PlanConfig:
+        limits = {"plan.max_tokens": self.max_tokens}
+        for number, (stage, before) in enumerate(zip(self.schedule, (None, *self.schedule), strict=False)):
+            if before is not None and stage.step <= before.step:
+                raise ValueError(f"plan.schedule: step {stage.step} comes after step {before.step}: give the stages in their order")
+            if stage.max_tokens is not None:
+                limits[f"plan.schedule.{number}.max_tokens"] = stage.max_tokens
+        for key, max_tokens in limits.items():
+            if max_tokens > self.tokens_per_pack:
+                raise ValueError(
+                    f"{key} {max_tokens} is more than plan.tokens_per_pack {self.tokens_per_pack}: the largest image must fit into a pack, "
+                    "lower the one or raise the other"
+                )
+            if self.min_tokens > max_tokens:
+                raise ValueError(f"plan.min_tokens {self.min_tokens} is more than {key} {max_tokens}: no image could be trained")
+        return self
+
+    def at(self, step: int) -> PlanConfig:
+        """The plan as it stands in an optimizer step."""
+        changed = {}
+        for stage in self.schedule:
+            if stage.step <= step:
+                changed |= stage.model_dump(include={"max_tokens", "packs_per_step"}, exclude_none=True)
+        return self.model_copy(update=changed)
+
+    def weights_at(self, step: int) -> dict[str, float] | None:
+        """The corpora's weights in an optimizer step by name, None before the schedule says any."""
+        said = [stage.weights for stage in self.schedule if stage.step <= step and stage.weights is not None]
+        return said[-1] if said else None
+
+    @property
+    def most_packs(self) -> int:
+        """The largest `packs_per_step` that the schedule says."""
+        return max([self.packs_per_step, *[stage.packs_per_step or 0 for stage in self.schedule]])
+
+    @property
+    def size_rule(self) -> SizeRule:
+        """The native-size rule. The stride must be known."""
+        assert self.stride is not None
+        return SizeRule(
+            stride=self.stride,
+            max_tokens=self.max_tokens,
+            max_pixels=self.max_pixels,
+            min_tokens=self.min_tokens,
+            max_aspect=self.max_aspect,
+            fit=self.fit,
+        )
