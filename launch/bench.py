@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.console import Report, session
-from launch.tables import describe_bench
+from launch.tables import describe_bench, describe_fit
 
 if TYPE_CHECKING:
     from launch.benchmarks import Data, Grid
@@ -69,6 +69,9 @@ def attention(
     width: Width = 384,
     batch: Batch = 16,
     repeats: Repeats = 3,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit the planner's cost model to this device instead: prints plan.gamma and plan.cost_factors.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -78,11 +81,16 @@ def attention(
     """
 
     def measure(grids: list[Grid], report: Report) -> Data:
+        if fit:
+            from launch.fit import fit_costs
+
+            return fit_costs(grids, max_tokens=max_tokens, width=width, batch=batch, repeats=repeats, progress=report)
         from launch.benchmarks import bench_attention
 
         return bench_attention(grids, width=width, batch=batch, repeats=repeats, progress=report)
 
-    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
+    describe = describe_fit if fit else describe_bench
+    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug, describe=describe)
 
 
 @bench.command()
@@ -169,8 +177,38 @@ def data(
         console.result(describe_bench(found), data=found)
 
 
+@bench.command()
+def plan(
+    pictures: Pictures = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to keep busy; must divide 128.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of 128 packs to plan of every mix of sizes.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the corpus that a plan is resumed over.")] = 1_000_000_000,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """How busy the planner keeps many ranks.
+
+    Simulated, for several mixes of picture sizes up to 16,384 tokens, beside next fit, best fit decreasing and padded buckets; and how
+    fast it plans and resumes. Pictures that are given are one of the mixes.
+
+    Example: tim bench plan photos --ranks 64
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.plan_benchmark import bench_plan
+
+        with console.progress() as report:
+            data = bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
+        console.result(describe_bench(data), data=data)
+
+
 def _run(
-    measure: Callable[[list[Grid], Report], Data], pictures: list[Path] | None, *, max_tokens: int, as_json: bool, debug: bool
+    measure: Callable[[list[Grid], Report], Data],
+    pictures: list[Path] | None,
+    *,
+    max_tokens: int,
+    as_json: bool,
+    debug: bool,
+    describe: Callable[[Data], str] = describe_bench,
 ) -> None:
     """Measure on the grids of some pictures, and print what came out."""
     with session(as_json=as_json, debug=debug) as console:
@@ -179,4 +217,4 @@ def _run(
         grids = grids_of(pictures or [], max_tokens=max_tokens)
         with console.progress() as report:
             data = measure(grids, report)
-        console.result(describe_bench(data), data=data)
+        console.result(describe(data), data=data)

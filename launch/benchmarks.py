@@ -41,7 +41,7 @@ def grids_of(pictures: Sequence[Path], *, max_tokens: int) -> list[Grid]:
 
     Raises ValueError where there are no pictures.
     """
-    sides = [size for path in pictures for size in _sizes(path)] if pictures else _made_up()
+    sides = [size for path in pictures for size in picture_sizes(path)] if pictures else _made_up()
     rule = SizeRule(stride=STRIDE, max_tokens=max_tokens)
     targets = target_sizes([height for height, _ in sides], widths=[width for _, width in sides], rule=rule)
     kept = np.flatnonzero(targets.left_out == 0)
@@ -53,7 +53,7 @@ def grids_of(pictures: Sequence[Path], *, max_tokens: int) -> list[Grid]:
 
 def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches: int, repeats: int, progress: Report) -> Data:
     """A training step of the objective without the optimizer's update, half of the images r < t."""
-    bench = _Bench(width=width, depth=depth)
+    bench = Bench(width=width, depth=depth)
     packs = [bench.inputs(grids[i : i + batch]) for i in range(0, min(len(grids), batch * batches), batch)]
     still = [(latents, text, {**rest, "kinds": torch.full_like(rest["kinds"], DIFFUSION)}) for latents, text, rest in packs]
     buckets = _buckets(grids, most=batch)
@@ -61,7 +61,7 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
     pieces = [bench.inputs(buckets[i]) for i in chosen]
     dense = DenseNetwork(bench.network)
     rate = bench.matmul_rate()
-    found = _fastest(
+    found = fastest(
         {
             "packed": lambda: bench.train(bench.network, packs),
             "padded": lambda: bench.train(dense, packs),
@@ -132,7 +132,7 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
     for name, run in variants.items():
         timed[f"{name} forward"] = lambda run=run: run()
         timed[f"{name} with backward"] = lambda run=run: run().sum().backward()
-    seconds = _fastest(timed, repeats=repeats, progress=progress)
+    seconds = fastest(timed, repeats=repeats, progress=progress)
     return {
         "device": _device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -146,7 +146,7 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
 
 def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps: int, repeats: int, progress: Report) -> Data:
     """Guided sampling of one pack; the dense variants run both halves of the guidance as one batch, too."""
-    bench = _Bench(width=width, depth=depth)
+    bench = Bench(width=width, depth=depth)
     transport = transports.make("ot_fm")
 
     def sampled(network: TransitionTransformer | DenseNetwork, some: list[Grid]) -> None:
@@ -158,7 +158,7 @@ def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps
     chosen, dense = grids[:batch], DenseNetwork(bench.network)
     buckets = _buckets(chosen, most=batch)
     with bench.precise():
-        seconds = _fastest(
+        seconds = fastest(
             {
                 "packed": lambda: sampled(bench.network, chosen),
                 "padded": lambda: sampled(dense, chosen),
@@ -172,7 +172,7 @@ def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps
     return {**bench.facts(), "images": len(chosen), "steps": steps, "images_per_second": speeds, **ratios}
 
 
-class _Bench:
+class Bench:
     """A network of random weights, and inputs for it."""
 
     def __init__(self, *, width: int, depth: int) -> None:
@@ -237,7 +237,7 @@ class _Bench:
         a, b = (
             torch.randn(side, side, device=self.device, dtype=torch.float32 if self.precision == "fp32" else torch.bfloat16) for _ in "ab"
         )
-        return 2 * side**3 / _fastest({"": lambda: a @ b}, repeats=5, progress=lambda *_: None)[""]
+        return 2 * side**3 / fastest({"": lambda: a @ b}, repeats=5, progress=lambda *_: None)[""]
 
     def facts(self) -> Data:
         """What was measured on what."""
@@ -250,7 +250,7 @@ class _Bench:
         return packed, t, t / 2
 
 
-def _fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress: Report) -> dict[str, float]:
+def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress: Report) -> dict[str, float]:
     """Seconds of each variant's fastest run; they take turns, after one run that does not count."""
     best: dict[str, float] = defaultdict(lambda: float("inf"))
     total = (repeats + 1) * len(variants)
@@ -292,7 +292,7 @@ def _padded(lengths: Lengths) -> Lengths:
     return Lengths([max(lengths.tokens)] * len(lengths.tokens), [max(lengths.text)] * len(lengths.text))
 
 
-def _sizes(path: Path) -> list[tuple[int, int]]:
+def picture_sizes(path: Path) -> list[tuple[int, int]]:
     """Heights and widths of a corpus's or a folder's pictures; files that are no pictures are passed over."""
     if (path / "manifest.json").is_file():
         corpus = Corpus.open(path)

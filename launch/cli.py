@@ -189,9 +189,24 @@ def recipes(
 
 @app.command()
 def plan(
-    config: ConfigArgument,
+    config: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a recipe's name, and values that replace its own."),
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Processes that share the packs of a step.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Steps to look ahead.")] = 100,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on where this checkpoint, or a run's newest, stands.")
+    ] = None,
+    sizes: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan over the columns width and height of a parquet file instead of a CONFIG.")
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="With --sizes: pixels per token side. Default: 32.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="With --sizes: tokens of an image at most. Default: 1024.")] = None,
+    tokens_per_pack: Annotated[int | None, typer.Option(min=1, help="With --sizes: tokens of a pack at most. Default: 4096.")] = None,
+    packs_per_step: Annotated[int | None, typer.Option(min=1, help="With --sizes: packs of a step, all ranks. Default: 8.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="With --sizes: width of the network. Default: 1152.")] = None,
+    gamma: Annotated[float | None, typer.Option(min=0, help="With --sizes: weight of attention in the cost. Default: 1.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -202,13 +217,30 @@ def plan(
     Example: tim plan photos corpus=corpus --ranks 8
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.config import load_config
-        from launch.planning import make_planner
+        from launch.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes
         from pipeline.summary import plan_summary
 
-        source, overrides = one_config(config)
-        planner = make_planner(load_config(source, overrides=overrides))
-        summary = plan_summary(planner, steps=steps, ranks=ranks)
+        options = {
+            "stride": stride,
+            "max_tokens": max_tokens,
+            "tokens_per_pack": tokens_per_pack,
+            "packs_per_step": packs_per_step,
+            "width": width,
+            "gamma": gamma,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if sizes is not None:
+            if config or checkpoint:
+                raise ValueError(f"--sizes {sizes}: stands for itself, leave out {'--from' if checkpoint else ' '.join(config or [])}")
+            planner = plan_from_sizes(sizes, **given)
+        elif given:
+            raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
+        elif checkpoint is not None:
+            planner = plan_from_checkpoint(checkpoint, arguments=config or [])
+        else:
+            planner = plan_from_config(config or [])
+        with console.progress() as report:
+            summary = plan_summary(planner, steps=steps, ranks=ranks, progress=report)
         console.result(describe_plan(summary), data=summary)
 
 

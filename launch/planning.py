@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-from launch.config import Config, ConfigError
+from launch.arguments import one_config, split_overrides
+from launch.config import Config, ConfigError, load_config
 from pipeline.features import Features
 from pipeline.index import Corpus
-from pipeline.planner import Planner
+from pipeline.planner import PlanConfig, Planner
 from pipeline.shardcache import ShardCache
+from pipeline.sizes import read_sizes
 from pipeline.source import Source
 from pipeline.tags import TagShuffle
 
@@ -62,6 +65,36 @@ def make_cache(config: Config) -> ShardCache | None:
     """Where remote shards are kept, if anywhere."""
     cache = config.loader.cache
     return None if cache is None else ShardCache(cache.dir, limit=cache.bytes)
+
+
+def plan_from_config(arguments: Sequence[str]) -> Planner:
+    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
+    source, overrides = one_config(arguments)
+    return make_planner(load_config(source, overrides=overrides))
+
+
+def plan_from_checkpoint(path: Path, *, arguments: Sequence[str]) -> Planner:
+    """The planner where a checkpoint left it; of a run, where its newest one did. Its config is the run's, unless `arguments` name one.
+
+    Raises ValueError if it is no checkpoint, or was left by another plan.
+    """
+    latest = path / "latest"
+    folder = path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
+    try:
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["data"]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: neither a checkpoint nor a run with one; give RUN/checkpoints/step-000500, or RUN") from error
+    if not split_overrides(arguments)[0]:
+        arguments = [str(folder.parents[1] / "config.yaml"), *arguments]
+    planner = plan_from_config(arguments)
+    planner.load_state_dict(state)
+    return planner
+
+
+def plan_from_sizes(file: Path, *, stride: int = 32, width: int = 1152, **plan: Any) -> Planner:
+    """Plan over a bare list of sizes, all of which cost what an image with r = t does. `plan` are keys of the plan section."""
+    settings = PlanConfig(stride=stride, cost_factors=(1, 1, 1), **plan)
+    return Planner([read_sizes(file)], plan=settings, seed=0, width=width, diffusion_share=1, consistency_share=0)
 
 
 def check_ready(config: Config) -> Path:

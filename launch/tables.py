@@ -33,8 +33,11 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
         "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
         + (f" ({summary['utilisation_lockstep']:.1%} if they wait in every pack: ZeRO-2 and 3)" if ranks > 1 else ""),
+        "cost": f"(n + {summary['gamma']:g} · n²/6·{summary['width']}) · "
+        + ", ".join(f"{factor:.3g} ({kind})" for kind, factor in summary["cost_factors"].items()),
         "images a step": f"{summary['samples_per_step']:.1f}",
-        "planned": f"{summary['samples']} images in {count(steps, 'step')}, {summary['epochs']:.2f} epochs",
+        "planned": f"{summary['samples']} images in {count(steps, 'step')} from step {summary['steps'][0]['index']}, "
+        f"{summary['epochs']:.2f} epochs",
         "samples": f"{account['samples']} of {account['rows']} in the corpus",
         "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in account["left_out"].items())]),
         "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
@@ -64,6 +67,19 @@ def describe_bench(data: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_fit(data: Mapping[str, Any]) -> str:
+    """What `tim bench attention --fit` found, as lines for a config."""
+    factors = ", ".join(f"{factor:.3f}" for factor in data["cost_factors"])
+    return "\n".join(
+        [
+            f"# {data['device']}, {data['precision']}, width {data['width']}: off by {data['largest_error']:.1%} at most",
+            "plan:",
+            f"  gamma: {data['gamma']:.3f}",
+            f"  cost_factors: [{factors}] # r = t, r = 0, r < t",
+        ]
+    )
+
+
 def histogram(counts: Mapping[str, int]) -> list[str]:
     """One line per bin: label, bar, count."""
     if not counts:
@@ -80,6 +96,8 @@ def count(number: int, noun: str) -> str:
 
 
 def _figure(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name.replace('_', ' ')} {_figure(item)}" for name, item in value.items())
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 

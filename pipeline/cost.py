@@ -6,6 +6,8 @@ says how much dearer or cheaper the quadratic part is on a device. Images with r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -13,10 +15,10 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t
-KIND_FACTORS = (1.0, 5 / 3, 5 / 3)
+KIND_FACTORS = (1.0, 5 / 3, 5 / 3)  # by operations; `tim bench attention --fit` times them
 
 
-def image_costs(tokens: ArrayLike, *, kinds: ArrayLike, gamma: float, width: int) -> Floats:
+def image_costs(tokens: ArrayLike, *, kinds: ArrayLike, gamma: float, width: int, factors: Sequence[float] = KIND_FACTORS) -> Floats:
     """(n + γ·n²/6W) · factor[kind] of each image; `tokens` and `kinds` are (n,), `width` is the network's W."""
     count = np.asarray(tokens, dtype=np.float64)
-    return (count + gamma * count**2 / (6 * width)) * np.asarray(KIND_FACTORS)[np.asarray(kinds, dtype=np.int64)]
+    return (count + gamma * count**2 / (6 * width)) * np.asarray(factors)[np.asarray(kinds, dtype=np.int64)]

@@ -6,8 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from pipeline.cost import KIND_FACTORS
 from pipeline.resolution import SizeRule
 
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -36,7 +38,8 @@ class Stage(BaseModel):
 class PlanConfig(BaseModel):
     """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
 
-    `window` shards are shuffled together; `gamma` weighs the quadratic part of the cost; `flip` is the share of mirrored images;
+    `window` shards are shuffled together; `gamma` weighs the quadratic part of an image's cost, `cost_factors` say what images with r = t,
+    r = 0 and r < t cost beside each other (`tim bench attention --fit` times both on a device); `flip` is the share of mirrored images;
     `schedule` says what changes at which step.
     """
 
@@ -52,6 +55,7 @@ class PlanConfig(BaseModel):
     packs_per_step: int = Field(default=8, ge=1)
     window: int = Field(default=8, ge=1)
     gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    cost_factors: tuple[Factor, Factor, Factor] = KIND_FACTORS
     flip: float = Field(default=0.0, ge=0, le=1)
     schedule: tuple[Stage, ...] = ()
 

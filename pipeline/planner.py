@@ -266,7 +266,7 @@ class Planner:
         return kinds
 
     def _costs(self, tokens: Ints, *, kinds: Ints) -> Floats:
-        return image_costs(tokens, kinds=kinds, gamma=self.plan.gamma, width=self.width)
+        return image_costs(tokens, kinds=kinds, gamma=self.plan.gamma, width=self.width, factors=self.plan.cost_factors)
 
     def _make_step(self, samples: Columns, *, assigned: Ints) -> Step:
         kinds = self._kinds(samples.kind_draw)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pipeline.dealing import deal, waited_for
-from pipeline.planner import Planner
+from pipeline.planner import Planner, Step
+
+Progress = Callable[[str, int, "int | None"], None]
 
 
-def plan_summary(planner: Planner, *, steps: int, ranks: int) -> dict[str, Any]:
+def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Plan `steps` steps ahead and say what they are like on `ranks` ranks. The planner is left where it was.
 
     `utilisation` is the share of device time used if ranks wait for each other once a step (ZeRO-1): Σ cost / (ranks · Σ over steps of the
@@ -24,8 +27,13 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int) -> dict[str, Any]:
         raise ValueError(f"steps: {steps} is not a number of steps to plan, give 1 or more")
     start = planner.state_dict()
     began = time.perf_counter()
-    planned = [planner.next_step() for _ in range(steps)]
-    waited = {mode: sum(waited_for(deal(step, ranks=ranks, lockstep=mode), lockstep=mode) for step in planned) for mode in (False, True)}
+    planned: list[Step] = []
+    waited = {False: 0.0, True: 0.0}
+    for done in range(steps):
+        planned.append(planner.next_step())
+        for lockstep in waited:
+            waited[lockstep] += waited_for(deal(planned[-1], ranks=ranks, lockstep=lockstep), lockstep=lockstep)
+        progress("planning", done + 1, steps)
     seconds = time.perf_counter() - began
     planner.load_state_dict(start)
     total = sum(step.cost for step in planned)
@@ -36,6 +44,9 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int) -> dict[str, Any]:
         "stride": planner.stride,
         "packs_per_step": planner.plan.packs_per_step,
         "tokens_per_pack": planner.plan.tokens_per_pack,
+        "width": planner.width,
+        "gamma": planner.plan.gamma,
+        "cost_factors": dict(zip(("diffusion", "consistency", "transition"), planner.plan.cost_factors, strict=True)),
         "added_packs": -planner.plan.packs_per_step % ranks,
         "fill": sum(step.fill for step in planned) / steps,
         "utilisation": total / (ranks * waited[False]),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from launch.baselines import DenseNetwork
 from launch.benchmarks import grids_of
 from launch.cli import main
+from launch.fit import fit_gamma
+from pipeline.planner import PlanConfig
 from tests.tim.tiny import tiny_network
 from tim import PackedText, PackedTokens
 
@@ -79,3 +83,37 @@ def test_a_folder_without_pictures_is_an_error(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "step", str(tmp_path)])
     assert "no pictures: give a corpus or a folder of pictures" in capsys.readouterr().err
+
+
+def test_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "plan", "--steps", "2", "--ranks", "16", "--rows", "40000", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for mix in ("web", "high-resolution", "two humps"):
+        planner, *others = (figures for figures in found[mix].values() if isinstance(figures, dict))
+        assert len(others) == 3
+        assert planner["fill"] > 0.93
+        for mode in ("utilisation", "utilisation_lockstep"):
+            assert planner[mode] > 0.95
+            assert planner[mode] > max(other[mode] for other in others)
+    assert found["resume"]["rows"] == 40_000
+    assert found["resume"]["images_of_a_rank"] > 0
+
+
+def test_the_fit_finds_what_the_times_follow() -> None:
+    lengths = np.array([64.0, 256, 1024, 4096])
+    for gamma in (0.0, 0.4, 3.0):
+        found, error = fit_gamma(lengths, per_token=1e-6 * (1 + gamma * lengths / (6 * 384)), width=384)
+        assert found == pytest.approx(gamma, abs=1e-9)
+        assert error < 1e-9
+    assert fit_gamma(lengths, per_token=1e-6 / (1 + lengths), width=384)[0] == 0  # longer is not cheaper: that was noise
+
+
+def test_fitting_the_cost_model_prints_lines_for_a_config(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "64", "--max-tokens", "256", "--batch", "2", "--repeats", "1"]
+    assert main(["bench", "attention", "--fit", *small]) == 0
+    plan = PlanConfig(**yaml.safe_load(capsys.readouterr().out)["plan"])
+    assert plan.gamma >= 0
+    assert plan.cost_factors[0] == 1 < sum(plan.cost_factors)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", "attention", "--fit", *SMALL])
+    assert "--max-tokens 16" in capsys.readouterr().err

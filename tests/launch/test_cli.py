@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -193,6 +195,61 @@ def test_plan_says_fill_and_what_is_left_out(corpus: Path, config: Path, tim: Ti
     data = tim("plan", config, f"corpus={corpus}", "--ranks", "2", "--steps", "3", "--json").data
     assert len(data["steps"]) == 3
     assert 0 < data["fill"] <= 1
+
+
+def test_plan_over_bare_sizes(tmp_path: Path, tim: Tim) -> None:
+    sides = np.random.default_rng(0).integers(100, 900, (2, 5000))
+    pq.write_table(pa.table({"width": sides[0], "height": sides[1]}), tmp_path / "sizes.parquet")
+    options = [
+        "--stride",
+        "32",
+        "--max-tokens",
+        "400",
+        "--tokens-per-pack",
+        "2048",
+        "--packs-per-step",
+        "16",
+        "--width",
+        "256",
+        "--gamma",
+        "2",
+    ]
+    done = tim("plan", "--sizes", tmp_path / "sizes.parquet", *options, "--ranks", "8", "--steps", "4", "--json")
+    assert done.code == 0
+    assert (done.data["stride"], done.data["tokens_per_pack"], done.data["packs_per_step"], done.data["gamma"]) == (32, 2048, 16, 2)
+    assert set(done.data["cost_factors"].values()) == {1}
+    assert {"fill", "utilisation", "utilisation_lockstep", "samples_per_second", "left_out"} <= set(done.data)
+    assert min(done.data["fill"], done.data["utilisation"], done.data["utilisation_lockstep"]) > 0.9
+    keys = [key for step in done.data["steps"] for key in step["keys"]]
+    assert len(set(keys)) == len(keys) > 4 * 16 * 8
+    assert "█" in tim("plan", "--sizes", tmp_path / "sizes.parquet", "--steps", "1").out
+
+    pq.write_table(pa.table({"width": [1, None]}), tmp_path / "no.parquet")
+    refused(tim("plan", "--sizes", tmp_path / "no.parquet"), "columns width and height")
+    refused(tim("plan", "--sizes", tmp_path / "sizes.parquet", "demo"), "leave out demo")
+    refused(tim("plan", "demo", "--stride", "32"), "--stride: goes with --sizes only")
+
+
+def test_plan_goes_on_where_a_checkpoint_stands(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
+    given = [config, f"corpus={corpus}"]
+    ahead = tim("plan", *given, "--steps", "5", "--json").data["steps"]
+    from launch.config import load_config, to_yaml
+    from launch.planning import plan_from_config
+
+    settings = load_config(config, overrides=[f"corpus={corpus}"])
+    planner = plan_from_config(list(map(str, given)))
+    for _ in range(3):
+        planner.next_step()
+    folder = tmp_path / "run" / "checkpoints" / "step-000003"
+    folder.mkdir(parents=True)
+    (folder / "trainer.json").write_text(json.dumps({"data": planner.state_dict()}))
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(settings))
+    (tmp_path / "run" / "latest").write_text("step-000003\n")
+    for arguments in (["--from", folder], ["--from", tmp_path / "run"], [*given, "--from", folder]):
+        assert tim("plan", *arguments, "--steps", "2", "--ranks", "2", "--json").data["steps"] == ahead[3:]
+    assert "from step 3" in tim("plan", "--from", folder, "--steps", "2").out
+    refused(tim("plan", "--from", folder, "plan.max_tokens=32"), r"plan\.max_tokens was 64 and is 32")
+    refused(tim("plan", "--from", tmp_path), "neither a checkpoint nor a run")
 
 
 def test_plan_and_train_refuse_what_is_wrong(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
