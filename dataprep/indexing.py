@@ -21,7 +21,6 @@ from glob import glob
 from itertools import pairwise
 from pathlib import Path
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,6 +30,7 @@ from dataprep.manifest import FORMAT, MANIFEST, Account, read_manifest
 from dataprep.shards import Shard, shard_name
 from dataprep.sources import expand_braces, is_pattern
 from pipeline.foreign import ForeignShard, index_tar, unreadable
+from pipeline.remote import is_remote, read_file, read_ranges, size_of
 from pipeline.tar import BlockReader
 
 __all__ = ["index"]
@@ -147,26 +147,28 @@ def read_foreign(
 @contextmanager
 def open_tar(tar: str) -> Iterator[BlockReader]:
     """A tar at a path or URL. Raises OSError."""
-    if "://" not in tar:
+    if not is_remote(tar):
         with open(tar, "rb", buffering=0) as stream:
             descriptor = stream.fileno()
             yield BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=os.fstat(descriptor).st_size)
         return
-    files, path = fsspec.url_to_fs(tar)
+    size = size_of(tar)
+    if size is None:
+        raise OSError("its server does not say how long it is")
 
     def read(offset: int, length: int) -> bytes:
-        try:
-            return files.cat_file(path, start=offset, end=offset + length)
-        except Exception as error:  # every file system has its own
-            raise OSError(f"{type(error).__name__}: {error}") from error
+        (found,) = read_ranges([(tar, offset, offset + length)])
+        if isinstance(found, OSError):
+            raise found
+        return found
 
-    yield BlockReader(read, size=files.size(path), block=_REMOTE_BLOCK)
+    yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
 
 
 def _find_tars(spec: str) -> list[str]:
     """All tars that a pattern names, those that are missing included: holes in a download are rows of the account. Raises ValueError."""
     names = expand_braces(spec)
-    if "://" not in spec:
+    if not is_remote(spec):
         paths = [os.path.abspath(os.path.expanduser(name)) for name in names]
         names = [found for path in paths for found in (sorted(glob(path)) if is_pattern(path) else [path])]
         if not any(map(os.path.exists, names)):
@@ -191,7 +193,7 @@ def finished(out: Path, *, number: int, tar: str) -> IndexedShard | None:
         shard = Shard(**said.pop("shard"))
         if said.pop("format") != FORMAT or (shard.name, shard.table) != (tar, table) or not shard.bytes:
             return None
-        lengths = (out / table).stat().st_size, shard.bytes if "://" in tar else os.stat(tar).st_size
+        lengths = (out / table).stat().st_size, shard.bytes if is_remote(tar) else os.stat(tar).st_size
         return IndexedShard(shard=shard, **said) if lengths == (shard.table_bytes, shard.bytes) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -214,14 +216,12 @@ def _sidecar(tar: str) -> pa.Table | None:
     """img2dataset's table beside a tar, if there is one that knows keys."""
     path = f"{tar.removesuffix('.tar')}.parquet"
     try:
-        if "://" in path:
-            files, place = fsspec.url_to_fs(path)
-            table = pq.ParquetFile(io.BytesIO(files.cat_file(place))).read(use_threads=False)
-        else:
-            table = pq.ParquetFile(path).read(use_threads=False)
+        source = io.BytesIO(read_file(path)) if is_remote(path) else path
+        table = pq.ParquetFile(source).read(use_threads=False)
     except (OSError, pa.ArrowException):  # none, or none that can be read: all that is needed is in the tar
         return None
-    return table if "key" in table.column_names and pa.types.is_string(table.schema.field("key").type) else None
+    is_sound = "key" in table.column_names and len({*table.column_names}) == table.num_columns
+    return table if is_sound and pa.types.is_string(table.schema.field("key").type) else None
 
 
 def _check_output(out: Path) -> None:

@@ -155,7 +155,9 @@ def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:
     path = name if is_foreign else os.path.join(folder, name)
     if check and not is_remote(path) and entry["count"]:  # what an index could not read has no samples
         _expect_size(path, size=entry["bytes"])
-    return Shard(path=path, count=entry["count"], bytes=entry["bytes"], sha256=entry["sha256"], table=table, digest=entry["table_sha256"])
+    return Shard(
+        path=path, count=entry["count"], bytes=entry["bytes"], sha256=entry["sha256"] or "", table=table, digest=entry["table_sha256"]
+    )
 
 
 def _read_manifest(folder: str) -> dict:

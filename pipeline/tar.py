@@ -17,6 +17,7 @@ _FIELDS = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")  # name, size, check
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")
 _LARGEST_EXTENSION = 1 << 20  # bytes of a PAX or GNU header that only says more about the next one
+_MOST_DIGITS = 20  # of a size
 _ADLER_MODULUS = 65521
 
 
@@ -70,7 +71,10 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
     sparse = False
     while True:
         header = file.at(position, BLOCK)
-        if header == _NOTHING or not header:
+        if header == _NOTHING or (position and not header):
+            return
+        if not header:
+            yield broken(tar, reason="bad-record", detail="not a tar: an empty file")
             return
         if len(header) < BLOCK:
             cut = _text(header[:100]) if len(header) >= 100 else ""
@@ -95,7 +99,8 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
             elif kind in b"xX" and (b"path=" in extension or b"size=" in extension or b"GNU.sparse" in extension):
                 said = _pax(extension)
                 name = said.get("path", name)
-                length = int(said["size"]) if said.get("size", "").isdecimal() else length
+                size = said.get("size", "")
+                length = int(size) if size.isdecimal() and len(size) <= _MOST_DIGITS else length
                 sparse = any(key.startswith("GNU.sparse") for key in said)
             position = payload + _padded(stated)
             continue
@@ -135,7 +140,7 @@ def broken(tar: str, *, reason: str, detail: str, name: str = "") -> Member:
 
 
 def _problem(name: str, *, kind: bytes, sparse: bool, is_cut: bool, tar: str) -> tuple[str, str] | None:
-    if name.startswith("/") or "\\" in name or (".." in name and ".." in name.split("/")):
+    if name.startswith("/") or "\\" in name or "\0" in name or (".." in name and ".." in name.split("/")):
         return "bad-record", "the member's name leads out of the tar"
     if kind not in _FILES or sparse:
         return "bad-record", "the member is a link, a device or a sparse file"

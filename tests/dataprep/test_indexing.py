@@ -138,6 +138,7 @@ def test_what_cannot_be_indexed(tmp_path: Path) -> None:
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "manifest.json").write_text('{"format": 1}')
     (tmp_path / "b.tgz").touch()
+    (tmp_path / "nothing.tar").touch()
     write_tar(tmp_path / "empty.tar", [])
     out = tmp_path / "C"
     for specs, where, said in (
@@ -151,8 +152,8 @@ def test_what_cannot_be_indexed(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=said):
             index(specs, out=where)
-    with pytest.raises(RuntimeError, match=r"no usable sample in 1 tar\(s\)"):
-        index([str(tmp_path / "empty.tar")], out=out)
+    with pytest.raises(RuntimeError, match=r"no usable sample in 2 tar\(s\) \(bad-record 1\)"):
+        index([str(tmp_path / "empty.tar"), str(tmp_path / "nothing.tar")], out=out)
     assert not out.exists()
 
 

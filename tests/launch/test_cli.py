@@ -152,6 +152,18 @@ def test_prepare_accounts_for_every_input_and_verify_is_clean(pictures: Path, tm
     assert (checked.data["clean"], checked.data["samples"]) == (True, 6)
 
 
+def test_an_index_of_a_corpuss_shards_is_planned_as_the_corpus(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
+    done = tim("index", corpus / "{000000..000001}.tar", "--out", tmp_path / "i", "--workers", "1", "--json")
+    assert (done.code, done.data["kept"], done.data["rejected"], done.data["shards"]) == (0, 6, {"missing": 1}, 2)
+    assert "000001.tar: missing: there is no such tar" in done.data["notes"][0]
+    assert "index 2/2" in done.err
+    plans = [
+        tim("plan", config, f"corpus={{path: {folder}, name: c}}", "--steps", "3", "--json").data for folder in (corpus, tmp_path / "i")
+    ]
+    assert plans[0]["steps"] == plans[1]["steps"]
+    refused(tim("index", corpus / "*.tar", "--out", corpus), "holds a corpus that `tim prepare` made")
+
+
 def test_verify_fails_with_code_1_on_a_damaged_corpus(pictures: Path, tmp_path: Path, tim: Tim) -> None:
     tim("prepare", pictures, "--out", tmp_path / "c")
     tar = bytearray((tmp_path / "c" / "000000.tar").read_bytes())

@@ -81,6 +81,25 @@ def test_a_member_beyond_eight_gigabytes_is_passed_over() -> None:
         assert member.problem == ("truncated", "t.tar is cut off in a.jpg")
 
 
+@pytest.mark.parametrize(
+    ("headers", "problem"),
+    [
+        ({"size": "9" * 5000}, False),
+        ({"size": "-1"}, False),
+        ({"path": "a\0b.jpg"}, True),
+        ({"path": "../b.jpg"}, True),
+        ({"size": "x"}, False),
+    ],
+)
+def test_what_pax_headers_say_is_checked(headers: dict[str, str], problem: bool) -> None:
+    info = tarfile.TarInfo("a.jpg")
+    info.size, info.pax_headers = 4, headers
+    data = info.tobuf(tarfile.PAX_FORMAT) + b"data".ljust(512, b"\0") + write([("b.jpg", b"x")], format=tarfile.USTAR_FORMAT)
+    one, other = read(data)
+    assert (one.length, bool(one.problem)) == (4, problem)
+    assert (other.name, other.problem) == ("b.jpg", None)
+
+
 def test_sparse_files_are_problems_and_what_follows_them_is_found(tmp_path: Path) -> None:
     with open(tmp_path / "holes.jpg", "wb") as file:
         for number in range(60):  # more holes than the first header has room for
