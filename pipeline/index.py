@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,7 @@ class Corpus:
             ) from error
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
-        missing = [column for column in columns if column not in table.column_names]
-        if missing:
-            raise ValueError(f"{path} has no column '{missing[0]}': make the corpus again with this version")
+        table = self._completed(table, columns=columns, path=path)
         keys = table.column("key")
         if keys.null_count:  # rejected inputs
             table = table.filter(keys.is_valid())
@@ -135,14 +134,31 @@ class Corpus:
         captions = pc.fill_null(pc.call_function("list_value_length", [table.column("captions")]), 0).to_numpy()
         return self.features.join(shard, keys=keys, heights=heights, widths=widths, captions=captions)
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
-        """Names and types of the tables' columns, as the first shard has them. Raises ValueError if its table is missing or damaged."""
-        path = os.path.join(self.folder, self.shards[0].table)
+        """Names and types of the tables' columns, as the first shard with samples has them. Raises ValueError if its table is damaged."""
+        path = os.path.join(self.folder, next((shard for shard in self.shards if shard.count), self.shards[0]).table)
         try:
             return pq.read_schema(io.BytesIO(read_file(path)) if is_remote(path) else path)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
+
+    def _completed(self, table: pa.Table, *, columns: Sequence[str], path: str) -> pa.Table:
+        """With the columns that other shards have and this one has not, as nulls: each tar of an index says what it likes."""
+        for name in columns:
+            if name not in table.column_names and name not in self.schema.names:
+                raise ValueError(f"{path} has no column '{name}': make the corpus again with this version")
+            kind = table.schema.field(name).type if name in table.column_names else None
+            wanted = self.schema.field(name).type if name in self.schema.names else kind
+            if kind is None:
+                table = table.append_column(name, pa.nulls(table.num_rows, wanted))
+            elif kind != wanted and _is_number(kind) != _is_number(wanted):
+                raise ValueError(f"{path}: column '{name}' is {kind}, and {wanted} in the corpus's first shard: leave it out of the config")
+        return table
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
 def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:

@@ -106,6 +106,17 @@ def test_shards_may_lie_where_the_manifest_says_in_full(corpus: Corpus, tmp_path
     assert opened.digest == corpus.digest
 
 
+def test_shards_of_an_index_need_not_agree_on_further_columns(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path, shards=[[], *[[Sample(20, 30, ("a",))]] * 3])
+    for shard, values in ((1, [0.5]), (3, ["high"])):
+        file = tmp_path / f"00000{shard}.parquet"
+        pq.write_table(pq.read_table(file).append_column("clip", pa.array(values)), file)
+    assert corpus.schema.field("clip").type == pa.float64()
+    assert [corpus.read(shard, columns=("clip",)).column("clip").to_pylist() for shard in range(3)] == [[], [0.5], [None]]
+    with pytest.raises(ValueError, match=r"000003\.parquet: column 'clip' is string, and double in the corpus's first shard"):
+        corpus.read(3, columns=("clip",))
+
+
 def test_keys_that_need_their_shards_number(corpus: Corpus) -> None:
     edit_manifest(corpus, qualified_keys=True)
     assert Corpus.open(corpus.path).read(1, columns=("width", "key")).column("key")[3].as_py() == "000001/0000010003"
