@@ -48,9 +48,26 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['added_packs']} more a step")
     if summary["smaller_than_a_step"]:
         lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
+    if len(summary["corpora"]) > 1:
+        lines += ["", "corpora", *_columns({corpus["name"]: _describe_corpus(corpus) for corpus in summary["corpora"]})]
+    if len(summary["schedule"]) > 1:
+        lines += ["", "schedule", *_columns({f"from step {stage['step']}": _describe_stage(stage) for stage in summary["schedule"]})]
     tokens = {f"{size} to {2 * int(size) - 1}": images for size, images in account["tokens"].items()}
     lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(account["aspects"])]
     return "\n".join(lines)
+
+
+def _describe_corpus(corpus: Mapping[str, Any]) -> str:
+    left_out = ", ".join(f"{reason} {number}" for reason, number in corpus["left_out"].items())
+    return (
+        f"{corpus['share']:.1%} of the images, {corpus['epochs']:.2f} epochs of {corpus['samples']} samples; "
+        f"left out: {left_out or 'none'} of {corpus['rows']}"
+    )
+
+
+def _describe_stage(stage: Mapping[str, Any]) -> str:
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in stage["shares"].items())
+    return f"{stage['max_tokens']} tokens an image at most, {count(stage['packs_per_step'], 'pack')} a step; {shares}"
 
 
 def describe_bench(data: Mapping[str, Any]) -> str:

@@ -164,6 +164,19 @@ class Planner:
         self._carry(np.asarray(state["carried"], dtype=np.int64).reshape(-1, 4))
 
     @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The schedule: from which step on which limits hold, and the corpora's shares of the images."""
+        return [
+            {
+                "step": first,
+                "max_tokens": plan.max_tokens,
+                "packs_per_step": plan.packs_per_step,
+                "shares": {corpus.name: share / sum(shares) for corpus, share in zip(self.corpora, shares, strict=True)},
+            }
+            for first, (plan, shares) in self._stages.items()
+        ]
+
+    @property
     def account(self) -> dict[str, Any]:
         """What the plan makes of every sample (`pipeline.account`), in its present stage. Reads all sizes of the corpora once."""
         return self._account(self._now)

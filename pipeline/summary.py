@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +19,9 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
     `utilisation` is the share of device time used if ranks wait for each other once a step (ZeRO-1): Σ cost / (ranks · Σ over steps of the
     dearest rank's cost); `utilisation_lockstep` if they wait in every pack (ZeRO-2 and 3). `fill` is the share of token room used,
     `added_packs` how many more packs each step has because `ranks` does not divide them, `smaller_than_a_step` says that steps repeat
-    the corpus. `samples_per_second` is of planning and dealing. The rest are totals, and per step its `keys` (of the corpus) and `ids` in
-    planned order.
+    the corpus. `corpora` says of each what is used and left out of it and what of it is planned, `schedule` what changes at which step.
+    `samples_per_second` is of planning and dealing. The rest are totals, and per step its `keys` (of the corpus) and `ids` in planned
+    order; `packs_per_step` is that of the first.
 
     Raises ValueError for impossible arguments.
     """
@@ -38,16 +40,18 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
     planner.load_state_dict(start)
     total = sum(step.cost for step in planned)
     images, account = sum(step.images for step in planned), planner.account
+    of_corpus = Counter(corpus for step in planned for pack in step.packs for corpus in pack.corpora)
+    packs_per_step = len(planned[0].packs)
     return {
         "plan_hash": planner.plan_hash,
         "ranks": ranks,
         "stride": planner.stride,
-        "packs_per_step": planner.plan.packs_per_step,
+        "packs_per_step": packs_per_step,
         "tokens_per_pack": planner.plan.tokens_per_pack,
         "width": planner.width,
         "gamma": planner.plan.gamma,
         "cost_factors": dict(zip(("diffusion", "consistency", "transition"), planner.plan.cost_factors, strict=True)),
-        "added_packs": -planner.plan.packs_per_step % ranks,
+        "added_packs": -packs_per_step % ranks,
         "fill": sum(step.fill for step in planned) / steps,
         "utilisation": total / (ranks * waited[False]),
         "utilisation_lockstep": total / (ranks * waited[True]),
@@ -59,9 +63,15 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
         "smaller_than_a_step": account["samples"] * steps < images,
         "account": account,
         "left_out": account["left_out"],
+        "corpora": [
+            {**corpus, "planned": of_corpus[number], "share": of_corpus[number] / images, "epochs": of_corpus[number] / corpus["samples"]}
+            for number, corpus in enumerate(account["corpora"])
+        ],
+        "schedule": planner.stages,
         "steps": [
             {
                 "index": step.index,
+                "packs": len(step.packs),
                 "images": step.images,
                 "tokens": step.tokens,
                 "fill": step.fill,

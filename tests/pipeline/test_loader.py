@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -20,7 +21,10 @@ from pipeline.cost import DIFFUSION
 from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Batch, LoadedStep, Loader
-from pipeline.planner import PlanConfig, Planner
+from pipeline.plan import PlanConfig, Stage
+from pipeline.planner import Planner
+from pipeline.source import Source
+from pipeline.tags import TagShuffle
 from tests.pipeline.conftest import Sample, write_corpus
 
 CHANNELS, FACTOR, STRIDE = 4, 2, 8
@@ -55,6 +59,8 @@ def by_sample(batches: list[Batch]) -> dict[tuple[str, float], tuple[Any, ...]]:
             int(batch.kinds[i]),
             batch.images[i].numpy().tobytes(),
             batch.noise[i].numpy().tobytes(),
+            batch.uniforms[i].numpy().tobytes(),
+            float(batch.weights[i]),
         )
         for batch in batches
         for i in range(len(batch.ids))
@@ -120,6 +126,64 @@ def test_worker_processes_give_what_this_process_gives(corpus: Corpus) -> None:
     assert_same(here, there)
     assert loader.state_dict() == here[-1].state
     loader.close()
+
+
+def test_workers_and_ranks_are_pure_functions_of_the_plan(corpus: Corpus, tmp_path: Path) -> None:
+    """With everything drawn that can be, from a mixture with a schedule: byte by byte the same, however many workers and ranks."""
+    tagged = [Sample(40, 24 + 8 * i, (f"first, a{i}, b, c, d", f"second, x, y{i}, z")) for i in range(9)]
+    write_corpus(tmp_path / "tagged", shards=[tagged[:4], tagged[4:]], name="tagged")
+    stages = (Stage(step=2, max_tokens=16, packs_per_step=8, weights={"corpus": 1, "tagged": 3}),)
+
+    def load(*, workers: int, ranks: int) -> list[list[LoadedStep]]:
+        shares = []
+        for rank in range(ranks):
+            planner = Planner(
+                [Source(corpus, weight=1.0, where="width > 20"), Source(Corpus.open(tmp_path / "tagged"), weight=1.0)],
+                plan=PlanConfig(stride=STRIDE, max_tokens=36, tokens_per_pack=72, packs_per_step=4, flip=0.5, schedule=stages),
+                seed=5,
+                width=32,
+                diffusion_share=0.5,
+                consistency_share=0.1,
+                caption_dropout=0.2,
+                caption_weights=(1, 2),
+                shuffle_tags=TagShuffle(keep=1),
+            )
+            loader = Loader(planner, seed=5, rank=rank, world_size=ranks, channels=CHANNELS, factor=FACTOR, workers=workers)
+            shares.append(list(islice(loader, 3)))
+            loader.close()
+        return shares
+
+    (alone,) = load(workers=0, ranks=1)
+    for workers, ranks in ((1, 1), (3, 1), (0, 2), (3, 2), (0, 4), (1, 4)):
+        shares = load(workers=workers, ranks=ranks)
+        if ranks == 1:
+            assert_same(alone, shares[0])
+        for step, *parts in zip(alone, *shares, strict=True):
+            assert {(part.ids, part.images, part.tokens, json.dumps(part.state)) for part in parts} == {
+                (step.ids, step.images, step.tokens, json.dumps(step.state))
+            }
+            together = by_sample([batch for part in parts for batch in part.batches])
+            assert together == by_sample(step.batches)
+            assert len(together) == step.images
+    captions = {caption for step in alone for batch in step.batches for caption in batch.captions if "," in caption}
+    assert {caption.split(",")[0] for caption in captions} == {"first", "second"}
+    assert any(not caption.startswith(("first, a", "second, x")) for caption in captions)
+
+
+def test_captions_are_drawn_by_their_weights(corpus: Corpus) -> None:
+    draws = {weights: drawn_captions(corpus, weights=weights) for weights in ((1.0,), (3.0, 1.0), (0.0, 0.0, 1.0))}
+    assert 0.28 < draws[1.0,].count(0) / len(draws[1.0,]) < 0.39
+    assert 0.53 < draws[3.0, 1.0].count(0) / len(draws[3.0, 1.0]) < 0.67  # 3 of 3 + 1 + 1
+    assert set(draws[0.0, 0.0, 1.0]) == {2}
+
+
+def drawn_captions(corpus: Corpus, *, weights: tuple[float, ...]) -> list[int]:
+    """Which of their captions samples get that have three."""
+    plan = PlanConfig(stride=STRIDE, max_tokens=36, tokens_per_pack=288, packs_per_step=8)
+    planner = Planner([corpus], plan=plan, seed=1, width=32, diffusion_share=0.5, consistency_share=0.1, caption_weights=weights)
+    samples = [sample for _ in range(12) for pack in planner.next_step().packs for sample in pack.samples]
+    assert {sample.caption for sample in samples if (sample.row + 14 * sample.shard) % 3 == 0} == {0}  # they have one
+    return [sample.caption for sample in samples if (sample.row + 14 * sample.shard) % 3 == 2]
 
 
 def test_resume_is_exact_whatever_was_read_ahead(corpus: Corpus) -> None:
