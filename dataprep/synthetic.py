@@ -34,7 +34,10 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
 }  # fmt: skip
 SUPERSAMPLING = 4
 LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
-STRAY = 0.1  # how far a figure strays from the middle, as a share of the room it has
+STRAY = 0.1  # how far a figure strays from the middle in either direction, as a share of the room it has
+SPECKLE = 4  # pixels a side of a speckled ground's squares
+PALENESS = 0.3  # of the pale ones: the share of grey in them
+GREY = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,26 @@ def draw(figure: Figure, *, height: int, width: int, centre: tuple[float, float]
     return canvas.resize((width, height), Image.Resampling.BOX)
 
 
-def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0) -> tuple[Image.Image, Figure]:
-    """Picture number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers."""
+def random_view(figure: Figure, *, height: int, width: int, rng: np.random.Generator, speckled: bool = False) -> Image.Image:
+    """The figure at a random size and place; speckled: half of the ground's squares, drawn one by one, are paler."""
+    radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
+    y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
+    image = draw(figure, height=height, width=width, centre=(y, x), radius=radius)
+    if not speckled:
+        return image
+    uncovered = 1 - _template(str(figure.shape), (height, width), centre=(y, x), half=(radius, radius))
+    pale = rng.integers(0, 2, (-(-height // SPECKLE), -(-width // SPECKLE))).repeat(SPECKLE, 0).repeat(SPECKLE, 1)[:height, :width]
+    share = (PALENESS * pale * uncovered)[..., None]
+    return Image.fromarray(np.rint(np.asarray(image) + share * (GREY - np.array(COLOURS[str(figure.ground)]))).astype(np.uint8))
+
+
+def random_picture(
+    seed: int, index: int, *, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0, speckled: bool = False
+) -> tuple[Image.Image, Figure]:
+    """Picture number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers.
+
+    The sides of speckled pictures are whole numbers of squares.
+    """
     rng = np.random.default_rng((seed, index))
     choices = figures()
     figure = choices[int(rng.integers(len(choices)))]
@@ -86,17 +107,26 @@ def random_picture(seed: int, index: int, *, min_side: int = 16, max_side: int =
     long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small pictures, which cost least, are the most frequent
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
-    radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
-    y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
-    return draw(figure, height=height, width=width, centre=(y, x), radius=radius), figure
+    if speckled:
+        height, width = (side // SPECKLE * SPECKLE for side in (height, width))
+    return random_view(figure, height=height, width=width, rng=rng, speckled=speckled), figure
 
 
-def write_corpus(folder: Path, *, count: int, seed: int = 0, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0) -> None:
+def write_corpus(
+    folder: Path,
+    *,
+    count: int,
+    seed: int = 0,
+    min_side: int = 16,
+    max_side: int = 64,
+    max_aspect: float = 3.0,
+    speckled: bool = False,
+) -> None:
     """Write `count` pictures as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        image, figure = random_picture(seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect)
+        image, figure = random_picture(seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect, speckled=speckled)
         name = f"{index:06d}.png"
         image.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": figure.caption}))
@@ -129,6 +159,27 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
         _close(pixels[nearest == colour], names[colour], max_distance),
         _close(pixels[nearest == ground], names[ground], max_distance),
     )
+
+
+def read_speckles(image: Image.Image, *, ground: str) -> float:
+    """How strong the speckles of a ground of this colour are: about 1 in speckled pictures of the corpus, 0 on a plain ground.
+
+    The deviation of the squares' paleness, as a share of what half pale and half full ones have, over the squares that no figure reaches.
+    Raises ValueError for a picture that is too small to have such squares.
+    """
+    pixels, colour = np.asarray(image.convert("RGB"), dtype=np.float64), np.array(COLOURS[ground], dtype=np.float64)
+    rows, columns = image.height // SPECKLE, image.width // SPECKLE
+    squares = pixels[: rows * SPECKLE, : columns * SPECKLE].reshape(rows, SPECKLE, columns, SPECKLE, 3).mean((1, 3))
+    paleness = (squares - colour) @ (GREY - colour) / ((GREY - colour) @ (GREY - colour))
+    radius, middle = min(0.4 * min(image.size), LARGEST_RADIUS), (image.height / 2, image.width / 2)
+    reach = [radius + STRAY * (half - radius - 1) + SPECKLE / 2 - 1 for half in middle]  # squares that it covers by a pixel count
+    away = [
+        np.abs((np.arange(count) + 0.5) * SPECKLE - half) >= far for count, half, far in zip((rows, columns), middle, reach, strict=True)
+    ]
+    free = away[0][:, None] | away[1]
+    if free.sum() < 2:
+        raise ValueError(f"a picture of {image.width}x{image.height} has no ground that its figure leaves free")
+    return float(paleness[free].std() / (PALENESS / 2))
 
 
 def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launch.benchmarks import Data, Grid
 
 bench = typer.Typer(
-    help="Measure speed, in one run against padding and against buckets of equal sizes.",
+    help="Measure: speed beside padding and buckets of equal sizes, and the objective beside flow matching.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -199,6 +199,25 @@ def plan(
         with console.progress() as report:
             data = bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
         console.result(describe_bench(data), data=data)
+
+
+@bench.command()
+def objective(
+    out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; a finished run is kept.")] = Path("objective"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps. Default: those of the recipe `demo`.")] = None,
+    pictures: Annotated[int, typer.Option(min=10, help="Pictures that are drawn of each, in each number of steps.")] = 200,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What the transition objective is worth: the same network, data and updates, trained by each of its forms and as plain flow matching.
+
+    Example: tim bench objective --out objective
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.proof import describe_proof, prove
+
+        data = prove(out, steps=steps, drawn=pictures, console=console)
+        console.result(describe_proof(data), data=data)
 
 
 def _run(

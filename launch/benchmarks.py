@@ -20,6 +20,7 @@ from torch import Tensor
 
 from launch.baselines import DenseNetwork, Padding, dense_attention
 from launch.console import Report
+from launch.device import choose_device
 from pipeline.cost import DIFFUSION, TRANSITION
 from pipeline.images import exif_orientation
 from pipeline.index import Corpus
@@ -110,7 +111,8 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
 
 def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, progress: Report) -> Data:
     """Self-attention of one pack, forward and backward, by every backend that can; heads of 64."""
-    device, dtype = _device(), torch.float32 if _device().type == "cpu" else torch.bfloat16
+    device = choose_device()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lengths = [height * wide for height, wide in grids[:batch]]
     segments = Segments.from_lengths(lengths, device)
     q, k, v = (torch.randn(sum(lengths), width // 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -178,7 +180,7 @@ class Bench:
     def __init__(self, *, width: int, depth: int) -> None:
         if width % 64:
             raise ValueError(f"--width {width}: must be a multiple of 64")
-        self.device = _device()
+        self.device = choose_device()
         self.precision = "fp32" if self.device.type == "cpu" else "bf16"
         torch.manual_seed(0)
         params = {"patch_size": STRIDE, "in_channels": 3, "depth": depth, "hidden_size": width, "num_heads": width // 64}
@@ -269,10 +271,6 @@ def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device_name(device: torch.device) -> str:

@@ -64,6 +64,11 @@ def _as_corpora(value: Any) -> Any:
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
 
 
+def _check_interval(interval: tuple[float, float]) -> None:
+    if interval[0] > interval[1]:
+        raise Impossible("interval", f"{list(interval)} is empty: its start is after its end")
+
+
 class CodecConfig(Section):
     kind: Literal["pixel", "sd-vae", "dc-ae"] = "pixel"
     """How images become latents; `pixel` is the image itself. The others can be planned for, but not trained with yet."""
@@ -173,8 +178,7 @@ class GuidanceConfig(Section):
 
     @model_validator(mode="after")
     def _interval_fits(self) -> GuidanceConfig:
-        if self.interval[0] > self.interval[1]:
-            raise Impossible("interval", f"{list(self.interval)} is empty: its start is after its end")
+        _check_interval(self.interval)
         return self
 
 
@@ -279,8 +283,15 @@ class SamplingConfig(Section):
     steps: int = Field(default=8, ge=1)
     guidance: float | None = Field(default=None, ge=0)
     """Guidance scale; null: 2.5 as in the published evaluations, or 1 if training dropped no captions."""
+    interval: tuple[Share, Share] = (0.0, 1.0)
+    """Times at which guidance acts, as shares of the transport's start; ends included, so that [0, 1] guides a single step, too."""
     shift: int | None = Field(default=None, ge=1)
     """Reference side in pixels of the shift of the sampler's times; null: that of the objective."""
+
+    @model_validator(mode="after")
+    def _interval_fits(self) -> SamplingConfig:
+        _check_interval(self.interval)
+        return self
 
 
 class CacheConfig(Section):

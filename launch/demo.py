@@ -17,7 +17,7 @@ from dataprep.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import Figure, figures, read_figure, write_corpus
 from launch import cluster
-from launch.config import load_config
+from launch.config import Config, load_config
 from launch.console import STOPPED, Console
 from launch.metrics import read_rows
 from launch.planning import make_planner
@@ -59,9 +59,9 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
         account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=cluster.cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
-    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *([f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else [])]
+    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *shortened(steps)]
     config = load_config(RECIPE, overrides=overrides)
-    processes = _processes(config.plan.packs_per_step)
+    processes = _processes(config)
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
     console.line(
         f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} processes, "
@@ -71,11 +71,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     console.line(
         f"3/4 train: {config.train.steps} steps, the same as `tim launch {RECIPE} --nproc-per-node {processes} {' '.join(overrides)}`"
     )
-    code = cluster.launch(RECIPE, overrides=overrides, nproc_per_node=processes)
-    if code == STOPPED:
-        raise SystemExit(code)
-    if code:
-        raise RuntimeError(f"the training ended with exit code {code}: the lines above say why")
+    train(overrides)
 
     console.line(f"4/4 sample: {len(SIZES)} sizes in {', '.join(map(str, STEPS))} steps, and {PROMPTS_SCORED} prompts read back")
     rows, scores = _draw_and_score(run_dir / "model")
@@ -90,11 +86,30 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     console.result(text, data={**data, "files": paths})
 
 
+def train(overrides: Sequence[str]) -> None:
+    """Train the demo's recipe with these overrides in as many processes as suit this machine; a run that is there is resumed.
+
+    Raises RuntimeError if the training fails, and SystemExit if it was stopped.
+    """
+    config = load_config(RECIPE, overrides=overrides)
+    code = cluster.launch(RECIPE, overrides=overrides, nproc_per_node=_processes(config))
+    if code == STOPPED:
+        raise SystemExit(code)
+    if code:
+        raise RuntimeError(f"the training ended with exit code {code}: the lines above say why")
+
+
+def shortened(steps: int | None) -> list[str]:
+    """Overrides for so many training steps; none for the recipe's own number."""
+    return [f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else []
+
+
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
     """The grid's pictures (a row for each size), and the scores by number of steps over prompts at all sizes."""
+    from launch.device import choose_device
     from tim import Generator
 
-    generator = Generator.from_pretrained(model)
+    generator = Generator.from_pretrained(model, device=choose_device())
     asked = _prompts(PROMPTS_SCORED)
     rows: list[list[Image.Image]] = [[] for _ in SIZES]
     scores = []
@@ -161,8 +176,8 @@ def _plot_loss(metrics: Path, target: Path) -> None:
     pyplot.close(figure)
 
 
-def _processes(packs_per_step: int) -> int:
+def _processes(config: Config) -> int:
     """One process on a GPU; on a CPU one for each core, as far as the packs of a step go."""
     import torch
 
-    return 1 if torch.cuda.is_available() else min(cluster.cores(), packs_per_step)
+    return 1 if torch.cuda.is_available() else min(cluster.cores(), config.plan.packs_per_step)

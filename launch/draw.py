@@ -63,12 +63,11 @@ def draw(
         raise ValueError(f"--out {out}: a file has this name; name a folder")
     folder = model_folder(model, say=console.line)
 
-    import torch
-
+    from launch.device import choose_device
     from tim import Generator
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console.line(f"device: {device} ({'a' if device == 'cuda' else 'no'} CUDA device is present)")
+    device = choose_device()
+    console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is present)")
     generator = Generator.from_pretrained(folder, device=device)
     generator.check(prompts)
     defaults = generator.spec.sampling

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from launch.device import choose_device
 from launch.fragments import Fragment
 from launch.muon import Muon, hidden_matrices
 
@@ -107,14 +108,12 @@ def process_group() -> Iterator[Ranks]:
 
     CUDA with NCCL where a GPU is visible, else the CPU with gloo. The group is destroyed also when the body fails: ZeRO-3 aborts otherwise.
     """
-    cuda = torch.cuda.is_available()
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        device = torch.device("cpu")
         os.environ["DS_ACCELERATOR"] = "cpu"
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=PATIENCE)
     else:

@@ -115,8 +115,9 @@ def spec_of(config: Config) -> ModelSpec:
         sampling={
             "steps": sampling.steps,
             "guidance": usual if sampling.guidance is None else sampling.guidance,
-            "interval": [0.0, 1.0],
+            "interval": list(sampling.interval),
             "shift": config.objective.shift if sampling.shift is None else sampling.shift,
+            "instantaneous": config.objective.diffusion_share == 1,
         },
     )
 

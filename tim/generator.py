@@ -119,6 +119,7 @@ class Generator:
                 interval=tuple(defaults["interval"]) if interval is None else interval,
                 stochasticity=stochasticity,
                 seeds=[seeds[i] for i in pack],
+                instantaneous=bool(defaults.get("instantaneous", False)),
             )
             for pixels, evaluations in zip(self.codec.decode(samples.latents), samples.evaluations, strict=True):
                 images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))

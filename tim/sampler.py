@@ -61,6 +61,7 @@ def sample(
     interval: tuple[float, float] = (0.0, 1.0),
     stochasticity: float = 0.0,
     seeds: Sequence[int] | None = None,
+    instantaneous: bool = False,
     callback: Callable[[int, list[Tensor]], None] | None = None,
 ) -> Samples:
     """Carry every image of a pack from noise to its end.
@@ -68,7 +69,8 @@ def sample(
     noise: (C, h, w) per image, any sizes; condition, null_condition: one caption or class id per image; steps: for all images or one
     number each, at the transport's own times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval`
     (closed, in shares of the transport's start) holds t; stochasticity: how much noise is exchanged for new in every step but the first
-    and the last (OT-FM only), drawn for each image from its own one of `seeds`; callback(step, clean estimates) after every step.
+    and the last (OT-FM only), drawn for each image from its own one of `seeds`; instantaneous: the network was trained with r = t alone
+    (plain flow matching) and is told so in every step; callback(step, clean estimates) after every step.
     The state is kept in float64, times are never rounded to the network's dtype. Noise is scaled by what the transport says of the first
     time, latents are given back in the scale of images.
     Raises ValueError for grids that do not fall or leave the transport's range, an empty interval, guidance without a null condition, and
@@ -104,7 +106,7 @@ def sample(
         out = network(
             packed._replace(tokens=packed.tokens.float()),
             transport.time_input(t).to(device, torch.float32),
-            transport.time_input(r).to(device, torch.float32),
+            transport.time_input(t if instantaneous else r).to(device, torch.float32),
             join(asked),
         )
         outputs = [f.double() for f in out.to_latents()]

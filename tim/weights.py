@@ -26,7 +26,8 @@ class ModelSpec:
     """What a model is made of, as `config.json` holds it.
 
     network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind};
-    text: {kind, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}.
+    text: {kind, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
+    whether the network knows r = t alone (`instantaneous`).
     """
 
     network: dict[str, Any]

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataprep.synthetic import COLOURS, SHAPES, Figure, figures, parse_caption, random_picture, read_figure, write_corpus
+from dataprep.synthetic import (
+    COLOURS,
+    SHAPES,
+    Figure,
+    figures,
+    parse_caption,
+    random_picture,
+    random_view,
+    read_figure,
+    read_speckles,
+    write_corpus,
+)
 
 
 def test_what_is_drawn_is_read_back() -> None:
@@ -46,6 +57,22 @@ def test_pictures_follow_from_seed_and_index_and_keep_their_limits() -> None:
     assert (height / width).max() <= 3.1
     assert len(set(sizes)) > 200
     assert random_picture(seed=4, index=0)[0].tobytes() != random_picture(seed=3, index=0)[0].tobytes()
+
+
+def test_speckled_grounds_are_told_from_plain_ones_and_hide_no_figure() -> None:
+    rng = np.random.default_rng(0)
+    right = 0
+    for figure in figures():
+        for height, width in ((32, 32), (20, 40), (48, 24)):
+            speckled = random_view(figure, height=height, width=width, rng=rng, speckled=True)
+            right += read_figure(speckled) == figure
+            assert 0.6 < read_speckles(speckled, ground=str(figure.ground)) < 1.4
+            assert read_speckles(random_view(figure, height=height, width=width, rng=rng), ground=str(figure.ground)) < 0.5
+    assert right >= 0.95 * 3 * len(figures())
+    image, _ = random_picture(seed=1, index=0, speckled=True)
+    assert image.height % 4 == image.width % 4 == 0
+    with pytest.raises(ValueError, match="has no ground"):
+        read_speckles(Image.new("RGB", (8, 8)), ground="red")
 
 
 def test_captions_name_the_figure() -> None:

@@ -104,6 +104,7 @@ ON_THE_COMMAND_LINE = {
     "objective={transport: ve, time_std: 1}": "command line: objective.time_std: transport ve has no such setting; leave it out",
     "objective={transport: edm, shift: 256}": "command line: objective.shift: the noise of transport edm has a fixed range",
     "objective={guidance: {interval: [0.8, 0.2]}}": "objective.guidance.interval: [0.8, 0.2] is empty: its start is after its end",
+    "sampling.interval=[0.8, 0.2]": "command line: sampling.interval: [0.8, 0.2] is empty: its start is after its end",
     "objective={guidance: {w: 1}}": "command line: objective.guidance.w: unknown key",
     "objective={alignment: {kind: radio, path: x}}": "command line: objective.alignment: needs a projection in the network",
     "network.params.z_dim=8": "command line: network.params.z_dim: 8 given, but no objective.alignment that would train it",

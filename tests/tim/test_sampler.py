@@ -54,6 +54,23 @@ def test_an_image_does_not_depend_on_its_neighbours(tiny: TransitionTransformer)
         torch.testing.assert_close(together.latents[i], alone.latents[0], rtol=1e-3, atol=1e-4)
 
 
+def test_a_network_of_plain_flow_matching_is_told_r_equals_t() -> None:
+    class Asked:
+        patch_size = 1
+
+        def __init__(self) -> None:
+            self.times: list[tuple[float, float]] = []
+
+        def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition) -> PackedTokens:
+            self.times.append((float(t), float(r)))
+            return packed._replace(tokens=torch.zeros_like(packed.tokens))
+
+    for instantaneous, told in ((False, [(1.0, 0.5), (0.5, 0.0)]), (True, [(1.0, 1.0), (0.5, 0.5)])):
+        network = Asked()
+        sample(network, [torch.zeros(1, 2, 2)], TEXT, transport=OT, steps=2, instantaneous=instantaneous)
+        assert network.times == told
+
+
 def test_guidance_moves_away_from_the_null_condition_and_its_interval_is_closed() -> None:
     class TellsCaption:
         patch_size = 1
