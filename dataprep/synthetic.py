@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ SUPERSAMPLING = 4
 LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
 STRAY = 0.1  # how far a figure strays from the middle in either direction, as a share of the room it has
 SPECKLE = 4  # pixels a side of a speckled ground's squares
-PALENESS = 0.3  # of the pale ones: the share of grey in them
+PALENESS = 0.35  # of the pale ones: the share of grey in them
 GREY = 128
 
 
@@ -62,9 +63,9 @@ def parse_caption(caption: str) -> Figure:
     return Figure(shape=words[2], colour=words[1], ground=words[4])
 
 
-def figures() -> list[Figure]:
+def figures(shapes: Sequence[str] = tuple(SHAPES)) -> list[Figure]:
     """Every figure that the corpus draws: each shape in each colour on each other colour."""
-    return [Figure(shape, colour, ground) for shape in SHAPES for colour in COLOURS for ground in COLOURS if colour != ground]
+    return [Figure(shape, colour, ground) for shape in shapes for colour in COLOURS for ground in COLOURS if colour != ground]
 
 
 def draw(figure: Figure, *, height: int, width: int, centre: tuple[float, float], radius: float) -> Image.Image:
@@ -93,14 +94,21 @@ def random_view(figure: Figure, *, height: int, width: int, rng: np.random.Gener
 
 
 def random_picture(
-    seed: int, index: int, *, min_side: int = 16, max_side: int = 64, max_aspect: float = 3.0, speckled: bool = False
+    seed: int,
+    index: int,
+    *,
+    min_side: int = 16,
+    max_side: int = 64,
+    max_aspect: float = 3.0,
+    shapes: Sequence[str] = tuple(SHAPES),
+    speckled: bool = False,
 ) -> tuple[Image.Image, Figure]:
     """Picture number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers.
 
     The sides of speckled pictures are whole numbers of squares.
     """
     rng = np.random.default_rng((seed, index))
-    choices = figures()
+    choices = figures(shapes)
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
     shortest = min_side * max(aspect, 1 / aspect)
@@ -120,13 +128,16 @@ def write_corpus(
     min_side: int = 16,
     max_side: int = 64,
     max_aspect: float = 3.0,
+    shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> None:
     """Write `count` pictures as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        image, figure = random_picture(seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect, speckled=speckled)
+        image, figure = random_picture(
+            seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect, shapes=shapes, speckled=speckled
+        )
         name = f"{index:06d}.png"
         image.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": figure.caption}))

@@ -1,0 +1,71 @@
+"""`tim bench objective`: what it measures, the command as it is typed, and in `make soak` its claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataprep.synthetic import figures, random_view
+from launch.proof import OBJECTIVES, STEPS, describe_proof, energy_distance, scores
+
+
+def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_parts_two() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(2, 400, 5))
+    assert abs(energy_distance(a, b)) < 0.02
+    assert 0.05 < energy_distance(a, b + 0.5) < energy_distance(a, b + 1)
+    assert energy_distance(a, 0.5 * b) > 0.05
+
+
+def test_the_mean_of_all_pictures_of_a_prompt_shows_the_figure_but_no_speckles() -> None:
+    rng, asked = np.random.default_rng(0), figures(["circle"])
+
+    def views() -> list[Image.Image]:
+        return [random_view(figure, height=32, width=40, rng=rng, speckled=True) for figure in asked]
+
+    many = [views() for _ in range(24)]
+    means = [Image.fromarray(np.mean([np.asarray(view[i]) for view in many], axis=0).astype(np.uint8)) for i in range(len(asked))]
+    real, mean = scores(many[0], real=many[1], asked=asked), scores(means, real=many[1], asked=asked)
+    assert real["figure"] > 0.9
+    assert real["speckled"] == 1
+    assert abs(real["distance"]) < 0.02
+    assert mean["figure"] > 0.9
+    assert mean["speckled"] == mean["both"] == 0
+    assert mean["distance"] > 0.04
+
+
+def bench(folder: Path, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "launch.cli", "bench", "objective", "--out", "proof", *arguments, "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3500, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads(done.stdout)
+
+
+def test_every_objective_trains_and_is_scored(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--steps", "2", "--pictures", "10")
+    assert list(found["scores"]) == list(OBJECTIVES)
+    for name in OBJECTIVES:
+        assert [int(count) for count in found["scores"][name]] == list(STEPS)
+    assert found["real"]["speckled"] == 1
+    assert found["scores"]["flow matching"]["1"]["both"] == 0
+    written = describe_proof({**found, "scores": {name: {int(k): v for k, v in row.items()} for name, row in found["scores"].items()}})
+    assert all(name in written for name in OBJECTIVES)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_transition_model_is_ahead_of_flow_matching_in_one_step(tmp_path: Path) -> None:
+    found = bench(tmp_path, "--steps", "400")["scores"]
+    flow = found.pop("flow matching")
+    for name, row in found.items():
+        assert row["1"]["speckled"] > flow["1"]["speckled"] + 0.3, name
+        assert row["1"]["distance"] < flow["1"]["distance"], name
