@@ -204,7 +204,7 @@ def plan(
 @bench.command()
 def objective(
     out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; a finished run is kept.")] = Path("objective"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 800,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 600,
     pictures: Annotated[int, typer.Option(min=10, help="Pictures that are drawn of each, in each number of steps.")] = 200,
     as_json: Json = False,
     debug: Debug = False,
