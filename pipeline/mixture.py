@@ -9,6 +9,7 @@ w·n is whole it has had exactly that. Nothing is drawn for this: the order with
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -109,19 +110,21 @@ class Mixture:
         self._stretch: _Stretch | None = None
         self._used = 0  # slots of the stretch
 
-    def take(self, *, tokens: int) -> Columns:
-        """The next samples, as many as are needed to hold at least `tokens` tokens together.
+    def take(self, *, tokens: int, most: int | None = None) -> Columns:
+        """The next samples, as many as are needed to hold at least `tokens` tokens together, but no more than `most`.
 
         Raises ValueError if a source has no sample that may be used.
         """
         assert tokens > 0, tokens
         parts: list[Columns] = []
-        while tokens > 0:
+        left = sys.maxsize if most is None else most
+        while tokens > 0 and left > 0:
             stretch = self._next_stretch() if self._stretch is None or self._used == len(self._stretch.samples) else self._stretch
             start = self._used
             taken_before = int(stretch.tokens_up_to[start - 1]) if start else 0
-            end = min(int(np.searchsorted(stretch.tokens_up_to, taken_before + tokens)) + 1, len(stretch.samples))
+            end = min(int(np.searchsorted(stretch.tokens_up_to, taken_before + tokens)) + 1, len(stretch.samples), start + left)
             parts.append(stretch.samples.take(slice(start, end)))
+            left -= end - start
             tokens -= int(stretch.tokens_up_to[end - 1]) - taken_before
             self._used = end
         return Columns.join(parts)

@@ -11,6 +11,7 @@ meets a light second pack; and ranks can have a head start, so that some end dea
 from __future__ import annotations
 
 import heapq
+import sys
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -134,10 +135,15 @@ def _make_room(images: Sequence[int], *, tokens: Ints, assigned: Ints, room: lis
     for image in np.flatnonzero(assigned != NO_ROOM).tolist():
         members[assigned[image]].append(image)
     sizes: list[int] = tokens.tolist()
+    hopeless = sys.maxsize  # what needs as much finds no room either, until something moves
     for image in images:
+        if sizes[image] >= hopeless:
+            continue
         move = _cheapest_move(sizes[image], sizes=sizes, members=members, room=room)
         if move is None:
+            hopeless = sizes[image]
             continue
+        hopeless = sys.maxsize
         moved, source, target = move
         if moved is not None:
             members[source].remove(moved)

@@ -31,6 +31,7 @@ __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "Plan
 
 FORMAT = 2
 _PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
+_MOST_CARRIED = 1000  # samples that may be left over, so that a state stays small
 _LOOK_AHEAD = 2  # samples a pack, those left over included, that are looked at to fill what room is left
 
 
@@ -125,14 +126,17 @@ class Planner:
         if self._step in self._stages and self._step:
             self._enter(self._step)
             self._carry(self._carried_places())
-        samples, waited = self._core()
-        assigned = self._balanced(samples, waited=waited)
-        room = self._capacity - int(samples.tokens[assigned != NO_ROOM].sum())
-        if room > self._capacity * self._slack:
-            samples, assigned = self._with_fillers(samples, assigned=assigned)
-            waited = np.concatenate([waited, np.zeros(len(samples) - len(waited), dtype=np.int64)])
-        placed = assigned != NO_ROOM
-        left = np.flatnonzero(~placed)
+        before = self._mixture.state_dict()
+        wanted = max(1, int(self._capacity * (1 - self._slack)))
+        while True:
+            samples, waited, assigned = self._filled(wanted)
+            placed = assigned != NO_ROOM
+            left = np.flatnonzero(~placed)
+            too_many = left[_MOST_CARRIED:]
+            if not len(too_many):
+                break
+            wanted -= int(samples.tokens[too_many].sum())  # images that fit badly: begin again with fewer of them
+            self._mixture.load_state_dict(before)
         self._carried, self._waited = (samples.take(left), waited[left] + 1) if len(left) else (None, waited[left])
         step = self._make_step(samples.take(np.flatnonzero(placed)) if len(left) else samples, assigned=assigned[placed])
         self._step += 1
@@ -221,9 +225,18 @@ class Planner:
         """
         return 0.02 if self._now.max_tokens * 4 <= self.plan.tokens_per_pack else 0.06
 
-    def _core(self) -> tuple[Columns, Ints]:
-        """What was left over, then the stream, until the packs are nearly full: samples, and how often each was left over."""
-        wanted = max(1, int(self._capacity * (1 - self._slack)))
+    def _filled(self, wanted: int) -> tuple[Columns, Ints, Ints]:
+        """Samples of at least `wanted` tokens and those looked at to fill room: samples, how often each was left over, their packs."""
+        samples, waited = self._core(wanted)
+        assigned = self._balanced(samples, waited=waited)
+        room = self._capacity - int(samples.tokens[assigned != NO_ROOM].sum())
+        if room > self._capacity * self._slack:
+            samples, assigned = self._with_fillers(samples, assigned=assigned)
+            waited = np.concatenate([waited, np.zeros(len(samples) - len(waited), dtype=np.int64)])
+        return samples, waited, assigned
+
+    def _core(self, wanted: int) -> tuple[Columns, Ints]:
+        """What was left over, then the stream, until there are `wanted` tokens: samples, and how often each was left over."""
         parts = [] if self._carried is None else [self._carried]
         missing = wanted - sum(int(part.tokens.sum()) for part in parts)
         if missing > 0:
@@ -254,8 +267,9 @@ class Planner:
         used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self._now.packs_per_step)
         missing = _LOOK_AHEAD * self._now.packs_per_step * (int(samples.tokens.mean()) + 1) - int(samples.tokens[~placed].sum())
         packs = assigned.copy()
-        if missing > 0:
-            ahead = self._mixture.take(tokens=missing)
+        most = _MOST_CARRIED - int((~placed).sum())
+        if missing > 0 and most > 0:
+            ahead = self._mixture.take(tokens=missing, most=most)
             samples = Columns.join([samples, ahead])
             packs = np.concatenate([packs, np.full(len(ahead), NO_ROOM)])
         unplaced = np.flatnonzero(packs == NO_ROOM)

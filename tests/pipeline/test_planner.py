@@ -18,6 +18,7 @@ from pipeline.dealing import deal
 from pipeline.index import Corpus
 from pipeline.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.resolution import SizeRule, target_size
+from pipeline.sizes import SizeCorpus
 from pipeline.steps import Pack, Step
 from tests.pipeline.conftest import Sample, write_corpus
 
@@ -156,22 +157,19 @@ def test_resume_at_any_step_equals_the_unbroken_plan(case: Case, steps: int) -> 
 @with_tables
 @given(case=cases(), resume_after=st.integers(0, 2))
 def test_every_number_of_ranks_shares_the_same_steps_also_after_another_has_begun(case: Case, resume_after: int) -> None:
+    """The planner, and so its state, knows of no ranks: whoever deals its steps deals the same samples with the same draws."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = case.write(folder)
-        planner, state = case.planner(corpus), {}
-        steps = []
-        for index in range(3):
-            if index == resume_after:
-                state = planner.state_dict()
-            steps.append(planner.next_step())
-        expected = [drawn(step.packs) for step in steps]
-        for ranks, lockstep in itertools.product((1, 2, 8, 64), (False, True)):
-            resumed = case.planner(corpus)
-            resumed.load_state_dict(state)
-            for index in range(resume_after, 3):
-                hands = deal(resumed.next_step(), ranks=ranks, lockstep=lockstep)
+        planner, resumed = case.planner(corpus), case.planner(corpus)
+        for _ in range(resume_after):
+            planner.next_step()
+        resumed.load_state_dict(planner.state_dict())
+        for _ in range(2):
+            expected, step = drawn(planner.next_step().packs), resumed.next_step()
+            for ranks, lockstep in itertools.product((1, 2, 8, 64), (False, True)):
+                hands = deal(step, ranks=ranks, lockstep=lockstep)
                 packs = [pack for hand in hands for pack in hand]
-                assert drawn(packs) == expected[index]
+                assert drawn(packs) == expected
                 assert {len(hand) for hand in hands} == {-(-case.plan.packs_per_step // ranks)}
                 assert max(pack.tokens for pack in packs) <= case.plan.tokens_per_pack
 
@@ -208,6 +206,26 @@ def test_large_images_fill_packs_too(tmp_path: Path) -> None:
     planner = make_planner(random_corpus(tmp_path, shards=4, samples=400), max_tokens=256)
     steps = [planner.next_step() for _ in range(30)]
     assert np.mean([step.fill for step in steps]) > 0.9
+
+
+def test_a_state_stays_small_where_hardly_anything_fits() -> None:
+    """Of images of just over half a pack as many would be left over as are packed."""
+    sides = np.full(10_000, 184)
+    corpus = SizeCorpus(name="sizes", digest="", count=len(sides), sizes=lambda first, last: (sides[first:last], sides[first:last]))
+    settings: Any = {"packs_per_step": 1500, "tokens_per_pack": 240, "max_tokens": 240}
+    planner = make_planner(corpus, **settings)
+    seen: Counter[tuple[str, int]] = Counter()
+    state: dict[str, Any] = {}
+    for _ in range(4):
+        step = planner.next_step()
+        seen.update((sample.id, sample.visit) for pack in step.packs for sample in pack.samples)
+        state = planner.state_dict()
+        assert len(state["carried"]) <= 1000
+        assert len(json.dumps(state)) < 100_000
+    assert max(seen.values()) == 1
+    again = make_planner(corpus, **settings)
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again.next_step().ids == planner.next_step().ids
 
 
 def test_a_corpus_smaller_than_a_step_is_repeated_and_fills_it(tmp_path: Path) -> None:
