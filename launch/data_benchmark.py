@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
+from itertools import cycle
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -58,39 +59,36 @@ def bench_data(
         consistency_share=0.1,
     )
     python, missing = _environment(work / "peers", install=install)
-    runs: dict[str, Callable[[], float]] = {
-        "tim": lambda: _loader_rate(plan, workers=workers, seconds=seconds),
-        "bare decoder": lambda: _decoder_rate(plan, workers=workers, seconds=seconds),
+    runs: dict[str, Callable[[], Data]] = {
+        "tim": lambda: _loader_rates(plan, workers=workers, seconds=seconds),
+        "bare decoder": lambda: _decoder_rates(plan, workers=workers, seconds=seconds),
     }
     for name in peers.LOADERS:
         if name not in missing:
-            options = {
-                "tars": corpus.folder,
-                "work": work / pictures.name,
-                "max-pixels": max_side**2,
-                "workers": workers,
-                "seconds": seconds,
-            }
-            runs[name] = partial(_peer_rate, python, name, options)
-    best: dict[str, float] = defaultdict(float)
+            options = {"tars": corpus.folder, "work": work / pictures.name, "max-pixels": max_side**2, "workers": workers}
+            runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
+    best: dict[str, dict[str, float]] = defaultdict(dict)
     for turn in range(repeats):
         for position, (name, run) in enumerate(runs.items()):
             progress("measuring", turn * len(runs) + position, repeats * len(runs))
             try:
-                best[name] = max(best[name], run())
+                for what, rate in run().items():
+                    best[what][name] = max(best[what].get(name, 0.0), rate)
             except ChildProcessError as error:
                 missing[name] = str(error)
-    others = {name: found for name, found in best.items() if name in peers.LOADERS}
     data: Data = {
         "pictures": corpus.count,
         "max_side": max_side,
         "workers": workers,
-        "images_per_second": dict(best),
-        "share_of_bare_decoder": best["tim"] / best["bare decoder"],
+        **best,
         "gigabytes_read_per_cpu_second": _reading_rate(corpus) / 1e9,
     }
-    if others:
-        data["tim_over_best_other"] = best["tim"] / max(others.values())
+    for what, rates in best.items():
+        suffix = "" if what == "images_per_second" else "_by_cpu_second"
+        data[f"share_of_bare_decoder{suffix}"] = rates["tim"] / rates["bare decoder"]
+        others = [rate for name, rate in rates.items() if name in peers.LOADERS]
+        if others:
+            data[f"tim_over_best_other{suffix}"] = rates["tim"] / max(others)
     return {**data, "not_measured": missing} if missing else data
 
 
@@ -109,40 +107,38 @@ def _prepared(pictures: Path, *, work: Path) -> Corpus:
     return Corpus.open(out)
 
 
-def _loader_rate(planner: Planner, *, workers: int, seconds: float) -> float:
-    """Images per second of the whole way; the steps that were read before the clock ran are not counted."""
+def _loader_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
+    """The whole way; the steps that were read before the clock ran are not counted."""
     loader = Loader(planner, seed=0, channels=CHANNELS, factor=STRIDE, workers=workers, max_bad_fraction=0)
     with closing(loader):
-        steps = iter(loader)
-        for _ in range(3):
-            next(steps)
-        images, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            images += next(steps).images
-        return images / (time.perf_counter() - start)
+        return peers.rates((step.images for step in loader), warm_up=3, seconds=seconds)
 
 
-def _decoder_rate(planner: Planner, *, workers: int, seconds: float) -> float:
-    """Images per second of as many processes that do nothing but decode and resize bytes that they hold."""
+def _decoder_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
+    """As many processes that do nothing but decode and resize bytes that they hold."""
     samples = [sample for pack in planner.next_step().packs for sample in pack.samples]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        rates = [pool.submit(decode_for, samples, seconds) for _ in range(workers)]
-        return sum(rate.result() for rate in rates)
+        futures = [pool.submit(decode_for, samples, seconds) for _ in range(workers)]
+        rates = [future.result() for future in futures]
+    by_cpu = workers / sum(1 / rate["images_per_cpu_second"] for rate in rates)
+    return {"images_per_second": sum(rate["images_per_second"] for rate in rates), "images_per_cpu_second": by_cpu}
 
 
-def decode_for(samples: Sequence[PlannedSample], seconds: float) -> float:
-    """Decode and resize samples for some seconds, in one thread: images per second."""
+def decode_for(samples: Sequence[PlannedSample], seconds: float) -> Data:
+    """Decode and resize samples for some seconds, in one thread."""
     import torch
 
     torch.set_num_threads(1)
     reader = ShardReader()
     held = [(sample, reader.read(sample.tar, offset=sample.image.offset, length=sample.image.length)) for sample in samples]
-    images, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        sample, data = held[images % len(held)]
-        load_image(data, resize=sample.resize, crop=(sample.height, sample.width))
-        images += 1
-    return images / (time.perf_counter() - start)
+    reader.close()
+    return peers.rates(map(_decode, cycle(held)), warm_up=1, seconds=seconds)
+
+
+def _decode(held: tuple[PlannedSample, bytes]) -> int:
+    sample, data = held
+    load_image(data, resize=sample.resize, crop=(sample.height, sample.width))
+    return 1
 
 
 def _reading_rate(corpus: Corpus) -> float:
@@ -184,7 +180,7 @@ def _environment(folder: Path, *, install: bool) -> tuple[Path, dict[str, str]]:
     return python, missing
 
 
-def _peer_rate(python: Path, name: str, options: dict[str, Any]) -> float:
+def peer_rates(python: Path, name: str, options: dict[str, Any]) -> Data:
     """Raises ChildProcessError, with its last line, if it fails."""
     Path(options["work"]).mkdir(parents=True, exist_ok=True)
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
@@ -193,7 +189,7 @@ def _peer_rate(python: Path, name: str, options: dict[str, Any]) -> float:
     except subprocess.TimeoutExpired as error:
         raise ChildProcessError(f"{name} was stuck") from error
     try:
-        return json.loads(done.stdout.splitlines()[-1])["images_per_second"]
+        return json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise ChildProcessError(_last_line(done.stderr) or f"exit code {done.returncode}") from error
 

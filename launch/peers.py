@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import psutil
 from PIL import Image
 
 BATCH = 16
@@ -39,18 +40,24 @@ def main() -> None:
     options = parser.parse_args()
     tars = sorted(glob.glob(os.path.join(options.tars, "*.tar")))
     batches = LOADERS[options.name](tars, os.path.join(options.work, options.name), partial(shrunk, options.max_pixels), options.workers)
-    print(json.dumps({"images_per_second": rate(batches, seconds=options.seconds)}))
+    print(json.dumps(rates(map(len, batches), warm_up=2 * options.workers, seconds=options.seconds)))
 
 
-def rate(batches: Iterable[list[Any]], *, seconds: float) -> float:
-    """Images per second, from the first 2 batches a worker on."""
-    steps = iter(batches)
-    for _ in range(4):
-        next(steps)
-    images, start = 0, time.perf_counter()
+def rates(counts: Iterator[int], *, warm_up: int, seconds: float) -> dict[str, float]:
+    """Images per second, and per second of processor time of this process and its children, once so many batches are there."""
+    for _ in range(warm_up):
+        next(counts)
+    images, start, busy = 0, time.perf_counter(), _processor_seconds()
     while time.perf_counter() - start < seconds:
-        images += len(next(steps))
-    return images / (time.perf_counter() - start)
+        images += next(counts)
+    passed, used = time.perf_counter() - start, _processor_seconds() - busy
+    return {"images_per_second": images / passed, "images_per_cpu_second": images / used}
+
+
+def _processor_seconds() -> float:
+    process = psutil.Process()
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(time.user + time.system for time in times)
 
 
 def shrunk(max_pixels: int, image: Image.Image) -> np.ndarray:
@@ -105,11 +112,7 @@ def litdata(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterabl
                 stream.write(data)
         optimize(fn=_read, inputs=files, output_dir=work, chunk_bytes="16MB", num_workers=1)
 
-    class Pictures(StreamingDataset):
-        def __getitem__(self, index: Any) -> Any:
-            return shrink(decoded(super().__getitem__(index)))
-
-    dataset = Pictures(work, shuffle=True)
+    dataset = StreamingDataset(work, shuffle=True, transform=partial(_of_bytes, shrink))
     return _endless(StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list, persistent_workers=True))
 
 
@@ -169,6 +172,10 @@ def _endless(loader: Any) -> Iterator[list[Any]]:
 
 def _first(shrink: Shrink, sample: tuple[Image.Image]) -> np.ndarray:
     return shrink(sample[0])
+
+
+def _of_bytes(shrink: Shrink, data: bytes) -> np.ndarray:
+    return shrink(decoded(data))
 
 
 def _read(file: str) -> bytes:

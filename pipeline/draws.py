@@ -59,11 +59,16 @@ def uniform(seed: int, purpose: str, visit: int, sample_id: str) -> float:
     return float(uniforms(seed, purpose, visits=[visit], ids=hash_ids([sample_id]))[0])
 
 
+def generators(seed: int, purpose: str, visits: Sequence[int], sample_ids: Sequence[str]) -> list[np.random.Generator]:
+    """A stream of numbers for each sample: Philox with the draw and the id's hash as its 128-bit key."""
+    ids = hash_ids(sample_ids)
+    keys = np.stack([draws(seed, purpose, visits=np.asarray(visits, dtype=np.int64), ids=ids), ids], axis=1)
+    return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+
+
 def generator(seed: int, purpose: str, visit: int, sample_id: str) -> np.random.Generator:
-    """A stream of numbers for one sample: Philox with the draw and the id's hash as its 128-bit key."""
-    ids = hash_ids([sample_id])
-    key = np.concatenate([draws(seed, purpose, visits=[visit], ids=ids), ids])
-    return np.random.Generator(np.random.Philox(key=key))
+    """The stream of one sample."""
+    return generators(seed, purpose, [visit], [sample_id])[0]
 
 
 @lru_cache(maxsize=256)

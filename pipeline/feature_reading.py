@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load, load_file
 from torch import Tensor
 
 from pipeline.draws import generator
 from pipeline.features import latent_name, text_name
-from pipeline.reading import Failure, ReadPack, in_words, noise, time_draws
+from pipeline.reading import Failure, ReadPack, in_words, noises, time_draws
 from pipeline.steps import PlannedSample
 from pipeline.storage import BadShard, Part, ShardReader
 
@@ -60,16 +59,17 @@ class FeatureReader:
                 latent, text = self._no_latent, self._empty
             latents.append(latent)
             texts.append(text)
-        draws = [time_draws(self._seed, sample) for sample in samples] or [np.full(2, 0.5)]
-        noises = [torch.from_numpy(self._noise(sample, like=latent)) for sample, latent in zip(samples, latents, strict=True)]
+        uniforms = time_draws(self._seed, samples) if samples else np.full((1, 2), 0.5)
+        shapes = [(latent.shape[0], latent.shape[1], latent.shape[2]) for latent in latents]
+        noise = [torch.from_numpy(each) for each in noises(self._seed, samples, shapes=shapes)] if samples else [self._no_latent]
         latents, texts = latents or [self._no_latent], texts or [self._empty]
         known = [text for text in texts if text is not None]
         return ReadPack(
             pixels=torch.cat([latent.reshape(-1) for latent in latents]),
-            noise=torch.cat([each.reshape(-1) for each in noises or [self._no_latent]]),
+            noise=torch.cat([each.reshape(-1) for each in noise]),
             sizes=[(latent.shape[1] * self._factor, latent.shape[2] * self._factor) for latent in latents],
             captions=[""] * len(latents),
-            uniforms=np.stack(draws),
+            uniforms=uniforms,
             failures=failures,
             texts=torch.cat(known) if known else None,
             text_lengths=tuple(len(text) for text in known),
@@ -95,10 +95,6 @@ class FeatureReader:
             assert self._empty is not None
             return self._empty
         return tensors[text_name(sample.caption)].float()
-
-    def _noise(self, sample: PlannedSample, *, like: Tensor) -> NDArray[np.float32]:
-        channels, rows, columns = like.shape
-        return noise(self._seed, sample, shape=(channels, rows, columns))
 
 
 def empty_text(path: str) -> Tensor:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions, normalise
-from pipeline.draws import generator, to_uniform
+from pipeline.draws import generator, generators, to_uniform
 from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
 from pipeline.steps import Member, PlannedSample
@@ -113,10 +113,10 @@ class PackReader:
             captions.append(caption)
         return ReadPack(
             pixels=torch.from_numpy(pixels[:filled]),
-            noise=torch.from_numpy(np.concatenate([self._noise(s, size=size) for s, size in zip(samples, sizes, strict=True)])),
+            noise=torch.from_numpy(np.concatenate(self._noises(samples, sizes=sizes))),
             sizes=sizes,
             captions=captions,
-            uniforms=np.stack([time_draws(self._seed, sample) for sample in samples]),
+            uniforms=time_draws(self._seed, samples),
             failures=failures,
         )
 
@@ -126,8 +126,9 @@ class PackReader:
             return caption
         return self._shuffle_tags.apply(caption, generator=generator(self._seed, "tags", sample.visit, sample.id))
 
-    def _noise(self, sample: PlannedSample, *, size: tuple[int, int]) -> NDArray[np.float32]:
-        return noise(self._seed, sample, shape=(self._channels, size[0] // self._factor, size[1] // self._factor)).reshape(-1)
+    def _noises(self, samples: Sequence[PlannedSample], *, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+        shapes = [(self._channels, height // self._factor, width // self._factor) for height, width in sizes]
+        return [noise.reshape(-1) for noise in noises(self._seed, samples, shapes=shapes)]
 
     def _dummy_pack(self) -> ReadPack:
         return ReadPack(
@@ -151,14 +152,16 @@ def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: me
     return captions[sample.caption] if captions else ""
 
 
-def noise(seed: int, sample: PlannedSample, *, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-    """The noise that a sample is mixed with on this visit."""
-    return generator(seed, "noise", sample.visit, sample.id).standard_normal(shape, dtype=np.float32)
+def noises(seed: int, samples: Sequence[PlannedSample], *, shapes: Sequence[tuple[int, int, int]]) -> list[NDArray[np.float32]]:
+    """The noise that each sample is mixed with on this visit."""
+    streams = generators(seed, "noise", [sample.visit for sample in samples], [sample.id for sample in samples])
+    return [stream.standard_normal(shape, dtype=np.float32) for stream, shape in zip(streams, shapes, strict=True)]
 
 
-def time_draws(seed: int, sample: PlannedSample) -> NDArray[np.float64]:
-    """The two numbers in (0, 1) that the times of a sample follow from on this visit."""
-    return to_uniform(generator(seed, "times", sample.visit, sample.id).integers(0, 2**64, 2, dtype=np.uint64))
+def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float64]:
+    """(B, 2): the two numbers in (0, 1) that the times of each sample follow from on this visit."""
+    streams = generators(seed, "times", [sample.visit for sample in samples], [sample.id for sample in samples])
+    return to_uniform(np.stack([stream.integers(0, 2**64, 2, dtype=np.uint64) for stream in streams]))
 
 
 def in_words(error: Exception) -> str:
