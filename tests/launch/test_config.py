@@ -213,6 +213,10 @@ def test_an_exact_derivative_needs_whole_weights(good: Path) -> None:
         load_config(good, overrides=["train.zero=3", "objective.derivative=jvp"])
 
 
+def test_packs_are_dealt_for_lock_step_where_the_zero_stage_makes_ranks_wait_in_every_pack(good: Path) -> None:
+    assert [load_config(good, overrides=[f"train.zero={stage}"]).train.lockstep for stage in (1, 2, 3)] == [False, True, True]
+
+
 def test_guidance_needs_the_empty_caption(good: Path) -> None:
     guidance = load_config(good, overrides=["objective.guidance={}"]).objective.guidance
     assert guidance is not None
