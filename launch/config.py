@@ -36,7 +36,8 @@ class CorpusConfig(Section):
     features: Annotated[Path, Field(strict=False)] | None = None
     """A folder of precomputed latents and text features of it, read in place of its pictures and captions."""
     weight: Weight | None = None
-    """Its share of all images, relative to the weights of the other corpora; null: every image is seen equally often."""
+    """Its share of all images, relative to the weights of the other corpora; null: every image is seen equally often. To know how many
+    there are of each, the tables of several corpora without weights are read once at the start."""
     repeats: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """How often it is gone through while a corpus with repeats 1 is gone through once."""
     cap: int | None = Field(default=None, ge=1)

@@ -67,16 +67,21 @@ def _exact(weight: float) -> Fraction:
 
 def next_slots(shares: Sequence[int], *, mixed: Sequence[int], slots: int) -> Ints:
     """Whose samples come in the next `slots` slots, (slots,), after so many samples of each source were `mixed` in."""
-    total = sum(shares)
-    counts = list(mixed)
+    if len(shares) == 1:
+        return np.zeros(slots, dtype=np.int64)
+    total, counts = sum(shares), list(mixed)
     before = sum(counts)
-    whose = np.empty(slots, dtype=np.int64)
-    for slot in range(slots):
-        eligible = [i for i, share in enumerate(shares) if counts[i] * total < share * (before + slot + 1)]
-        first_due = min(eligible, key=lambda i: -(-(counts[i] + 1) * total // shares[i]))
-        whose[slot] = first_due
-        counts[first_due] += 1
-    return whose
+    whose: list[int] = []
+    for slot in range(before + 1, before + slots + 1):
+        first, due = -1, 0
+        for source, share in enumerate(shares):
+            if counts[source] * total < share * slot:
+                own_due = -(-(counts[source] + 1) * total // share)
+                if first < 0 or own_due < due:
+                    first, due = source, own_due
+        whose.append(first)
+        counts[first] += 1
+    return np.array(whose, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,3 +82,4 @@ def test_reasons() -> None:
     assert target_size(47, width=16, rule=rule).left_out == "too-small"
     assert target_size(100, width=401, rule=rule).left_out == "aspect"
     assert target_size(100, width=400, rule=rule).left_out == ""
+    assert target_size(0, width=0, rule=rule).left_out == target_size(-1, width=-1, rule=rule).left_out == "no-size"
