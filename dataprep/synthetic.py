@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -172,16 +173,14 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
     )
 
 
-def read_speckles(image: Image.Image, *, ground: str) -> float:
-    """How strong the speckles of a ground of this colour are: about 1 in speckled pictures of the corpus, 0 on a plain ground.
+def ground_squares(image: Image.Image) -> NDArray[np.float64]:
+    """The squares of the ground that no figure reaches, (n, 4, 4, 3), values from 0 to 255.
 
-    The deviation of the squares' paleness, as a share of what half pale and half full ones have, over the squares that no figure reaches.
-    Raises ValueError for a picture that is too small to have such squares.
+    Raises ValueError for a picture that is too small to have some.
     """
-    pixels, colour = np.asarray(image.convert("RGB"), dtype=np.float64), np.array(COLOURS[ground], dtype=np.float64)
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     rows, columns = image.height // SPECKLE, image.width // SPECKLE
-    squares = pixels[: rows * SPECKLE, : columns * SPECKLE].reshape(rows, SPECKLE, columns, SPECKLE, 3).mean((1, 3))
-    paleness = (squares - colour) @ (GREY - colour) / ((GREY - colour) @ (GREY - colour))
+    squares = pixels[: rows * SPECKLE, : columns * SPECKLE].reshape(rows, SPECKLE, columns, SPECKLE, 3).swapaxes(1, 2)
     radius, middle = min(0.4 * min(image.size), LARGEST_RADIUS), (image.height / 2, image.width / 2)
     reach = [radius + STRAY * (half - radius - 1) + SPECKLE / 2 - 1 for half in middle]  # squares that it covers by a pixel count
     away = [
@@ -190,7 +189,17 @@ def read_speckles(image: Image.Image, *, ground: str) -> float:
     free = away[0][:, None] | away[1]
     if free.sum() < 2:
         raise ValueError(f"a picture of {image.width}x{image.height} has no ground that its figure leaves free")
-    return float(paleness[free].std() / (PALENESS / 2))
+    return squares[free]
+
+
+def read_speckles(image: Image.Image, *, ground: str) -> float:
+    """How strong the speckles of a ground of this colour are: about 1 in speckled pictures of the corpus, 0 on a plain ground.
+
+    The deviation of the squares' paleness, as a share of what half pale and half full ones have. Raises as `ground_squares`.
+    """
+    colour = np.array(COLOURS[ground], dtype=np.float64)
+    paleness = (ground_squares(image).mean((1, 2)) - colour) @ (GREY - colour) / ((GREY - colour) @ (GREY - colour))
+    return float(paleness.std() / (PALENESS / 2))
 
 
 def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dataprep.prepare import prepare
-from dataprep.synthetic import Figure, figures, random_view, read_figure, read_speckles, write_corpus
+from dataprep.synthetic import Figure, figures, ground_squares, random_view, read_figure, read_speckles, write_corpus
 from launch import cluster
 from launch.console import Console
 from launch.demo import PREPARE, shortened, train
@@ -39,16 +39,19 @@ SCORES = {
     "both": "colours as asked and speckles found",
     "colours": "colours as asked",
     "speckled": "ground as speckled as the corpus's",
-    "distance": "energy distance of patches to those of real pictures of the same prompts",
+    "ground": "energy distance of the ground's squares to those of real pictures of the same prompts",
+    "picture": "the same of patches of the whole picture",
 }
+SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
 
 
 def prove(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
     """Train each of `OBJECTIVES` in the folder `out`, for so many steps, and compare what they draw. A finished run is kept.
 
     Of each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, the share of pictures that show
-    figure and ground in the colours asked for; `speckled`, the share with as strong speckles as the corpus has; `both`; and `distance`,
-    the energy distance of their patches from those of a real picture of the same prompt, 0 for equal distributions. `real` says the same
+    figure and ground in the colours asked for; `speckled`, the share with as strong speckles as the corpus has; `both`; and the
+    energy distance from a real picture of the same prompt, 0 for equal distributions, between the squares of the grounds (`ground`: what
+    the prompt leaves open) and between patches of the whole pictures (`picture`: the figure's outline counts most). `real` says the same
     of other real pictures.
 
     Raises RuntimeError if a training fails.
@@ -77,7 +80,7 @@ def describe_proof(data: Mapping[str, Any]) -> str:
     width = max(map(len, OBJECTIVES))
     lines = []
     for key, title in SCORES.items():
-        form = "{:>7.3f}" if key == "distance" else "{:>7.0%}"
+        form = "{:>7.0%}" if key in SHARES else "{:>7.3f}"
         lines += [f"{title} (real pictures: {form.format(data['real'][key]).strip()})"]
         lines += [f"  {'steps':{width}} " + "".join(f"{count:>7}" for count in STEPS)]
         lines += [f"  {name:{width}} " + "".join(form.format(row[count][key]) for count in STEPS) for name, row in data["scores"].items()]
@@ -120,9 +123,17 @@ def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], asked:
     colours = np.array([(a.colour, a.ground) == (b.colour, b.ground) for a, b in zip(read, asked, strict=True)])
     strength = np.array([read_speckles(image, ground=str(figure.ground)) for image, figure in zip(images, asked, strict=True)])
     speckled = (STRENGTH[0] < strength) & (strength < STRENGTH[1])
-    distances = [energy_distance(_patches(image), _patches(other)) for image, other in zip(images, real, strict=True)]
-    means = {"colours": colours.mean(), "speckled": speckled.mean(), "both": (colours & speckled).mean(), "distance": np.mean(distances)}
-    return {key: float(value) for key, value in means.items()}
+    pairs = list(zip(images, real, strict=True))
+    ground = [energy_distance(_squares(image), _squares(other)) for image, other in pairs]
+    picture = [energy_distance(_patches(image), _patches(other)) for image, other in pairs]
+    found = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "picture": picture}
+    return {key: float(np.mean(found[key])) for key in SCORES}
+
+
+def _squares(image: Image.Image) -> NDArray[np.float64]:
+    """(n, 3·4·4), values from 0 to 1."""
+    squares = ground_squares(image)
+    return squares.reshape(len(squares), -1) / 255
 
 
 def _patches(image: Image.Image) -> NDArray[np.float64]:
