@@ -14,6 +14,7 @@ from launch.config import Config, ConfigError, load_config
 from pipeline.features import Features
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
+from pipeline.remote import is_remote
 from pipeline.shardcache import ShardCache
 from pipeline.sizes import read_sizes
 from pipeline.source import Source
@@ -151,7 +152,8 @@ def _expect(features: Features, section: str, *, found: Mapping[str, Any], wante
 
 
 def _check_cache(config: Config, corpora: Sequence[Corpus]) -> None:
-    largest = max((shard for corpus in corpora for shard in corpus.shards), key=lambda shard: shard.bytes, default=None)
+    remote = [shard for corpus in corpora for shard in corpus.shards if is_remote(shard.path)]
+    largest = max(remote, key=lambda shard: shard.bytes, default=None)
     cache = config.loader.cache
     if cache is not None and largest is not None and largest.bytes > cache.bytes:
         raise ConfigError(f"loader.cache.bytes: {cache.bytes} is less than the {largest.bytes} bytes of {largest.path}")
