@@ -23,7 +23,7 @@ from pipeline.steps import Pack, Step
 Hands = list[list[Pack]]
 
 _EVEN_ENOUGH = 0.99  # utilisation at which planned packs stay as they are
-_FULL = 0.98  # what can be filled of a pack that is filled with dear images
+_FULL = 0.95  # how full a pack of dear images gets; measured to keep ranks busiest
 
 
 def deal(step: Step, *, ranks: int, lockstep: bool) -> Hands:
