@@ -67,7 +67,7 @@ class WorkerPool(Generic[Item, Result]):
         self._workers: list[_Worker] = []
         for number in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, fetch, decode), name=f"reader-{number}", daemon=True)
+            process = context.Process(target=_serve, args=(theirs, fetch, decode, dict(os.environ)), name=f"reader-{number}", daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process=process, pipe=ours))
@@ -121,8 +121,10 @@ def _death(worker: _Worker) -> str:
     return f"{worker.process.name} (pid {worker.process.pid}) died, {how}; after signal 9 memory may be short, try fewer loader.workers"
 
 
-def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Callable[[Any], Any]) -> None:
+def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Callable[[Any], Any], environment: dict[str, str]) -> None:
     """The life of a worker, until its pipe closes. A thread empties the pipe, so that neither side waits for the other."""
+    os.environ.clear()  # the fork server's is older than credentials, proxies and limits that were set since
+    os.environ.update(environment)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all of a job; the training process obeys
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
