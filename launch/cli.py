@@ -237,8 +237,10 @@ def plan(
             raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
         elif checkpoint is not None:
             planner = plan_from_checkpoint(checkpoint, arguments=config or [])
+        elif not config:
+            raise ValueError("give a CONFIG, --from CHECKPOINT or --sizes FILE (see `tim plan --help`)")
         else:
-            planner = plan_from_config(config or [])
+            planner = plan_from_config(config)
         with console.progress() as report:
             summary = plan_summary(planner, steps=steps, ranks=ranks, progress=report)
         console.result(describe_plan(summary), data=summary)

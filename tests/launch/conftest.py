@@ -7,8 +7,8 @@ import pytest
 from launch.engine import Ranks, process_group
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone() -> Iterator[Ranks]:
-    """The only process of a training."""
+    """The only process of a training; one for all tests, because DeepSpeed keeps the first group that it sees."""
     with process_group() as ranks:
         yield ranks

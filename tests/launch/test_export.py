@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from launch import checkpoint, fragments
 from launch.config import load_config
-from launch.engine import Ranks, process_group
+from launch.engine import Ranks
 from launch.export import export, model_folder, spec_of
 from launch.fragments import Fragment
 from tim import TransitionTransformer
@@ -26,12 +25,6 @@ network:
   params: {patch_size: 8, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}
 train: {steps: 2}
 """
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Ranks]:
-    with process_group() as ranks:
-        yield ranks
 
 
 @pytest.fixture
