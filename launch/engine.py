@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def process_group() -> Iterator[Ranks]:
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
-        dist.destroy_process_group()
+        owner = sys.modules.get("deepspeed.comm")  # forgets its copies of the groups, too, so that this process can train again
+        (owner if owner is not None and owner.is_initialized() else dist).destroy_process_group()
 
 
 @dataclass(frozen=True, slots=True)

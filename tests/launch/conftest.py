@@ -7,8 +7,8 @@ import pytest
 from launch.engine import Ranks, process_group
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def alone() -> Iterator[Ranks]:
-    """The only process of a training; one for all tests, because DeepSpeed keeps the first group that it sees."""
+    """The only process of a training."""
     with process_group() as ranks:
         yield ranks
