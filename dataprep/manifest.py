@@ -12,8 +12,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.files import file_digest, publish, publish_text
+from dataprep.files import publish, publish_text
 from dataprep.shards import Shard
+from pipeline.digests import file_digest
 
 FORMAT = 1
 MANIFEST, INDEX, WIDS_INDEX, README = "manifest.json", "index.parquet", "index.json", "README.md"

@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
-from dataprep.files import file_digest
 from dataprep.indexing import KIND, open_tar, read_foreign
 from dataprep.manifest import INDEX, MANIFEST, README, WIDS_INDEX, kept_rows, read_account, read_manifest
 from dataprep.shards import MEMBERS
+from pipeline.digests import file_digest
+from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
 
 Progress = Callable[[str, int, int | None], None]
@@ -81,7 +82,7 @@ def check_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
         table = pq.read_table(table_path)
         kept = kept_rows(table).to_pylist()
     except (pa.ArrowException, KeyError, OSError) as error:
-        return [*problems, f"{table_path.name}: cannot be read: {_one_line(error)}"]
+        return [*problems, f"{table_path.name}: cannot be read: {one_line(error)}"]
     if len(kept) != check.entry["count"] or table.num_rows != check.entry["rows"]:
         problems.append(f"{table_path.name}: {len(kept)} of {table.num_rows} rows are kept, the manifest says {check.entry['count']}")
     details = [*_check_layout(tar_path, rows=kept), *_check_samples(tar_path, rows=kept, crashes_at=check.crashes_at, report=report)]
@@ -159,7 +160,7 @@ def _check_layout(tar_path: Path, *, rows: list[dict[str, Any]]) -> Iterator[str
         with tarfile.open(tar_path, "r:") as tar:
             found = [(info.name, info.offset_data, info.size) for info in tar]
     except (tarfile.TarError, OSError, ValueError) as error:
-        yield f"{tar_path.name}: cannot be read: {_one_line(error)}"
+        yield f"{tar_path.name}: cannot be read: {one_line(error)}"
         return
     if len(found) != len(expected):
         yield f"{tar_path.name}: {len(found)} members where the table has {len(expected)}"
@@ -230,9 +231,5 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
             if (corpus / shard["table"]).is_file() and not rows.equals(kept_rows(pq.read_table(corpus / shard["table"]))):
                 problems.append(f"{path.name}: row group {group} is not what {shard['table']} keeps")
     except (pa.ArrowException, KeyError, OSError) as error:
-        problems.append(f"{path.name}: cannot be read: {_one_line(error)}")
+        problems.append(f"{path.name}: cannot be read: {one_line(error)}")
     return problems
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -13,7 +13,6 @@ A folder without a manifest that checks out is never resumed from. Its parts:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from launch import fragments
 from launch.engine import Ranks
+from pipeline.digests import file_digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -123,7 +123,7 @@ def check(folder: Path) -> Facts:
         if path.stat().st_size != expected["bytes"]:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
     for name, expected in files.items():
-        if _digest(folder / name) != expected["sha256"]:
+        if file_digest(folder / name) != expected["sha256"]:
             raise CheckpointError(f"{folder / name} does not have the digest of the manifest")
     return facts
 
@@ -211,15 +211,7 @@ def _step(folder: Path) -> int:
 
 def _settle(path: Path) -> dict[str, Any]:
     _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _sync(path: Path) -> None:

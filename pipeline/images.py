@@ -21,6 +21,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, UnidentifiedImageError
 
+from pipeline.errors import one_line
+
 Pixels = NDArray[np.uint8]
 ImageFormat = Literal["jpg", "png", "webp"]
 
@@ -172,7 +174,7 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int) -> Image.Ima
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
         if claimed is not None or bytes(data[:8]).startswith(_MAGIC):
             raise Rejection("truncated", detail="its header cannot be read") from error
-        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _one_line(error)
+        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _detail(error)
         raise Rejection("not-an-image", detail=detail) from error
     check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
     return image
@@ -217,7 +219,7 @@ def _damage_rejected() -> Iterator[None]:
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to decode it") from error
     except Exception as error:
-        raise Rejection("truncated", detail=_one_line(error)) from error
+        raise Rejection("truncated", detail=_detail(error)) from error
 
 
 def _decode_jpeg(data: bytes | memoryview) -> Pixels:
@@ -379,5 +381,5 @@ def _resize(pixels: Pixels, *, size: tuple[int, int], covered: tuple[float, floa
     return resized[0].permute(1, 2, 0).numpy()
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def _detail(error: BaseException) -> str:
+    return one_line(error) or type(error).__name__

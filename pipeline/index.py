@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
+from pipeline.errors import one_line
 from pipeline.features import Features
 from pipeline.remote import is_remote, read_file
 from pipeline.resolution import SizeRule
@@ -98,7 +99,7 @@ class Corpus:
                 f"corpus {self.folder} lacks {self.shards[shard].table}: restore the file, or make the corpus again"
             ) from error
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
         table = self._completed(table, columns=columns, path=path)
         keys = table.column("key")
         if keys.null_count:  # rejected inputs
@@ -141,7 +142,7 @@ class Corpus:
         try:
             return pq.read_schema(io.BytesIO(read_file(path)) if is_remote(path) else path)
         except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path} cannot be read ({_one_line(error)}): run `tim verify` on the corpus") from error
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
 
     def _completed(self, table: pa.Table, *, columns: Sequence[str], path: str) -> pa.Table:
         """With the columns that other shards have and this one has not, as nulls: each tar of an index says what it likes."""
@@ -185,7 +186,7 @@ def _read_manifest(folder: str) -> dict:
     except FileNotFoundError as error:
         raise ValueError(f"{folder} is not a corpus: it has no manifest.json; `tim prepare SOURCE --out CORPUS` makes one") from error
     except OSError as error:
-        raise ValueError(f"{file} cannot be read ({_one_line(error)}): is the storage alive?") from error
+        raise ValueError(f"{file} cannot be read ({one_line(error)}): is the storage alive?") from error
     try:
         manifest = json.loads(text)
     except ValueError as error:
@@ -204,7 +205,3 @@ def _expect_size(path: str, *, size: int) -> None:
         raise ValueError(f"corpus {folder} lacks the shard {name}: restore the file, or make the corpus again") from error
     if found != size:
         raise ValueError(f"shard {path} has {found} bytes, manifest.json says {size}: restore the file, or make the corpus again")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.errors import one_line
+
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
@@ -36,7 +38,7 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
         remedy = "pip install 'tim[remote]' is enough for s3, gs and https"
-        raise ValueError(f"{url} cannot be read: {_one_line(error)} ({remedy})") from error
+        raise ValueError(f"{url} cannot be read: {one_line(error)} ({remedy})") from error
 
 
 def size_of(url: str) -> int | None:
@@ -117,8 +119,4 @@ def _attempts() -> Iterator[int]:
 
 def _as_os_error(error: BaseException, *, url: str) -> OSError:
     kind = type(error) if isinstance(error, _FINAL) else OSError
-    return kind(f"{url} cannot be read: {type(error).__name__}: {_one_line(error)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    return kind(f"{url} cannot be read: {type(error).__name__}: {one_line(error)}")

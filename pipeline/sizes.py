@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
+from pipeline.errors import one_line
 from pipeline.index import Corpus, Shard
 
 ROWS_PER_SHARD = 10_000
@@ -46,9 +47,7 @@ def read_sizes(file: Path) -> SizeCorpus:
         table = pq.read_table(file, columns=["height", "width"])
         heights, widths = (table.column(name).cast(pa.int64()).to_numpy() for name in ("height", "width"))
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{file}: no parquet file with whole numbers in columns width and height ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise ValueError(f"{file}: no parquet file with whole numbers in columns width and height ({one_line(error)})") from error
     missing = sum(table.column(name).null_count for name in table.column_names)
     if missing:
         raise ValueError(f"{file}: {missing} widths or heights are null: give every row both")

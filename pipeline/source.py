@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
 from pipeline.draws import Hashes, hash_ids
+from pipeline.errors import one_line
 from pipeline.index import Corpus
 from pipeline.resolution import LEFT_OUT_REASONS, SizeRule, Targets, target_sizes
 from pipeline.where import Where
@@ -100,6 +101,5 @@ def _read_excluded(file: Path, *, name: str) -> Hashes:
             raise ValueError(f"corpus {name}: exclude {file} has no column 'key'; there are: {', '.join(parquet.schema_arrow.names)}")
         keys = parquet.read(columns=["key"]).column("key").cast(pa.string()).drop_null().to_pylist()
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"corpus {name}: exclude {file} is not a parquet file of keys ({reason})") from error
+        raise ValueError(f"corpus {name}: exclude {file} is not a parquet file of keys ({one_line(error)})") from error
     return np.unique(hash_ids([f"{name}/{key}" for key in keys]))

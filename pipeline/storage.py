@@ -6,13 +6,13 @@ by ranges, all at once, or whole into a cache on a local disk (`pipeline.shardca
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from pipeline.digests import stream_digest
 from pipeline.remote import is_remote, read_ranges, size_of
 from pipeline.shardcache import BadShard, ShardCache, ShardFacts
 
@@ -146,10 +146,8 @@ class ShardReader:
         _check_size(path, found=os.fstat(descriptor).st_size, facts=facts)
         if self._verify and facts.sha256:
             with open(descriptor, "rb", closefd=False) as stream:
-                digest = hashlib.sha256()
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-            if digest.hexdigest() != facts.sha256:
+                digest = stream_digest(stream)
+            if digest != facts.sha256:
                 raise BadShard(f"{path} does not match its digest in the manifest: {_REMEDY}")
         self._verified.add(path)
 
