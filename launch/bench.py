@@ -132,12 +132,13 @@ def index(
 
     Example: tim bench index --rows 100000000
     """
-    with session(as_json=as_json, debug=debug) as console:
+
+    def measure(report: Report) -> Data:
         from launch.index_benchmark import bench_index
 
-        with console.progress() as report:
-            data = bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
-        console.result(describe_bench(data), data=data)
+        return bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
+
+    _report(measure, as_json=as_json, debug=debug)
 
 
 @bench.command()
@@ -160,21 +161,22 @@ def data(
 
     Example: tim bench data photos --out bench --install
     """
-    with session(as_json=as_json, debug=debug) as console:
+
+    def measure(report: Report) -> Data:
         from launch.data_benchmark import bench_data
 
-        with console.progress() as report:
-            found = bench_data(
-                pictures,
-                work=out,
-                max_side=max_side,
-                workers=workers,
-                seconds=seconds,
-                repeats=repeats,
-                install=install,
-                progress=report,
-            )
-        console.result(describe_bench(found), data=found)
+        return bench_data(
+            pictures,
+            work=out,
+            max_side=max_side,
+            workers=workers,
+            seconds=seconds,
+            repeats=repeats,
+            install=install,
+            progress=report,
+        )
+
+    _report(measure, as_json=as_json, debug=debug)
 
 
 @bench.command()
@@ -193,12 +195,13 @@ def plan(
 
     Example: tim bench plan photos --ranks 64
     """
-    with session(as_json=as_json, debug=debug) as console:
+
+    def measure(report: Report) -> Data:
         from launch.plan_benchmark import bench_plan
 
-        with console.progress() as report:
-            data = bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
-        console.result(describe_bench(data), data=data)
+        return bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
+
+    _report(measure, as_json=as_json, debug=debug)
 
 
 @bench.command()
@@ -230,10 +233,18 @@ def _run(
     describe: Callable[[Data], str] = describe_bench,
 ) -> None:
     """Measure on the grids of some pictures, and print what came out."""
-    with session(as_json=as_json, debug=debug) as console:
+
+    def on_grids(report: Report) -> Data:
         from launch.benchmarks import grids_of  # torch is slow to import, and `--help` does not need it
 
-        grids = grids_of(pictures or [], max_tokens=max_tokens)
+        return measure(grids_of(pictures or [], max_tokens=max_tokens), report)
+
+    _report(on_grids, as_json=as_json, debug=debug, describe=describe)
+
+
+def _report(measure: Callable[[Report], Data], *, as_json: bool, debug: bool, describe: Callable[[Data], str] = describe_bench) -> None:
+    """Measure, and print what came out."""
+    with session(as_json=as_json, debug=debug) as console:
         with console.progress() as report:
-            data = measure(grids, report)
+            data = measure(report)
         console.result(describe(data), data=data)
