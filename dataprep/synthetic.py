@@ -35,6 +35,8 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
     ),
 }  # fmt: skip
 SUPERSAMPLING = 4
+SMALLEST_SIDE = 16  # pixels
+LARGEST_ASPECT = 3.0  # long side / short side
 LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
 STRAY = 0.1  # how far a figure strays from the middle in either direction, as a share of the room it has
 SPECKLE = 4  # pixels a side of a speckled ground's squares
@@ -83,7 +85,7 @@ def draw(figure: Figure, *, height: int, width: int, centre: tuple[float, float]
 
 def random_view(figure: Figure, *, height: int, width: int, rng: np.random.Generator, speckled: bool = False) -> Image.Image:
     """The figure at a random size and place; speckled: half of the ground's squares, drawn one by one, are paler."""
-    radius = min(0.4 * min(height, width), LARGEST_RADIUS) * rng.uniform(0.92, 1)
+    radius = _largest_radius(height, width) * rng.uniform(0.92, 1)
     y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
     image = draw(figure, height=height, width=width, centre=(y, x), radius=radius)
     if not speckled:
@@ -98,9 +100,7 @@ def random_picture(
     seed: int,
     index: int,
     *,
-    min_side: int = 16,
     max_side: int = 64,
-    max_aspect: float = 3.0,
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> tuple[Image.Image, Figure]:
@@ -111,11 +111,11 @@ def random_picture(
     rng = np.random.default_rng((seed, index))
     choices = figures(shapes)
     figure = choices[int(rng.integers(len(choices)))]
-    aspect = math.exp(rng.uniform(-math.log(max_aspect), math.log(max_aspect)))
-    shortest = min_side * max(aspect, 1 / aspect)
+    aspect = math.exp(rng.uniform(-math.log(LARGEST_ASPECT), math.log(LARGEST_ASPECT)))
+    shortest = SMALLEST_SIDE * max(aspect, 1 / aspect)
     long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small pictures, which cost least, are the most frequent
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
-    height, width = (int(np.clip(round(side), min_side, max_side)) for side in (height, width))
+    height, width = (int(np.clip(round(side), SMALLEST_SIDE, max_side)) for side in (height, width))
     if speckled:
         height, width = (side // SPECKLE * SPECKLE for side in (height, width))
     return random_view(figure, height=height, width=width, rng=rng, speckled=speckled), figure
@@ -126,9 +126,7 @@ def write_corpus(
     *,
     count: int,
     seed: int = 0,
-    min_side: int = 16,
     max_side: int = 64,
-    max_aspect: float = 3.0,
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> None:
@@ -136,9 +134,7 @@ def write_corpus(
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        image, figure = random_picture(
-            seed, index, min_side=min_side, max_side=max_side, max_aspect=max_aspect, shapes=shapes, speckled=speckled
-        )
+        image, figure = random_picture(seed, index, max_side=max_side, shapes=shapes, speckled=speckled)
         name = f"{index:06d}.png"
         image.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": figure.caption}))
@@ -181,7 +177,7 @@ def ground_squares(image: Image.Image) -> NDArray[np.float64]:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     rows, columns = image.height // SPECKLE, image.width // SPECKLE
     squares = pixels[: rows * SPECKLE, : columns * SPECKLE].reshape(rows, SPECKLE, columns, SPECKLE, 3).swapaxes(1, 2)
-    radius, middle = min(0.4 * min(image.size), LARGEST_RADIUS), (image.height / 2, image.width / 2)
+    radius, middle = _largest_radius(image.height, image.width), (image.height / 2, image.width / 2)
     reach = [radius + STRAY * (half - radius - 1) + SPECKLE / 2 - 1 for half in middle]  # squares that it covers by a pixel count
     away = [
         np.abs((np.arange(count) + 0.5) * SPECKLE - half) >= far for count, half, far in zip((rows, columns), middle, reach, strict=True)
@@ -200,6 +196,10 @@ def read_speckles(image: Image.Image, *, ground: str) -> float:
     colour = np.array(COLOURS[ground], dtype=np.float64)
     paleness = (ground_squares(image).mean((1, 2)) - colour) @ (GREY - colour) / ((GREY - colour) @ (GREY - colour))
     return float(paleness.std() / (PALENESS / 2))
+
+
+def _largest_radius(height: int, width: int) -> float:
+    return min(0.4 * min(height, width), LARGEST_RADIUS)
 
 
 def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:
