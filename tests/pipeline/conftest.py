@@ -75,11 +75,16 @@ def write_corpus(folder: Path, *, shards: Sequence[Sequence[Sample]], pictures: 
     return Corpus.open(folder)
 
 
+def varied(count: int, *, seed: int) -> list[Sample]:
+    """Pictures of 16 to 79 pixels a side, with one to three captions each."""
+    sides = np.random.default_rng(seed).integers(16, 80, (count, 2)).tolist()
+    return [Sample(height, width, tuple(f"caption {k} of {i}" for k in range(1 + i % 3)), i) for i, (height, width) in enumerate(sides)]
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     """24 pictures of 16 to 79 pixels a side in two shards, with one to three captions each."""
-    sides = np.random.default_rng(0).integers(16, 80, (24, 2)).tolist()
-    samples = [Sample(height, width, tuple(f"caption {k} of {i}" for k in range(1 + i % 3)), i) for i, (height, width) in enumerate(sides)]
+    samples = varied(24, seed=0)
     return write_corpus(tmp_path / "corpus", shards=[samples[:14], samples[14:]])
 
 

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,7 +19,7 @@ from pipeline.index import Corpus
 from pipeline.loader import LoadedStep, Loader
 from pipeline.planner import PlanConfig, Planner
 from pipeline.resolution import SizeRule
-from tests.pipeline.conftest import Sample, write_corpus
+from tests.pipeline.conftest import varied, write_corpus
 from tests.pipeline.feature_writer import write_features
 
 RULE = SizeRule(stride=8, max_tokens=36)
@@ -34,8 +33,7 @@ def texts(captions: Any) -> list[torch.Tensor]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Corpus:
-    sides = np.random.default_rng(1).integers(16, 80, (10, 2)).tolist()
-    samples = [Sample(height, width, tuple(f"caption {k} of {i}" for k in range(1 + i % 3)), i) for i, (height, width) in enumerate(sides)]
+    samples = varied(10, seed=1)
     return write_corpus(tmp_path / "corpus", shards=[samples[:6], samples[6:]])
 
 
