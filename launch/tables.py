@@ -43,6 +43,8 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
         f"{account['cropped_pixels']:.1%}",
     }
+    if summary["groups"] > 1:
+        facts["shards"] = f"in {summary['groups']} groups; a rank reads 1/{summary['groups_apart']} of them"
     lines = _columns(facts)
     if summary["added_packs"]:
         lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['added_packs']} more a step")

@@ -12,6 +12,7 @@ Samples, kinds and draws of a step stay what they are, whatever the number of ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -29,16 +30,31 @@ _FULL = 0.95  # how full a pack of dear images gets; measured to keep ranks busi
 def deal(step: Step, *, ranks: int, lockstep: bool) -> Hands:
     """The packs of every rank, equally many: one more each, if need be empty, where `ranks` does not divide the packs of the step.
 
-    `lockstep` says that ranks meet in every pack, and not only at the end of the step.
+    `lockstep` says that ranks meet in every pack, and not only at the end of the step. Where the step has groups of shards, ranks side by
+    side get whole groups, or share one, as far as the numbers of both have a common divisor: eight ranks and four groups make four parts.
 
     Raises ValueError for an impossible number of ranks.
     """
     if ranks < 1:
         raise ValueError(f"ranks: {ranks} is not a number of ranks, give 1 or more")
-    planned = _sorted_deal(step.packs, ranks=ranks)
-    if ranks == len(step.packs) or step.cost >= _EVEN_ENOUGH * ranks * waited_for(planned, lockstep=lockstep):
+    parts = math.gcd(step.groups, ranks)
+    packs = len(step.packs) // parts
+    return [
+        hand
+        for first in range(0, len(step.packs), packs)
+        for hand in _deal_part(
+            step.packs[first : first + packs], ranks=ranks // parts, lockstep=lockstep, tokens_per_pack=step.tokens_per_pack
+        )
+    ]
+
+
+def _deal_part(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> Hands:
+    """As planned where that keeps the ranks busy, else packed anew, if that is better."""
+    planned = _sorted_deal(packs, ranks=ranks)
+    cost = sum(pack.cost for pack in packs)
+    if ranks == len(packs) or cost >= _EVEN_ENOUGH * ranks * waited_for(planned, lockstep=lockstep):
         return planned
-    anew = _packed_anew(step, ranks=ranks, lockstep=lockstep)
+    anew = _packed_anew(packs, ranks=ranks, lockstep=lockstep, tokens_per_pack=tokens_per_pack)
     return planned if anew is None else min(planned, anew, key=lambda hands: waited_for(hands, lockstep=lockstep))
 
 
@@ -63,28 +79,30 @@ def _sorted_deal(packs: Sequence[Pack], *, ranks: int) -> Hands:
     return hands
 
 
-def _packed_anew(step: Step, *, ranks: int, lockstep: bool) -> Hands | None:
-    """The step's samples in packs for so many ranks; None if a sample finds no room."""
-    tokens, costs = step.table.columns.tokens, step.table.costs
-    micro_steps = -(-len(step.packs) // ranks)
-    packs = ranks * micro_steps
+def _packed_anew(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> Hands | None:
+    """The samples of these packs in packs for so many ranks; None if a sample finds no room."""
+    table = next(pack.table for pack in packs if pack.table is not None)
+    rows = np.sort(np.concatenate([pack.rows for pack in packs]))
+    tokens, costs = table.columns.tokens[rows], table.costs[rows]
+    micro_steps = -(-len(packs) // ranks)
+    count = ranks * micro_steps
     assigned = assign(
         tokens,
         costs=costs,
         urgency=np.zeros_like(tokens),
-        packs=packs,
-        tokens_per_pack=step.tokens_per_pack,
+        packs=count,
+        tokens_per_pack=tokens_per_pack,
         packs_per_rank=1 if lockstep else micro_steps,
-        head_starts=_head_starts(tokens, costs=costs, ranks=ranks, micro_steps=micro_steps, tokens_per_pack=step.tokens_per_pack)
+        head_starts=_head_starts(tokens, costs=costs, ranks=ranks, micro_steps=micro_steps, tokens_per_pack=tokens_per_pack)
         if lockstep
         else None,
     )
     if (assigned == NO_ROOM).any():
         return None
-    made = step.table.split(assigned, packs=packs)
+    made = table.split(assigned, packs=count, rows=rows)
     if lockstep:
         return _sorted_deal(made, ranks=ranks)
-    return [list(made[first : first + micro_steps]) for first in range(0, packs, micro_steps)]
+    return [list(made[first : first + micro_steps]) for first in range(0, count, micro_steps)]
 
 
 def _head_starts(tokens: Ints, *, costs: Floats, ranks: int, micro_steps: int, tokens_per_pack: int) -> Floats:

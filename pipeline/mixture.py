@@ -21,7 +21,7 @@ from pipeline.cost import Ints
 from pipeline.resolution import SizeRule
 from pipeline.source import Source
 from pipeline.steps import Columns, Place
-from pipeline.stream import DrawRule, Position, SampleStream
+from pipeline.stream import DrawRule, Part, Position, SampleStream
 
 _SLOTS_AHEAD = 64
 
@@ -97,9 +97,21 @@ class _Stretch:
 
 
 class Mixture:
-    """Samples of several sources as one stream. Its state is where each source stands and how many of its samples were taken."""
+    """Samples of several sources as one stream. Its state is where each source stands and how many of its samples were taken.
 
-    def __init__(self, sources: Sequence[Source], *, shares: Sequence[int], rule: SizeRule, draw_rule: DrawRule, window: int) -> None:
+    `part` says which shards of each source the stream has.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        shares: Sequence[int],
+        rule: SizeRule,
+        draw_rule: DrawRule,
+        window: int,
+        part: Part,
+    ) -> None:
         self.places = [
             Place(corpus=number, shard=shard, name=source.name, tar=source.corpus.tar(shard))
             for number, source in enumerate(sources)
@@ -107,7 +119,7 @@ class Mixture:
         ]
         first_places = np.cumsum([0, *[len(source.corpus.shards) for source in sources]]).tolist()
         self._streams = [
-            SampleStream(source, rule=rule, draw_rule=draw_rule, window=window, first_place=first_place)
+            SampleStream(source, rule=rule, draw_rule=draw_rule, window=window, first_place=first_place, part=part)
             for source, first_place in zip(sources, first_places, strict=False)
         ]
         self._shares = shares

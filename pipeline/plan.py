@@ -38,9 +38,11 @@ class Stage(BaseModel):
 class PlanConfig(BaseModel):
     """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
 
-    `window` shards are shuffled together; `gamma` weighs the quadratic part of an image's cost, `cost_factors` say what images with r = t,
-    r = 0 and r < t cost beside each other (`tim bench attention --fit` times both on a device); `flip` is the share of mirrored images;
-    `schedule` says what changes at which step.
+    `window` shards are shuffled together. `groups` splits the shards, and the packs of a step, into so many groups, so that the nodes of a
+    cluster share the fetching: ranks read only their own group's shards, as far as their number and that of the groups have a common
+    divisor. `gamma` weighs the quadratic part of an image's cost, `cost_factors` say what images with r = t, r = 0 and r < t cost beside
+    each other (`tim bench attention --fit` times both on a device); `flip` is the share of mirrored images; `schedule` says what changes
+    at which step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +56,7 @@ class PlanConfig(BaseModel):
     tokens_per_pack: int = Field(default=4096, ge=1)
     packs_per_step: int = Field(default=8, ge=1)
     window: int = Field(default=8, ge=1)
+    groups: int = Field(default=1, ge=1)
     gamma: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     cost_factors: tuple[Factor, Factor, Factor] = KIND_FACTORS
     flip: float = Field(default=0.0, ge=0, le=1)
@@ -62,11 +65,17 @@ class PlanConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> PlanConfig:
         limits = {"plan.max_tokens": self.max_tokens}
+        packs = {"plan.packs_per_step": self.packs_per_step}
         for number, (stage, before) in enumerate(zip(self.schedule, (None, *self.schedule), strict=False)):
             if before is not None and stage.step <= before.step:
                 raise ValueError(f"plan.schedule: step {stage.step} comes after step {before.step}: give the stages in their order")
             if stage.max_tokens is not None:
                 limits[f"plan.schedule.{number}.max_tokens"] = stage.max_tokens
+            if stage.packs_per_step is not None:
+                packs[f"plan.schedule.{number}.packs_per_step"] = stage.packs_per_step
+        for key, count in packs.items():
+            if count % self.groups:
+                raise ValueError(f"{key} {count} is no multiple of plan.groups {self.groups}: every group has as many packs")
         for key, max_tokens in limits.items():
             if max_tokens > self.tokens_per_pack:
                 raise ValueError(

@@ -1,8 +1,7 @@
-"""From a stream of samples to steps of packs, by metadata alone: which images a step has, how they are drawn and how they are packed.
+"""From corpora to steps of packs, by metadata alone: checks a plan, follows its schedule and keeps its state.
 
-A step takes what the last one left over, then samples from the stream until its packs are nearly full; gives each its kind by hash
-order; spreads them over the packs by cost; and fills what room is left with small images from further down the stream. What finds no
-room is carried to the next step, never dropped. Nothing here knows of ranks: `pipeline.dealing` does, after the fact.
+Which images a step has and how they are packed is the work of `pipeline.group`, of all shards or, with `plan.groups`, of each part of
+them. Nothing here knows of ranks: `pipeline.dealing` does, after the fact.
 """
 
 from __future__ import annotations
@@ -16,23 +15,19 @@ from typing import Any
 import numpy as np
 
 from pipeline.account import take_account
-from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
-from pipeline.draws import Hashes
+from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.group import Group
 from pipeline.index import Corpus
 from pipeline.mixture import Mixture, mixture_shares
-from pipeline.packing import NO_ROOM, assign, even_out, fill_holes
 from pipeline.plan import PlanConfig
 from pipeline.source import Source
 from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
-from pipeline.stream import DrawRule
+from pipeline.stream import DrawRule, Part
 from pipeline.tags import TagShuffle
 
 __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step"]
 
-FORMAT = 2
-_PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
-_MOST_CARRIED = 1000  # samples that may be left over, so that a state stays small
-_LOOK_AHEAD = 2  # samples a pack, those left over included, that are looked at to fill what room is left
+FORMAT = 3
 
 
 class Planner:
@@ -92,22 +87,31 @@ class Planner:
         self.seed = seed
         self.width = width
         self.shuffle_tags = shuffle_tags
-        self._shares = (diffusion_share, consistency_share)
+        self._check_groups()
         self._accounts: dict[int, dict[str, Any]] = {}
         self._stages = {first: (plan.at(first), self._mixture_shares(first)) for first in (0, *(stage.step for stage in plan.schedule))}
         self._now, shares = self._stages[0]
         for corpus in self.corpora:
             corpus.check_features(rules=[now.size_rule for now, _ in self._stages.values()], flips=plan.flip > 0)
-        self._mixture = Mixture(
-            self.sources,
-            shares=shares,
-            rule=self._now.size_rule,
-            draw_rule=DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip),
-            window=plan.window,
-        )
+        draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
+        self._groups = [
+            Group(
+                Mixture(
+                    self.sources,
+                    shares=shares,
+                    rule=self._now.size_rule,
+                    draw_rule=draw_rule,
+                    window=plan.window,
+                    part=Part(number, of=plan.groups),
+                ),
+                plan=self._now,
+                width=width,
+                kind_shares=(diffusion_share, consistency_share),
+            )
+            for number in range(plan.groups)
+        ]
+        self.places = self._groups[0].places
         self._step = 0
-        self._carried: Columns | None = None
-        self._waited = np.zeros(0, dtype=np.int64)
         self._inputs: dict[str, Any] = {
             "corpora": [source.identity for source in self.sources],
             "seed": seed,
@@ -125,20 +129,22 @@ class Planner:
         """Plan one step more. Raises ValueError if a table cannot be read, or if the plan leaves every sample of a corpus out."""
         if self._step in self._stages and self._step:
             self._enter(self._step)
-            self._carry(self._carried_places())
-        before = self._mixture.state_dict()
-        wanted = max(1, int(self._capacity * (1 - self._slack)))
-        while True:
-            samples, waited, assigned = self._filled(wanted)
-            placed = assigned != NO_ROOM
-            left = np.flatnonzero(~placed)
-            too_many = left[_MOST_CARRIED:]
-            if not len(too_many):
-                break
-            wanted -= int(samples.tokens[too_many].sum())  # images that fit badly: begin again with fewer of them
-            self._mixture.load_state_dict(before)
-        self._carried, self._waited = (samples.take(left), waited[left] + 1) if len(left) else (None, waited[left])
-        step = self._make_step(samples.take(np.flatnonzero(placed)) if len(left) else samples, assigned=assigned[placed])
+        packed = [group.next_packs() for group in self._groups]
+        packs = self._now.packs_per_step
+        table = StepTable(
+            columns=Columns.join([each.samples for each in packed]),
+            kinds=np.concatenate([each.kinds for each in packed]),
+            costs=np.concatenate([each.costs for each in packed]),
+            places=self.places,
+        )
+        assigned = np.concatenate([each.packs + number * packs // len(packed) for number, each in enumerate(packed)])
+        step = Step(
+            index=self._step,
+            packs=table.split(assigned, packs=packs),
+            table=table,
+            tokens_per_pack=self.plan.tokens_per_pack,
+            groups=len(packed),
+        )
         self._step += 1
         return step
 
@@ -149,8 +155,7 @@ class Planner:
             "plan_hash": self.plan_hash,
             "inputs": self._inputs,
             "step": self._step,
-            "sources": self._mixture.state_dict(),
-            "carried": self._carried_places().tolist(),
+            "groups": [group.state_dict() for group in self._groups],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,8 +169,8 @@ class Planner:
             raise ValueError(f"the saved state is of another plan: {changes}; go on with what was saved, or start a new run")
         self._step = state["step"]
         self._enter(max(self._step - 1, 0))
-        self._mixture.load_state_dict(state["sources"])
-        self._carry(np.asarray(state["carried"], dtype=np.int64).reshape(-1, 4))
+        for group, saved in zip(self._groups, state["groups"], strict=True):
+            group.load_state_dict(saved)
 
     @property
     def stages(self) -> list[dict[str, Any]]:
@@ -196,115 +201,16 @@ class Planner:
 
         return mixture_shares(self.sources, scheduled=self.plan.weights_at(step), samples=samples)
 
+    def _check_groups(self) -> None:
+        """Every group has packs in every step, and shards of every corpus."""
+        groups = self.plan.groups
+        for source in self.sources:
+            for what, count in (("shards", len(source.corpus.shards)), ("samples by its cap", source.cap)):
+                if groups > 1 and count is not None and count < groups:
+                    raise ValueError(f"corpus {source.name} has {count} {what}, which plan.groups {groups} cannot share: lower it")
+
     def _enter(self, step: int) -> None:
         """Plan as the schedule says for `step`."""
         self._now, shares = self._stages[max(first for first in self._stages if first <= step)]
-        self._mixture.turn(shares=shares, rule=self._now.size_rule)
-
-    def _carried_places(self) -> Ints:
-        """(n, 4): shard, row, visit of what was left over, and how often."""
-        if self._carried is None:
-            return np.zeros((0, 4), dtype=np.int64)
-        return np.stack([self._carried.place, self._carried.row, self._carried.visit, self._waited], axis=1)
-
-    def _carry(self, places: Ints) -> None:
-        """Have samples left over, except those that the size rule of this stage leaves out."""
-        self._carried, found = self._mixture.find(places=places[:, 0], rows=places[:, 1], visits=places[:, 2])
-        self._waited = places[found, 3]
-
-    @property
-    def _capacity(self) -> int:
-        return self._now.packs_per_step * self._now.tokens_per_pack
-
-    @property
-    def _slack(self) -> float:
-        """The share of token room that is not filled at first, so that packs can be balanced by cost.
-
-        Where one image can fill a good part of a pack, cost balance needs more freedom, and an unfilled token costs nothing under
-        variable-length attention (measured: DESIGN's four size mixes keep 94 to 99 % of 64 ranks busy at 0.94, 1 to 6 % fewer at 0.985).
-        """
-        return 0.02 if self._now.max_tokens * 4 <= self.plan.tokens_per_pack else 0.06
-
-    def _filled(self, wanted: int) -> tuple[Columns, Ints, Ints]:
-        """Samples of at least `wanted` tokens and those looked at to fill room: samples, how often each was left over, their packs."""
-        samples, waited = self._core(wanted)
-        assigned = self._balanced(samples, waited=waited)
-        room = self._capacity - int(samples.tokens[assigned != NO_ROOM].sum())
-        if room > self._capacity * self._slack:
-            samples, assigned = self._with_fillers(samples, assigned=assigned)
-            waited = np.concatenate([waited, np.zeros(len(samples) - len(waited), dtype=np.int64)])
-        return samples, waited, assigned
-
-    def _core(self, wanted: int) -> tuple[Columns, Ints]:
-        """What was left over, then the stream, until there are `wanted` tokens: samples, and how often each was left over."""
-        parts = [] if self._carried is None else [self._carried]
-        missing = wanted - sum(int(part.tokens.sum()) for part in parts)
-        if missing > 0:
-            parts.append(self._mixture.take(tokens=missing))
-        samples = Columns.join(parts)
-        waited = np.zeros(len(samples), dtype=np.int64)
-        waited[: len(self._waited)] = self._waited
-        return samples, waited
-
-    def _balanced(self, samples: Columns, *, waited: Ints) -> Ints:
-        """The packs of samples spread by cost, `NO_ROOM` for those that have to wait.
-
-        Kinds depend on how many images a step has, costs on kinds, and what fits on costs: repeated until everything fits.
-        """
-        kept = np.arange(len(samples))
-        while True:
-            assigned = self._assign(samples, rows=kept, urgency=np.where(waited >= _PATIENCE, waited, 0)[kept])
-            fits = assigned != NO_ROOM
-            if fits.all():
-                packs = np.full(len(samples), NO_ROOM)
-                packs[kept] = assigned
-                return packs
-            kept = kept[fits]
-
-    def _with_fillers(self, samples: Columns, *, assigned: Ints) -> tuple[Columns, Ints]:
-        """Fill the room that is left with what was left over and with samples further down the stream: all samples, their packs."""
-        placed = assigned != NO_ROOM
-        used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self._now.packs_per_step)
-        missing = _LOOK_AHEAD * self._now.packs_per_step * (int(samples.tokens.mean()) + 1) - int(samples.tokens[~placed].sum())
-        packs = assigned.copy()
-        most = _MOST_CARRIED - int((~placed).sum())
-        if missing > 0 and most > 0:
-            ahead = self._mixture.take(tokens=missing, most=most)
-            samples = Columns.join([samples, ahead])
-            packs = np.concatenate([packs, np.full(len(ahead), NO_ROOM)])
-        unplaced = np.flatnonzero(packs == NO_ROOM)
-        packs[unplaced] = fill_holes(samples.tokens[unplaced], room=self.plan.tokens_per_pack - used.astype(np.int64))
-        return samples, packs
-
-    def _assign(self, samples: Columns, *, rows: Ints, urgency: Ints) -> Ints:
-        tokens = samples.tokens[rows]
-        costs = self._costs(tokens, kinds=self._kinds(samples.kind_draw[rows]))
-        return assign(tokens, costs=costs, urgency=urgency, packs=self._now.packs_per_step, tokens_per_pack=self.plan.tokens_per_pack)
-
-    def _kinds(self, kind_draws: Hashes) -> Ints:
-        """In the order of their draws the first round(share · n) have r = t, the next r = 0, the rest r < t."""
-        count = len(kind_draws)
-        in_order = np.argsort(kind_draws, kind="stable")
-        diffusion = int(self._shares[0] * count + 0.5)
-        consistency = min(int(self._shares[1] * count + 0.5), count - diffusion)
-        kinds = np.full(count, TRANSITION)
-        kinds[in_order[: diffusion + consistency]] = CONSISTENCY
-        kinds[in_order[:diffusion]] = DIFFUSION
-        return kinds
-
-    def _costs(self, tokens: Ints, *, kinds: Ints) -> Floats:
-        return image_costs(tokens, kinds=kinds, gamma=self.plan.gamma, width=self.width, factors=self.plan.cost_factors)
-
-    def _make_step(self, samples: Columns, *, assigned: Ints) -> Step:
-        kinds = self._kinds(samples.kind_draw)
-        costs = self._costs(samples.tokens, kinds=kinds)
-        assigned = even_out(
-            assigned,
-            tokens=samples.tokens,
-            costs=costs,
-            packs=self._now.packs_per_step,
-            tokens_per_pack=self.plan.tokens_per_pack,
-        )
-        table = StepTable(columns=samples, kinds=kinds, costs=costs, places=self._mixture.places)
-        packs = table.split(assigned, packs=self._now.packs_per_step)
-        return Step(index=self._step, packs=packs, table=table, tokens_per_pack=self.plan.tokens_per_pack)
+        for group in self._groups:
+            group.enter(self._now, shares=shares)

@@ -116,13 +116,15 @@ class StepTable:
     costs: Floats
     places: Sequence[Place]
 
-    def split(self, assigned: Ints, *, packs: int) -> tuple[Pack, ...]:
-        """The samples as packs; `assigned` (n,) is the pack of each."""
+    def split(self, assigned: Ints, *, packs: int, rows: Ints | None = None) -> tuple[Pack, ...]:
+        """The samples, or those at `rows`, as packs; `assigned` (n,) is the pack of each."""
         by_pack = np.argsort(assigned, kind="stable")
+        if rows is not None:
+            by_pack = rows[by_pack]
         ends = np.cumsum(np.bincount(assigned, minlength=packs))
         return tuple(
-            Pack(rows=rows, tokens=int(self.columns.tokens[rows].sum()), cost=float(self.costs[rows].sum()), table=self)
-            for rows in np.split(by_pack, ends[:-1])
+            Pack(rows=own, tokens=int(self.columns.tokens[own].sum()), cost=float(self.costs[own].sum()), table=self)
+            for own in np.split(by_pack, ends[:-1])
         )
 
     def keys(self, rows: Ints) -> list[str]:
@@ -199,12 +201,16 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The packs of one optimizer step, all ranks together, and the table of their samples; `tokens_per_pack` is the limit of each."""
+    """The packs of one optimizer step, all ranks together, and the table of their samples; `tokens_per_pack` is the limit of each.
+
+    Its packs are those of `groups` groups of shards, one group after the other, each with as many.
+    """
 
     index: int
     packs: tuple[Pack, ...]
     table: StepTable
     tokens_per_pack: int
+    groups: int = 1
 
     @property
     def images(self) -> int:

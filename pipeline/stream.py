@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +38,25 @@ class DrawRule:
     flip: float = 0.0
 
 
+_Index = TypeVar("_Index", int, Ints)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Every `of`-th thing, from thing `number` on."""
+
+    number: int = 0
+    of: int = 1
+
+    def size(self, count: int) -> int:
+        """How many of `count` things are in the part."""
+        return len(range(self.number, count, self.of))
+
+    def member(self, index: _Index) -> _Index:
+        """Which thing the part's `index`-th one is; of an array, those of all its elements."""
+        return index * self.of + self.number
+
+
 @dataclass(frozen=True, slots=True)
 class Position:
     """Where a stream stands: after `position` rows of window `window` of epoch `epoch`, of which `taken` samples were taken so far."""
@@ -60,17 +80,19 @@ class _Window:
 class SampleStream:
     """The samples of a source, each once per epoch, or `source.cap` of them. `window` shards are shuffled together.
 
-    `first_place` is the number of its first shard among those of all sources.
+    `first_place` is the number of its first shard among those of all sources; the stream has a `part` of them, the same in every epoch.
     """
 
-    def __init__(self, source: Source, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int) -> None:
+    def __init__(self, source: Source, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int, part: Part) -> None:
         self.position = Position()
         self._source = source
         self._rule = rule
         self._draw_rule = draw_rule
         self._shards_per_window = window
         self._first_place = first_place
-        self._shards = len(source.corpus.shards)
+        self._part = part
+        self._shards = part.size(len(source.corpus.shards))
+        self._cap = None if source.cap is None else part.size(source.cap)
         self._windows = -(-self._shards // window)
         self._open_shards: dict[int, tuple[Columns, int]] = {}
         self._open_window: _Window | None = None
@@ -95,8 +117,8 @@ class SampleStream:
             window, at = self._window_at_position(), self.position
             start = int(np.searchsorted(window.positions, at.position))
             left = len(window.samples) - start
-            if self._source.cap is not None:
-                left = min(left, self._source.cap - at.taken)
+            if self._cap is not None:
+                left = min(left, self._cap - at.taken)
             if left <= 0:
                 windows_without += 1
                 if windows_without > 2 * self._windows:  # the rest of this epoch, and all of the next
@@ -126,7 +148,7 @@ class SampleStream:
 
     def _next_window(self) -> None:
         at = self.position
-        if at.window + 1 < self._windows and at.taken != self._source.cap:
+        if at.window + 1 < self._windows and at.taken != self._cap:
             self.position = Position(epoch=at.epoch, window=at.window + 1, position=0, taken=at.taken)
         else:
             self.position = Position(epoch=at.epoch + 1)
@@ -137,7 +159,8 @@ class SampleStream:
             return self._open_window
         first = window * self._shards_per_window
         positions = np.arange(first, min(first + self._shards_per_window, self._shards))
-        shards = shard_order(positions, count=self._shards, seed=seed, epoch=epoch).tolist()
+        turn = self._part.member(epoch)  # of all parts, every one with an order of its own
+        shards = self._part.member(shard_order(positions, count=self._shards, seed=seed, epoch=turn)).tolist()
         for shard in shards:
             self._open_shards[shard] = self._open_shards.pop(shard, None) or self._shard(shard)
         for shard in list(self._open_shards)[: -max(self._shards_per_window, _SHARDS_KEPT)]:
@@ -146,7 +169,7 @@ class SampleStream:
         rows = np.cumsum([0, *[self._open_shards[shard][1] for shard in shards]])
         sample_of_row = np.full(rows[-1], -1)
         sample_of_row[np.repeat(rows[:-1], [len(self._open_shards[shard][0]) for shard in shards]) + samples.row] = np.arange(len(samples))
-        in_order = sample_of_row[window_order(count=int(rows[-1]), seed=seed, epoch=epoch, window=window)]
+        in_order = sample_of_row[window_order(count=int(rows[-1]), seed=seed, epoch=epoch, window=self._part.member(window))]
         positions = np.flatnonzero(in_order >= 0)
         samples = self._draw(samples.take(in_order[positions]), visits=np.full(len(samples), epoch))
         self._open_window = _Window(epoch=epoch, window=window, samples=samples, positions=positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +18,12 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
     """Plan `steps` steps ahead and say what they are like on `ranks` ranks. The planner is left where it was.
 
     `utilisation` is the share of device time used if ranks wait for each other once a step (ZeRO-1): Σ cost / (ranks · Σ over steps of the
-    dearest rank's cost); `utilisation_lockstep` if they wait in every pack (ZeRO-2 and 3). `fill` is the share of token room used,
-    `added_packs` how many more packs each step has because `ranks` does not divide them, `smaller_than_a_step` says that steps repeat
-    the corpus. `corpora` says of each what is used and left out of it and what of it is planned, `schedule` what changes at which step.
-    `samples_per_second` is of planning and dealing. The rest are totals, and per step its `keys` (of the corpus) and `ids` in planned
-    order; `packs_per_step` is that of the first.
+    dearest rank's cost); `utilisation_lockstep` if they wait in every pack (ZeRO-2 and 3). `groups_apart` is the number of parts, of the
+    `groups` of shards, that ranks side by side read: each reads one. `fill` is the share of token room used, `added_packs` how many more
+    packs each step has because `ranks` does not divide them, `smaller_than_a_step` says that steps repeat the corpus. `corpora` says of
+    each what is used and left out of it and what of it is planned, `schedule` what changes at which step. `samples_per_second` is of
+    planning and dealing. The rest are totals, and per step its `keys` (of the corpus) and `ids` in planned order; `packs_per_step` is that
+    of the first.
 
     Raises ValueError for impossible arguments.
     """
@@ -52,6 +54,8 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
         "gamma": planner.plan.gamma,
         "cost_factors": dict(zip(("diffusion", "consistency", "transition"), planner.plan.cost_factors, strict=True)),
         "added_packs": -packs_per_step % ranks,
+        "groups": planner.plan.groups,
+        "groups_apart": math.gcd(planner.plan.groups, ranks),
         "fill": sum(step.fill for step in planned) / steps,
         "utilisation": total / (ranks * waited[False]),
         "utilisation_lockstep": total / (ranks * waited[True]),

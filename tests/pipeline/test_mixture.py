@@ -132,15 +132,15 @@ def test_every_kept_sample_once_per_visit_and_each_source_has_its_quota(case: Ca
         weights = [part.weight or count for part, count in zip(case.parts, used, strict=True)] if len(used) > 1 else [1]
 
         seen: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
-        state = planner.state_dict()
+        state = planner.state_dict()["groups"][0]
         for _ in range(8):
             for sample in (sample for pack in planner.next_step().packs for sample in pack.samples):
                 seen[sample.corpus, sample.visit][sample.id] += 1
-            state = planner.state_dict()
+            state = planner.state_dict()["groups"][0]
             mixed = np.array([source["mixed"] for source in state["sources"]])
             assert (np.abs(mixed - mixed.sum() * np.array(weights) / sum(weights)) < 1 + 1e-9).all()
             planned = Counter(corpus for (corpus, _), counted in seen.items() for _ in range(counted.total()))
-            planned.update(planner._mixture.places[place].corpus for place, *_ in state["carried"])
+            planned.update(planner.places[place].corpus for place, *_ in state["carried"])
             assert [planned[i] for i in range(len(used))] == mixed.tolist()
         waiting = {visit for _, _, visit, _ in state["carried"]}
         for (corpus, visit), counted in seen.items():

@@ -14,12 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.dealing import deal
+from pipeline.dealing import deal, waited_for
 from pipeline.index import Corpus
 from pipeline.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.resolution import SizeRule, target_size
 from pipeline.sizes import SizeCorpus
+from pipeline.source import Source
 from pipeline.steps import Pack, Step
+from pipeline.summary import plan_summary
 from tests.pipeline.conftest import Sample, write_corpus
 
 
@@ -60,6 +62,7 @@ def cases(draw: st.DrawFn) -> Case:
     samples = st.tuples(st.integers(1, 200), st.integers(1, 200), st.integers(0, 4))
     shards = draw(st.lists(st.lists(samples, min_size=1, max_size=25), min_size=1, max_size=5))
     max_tokens = draw(st.integers(1, 80))
+    groups = draw(st.integers(1, min(3, len(shards))))
     plan = PlanConfig(
         stride=draw(st.sampled_from([4, 16])),
         max_tokens=max_tokens,
@@ -67,11 +70,13 @@ def cases(draw: st.DrawFn) -> Case:
         max_aspect=draw(st.sampled_from([3.0, 8.0])),
         fit=draw(st.sampled_from(["crop", "squash"])),
         tokens_per_pack=max_tokens * draw(st.integers(1, 5)),
-        packs_per_step=draw(st.integers(1, 6)),
+        packs_per_step=groups * draw(st.integers(1, 6 // groups)),
         window=draw(st.integers(1, 3)),
+        groups=groups,
         flip=draw(st.sampled_from([0.0, 0.5])),
     )
-    shards[0].append((64, 64, 1))  # one sample at least is kept
+    for shard in shards[:groups]:
+        shard.append((64, 64, 1))  # one sample at least is kept
     return Case(
         shards=shards,
         plan=plan,
@@ -110,8 +115,8 @@ def test_every_kept_sample_once_per_epoch_and_no_pack_over_its_limits(case: Case
             for sample in (sample for pack in step.packs for sample in pack.samples):
                 seen.setdefault(sample.visit, Counter())[sample.id] += 1
             check_draws(step, case=case)
-            state = planner.state_dict()
-            assert max((waited for *_, waited in state["carried"]), default=0) <= 8
+            carried = [sample for group in planner.state_dict()["groups"] for sample in group["carried"]]
+            assert max((waited for *_, waited in carried), default=0) <= 8
             if len(seen.get(0, ())) == len(seen.get(1, ())) == len(kept):
                 break
         else:
@@ -120,13 +125,20 @@ def test_every_kept_sample_once_per_epoch_and_no_pack_over_its_limits(case: Case
         assert all(counted.total() == len(counted) for counted in seen.values())
 
 
+def by_group(step: Step) -> list[tuple[Pack, ...]]:
+    size = len(step.packs) // step.groups
+    return [step.packs[first : first + size] for first in range(0, len(step.packs), size)]
+
+
 def check_draws(step: Step, *, case: Case) -> None:
+    for packs in by_group(step):
+        samples = [sample for pack in packs for sample in pack.samples]
+        kinds = Counter(sample.kind for sample in samples)
+        assert kinds[DIFFUSION] == int(case.shares[0] * len(samples) + 0.5)
+        assert kinds[CONSISTENCY] == min(int(case.shares[1] * len(samples) + 0.5), len(samples) - kinds[DIFFUSION])
+        assert kinds[TRANSITION] == len(samples) - kinds[DIFFUSION] - kinds[CONSISTENCY]
     samples = [sample for pack in step.packs for sample in pack.samples]
     assert step.images == len(samples) > 0
-    kinds = Counter(sample.kind for sample in samples)
-    assert kinds[DIFFUSION] == int(case.shares[0] * len(samples) + 0.5)
-    assert kinds[CONSISTENCY] == min(int(case.shares[1] * len(samples) + 0.5), len(samples) - kinds[DIFFUSION])
-    assert kinds[TRANSITION] == len(samples) - kinds[DIFFUSION] - kinds[CONSISTENCY]
     for sample in samples:
         height, width, captions = case.shards[sample.shard][sample.row]
         target = target_size(height, width=width, rule=case.rule)
@@ -172,6 +184,10 @@ def test_every_number_of_ranks_shares_the_same_steps_also_after_another_has_begu
                 assert drawn(packs) == expected
                 assert {len(hand) for hand in hands} == {-(-case.plan.packs_per_step // ranks)}
                 assert max(pack.tokens for pack in packs) <= case.plan.tokens_per_pack
+                if ranks % step.groups == 0:
+                    for group, own in enumerate(np.split(np.arange(ranks), step.groups)):
+                        shards = {sample.shard for rank in own for pack in hands[rank] for sample in pack.samples}
+                        assert {shard % step.groups for shard in shards} <= {group}
 
 
 def drawn(packs: Iterable[Pack]) -> list[tuple[Any, ...]]:
@@ -184,7 +200,7 @@ def small_plan(**changes: Any) -> PlanConfig:
     return PlanConfig(**{"stride": 16, "max_tokens": 64, "tokens_per_pack": 256, "packs_per_step": 4, **changes})
 
 
-def make_planner(*corpora: Corpus, seed: int = 0, **changes: Any) -> Planner:
+def make_planner(*corpora: Corpus | Source, seed: int = 0, **changes: Any) -> Planner:
     return Planner(corpora, plan=small_plan(**changes), seed=seed, width=64, diffusion_share=0.5, consistency_share=0.1)
 
 
@@ -220,7 +236,7 @@ def test_a_state_stays_small_where_hardly_anything_fits() -> None:
         step = planner.next_step()
         seen.update((sample.id, sample.visit) for pack in step.packs for sample in pack.samples)
         state = planner.state_dict()
-        assert len(state["carried"]) <= 1000
+        assert len(state["groups"][0]["carried"]) <= 1000
         assert len(json.dumps(state)) < 100_000
     assert max(seen.values()) == 1
     again = make_planner(corpus, **settings)
@@ -258,6 +274,36 @@ def test_a_window_bounds_what_is_open(tmp_path: Path) -> None:
         assert len({(sample.shard, sample.visit) for sample in samples}) <= 6
 
 
+def test_groups_of_shards_keep_as_busy_and_each_has_its_own(tmp_path: Path) -> None:
+    """Eight ranks on four nodes: a node reads a quarter of the shards, the same in every epoch."""
+    corpus = random_corpus(tmp_path, shards=16, samples=60)
+    planner = make_planner(corpus, packs_per_step=32, groups=4)
+    read: dict[int, set[int]] = {}
+    used, waited = 0.0, 0.0
+    for _ in range(20):
+        step = planner.next_step()
+        hands = deal(step, ranks=8, lockstep=True)
+        used, waited = used + step.cost, waited + 8 * waited_for(hands, lockstep=True)
+        for rank, hand in enumerate(hands):
+            read.setdefault(rank // 2, set()).update(sample.shard for pack in hand for sample in pack.samples)
+    assert read == {group: set(range(group, 16, 4)) for group in range(4)}
+    assert used / waited > 0.95
+    summary = plan_summary(planner, steps=1, ranks=6)
+    assert (summary["groups"], summary["groups_apart"]) == (4, 2)
+
+
+def test_impossible_groups(tmp_path: Path) -> None:
+    corpus = random_corpus(tmp_path, shards=3, samples=20)
+    with pytest.raises(ValueError, match=r"plan\.packs_per_step 6 is no multiple of plan\.groups 4"):
+        small_plan(packs_per_step=6, groups=4)
+    with pytest.raises(ValueError, match=r"plan\.schedule\.0\.packs_per_step 6 is no multiple of plan\.groups 4"):
+        small_plan(packs_per_step=8, groups=4, schedule=[{"step": 1, "packs_per_step": 6}])
+    with pytest.raises(ValueError, match=r"corpus corpus has 3 shards, which plan\.groups 4 cannot share"):
+        make_planner(corpus, groups=4)
+    with pytest.raises(ValueError, match="corpus corpus has 1 samples by its cap"):
+        make_planner(Source(corpus, cap=1), groups=2)
+
+
 def test_several_corpora_are_mixed_by_size(tmp_path: Path) -> None:
     corpora = [random_corpus(tmp_path / name, shards=count, samples=100, name=name) for name, count in (("photos", 6), ("art", 2))]
     planner = make_planner(*corpora, window=8)
@@ -274,8 +320,8 @@ def test_a_state_of_another_plan_is_refused_and_says_what_differs(tmp_path: Path
         make_planner(corpus, seed=1, max_tokens=32).load_state_dict(state)
     with pytest.raises(ValueError, match="corpora was"):
         make_planner(random_corpus(tmp_path / "two", shards=1, samples=21)).load_state_dict(state)
-    with pytest.raises(ValueError, match="format 3"):
-        make_planner(corpus).load_state_dict({**state, "format": 3})
+    with pytest.raises(ValueError, match="format 4"):
+        make_planner(corpus).load_state_dict({**state, "format": 4})
 
 
 def test_impossible_plans(tmp_path: Path) -> None:
