@@ -19,6 +19,7 @@ from dataprep.captions import CaptionConfig
 from dataprep.dedup import perceptual_hash
 from dataprep.filters import FilterConfig, size_rejection
 from dataprep.records import RawSample
+from dataprep.thumbnails import thumbnail
 from pipeline.captions import clean_captions
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
 
@@ -70,21 +71,25 @@ class Examined:
 def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
     """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
     rows: list[dict[str, Any]] = []
+    shown: set[str] = set()
     with open(piece.table.parent / f"spool-{os.getpid()}.bin", "ab") as spool:
         for index, sample in enumerate(piece.samples):
             report(index)
             if index in piece.crashed:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
             else:
-                rows.append(examine(sample, rules=piece.rules, spool=spool))
+                rows.append(examine(sample, rules=piece.rules, spool=spool, shown=shown))
         if any(row["is_spooled"] for row in rows):
             spool.flush()
             os.fsync(spool.fileno())
     return Examined(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
 
 
-def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
-    """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool."""
+def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
+    """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool.
+
+    `shown`: reasons of which a rejected picture has been kept as a thumbnail; a new one is added.
+    """
     row = _blank_row(sample)
     captions, was_cut = clean_captions(sample.captions, max_characters=rules.captions.max_characters)
     row.update(caption=captions[0] if captions else "", captions=captions)
@@ -113,7 +118,11 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO) -> dict[str, An
     )
     rejection = _rejection(height, width=width, row=row, rules=rules)
     if rejection:
-        return {**row, "reason": rejection[0], "detail": rejection[1]}
+        row.update(reason=rejection[0], detail=rejection[1])
+        if row["reason"] not in shown:
+            shown.add(row["reason"])
+            row["thumbnail"] = thumbnail(picture.pixels)
+        return row
     if rules.hashes:
         value = perceptual_hash(picture.pixels)
         row["phash"] = "" if value is None else f"{value:016x}"
@@ -150,6 +159,7 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
         "label": sample.label,
         "sha256": "",
         "phash": "",
+        "thumbnail": None,
         "extra": json.dumps(dict(sample.extra), sort_keys=True),
         "text_bytes": 0,
         "input_bytes": 0,

@@ -17,7 +17,7 @@ from dataprep.shards import Shard
 from pipeline.digests import file_digest
 
 FORMAT = 1
-MANIFEST, INDEX, WIDS_INDEX, README = "manifest.json", "index.parquet", "index.json", "README.md"
+MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +63,13 @@ def read_account(manifest: Mapping[str, Any]) -> Account:
 
 def write_corpus_files(
     out: Path, *, name: str, shards: Sequence[Shard], account: Account, identity: Mapping[str, Any], image_format: str
-) -> None:
-    """Write the index, both lists of shards and the card; `identity` (config and sources) goes into the manifest as it is."""
+) -> dict[str, Any]:
+    """Write the index, the list of shards and the card; returns the manifest, into which `identity` (config and sources) goes as it is."""
     index_digest = _write_index(out, shards=shards)
     wids = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
     publish_text(out / WIDS_INDEX, _pretty({"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}))
     publish_text(out / README, _card(name=name, account=account, image_format=image_format))
-    manifest = {
+    return {
         "format": FORMAT,
         "name": name,
         "shards": [asdict(shard) for shard in shards],
@@ -85,6 +85,10 @@ def write_corpus_files(
         **identity,
         "config_hash": config_hash(identity["config"]),
     }
+
+
+def write_manifest(out: Path, *, manifest: Mapping[str, Any]) -> None:
+    """The file that makes the folder a corpus."""
     publish_text(out / MANIFEST, _pretty(manifest))
 
 

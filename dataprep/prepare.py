@@ -25,8 +25,9 @@ from dataprep.examine import PIECE_SIZE, ImageConfig, Piece, Rules, examine_piec
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import JOB, WORK, claimed, publish_text
 from dataprep.filters import FilterConfig
-from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
+from dataprep.manifest import MANIFEST, REPORT, Account, read_account, read_manifest, write_corpus_files, write_manifest
 from dataprep.plan import Plan, ShardConfig, make_plan
+from dataprep.report import ReportConfig, census, render
 from dataprep.shards import Shard, ShardTask, finished_shard, write_shard
 from dataprep.sources import Source, open_sources
 
@@ -49,6 +50,7 @@ class PrepareConfig(BaseModel):
     filters: FilterConfig = FilterConfig()
     dedup: DedupConfig = DedupConfig()
     shards: ShardConfig = ShardConfig()
+    report: ReportConfig = ReportConfig()
 
 
 def prepare(
@@ -57,7 +59,7 @@ def prepare(
     """Make a corpus of `sources` (see `open_sources`) in the folder `out`, and give account of every input.
 
     The same command continues a run that was cut short, and returns at once if the corpus is finished. `progress` is called with (stage,
-    done, total): "examine" counts inputs, of which the total is not known in advance (None), "write" counts kept samples.
+    done, total): "examine" counts inputs, of which the total is not known in advance (None), "write" counts kept samples, "report" shards.
     Raises ValueError if the sources or `out` cannot be used, RuntimeError if no input is usable or a source changes meanwhile.
     """
     if workers < 1:
@@ -78,7 +80,10 @@ def prepare(
             raise RuntimeError(f"no usable picture among {account.inputs} inputs ({_in_words(account)}): nothing was written")
         shards = _write_all(plan, tables=tables, out=out, config=config, pool=pool, progress=progress)
         name = config.name or opened[0].name
-        write_corpus_files(out, name=name, shards=shards, account=account, identity=identity, image_format=config.images.format)
+        manifest = write_corpus_files(out, name=name, shards=shards, account=account, identity=identity, image_format=config.images.format)
+        found = census(out, manifest=manifest, config=config.report, pool=pool, progress=progress)
+        publish_text(out / REPORT, render([found], config=config.report))
+        write_manifest(out, manifest=manifest)
     shutil.rmtree(out / WORK)
     return account
 

@@ -19,8 +19,11 @@ import pyarrow.parquet as pq
 from dataprep.chunks import ChunkTables
 from dataprep.files import publish, publish_text
 from dataprep.plan import ColumnKind, Entry
+from dataprep.thumbnails import thumbnail
+from pipeline.images import read_image
 
 MEMBERS = ("image", "text", "cls", "json")
+_SHOWN = 8  # near duplicates of a shard that have a thumbnail
 
 _TABLE_FIELDS = [
     *((name, pa.string()) for name in ("key", "source", "path", "status", "reason", "detail")),
@@ -30,7 +33,9 @@ _TABLE_FIELDS = [
     ("label", pa.int32()),
     *((name, pa.string()) for name in ("sha256", "near_duplicate_of", "phash")),
     *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "length")),
+    ("thumbnail", pa.binary()),  # of some rejected pictures, for the report
 ]
+TABLE_COLUMNS = frozenset(name for name, _ in _TABLE_FIELDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
     work = task.tables[0].parent
     stem = shard_name(task.number)
     table_rows: list[dict[str, Any]] = []
+    shown = 0
     with publish(task.out / f"{stem}.tar") as stream:
         digesting = _DigestingStream(stream)
         with tarfile.open(fileobj=digesting, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -97,6 +103,9 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
                     report(entry.position)
                     image = _read_image(row, work=work)
                     table_row |= _write_sample(tar, row=row, entry=entry, image=image, task=task)
+                elif entry.reason == "near-duplicate" and shown < _SHOWN:
+                    shown += 1
+                    table_row["thumbnail"] = thumbnail(read_image(_read_image(row, work=work)).pixels)
                 table_rows.append(table_row)
     table = _table_bytes(table_rows, schema=table_schema(task.columns))
     with publish(task.out / f"{stem}.parquet") as stream:
@@ -174,7 +183,8 @@ def _read_image(row: dict[str, Any], *, work: Path) -> bytes:
 def _table_row(row: dict[str, Any], *, entry: Entry, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
     reason = entry.reason or row["reason"]
     extra = json.loads(row["extra"])
-    copied = ("source", "path", "width", "height", "original_width", "original_height", "caption", "label", "sha256", "phash")
+    sizes = ("width", "height", "original_width", "original_height")
+    copied = ("source", "path", *sizes, "caption", "label", "sha256", "phash", "thumbnail")
     return {
         **{name: row[name] for name in copied},
         "key": entry.key or None,

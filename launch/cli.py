@@ -162,6 +162,39 @@ def verify(
 
 
 @app.command()
+def report(
+    corpus: Annotated[Path | None, typer.Argument(metavar="CORPUS", help="Folder that `tim prepare` or `tim index` wrote.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Two corpora side by side instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write. Default: CORPUS/report.html, or compare.html.")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Pixels per token side of the plan.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an image at most.")] = 1024,
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What is in a corpus, in pictures.
+
+    Account, sizes, tokens, captions, scores, examples of what was kept and rejected, duplicates side by side, and the fill that the
+    planner expects: one HTML file that needs no network.
+
+    Example: tim report corpus --stride 16
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.report import ReportConfig
+        from dataprep.report import report as write_report
+
+        if (corpus is None) == (compare is None):
+            raise ValueError("give one CORPUS, or --compare A B (see `tim report --help`)")
+        corpora = [corpus] if corpus is not None else list(compare or ())
+        page = out if out is not None or compare is None else Path("compare.html")
+        config = ReportConfig(stride=stride, max_tokens=max_tokens)
+        with console.progress() as progress:
+            data = write_report(corpora, out=page, config=config, workers=workers or cores(), progress=progress)
+        fills = [f"{each['corpus']}: {each['fill']:.1%} fill" for each in data["corpora"] if each["fill"] is not None]
+        console.result("\n".join([f"{data['report']}: {data['bytes'] / 1e6:.2f} MB", *fills]), data=data)
+
+
+@app.command()
 def recipes(
     action: Annotated[str, typer.Argument(metavar="list|show", help="List all recipes, or show the text of one.")] = "list",
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show.")] = None,

@@ -26,7 +26,7 @@ RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", 
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
 _CONSUMED = RECOMPUTED | {"text", "caption", "captions"}
 # Columns that our tables use in another sense: the source's are kept under `source_NAME`.
-TAKEN = {"source", "path", "reason", "detail", "near_duplicate_of", "phash", "label"} | {
+TAKEN = {"source", "path", "reason", "detail", "near_duplicate_of", "phash", "label", "thumbnail"} | {
     f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")
 }
 

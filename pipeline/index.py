@@ -68,7 +68,19 @@ class Corpus:
         Raises ValueError, in one line, if it is no corpus, is of an unknown format, or lacks or mismatches one of its files.
         """
         folder = str(path).rstrip("/") if is_remote(path) else os.fspath(path)
-        manifest = _read_manifest(folder)
+        return cls.of_manifest(_read_manifest(folder), folder=folder, name=name, features=features, check_shards=check_shards)
+
+    @classmethod
+    def of_manifest(
+        cls,
+        manifest: dict[str, Any],
+        *,
+        folder: str,
+        name: str | None = None,
+        features: str | Path | None = None,
+        check_shards: bool = True,
+    ) -> Corpus:
+        """The same of a manifest that may not have been written yet."""
         try:
             shards = tuple(_shard(folder, entry, check=check_shards) for entry in manifest["shards"])
             contents = {key: [shard[key] for shard in manifest["shards"]] for key in ("table", "count", "bytes", "sha256", "table_sha256")}
@@ -91,16 +103,7 @@ class Corpus:
         Where keys of different shards may be equal, the shard's number stands before them: `000012/KEY`.
         """
         path = os.path.join(self.folder, self.shards[shard].table)
-        try:
-            source = io.BytesIO(read_file(path)) if is_remote(path) else path
-            table = pq.ParquetFile(source).read(columns=[*dict.fromkeys(("key", *columns))], use_threads=False)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"corpus {self.folder} lacks {self.shards[shard].table}: restore the file, or make the corpus again"
-            ) from error
-        except (OSError, pa.ArrowException) as error:
-            raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
-        table = self._completed(table, columns=columns, path=path)
+        table = self._completed(self._read_table(shard, columns=columns), columns=columns, path=path)
         keys = table.column("key")
         if keys.null_count:  # rejected inputs
             table = table.filter(keys.is_valid())
@@ -113,6 +116,24 @@ class Corpus:
             keys = pc.call_function("binary_join_element_wise", [pa.scalar(f"{shard:06d}"), table.column("key"), pa.scalar("/")])
             table = table.set_column(table.column_names.index("key"), "key", keys)
         return table.select(columns)
+
+    def read_rejected(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
+        """The rejected rows of one shard, with those of the columns that its table has. Raises ValueError as `read` does."""
+        table = self._read_table(shard, columns=columns)
+        return table.filter(table.column("key").is_null())
+
+    def _read_table(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
+        """All rows of one shard, with those of the columns that its table has, and its keys."""
+        path = os.path.join(self.folder, self.shards[shard].table)
+        try:
+            source = io.BytesIO(read_file(path)) if is_remote(path) else path
+            return pq.ParquetFile(source).read(columns=[*dict.fromkeys(("key", *columns))], use_threads=False)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"corpus {self.folder} lacks {self.shards[shard].table}: restore the file, or make the corpus again"
+            ) from error
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
 
     def tar(self, shard: int) -> str:
         """Path or URL of what is read of a shard: its features, where the corpus has some."""
