@@ -13,9 +13,11 @@ import pyarrow.compute as pc
 
 from dataprep.charts import Histogram
 from dataprep.shards import TABLE_COLUMNS
+from pipeline.account import take_account
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
 from pipeline.resolution import target_sizes
+from pipeline.source import Source
 from pipeline.summary import plan_summary
 
 KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
@@ -105,10 +107,15 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
 
 
 def _expected(corpus: Corpus, *, plan: PlanConfig) -> dict[str, Any]:
+    """The plan of an epoch, or of its first steps; of a small corpus with so few packs a step that it need not be repeated within one."""
     try:
-        planner = Planner([corpus], plan=plan, seed=0, width=WIDTH, diffusion_share=0.5, consistency_share=0.1)
-        epoch = planner.account["tokens_per_epoch"] // (plan.packs_per_step * plan.tokens_per_pack)
-        return plan_summary(planner, steps=max(1, min(epoch, MOST_STEPS)), ranks=RANKS)
+        account = take_account([Source(corpus)], rule=plan.size_rule)
+        packs = account["tokens_per_epoch"] // plan.tokens_per_pack
+        if not packs:
+            return {"error": f"all pictures together have {account['tokens_per_epoch']:,} tokens, which fill no pack"}
+        fitting = plan.model_copy(update={"packs_per_step": min(packs, plan.packs_per_step)})
+        planner = Planner([corpus], plan=fitting, seed=0, width=WIDTH, diffusion_share=0.5, consistency_share=0.1)
+        return plan_summary(planner, steps=min(packs // fitting.packs_per_step, MOST_STEPS), ranks=RANKS)
     except ValueError as error:
         return {"error": str(error)}
 

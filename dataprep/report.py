@@ -121,7 +121,7 @@ def render(found: Sequence[Census], *, config: ReportConfig) -> str:
 
 
 def _names(found: Sequence[Census]) -> list[str]:
-    names = [each.name for each in found]
+    names = [_shown(each.name) for each in found]
     return names if len(set(names)) == len(names) else [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=False)]
 
 
@@ -203,7 +203,7 @@ def _plan(found: Sequence[Census], *, names: Sequence[str], config: ReportConfig
     plan = plan_of(config.stride, max_tokens=config.max_tokens)
     about = (
         f"<p>At most {plan.max_tokens:,} tokens of {config.stride} × {config.stride} pixels a picture, {plan.tokens_per_pack:,} a pack, "
-        f"{plan.packs_per_step} packs a step: <code>tim plan</code> shows the same for a config of yours.</p>"
+        f"at most {plan.packs_per_step} packs a step: <code>tim plan</code> shows the same for a config of yours.</p>"
     )
     return about + _charts(chart) + table + problems
 
@@ -216,12 +216,12 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
     return {
         "fill of the packs": f"{plan['fill']:.1%}",
         f"busy, of {plan['ranks']} ranks": f"{plan['utilisation']:.1%}",
+        "packs a step": f"{plan['packs_per_step']}",
         "pictures a step": f"{plan['samples_per_step']:.1f}",
         "tokens an epoch": f"{account['tokens_per_epoch']:,}",
         "scaled down": f"{account['downscaled']:,} (none is scaled up)",
         "cut off by the crop": f"{account['cropped_pixels']:.1%} of the pixels",
         "left out": left_out or "none",
-        "note": "smaller than a step: pictures repeat within one" if plan["smaller_than_a_step"] else "none",
     }
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.indexing import KIND, open_tar, read_foreign
-from dataprep.manifest import INDEX, MANIFEST, README, WIDS_INDEX, kept_rows, read_account, read_manifest
+from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account, read_manifest
 from dataprep.shards import MEMBERS
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
@@ -142,7 +142,7 @@ def _check_strangers(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
     found = {path.name for pattern in ("*.tar", "*.parquet", "*.tmp") for path in corpus.glob(pattern)}
     problems = [f"{name}: not in the manifest" for name in sorted(found - known)]
     markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]
-    markers += [] if is_index else [WIDS_INDEX, README]
+    markers += [] if is_index else [WIDS_INDEX, README, REPORT]
     problems += [f"{name}: is missing" for name in markers if not (corpus / name).is_file()]
     return problems
 

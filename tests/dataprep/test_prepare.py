@@ -52,7 +52,7 @@ def test_the_layout_is_the_designs(tmp_path: Path) -> None:
     stems = ["000000", "000001", "000002"]
     shard_files = [f"{stem}{ending}" for stem in stems for ending in (".parquet", ".tar", "_stats.json")]
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*shard_files, "README.md", "index.json", "index.parquet", "manifest.json"]
+        [*shard_files, "README.md", "index.json", "index.parquet", "manifest.json", "report.html"]
     )
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["format"], manifest["name"]) == (1, "set")

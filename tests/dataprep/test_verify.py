@@ -60,7 +60,7 @@ def test_a_flipped_byte_in_any_file_is_found(corpus: Path, place: float) -> None
 
 
 def test_missing_files_are_found(corpus: Path) -> None:
-    names = ["000000.tar", "000001.parquet", "000002_stats.json", "index.parquet", "index.json", "README.md"]
+    names = ["000000.tar", "000001.parquet", "000002_stats.json", "index.parquet", "index.json", "README.md", "report.html"]
     for name in names:
         (corpus / name).unlink()
     assert sorted(verify(corpus).problems) == sorted(f"{name}: is missing" for name in names)
