@@ -1,0 +1,180 @@
+"""Whatever bytes a file has, preparation says what they are: no crash, no hang, no memory without bound.
+
+`make test` tries some hundreds of damaged files of every kind, `make soak` goes on for ten minutes. What once failed stands at the end as
+an example of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from dataprep.captions import CaptionConfig
+from dataprep.examine import ImageConfig, Rules, examine
+from dataprep.filters import FilterConfig
+from dataprep.folders import ImageFolder
+from dataprep.indexing import read_foreign
+from dataprep.prepare import PrepareConfig, prepare
+from dataprep.records import FILTER_PREFIX, REASONS, RawSample
+from dataprep.tars import Shards
+from dataprep.verify import verify
+from pipeline.headers import careful_size, quick_size
+from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
+from tests.dataprep.helpers import photo, write_folder
+from tests.dataprep.mutations import damaged, pictures, tables, tars
+
+MAX_PIXELS = 1 << 20
+RULES = Rules(images=ImageConfig(max_decode_pixels=MAX_PIXELS), captions=CaptionConfig(), filters=FilterConfig(), hashes=True)
+MOST_MEMORY = 600 << 20  # bytes that a process may grow by, whatever it reads
+SOAK_SECONDS = 600
+
+
+def reads_pictures(data: bytes) -> None:
+    """Decoded as a whole or rejected by name; what is decoded can be stored, and read as training does it; headers say the same size."""
+    picture = _picture(data)
+    try:
+        size = quick_size(_peek(data), length=len(data)) or careful_size(_peek(data), length=len(data))
+    except Rejection:
+        size = None
+    if picture is None:
+        return
+    height, width = picture.pixels.shape[:2]
+    assert picture.pixels.dtype == np.uint8
+    assert picture.pixels.shape == (height, width, 3)
+    assert 0 < height * width <= MAX_PIXELS
+    assert size == (height, width)
+    again = read_image(data if picture.clean else encode_image(picture.pixels, format="jpg"))
+    assert again.clean
+    assert again.pixels.shape == picture.pixels.shape
+    resize = (max(1, height // 2), max(1, width // 2))
+    assert load_image(data, resize=resize, crop=resize).shape == (*resize, 3)
+
+
+def _picture(data: bytes) -> Picture | None:
+    try:
+        return read_image(data, max_decode_pixels=MAX_PIXELS)
+    except Rejection as rejection:
+        _expect_one_line(rejection)
+        return None
+
+
+def _peek(data: bytes) -> Callable[[int, int], bytes]:
+    return lambda start, count: data[start : start + count]
+
+
+def _expect_one_line(error: Exception) -> None:
+    assert "\n" not in str(error)
+
+
+def reads_tars(data: bytes) -> None:
+    """Every sample of a tar can be examined, the tar can be indexed, and neither writes anything."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "t.tar"
+        path.write_bytes(data)
+        _examine_all(Shards([path], name="t").samples(), limit=len(data) + 1)
+        found, size = read_foreign(str(path))
+        assert size == len(data)
+        for row in found.table.to_pylist():
+            assert (row["key"] is None) == (row["status"] == "rejected") == bool(row["reason"])
+            assert row["key"] is None or 0 <= row["image_offset"] <= row["image_offset"] + row["image_length"] <= size
+        assert os.listdir(folder) == ["t.tar"]
+
+
+def reads_folders(name: str) -> Callable[[bytes], None]:
+    """Pictures beside a metadata file of any content."""
+
+    def read(data: bytes) -> None:
+        with TemporaryDirectory() as folder:
+            write_folder(Path(folder), {f"{number}.jpg": pictures()[0] for number in range(2)} | {name: data})
+            try:
+                source = ImageFolder(Path(folder), name="f")
+            except ValueError as error:
+                _expect_one_line(error)
+                return
+            _examine_all(source.samples(), limit=len(data) + 2)
+            source.notes()
+
+    return read
+
+
+def _examine_all(samples: Iterable[RawSample], *, limit: int) -> None:
+    spool = io.BytesIO()
+    spool.name = "spool"  # type: ignore[attr-defined]
+    for count, sample in enumerate(samples):
+        assert count <= limit
+        row = examine(sample, rules=RULES, spool=spool, shown=set())
+        assert row["reason"] in ("", *REASONS) or row["reason"].startswith(FILTER_PREFIX)
+        assert row["reason"] or row["width"] * row["height"] <= MAX_PIXELS
+
+
+def prepares(files: list[bytes], tar: bytes, lines: bytes) -> None:
+    """The whole way: an account that adds up, and a corpus that is sound."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        names = {f"{number}.jpg": data for number, data in enumerate(files)}
+        write_folder(folder / "plain", {"good.jpg": photo(5), **{f"sub/{name}": data for name, data in names.items()}})
+        write_folder(folder / "listed", {**names, "metadata.jsonl": lines, "t.tar": tar})
+        config = PrepareConfig.model_validate({"images": {"max_decode_pixels": MAX_PIXELS}, "captions": {"required": False}})
+        sources = [str(folder / "plain"), str(folder / "listed"), str(folder / "listed/t.tar")]
+        account = prepare(sources, out=folder / "C", config=config)
+        assert account.inputs == account.kept + sum(account.rejected.values()) >= 1 + len(files)
+        assert verify(folder / "C").problems == []
+        assert sorted(os.listdir(folder)) == ["C", "listed", "plain"]
+        assert not any(path.is_dir() for path in (folder / "C").iterdir())
+
+
+# Target: what is tried, how often in `make test`, and on what.
+TARGETS: dict[str, tuple[Callable[..., None], int, tuple[st.SearchStrategy[Any], ...]]] = {
+    "pictures": (reads_pictures, 300, (damaged(pictures()),)),
+    "tars": (reads_tars, 150, (damaged(tars()),)),
+    "lines": (reads_folders("metadata.jsonl"), 100, (damaged(tables()),)),
+    "csv": (reads_folders("metadata.csv"), 100, (damaged(tables()),)),
+    "all": (prepares, 3, (st.lists(damaged(pictures()), max_size=4), damaged(tars()), damaged(tables()))),
+}
+
+
+@contextmanager
+def bounded_memory() -> Iterator[None]:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
+
+
+def fuzz(target: str, *, examples: int, number: int) -> None:
+    run, _, strategies = TARGETS[target]
+    chosen = settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+
+    @seed(number)
+    @chosen
+    @given(st.tuples(*strategies))
+    def attempt(drawn: tuple[Any, ...]) -> None:
+        run(*drawn)
+
+    with bounded_memory():
+        attempt()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_damaged_files(target: str) -> None:
+    fuzz(target, examples=TARGETS[target][1], number=0)
+
+
+@pytest.mark.soak
+def test_damaged_files_for_ten_minutes() -> None:
+    end, number = time.monotonic() + SOAK_SECONDS, 0
+    while time.monotonic() < end:
+        number += 1
+        for target, (_, examples, _) in TARGETS.items():
+            fuzz(target, examples=examples, number=number)
