@@ -1,15 +1,18 @@
-"""Pass 1: inputs → rows that say what each of them is; pictures whose bytes cannot be kept are encoded once, into a spool file.
+"""Pass 1: inputs → rows that say what each of them is.
 
-Workers examine pieces of 32 inputs; see `chunks.py` for what becomes of the rows.
+Pictures whose bytes cannot be kept are encoded once, into a spool file; those that cannot be read again go there as they are. Workers
+examine pieces of 32 inputs, or fewer that come with many bytes; see `chunks.py` for what becomes of the rows.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -21,9 +24,12 @@ from dataprep.filters import FilterConfig, size_rejection
 from dataprep.records import RawSample
 from dataprep.thumbnails import thumbnail
 from pipeline.captions import clean_captions
+from pipeline.errors import one_line
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
+from pipeline.remote import is_remote, read_ranges
 
-PIECE_SIZE = 32
+PIECE_SIZE, PIECE_BYTES = 32, 32 << 20
+_URLS_AT_ONCE = 16
 MAX_IMAGE_BYTES = 1 << 30
 _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
@@ -73,7 +79,7 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
     with open(piece.table.parent / f"spool-{os.getpid()}.bin", "ab") as spool:
-        for index, sample in enumerate(piece.samples):
+        for index, sample in enumerate(_fetched(piece.samples)):
             report(index)
             if index in piece.crashed:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
@@ -129,6 +135,24 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
     return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
 
 
+def _fetched(samples: Sequence[RawSample]) -> Iterator[RawSample]:
+    """The inputs, what lies behind URLs in hand: asked for all at once, or rejected as missing."""
+    for start in range(0, len(samples), _URLS_AT_ONCE):
+        group = samples[start : start + _URLS_AT_ONCE]
+        remote = [sample for sample in group if is_remote(sample.file) and sample.data is None and not sample.reason]
+        ends = [None if sample.length is None else sample.offset + sample.length for sample in remote]
+        answers = read_ranges([(sample.file, sample.offset, end) for sample, end in zip(remote, ends, strict=True)])
+        found = dict(zip(map(id, remote), answers, strict=True))
+        for sample in group:
+            answer = found.get(id(sample))
+            if answer is None:
+                yield sample
+            elif isinstance(answer, OSError):
+                yield replace(sample, reason="missing", detail=one_line(answer))
+            else:
+                yield replace(sample, data=answer)
+
+
 def _rejection(height: int, *, width: int, row: dict[str, Any], rules: Rules) -> tuple[str, str] | None:
     limit = _MAX_STORED_SIDE[rules.images.format]
     if max(height, width) > limit:
@@ -140,12 +164,13 @@ def _rejection(height: int, *, width: int, row: dict[str, Any], rules: Rules) ->
 
 def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
     """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
-    if picture.clean and rules.images.format == "jpg":
+    can_be_kept = picture.clean and rules.images.format == "jpg"
+    if can_be_kept and sample.data is None:
         return {"is_spooled": False, "file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
-    encoded = encode_image(picture.pixels, format=rules.images.format)
+    stored = data if can_be_kept else encode_image(picture.pixels, format=rules.images.format)
     offset = spool.tell()
-    spool.write(encoded)
-    return {"is_spooled": True, "file": os.fsencode(Path(spool.name).name), "offset": offset, "length": len(encoded)}
+    spool.write(stored)
+    return {"is_spooled": True, "file": os.fsencode(Path(spool.name).name), "offset": offset, "length": len(stored)}
 
 
 def _blank_row(sample: RawSample) -> dict[str, Any]:
@@ -170,8 +195,13 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
 
 def _read(sample: RawSample) -> bytes:
     """The picture's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
+    if sample.data is not None:
+        return sample.data
+    size = os.stat(sample.file)
+    if not stat.S_ISREG(size.st_mode):
+        raise OSError(errno.EINVAL, "not a file")  # opening a pipe might wait for ever
     with open(sample.file, "rb") as stream:
-        length = os.fstat(stream.fileno()).st_size if sample.length is None else sample.length
+        length = size.st_size if sample.length is None else sample.length
         if length > MAX_IMAGE_BYTES:
             raise Rejection("too-large", detail=f"a file of {length} bytes")
         stream.seek(sample.offset)

@@ -14,30 +14,27 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from glob import glob
 from itertools import pairwise
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import JOB, WORK, claimed, publish, publish_text
 from dataprep.manifest import FORMAT, MANIFEST, Account, read_manifest
+from dataprep.places import expand_braces, is_pattern
 from dataprep.shards import Shard, shard_name
-from dataprep.sources import expand_braces, is_pattern
+from dataprep.tars import open_tar, sidecar_table
 from pipeline.foreign import ForeignShard, index_tar, unreadable
-from pipeline.remote import is_remote, read_file, read_ranges, size_of
-from pipeline.tar import BlockReader
+from pipeline.remote import is_remote
 
 __all__ = ["index"]
 
 KIND = "index"
 Progress = Callable[[str, int, "int | None"], None]
-_REMOTE_BLOCK = 4 << 20  # bytes of one request
 _MOST_NOTES = 20
 _QUALIFIED = "keys of different tars may be equal: in ids of samples the number of the tar stands before them"
 
@@ -137,32 +134,11 @@ def read_foreign(
     name = os.path.basename(tar)
     try:
         with open_tar(tar) as file:
-            return index_tar(file, tar=name, sidecar=_sidecar(tar), crashed=crashed, on_risk=report), file.size
+            return index_tar(file, tar=name, sidecar=sidecar_table(tar), crashed=crashed, on_risk=report), file.size
     except FileNotFoundError:
         return unreadable(name, reason="missing", detail="there is no such tar"), 0
     except OSError as error:
         return unreadable(name, reason="bad-record", detail=f"cannot be read: {error}"), 0
-
-
-@contextmanager
-def open_tar(tar: str) -> Iterator[BlockReader]:
-    """A tar at a path or URL. Raises OSError."""
-    if not is_remote(tar):
-        with open(tar, "rb", buffering=0) as stream:
-            descriptor = stream.fileno()
-            yield BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=os.fstat(descriptor).st_size)
-        return
-    size = size_of(tar)
-    if size is None:
-        raise OSError("its server does not say how long it is")
-
-    def read(offset: int, length: int) -> bytes:
-        (found,) = read_ranges([(tar, offset, offset + length)])
-        if isinstance(found, OSError):
-            raise found
-        return found
-
-    yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
 
 
 def _find_tars(spec: str) -> list[str]:
@@ -210,18 +186,6 @@ def _forget(out: Path, *, first: int) -> None:
 
 def _names(number: int) -> tuple[str, str]:
     return f"{shard_name(number)}.parquet", f"{shard_name(number)}_stats.json"
-
-
-def _sidecar(tar: str) -> pa.Table | None:
-    """img2dataset's table beside a tar, if there is one that knows keys."""
-    path = f"{tar.removesuffix('.tar')}.parquet"
-    try:
-        source = io.BytesIO(read_file(path)) if is_remote(path) else path
-        table = pq.ParquetFile(source).read(use_threads=False)
-    except (OSError, pa.ArrowException):  # none, or none that can be read: all that is needed is in the tar
-        return None
-    is_sound = "key" in table.column_names and len({*table.column_names}) == table.num_columns
-    return table if is_sound and pa.types.is_string(table.schema.field("key").type) else None
 
 
 def _check_output(out: Path) -> None:

@@ -20,16 +20,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.captions import CaptionConfig
 from dataprep.chunks import CHUNK_SIZE, ChunkTables, write_chunk
+from dataprep.columns import ColumnConfig
 from dataprep.dedup import DedupConfig
-from dataprep.examine import PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece
+from dataprep.examine import PIECE_BYTES, PIECE_SIZE, ImageConfig, Piece, Rules, examine_piece
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import JOB, WORK, claimed, publish_text
 from dataprep.filters import FilterConfig
 from dataprep.manifest import MANIFEST, REPORT, Account, read_account, read_manifest, write_corpus_files, write_manifest
 from dataprep.plan import Plan, ShardConfig, make_plan
+from dataprep.records import RawSample
 from dataprep.report import ReportConfig, census, render
 from dataprep.shards import Shard, ShardTask, finished_shard, write_shard
-from dataprep.sources import Source, open_sources
+from dataprep.sources import Source, SourceConfig, SourceName, all_samples, open_sources
 
 __all__ = ["Account", "PrepareConfig", "prepare"]
 
@@ -39,7 +41,10 @@ MANY_SHARDS = 10_000
 
 
 class PrepareConfig(BaseModel):
-    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None."""
+    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None.
+
+    `sources`: by name, what is read beside the sources of the command line, or what there is to say of those. `columns`: for all of them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,21 +56,33 @@ class PrepareConfig(BaseModel):
     dedup: DedupConfig = DedupConfig()
     shards: ShardConfig = ShardConfig()
     report: ReportConfig = ReportConfig()
+    columns: ColumnConfig = ColumnConfig()
+    sources: dict[SourceName, SourceConfig] = Field(default_factory=dict)
 
 
 def prepare(
-    sources: Sequence[str], *, out: str | Path, config: PrepareConfig, workers: int = 1, progress: Progress | None = None
+    sources: Sequence[str],
+    *,
+    out: str | Path,
+    config: PrepareConfig,
+    workers: int = 1,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Account:
-    """Make a corpus of `sources` (see `open_sources`) in the folder `out`, and give account of every input.
+    """Make a corpus of `sources` and of `config.sources` (see `open_sources`) in the folder `out`, and give account of every input.
 
     The same command continues a run that was cut short, and returns at once if the corpus is finished. `progress` is called with (stage,
     done, total): "examine" counts inputs, of which the total is not known in advance (None), "write" counts kept samples, "report" shards.
+    `announce` is told what is read of each source, in a sentence, before the work starts.
     Raises ValueError if the sources or `out` cannot be used, RuntimeError if no input is usable or a source changes meanwhile.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more")
     out = Path(out)
-    opened = open_sources(sources)
+    opened = open_sources(sources, named=config.sources, columns=config.columns)
+    if announce:
+        for source in opened:
+            announce(source.reads())
     identity = _identity(opened, config=config)
     finished = _check_output(out, identity=identity, sources=opened)
     if finished:
@@ -91,8 +108,11 @@ def prepare(
 def _identity(sources: Sequence[Source], *, config: PrepareConfig) -> dict[str, Any]:
     """What makes two preparations the same, as it stands in the manifest: no path, time or worker count."""
     return {
-        "config": config.model_dump(mode="json"),
-        "sources": [{"name": source.name, "layout": source.layout, "digest": source.digest()} for source in sources],
+        "config": config.model_dump(mode="json", exclude={"sources"}),
+        "sources": [
+            {"name": source.name, "layout": source.layout, "digest": source.digest(), "tags": list(source.tags), "reads": source.reads()}
+            for source in sources
+        ],
     }
 
 
@@ -147,21 +167,26 @@ def _examine_all(
 ) -> ChunkTables:
     """Pass 1. Chunks whose table is there already are not examined again."""
     rules = Rules(images=config.images, captions=config.captions, filters=config.filters, hashes=config.dedup.near != "off")
-    samples = (sample for source in sources for sample in source.samples())
+    samples = all_samples(sources)
     tables: list[Path] = []
     known = 0
 
     def pieces() -> Iterator[Piece]:
         nonlocal known
-        while members := tuple(islice(samples, CHUNK_SIZE)):
+        following = next(samples, None)
+        while following is not None:
             table = work / f"chunk-{len(tables):06d}.arrow"
             tables.append(table)
             if table.exists():
-                known += len(members)
+                known += 1 + sum(1 for _ in islice(samples, CHUNK_SIZE - 1))
+                following = next(samples, None)
                 continue
-            for start in range(0, len(members), PIECE_SIZE):
-                end = start + PIECE_SIZE
-                yield Piece(samples=members[start:end], table=table, ends_chunk=end >= len(members), rules=rules)
+            room = CHUNK_SIZE
+            while room and following is not None:
+                members = [following, *_up_to_a_piece(islice(samples, min(room, PIECE_SIZE) - 1), first=following)]
+                following = next(samples, None)
+                room -= len(members)
+                yield Piece(samples=tuple(members), table=table, ends_chunk=not room or following is None, rules=rules)
 
     def show(examined: int) -> None:
         if progress:
@@ -174,6 +199,14 @@ def _examine_all(
             write_chunk(examined.table, rows)
             rows = []
     return ChunkTables(tables)
+
+
+def _up_to_a_piece(samples: Iterator[RawSample], *, first: RawSample) -> Iterator[RawSample]:
+    """As many of the samples after the first as may wait in memory together."""
+    held = len(first.data or b"")
+    while held < PIECE_BYTES and (sample := next(samples, None)) is not None:
+        held += len(sample.data or b"")
+        yield sample
 
 
 def _without_culprit(piece: Piece, death: WorkerDied) -> Piece:

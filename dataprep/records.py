@@ -28,8 +28,8 @@ FILTER_PREFIX = "filter:"
 class RawSample:
     """One input before anybody looked at its picture.
 
-    The picture's bytes are `length` bytes at `offset` of the local file `file`, or the whole file if `length` is None. `path` is what the
-    source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
+    The picture's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
+    `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
     """
 
     source: str
@@ -37,6 +37,7 @@ class RawSample:
     file: str = ""
     offset: int = 0
     length: int | None = None
+    data: bytes | None = field(default=None, repr=False)
     captions: tuple[str, ...] = ()
     label: int | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)

@@ -2,24 +2,64 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Any, Protocol
 
-from dataprep.folders import ImageFolder
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataprep.columns import ColumnConfig
+from dataprep.folders import ImageFolder, holds_images
+from dataprep.hub import HubDataset, is_on_hub, is_saved
+from dataprep.lists import ImageList
+from dataprep.places import base_name, expand, join, list_files, names_many
 from dataprep.records import RawSample
+from dataprep.tables import kind_of
 from dataprep.tars import Shards
+from pipeline.errors import one_line
+from pipeline.remote import is_remote
 
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_NAME = r"[A-Za-z_][\w-]*"
+_NAMED = re.compile(rf"({_NAME})=(.+)", re.ASCII | re.DOTALL)
+SourceName = Annotated[str, Field(pattern=rf"^{_NAME}$")]
+_KINDS = "an image folder, .tar shards, a list (.csv, .tsv, .jsonl, .parquet, .arrow) or hf:NAME"
+
+
+class SourceConfig(BaseModel):
+    """What there is to say of one source.
+
+    `path`: what a command line would name; may be left out where the command line says NAME=PATH. `tags` end up in the column
+    `source_tags`. `columns`: as the section of that name, for this source alone. `split`, `subset`: which part of a data set of the
+    `datasets` library is meant, if it has several.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = Field(default=None, min_length=1)
+    tags: tuple[str, ...] = ()
+    columns: ColumnConfig = ColumnConfig()
+    split: str | None = Field(default=None, min_length=1)
+    subset: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_short_forms(cls, said: Any) -> Any:
+        """A text is the path; tags may be one text with commas."""
+        if isinstance(said, str):
+            return {"path": said}
+        if isinstance(said, dict) and isinstance(said.get("tags"), str):
+            return {**said, "tags": [tag.strip() for tag in said["tags"].split(",") if tag.strip()]}
+        return said
 
 
 class Source(Protocol):
     """One place that samples come from. `samples()` may be read again and gives the same samples in the same order."""
 
     name: str
+    tags: tuple[str, ...]
 
     @property
     def layout(self) -> str: ...
@@ -29,6 +69,14 @@ class Source(Protocol):
         """The folder, resolved, that a corpus must not be written into."""
         ...
 
+    def reads(self) -> str:
+        """What is read, and from which columns, in a sentence."""
+        ...
+
+    def expected(self) -> int | None:
+        """How many inputs there are, where that is known without reading them."""
+        ...
+
     def digest(self) -> str: ...
 
     def samples(self) -> Iterator[RawSample]: ...
@@ -36,61 +84,102 @@ class Source(Protocol):
     def notes(self) -> list[str]: ...
 
 
-def open_sources(specs: Sequence[str]) -> list[Source]:
-    """Open what the user names: a folder, a tar, or a pattern of tars ("x/{000..009}.tar", "x/*.tar"). Raises ValueError, one line each.
+def open_sources(
+    specs: Sequence[str], *, named: Mapping[str, SourceConfig] | None = None, columns: ColumnConfig | None = None
+) -> list[Source]:
+    """Open what the user names. Raises ValueError, one line each.
 
-    A source is called by its folder (a single tar by its own name); a name that comes up again gets a number.
+    Args:
+        specs: paths, URLs and patterns ("x/{000..009}.tar"), each as it is or as NAME=PATH.
+        named: further sources, or what there is to say of those of `specs`, by name.
+        columns: what holds for all sources that say nothing else.
+
+    A source without a name is called by its folder (a single file by its own name); a name that comes up again gets a number.
     """
-    if not specs:
-        raise ValueError("no source: name at least one image folder or WebDataset shard")
-    sources: list[Source] = []
-    names: set[str] = set()
+    told = named or {}
+    wanted: list[tuple[str, str]] = []
     for spec in specs:
-        path = Path(spec).expanduser()
-        tars = [] if path.is_dir() else _find_tars(spec)
-        names_many = _BRACES.search(spec) or is_pattern(spec)
-        place = path if path.is_dir() else tars[0].parent if names_many else tars[0].with_suffix("")
-        name = base = place.resolve().name or "data"
-        number = 2
-        while name in names:
-            name, number = f"{base}-{number}", number + 1
-        names.add(name)
-        sources.append(ImageFolder(path, name=name) if path.is_dir() else Shards(tars, name=name))
-    return sources
+        match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)
+        wanted.append((match[1], match[2]) if match else ("", spec))
+    given = {name for name, _ in wanted}
+    for name, said in told.items():
+        if said.path is not None and name not in given:
+            wanted.append((name, said.path))
+        elif said.path is None and name not in given:
+            raise ValueError(f"sources.{name}: has no path; write {name}=PATH among the sources, or sources.{name}.path=PATH")
+    if not wanted:
+        raise ValueError("no source: name at least one image folder, list of images or WebDataset shard")
+    taken = {name for name in given | told.keys() if name}
+    opened: list[Source] = []
+    for name, spec in wanted:
+        if name and any(source.name == name for source in opened):
+            raise ValueError(f"{name}={spec}: this name has been given to another source")
+        said = told.get(name, SourceConfig())
+        own = (columns or ColumnConfig()).model_copy(update=said.columns.model_dump(exclude_none=True))
+        try:
+            source = _open(spec, name=name or _free_name(spec, taken=taken), said=said.model_copy(update={"columns": own}))
+        except ValueError as error:
+            raise ValueError(f"{name}={spec}: neither a setting nor a source: {error}" if name in given - {""} else str(error)) from error
+        source.tags = said.tags
+        opened.append(source)
+    return opened
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """ "a{00..02}b{x,y}" → all names in order; a range keeps the width of its bounds, as in a shell. Raises ValueError."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    before, inside, after = pattern[: match.start()], match.group(1), pattern[match.end() :]
-    span = _RANGE.fullmatch(inside)
-    if span is None:
-        choices = inside.split(",")
-    else:
-        low, high = span.groups()
-        if int(high) < int(low) or int(high) - int(low) > 1_000_000:
-            raise ValueError(f"{pattern}: the range {{{inside}}} has no order or no end in sight")
-        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
-        choices = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
-    return [before + choice + rest for choice in choices for rest in expand_braces(after)]
+def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
+    """The samples of all sources, their tags among the further columns."""
+    is_tagged = any(source.tags for source in sources)
+    for source in sources:
+        tags = ", ".join(source.tags)
+        for sample in source.samples():
+            yield replace(sample, extra={**sample.extra, "source_tags": tags}) if is_tagged else sample
 
 
-def _find_tars(spec: str) -> list[Path]:
-    patterns = [str(Path(pattern).expanduser()) for pattern in expand_braces(spec)]
-    names = [name for pattern in patterns for name in (sorted(glob(pattern)) if is_pattern(pattern) else [pattern])]
-    if not names:
-        raise ValueError(f"{spec}: no file matches")
-    tars = [Path(name) for name in names]
-    for tar in tars:
-        if not tar.exists():
-            raise ValueError(f"{tar}: no such file or folder")
-        if tar.suffix.lower() != ".tar" or not tar.is_file():
-            raise ValueError(f"{tar}: not a source that can be read; give an image folder or .tar shards")
-    return tars
+def _free_name(spec: str, *, taken: set[str]) -> str:
+    path = spec.rstrip("/") if is_remote(spec) or is_on_hub(spec) else str(Path(spec).expanduser().absolute())
+    folder, _, base = path.rpartition("/")
+    is_file = kind_of(base) is not None or base.lower().endswith(".tar")
+    base = base.partition("@")[0].removeprefix("hf:") if is_on_hub(spec) else base
+    name = root = base_name(folder) if names_many(spec) else base.partition(".")[0] or base if is_file else base or "data"
+    number = 2
+    while name in taken:
+        name, number = f"{root}-{number}", number + 1
+    taken.add(name)
+    return name
 
 
-def is_pattern(spec: str) -> bool:
-    """Whether a name has wildcards, and is not itself the name of a file."""
-    return has_magic(spec) and not Path(spec).exists()
+def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
+    if is_on_hub(spec):
+        return HubDataset(spec, name=name, columns=said.columns, split=said.split, subset=said.subset)
+    files = expand(spec)
+    if len(files) == 1 and (os.path.isdir(files[0]) if not is_remote(spec) else not _is_file(files[0])):
+        return _open_folder(files[0], name=name, said=said)
+    if all(file.lower().endswith(".tar") for file in files):
+        return Shards(files, name=name, columns=said.columns)
+    strange = next((file for file in files if not kind_of(file) or os.path.isdir(file)), None)
+    if strange:
+        raise ValueError(f"{strange}: not a source that can be read; give {_KINDS}")
+    return ImageList(files, name=name, columns=said.columns)
+
+
+def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
+    """A folder is what lies in it: a saved data set, or else pictures and metadata, or else shards, or else lists."""
+    try:
+        files = list_files(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {one_line(error)}") from error
+    root, columns = None if is_remote(folder) else Path(folder).resolve(), said.columns
+    if is_saved(files):
+        return HubDataset(folder, name=name, columns=columns, split=said.split)
+    if holds_images(files):
+        return ImageFolder(folder, files=files, name=name, columns=columns)
+    tars = [join(folder, file) for file in files if file.lower().endswith(".tar")]
+    if tars:
+        return Shards(sorted(tars), name=name, columns=columns, root=root)
+    tables = [join(folder, file) for file in files if kind_of(file)]
+    if not tables:
+        raise ValueError(f"{folder}: no pictures, no shards and no lists in this folder")
+    return ImageList(sorted(tables), name=name, columns=columns, root=root)
+
+
+def _is_file(url: str) -> bool:
+    return url.lower().endswith(".tar") or kind_of(url) is not None

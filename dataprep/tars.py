@@ -2,96 +2,151 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataprep.columns import ColumnConfig
+from dataprep.places import base_name, facts
 from dataprep.records import RawSample
+from dataprep.tables import plain
 from pipeline.captions import MAX_TEXT_BYTES
-from pipeline.fields import IMAGE_EXTENSIONS, Value, parse_json, read_fields
-from pipeline.tar import BlockReader, Member, broken, members
+from pipeline.errors import one_line
+from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, Value, parse_json, read_fields
+from pipeline.remote import is_remote, read_file, read_ranges, size_of
+from pipeline.tar import BlockReader, Member, members
 
-_USED = {*IMAGE_EXTENSIONS, "txt", "json", "cls"}
+_TEXTS = ("txt", "text", "caption")
+_USED = {*IMAGE_EXTENSIONS, *_TEXTS, "json", "cls"}
+_REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
+_MOST_IN_HAND = 256 << 20  # bytes of a picture in a tar behind a URL
 
 
 class Shards:
-    """A list of tars, read in the given order. What cannot be read becomes a rejected sample; no tar ends the run."""
+    """A list of tars, read in the given order. What cannot be read becomes a rejected sample; no tar ends the run.
+
+    Where img2dataset's table lies beside a tar, what it says of a sample counts as if it stood in the sample's JSON.
+    """
 
     layout = "webdataset"
+    tags: tuple[str, ...] = ()
 
-    def __init__(self, paths: Sequence[Path], *, name: str) -> None:
+    def __init__(self, paths: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None) -> None:
         self.paths = tuple(paths)
-        self.root = None
+        self.root = root
         self.name = name
+        self._columns = Columns(
+            captions=columns.captions or STANDARD.captions, labels=(columns.label,) if columns.label else STANDARD.labels
+        )
+        self._text_is_first = columns.captions is None
         self._empty: list[str] = []
         self._other: set[str] = set()
+        self._failed = 0
+
+    def reads(self) -> str:
+        """What is read, and from which columns, in a sentence."""
+        captions = [*(["the text members"] if self._text_is_first else []), *self._columns.captions]
+        if not self._text_is_first:
+            captions.append("the text members")
+        what = base_name(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} tars"
+        return f"{self.name}: {what}, captions from {', '.join(captions)}"
+
+    def expected(self) -> int | None:
+        """How many inputs there are, where that is known without reading them."""
+        return None
 
     def digest(self) -> str:
-        """Names and sizes of the tars."""
-        listing = "".join(f"{path.name}\0{path.stat().st_size}\n" for path in self.paths)
-        return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+        """Names and sizes of the tars, and behind URLs what the server says of their contents."""
+        return facts(self.paths)
 
     def samples(self) -> Iterator[RawSample]:
         """All samples of all tars, in the order of their members."""
         self._empty.clear()
         self._other.clear()
+        self._failed = 0
         for path in self.paths:
-            group: list[Member] = []
-            count = 0
-            for member in _members(path):
-                if member.extension not in _USED and member.problem is None:
-                    self._other.add(member.extension)
-                    continue
-                ends_group = group and (member.key != group[0].key or any(member.extension == other.extension for other in group))
-                if ends_group:
-                    yield self._sample(group, tar=path)
-                    group = []
-                group.append(member)
-                count += 1
-            if group:
-                yield self._sample(group, tar=path)
-            if not count:
-                self._empty.append(path.name)
+            name = base_name(path)
+            is_empty = True
+            try:
+                with open_tar(path) as file:
+                    for sample in self._samples_of(file, tar=path):
+                        is_empty = False
+                        yield sample
+            except OSError as error:
+                if is_remote(path) and not isinstance(error, FileNotFoundError):  # a network that is gone says nothing of the tar
+                    raise
+                is_empty = False
+                detail = f"{name}: cannot be read: {error.strerror or one_line(error)}"
+                yield RawSample(source=self.name, path=name, reason="bad-record", detail=detail)
+            if is_empty:
+                self._empty.append(name)
 
     def notes(self) -> list[str]:
         """What lies in the tars and is no input, in sentences. Complete once `samples()` has been read to its end."""
         notes = [f"{self.name}: {name} holds no samples" for name in self._empty]
         if self._other:
             notes.append(f"{self.name}: members with other extensions were left out ({', '.join(sorted(self._other))})")
+        if self._failed:
+            notes.append(f"{self.name}: {self._failed} row(s) of img2dataset's tables have no picture: their download had failed")
         return notes
 
-    def _sample(self, group: list[Member], *, tar: Path) -> RawSample:
+    def _samples_of(self, file: BlockReader, *, tar: str) -> Iterator[RawSample]:
+        told = _told(tar)
+        group: list[Member] = []
+        for member in members(file, tar=base_name(tar)):
+            if member.extension not in _USED and member.problem is None:
+                self._other.add(member.extension)
+                continue
+            ends_group = group and (member.key != group[0].key or any(member.extension == other.extension for other in group))
+            if ends_group:
+                yield self._sample(group, file=file, tar=tar, told=told.pop(group[0].key, {}))
+                group = []
+            group.append(member)
+        if group:
+            yield self._sample(group, file=file, tar=tar, told=told.pop(group[0].key, {}))
+        self._failed += sum(row.get("status", "success") != "success" for row in told.values())
+
+    def _sample(self, group: list[Member], *, file: BlockReader, tar: str, told: Mapping[str, Value]) -> RawSample:
         image = next((member for member in group if member.extension in IMAGE_EXTENSIONS), None)
         named = image or group[0]
-        path = f"{tar.name}/{named.name}" if named.name else tar.name
+        path = f"{base_name(tar)}/{named.name}" if named.name else base_name(tar)
         problem = next((member.problem for member in group if member.problem), None)
         if problem:
             return RawSample(source=self.name, path=path, reason=problem[0], detail=problem[1])
 
         record: dict[str, Value] = {}
-        captions: tuple[str, ...] = ()
+        texts: dict[str, str] = {}
+        data: bytes | None = None
         for member in group:
             if member is image:
-                continue
-            payload = _read(tar, member=member)
-            if member.extension == "txt":
-                captions = (payload.decode("utf-8-sig", "replace"),)
-            elif member.extension == "cls":
-                record = {**record, "label": payload.decode("ascii", "replace").strip()}
-            elif member.extension == "json":
-                parsed = parse_json(payload)
-                if parsed is None:
-                    return RawSample(source=self.name, path=path, reason="bad-record", detail=f"{member.name} is not a JSON object")
-                record = {**parsed, **record}
-        fields = read_fields(record)
+                data = file.at(member.offset, member.length) if is_remote(tar) and member.length <= _MOST_IN_HAND else None
+            else:
+                payload = file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
+                if member.extension in _TEXTS:
+                    texts[member.extension] = payload.decode("utf-8-sig", "replace")
+                elif member.extension == "cls":
+                    record = {**record, "label": payload.decode("ascii", "replace").strip()}
+                elif member.extension == "json":
+                    parsed = parse_json(payload)
+                    if parsed is None:
+                        return RawSample(source=self.name, path=path, reason="bad-record", detail=f"{member.name} is not a JSON object")
+                    record = {**parsed, **record}
+        fields = read_fields({**told, **record}, columns=self._columns)
+        captions = tuple(texts[extension] for extension in _TEXTS if extension in texts)
         return RawSample(
             source=self.name,
             path=path,
-            file=str(tar),
+            file=tar,
             offset=image.offset if image else 0,
             length=image.length if image else 0,
-            captions=captions + fields.captions,
+            data=data,
+            captions=captions + fields.captions if self._text_is_first else fields.captions + captions,
             label=fields.label,
             extra=fields.extra,
             reason="" if image else "missing",
@@ -99,16 +154,42 @@ class Shards:
         )
 
 
-def _members(path: Path) -> Iterator[Member]:
-    try:
-        with open(path, "rb") as stream:
+@contextmanager
+def open_tar(tar: str) -> Iterator[BlockReader]:
+    """A tar at a path or URL. Raises OSError."""
+    if not is_remote(tar):
+        with open(tar, "rb", buffering=0) as stream:
             descriptor = stream.fileno()
-            file = BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=path.stat().st_size)
-            yield from members(file, tar=path.name)
-    except OSError as error:
-        yield broken(path.name, reason="bad-record", detail=f"cannot be read: {error.strerror}")
+            yield BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=os.fstat(descriptor).st_size)
+        return
+    size = size_of(tar)
+    if size is None:
+        raise OSError("its server does not say how long it is")
+
+    def read(offset: int, length: int) -> bytes:
+        ends = range(offset + _REQUEST, offset + length + _REQUEST, _REQUEST)
+        parts = read_ranges([(tar, end - _REQUEST, min(end, offset + length)) for end in ends])
+        for part in parts:
+            if isinstance(part, OSError):
+                raise part
+        return b"".join(part for part in parts if isinstance(part, bytes))
+
+    yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
 
 
-def _read(tar: Path, *, member: Member) -> bytes:
-    with open(tar, "rb") as stream:
-        return os.pread(stream.fileno(), min(member.length, MAX_TEXT_BYTES), member.offset)
+def sidecar_table(tar: str) -> pa.Table | None:
+    """img2dataset's table beside a tar, if there is one that knows keys."""
+    path = f"{tar.removesuffix('.tar')}.parquet"
+    try:
+        source = io.BytesIO(read_file(path)) if is_remote(path) else path
+        table = pq.ParquetFile(source).read(use_threads=False)
+    except (OSError, pa.ArrowException):  # none, or none that can be read: all that is needed is in the tar
+        return None
+    is_sound = "key" in table.column_names and len({*table.column_names}) == table.num_columns
+    return table if is_sound and pa.types.is_string(table.schema.field("key").type) else None
+
+
+def _told(tar: str) -> dict[str, dict[str, Any]]:
+    """What img2dataset's table says of each key."""
+    table = sidecar_table(tar)
+    return {} if table is None else {row["key"]: plain(row) for row in table.to_pylist() if row["key"]}

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
-from dataprep.indexing import KIND, open_tar, read_foreign
+from dataprep.indexing import KIND, read_foreign
 from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account, read_manifest
 from dataprep.shards import MEMBERS
+from dataprep.tars import open_tar
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image

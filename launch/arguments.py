@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,14 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """(positional arguments, overrides). `a.b=c` is an override, unless a file or folder has exactly this name."""
     overrides = [argument for argument in arguments if OVERRIDE.match(argument) and not Path(argument).exists()]
     return [argument for argument in arguments if argument not in overrides], overrides
+
+
+def split_sources(arguments: Sequence[str], *, settings: Collection[str]) -> tuple[list[str], list[str]]:
+    """(sources, overrides): of `NAME=VALUE` without a dot, a name of the settings begins an override, every other one a source's path."""
+    positional, overrides = split_overrides(arguments)
+    named = [override for override in overrides if "." not in override.partition("=")[0] and override.partition("=")[0] not in settings]
+    sources = [argument for argument in arguments if argument in positional or argument in named]
+    return sources, [override for override in overrides if override not in named]
 
 
 def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:

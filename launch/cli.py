@@ -23,7 +23,7 @@ from launch.arguments import (
     parse_sizes,
     parse_steps,
     parse_times,
-    split_overrides,
+    split_sources,
 )
 from launch.bench import bench
 from launch.cluster import cores
@@ -72,13 +72,15 @@ def demo(
 
 @app.command()
 def prepare(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SOURCE|KEY=VALUE", help='Image folders and WebDataset shards ("x/{000..009}.tar"), and values of the config.'
-        ),
-    ],
     out: Annotated[Path, typer.Option(help="Folder of the corpus: a new one, or one that an earlier run of the same command has begun.")],
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[[NAME=]SOURCE] [KEY=VALUE]...",
+            help="Paths or URLs of image folders, lists (.csv, .tsv, .jsonl, .parquet, .arrow), WebDataset shards and data sets (hf:NAME);"
+            " values of the config.",
+        ),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with other settings than the defaults.")] = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -86,21 +88,25 @@ def prepare(
 ) -> None:
     """Raw pictures and captions to clean shards.
 
-    Reads any common layout; every input is kept or rejected by name, and the account adds up.
+    Reads any common layout; every input is kept or rejected by name, and the account adds up. Columns are guessed and told.
 
     Example: tim prepare photos "more/{00000..00009}.tar" --out corpus filters.min_side=64
+
+    Example: tim prepare web=list.parquet art=s3://bucket/art --out corpus sources.web.tags=[crawl] columns.caption=[synthetic,alt]
     """
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.prepare import PrepareConfig
         from dataprep.prepare import prepare as prepare_corpus
         from launch.config import load_config
 
-        positional, overrides = split_overrides(sources)
-        if not positional:
-            raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
+        positional, overrides = split_sources(sources or [], settings=PrepareConfig.model_fields)
         settings = load_config(config, overrides=overrides, schema=PrepareConfig)
+        if not positional and not settings.sources:
+            raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
         with console.progress() as report:
-            account = prepare_corpus(positional, out=out, config=settings, workers=workers or cores(), progress=report)
+            account = prepare_corpus(
+                positional, out=out, config=settings, workers=workers or cores(), progress=report, announce=console.line
+            )
         facts = {
             "inputs": account.inputs,
             "kept": account.kept,

@@ -240,11 +240,14 @@ def nearest_of(name: str, known: Sequence[str]) -> str:
 
 def _keys_at(schema: type[BaseModel], section: Key) -> list[str]:
     model: type[BaseModel] | None = schema
+    is_name = False  # of the user's own choice, as the keys of a mapping are
     for part in section:
-        if isinstance(part, int) or model is None:
+        if isinstance(part, int) or model is None or is_name:
+            is_name = False
             continue
         field_info = model.model_fields.get(part)
         model = _model_in(field_info.annotation) if field_info else None
+        is_name = field_info is not None and typing.get_origin(field_info.annotation) is dict
     return list(model.model_fields) if model else []
 
 

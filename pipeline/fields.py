@@ -21,34 +21,44 @@ class Fields:
     extra: dict[str, Value]
 
 
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the picture."""
+
+    captions: tuple[str, ...] = ("text", "caption", "captions")
+    labels: tuple[str, ...] = ("label", "class")
+    image: str = "file_name"
+
+
+STANDARD = Columns()
 # Columns that state what preparation finds out by itself: a source's own values would only contradict it.
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
-_CONSUMED = RECOMPUTED | {"text", "caption", "captions"}
 # Columns that our tables use in another sense: the source's are kept under `source_NAME`.
-TAKEN = {"source", "path", "reason", "detail", "near_duplicate_of", "phash", "label", "thumbnail"} | {
+TAKEN = {"source", "source_tags", "path", "caption", "captions", "reason", "detail", "near_duplicate_of", "phash", "label", "thumbnail"} | {
     f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")
 }
 
 
-def read_fields(record: Mapping[str, Value]) -> Fields:
-    """Captions from `text`, `caption` and `captions`, in this order; an integer `label` or `class`; all further columns as they are."""
+def read_fields(record: Mapping[str, Value], *, columns: Columns = STANDARD) -> Fields:
+    """Captions and an integer class from the columns that hold them; all further columns as they are."""
     captions: list[str] = []
-    for name in ("text", "caption", "captions"):
+    for name in columns.captions:
         value = record.get(name)
         if isinstance(value, str):
             captions.append(value)
         elif isinstance(value, list):
             captions += [one for one in value if isinstance(one, str)]
     label, label_name = None, ""
-    for name in ("label", "class"):
+    for name in columns.labels:
         label, label_name = _as_label(record.get(name)), name
         if label is not None:
             break
+    consumed = {*columns.captions, columns.image, *([] if label is None else [label_name])}
     extra = {
         f"source_{name}" if name in TAKEN else name: _storable(value)
         for name, value in record.items()
-        if name and name not in _CONSUMED and (label is None or name != label_name)
+        if name and name not in RECOMPUTED and name not in consumed
     }
     return Fields(captions=tuple(captions), label=label, extra=extra)
 

@@ -6,10 +6,11 @@ FSSPEC_*). Every attempt has a time limit, answers that are too short count as f
 
 from __future__ import annotations
 
+import io
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline.errors import one_line
 
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 Result = TypeVar("Result")
-Range = tuple[str, int, int]  # URL, first byte, byte after the last
+Range = tuple[str, int, int | None]  # URL, first byte, byte after the last (None: all that follow)
 
 ATTEMPTS = 6
 FIRST_PAUSE = 0.25  # seconds; doubled by every attempt: 8 s of pauses together
 ATTEMPT_SECONDS = 60
+_BLOCK = 4 << 20  # bytes that are read at once from an open file
+_SMALL = 32 << 20  # bytes of a file that is read as a whole, which servers without ranges allow, too
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)  # asking again does not help
 
 
@@ -43,8 +46,21 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
 
 def size_of(url: str) -> int | None:
     """Bytes of a file, None where its server does not say. Raises OSError, FileNotFoundError among them."""
+    return facts_of(url).get("size")
+
+
+def facts_of(url: str) -> dict[str, Any]:
+    """What a server says of a file: its `size`, and more by names of its own. Raises OSError, FileNotFoundError among them."""
     files, name = filesystem(url)
-    return _repeated(lambda: files.info(name), url=url).get("size")
+    return _repeated(lambda: files.info(name), url=url)
+
+
+def list_files(url: str) -> dict[str, int | None]:
+    """All files below a folder, by their names in it: their bytes, None where the server does not say. Raises OSError."""
+    files, root = filesystem(url)
+    found: dict[str, dict[str, Any]] = _repeated(lambda: files.find(root, detail=True), url=url)
+    start = len(root.rstrip("/")) + 1
+    return {name[start:]: facts.get("size") for name, facts in sorted(found.items()) if len(name) > start}
 
 
 def read_file(url: str) -> bytes:
@@ -62,16 +78,56 @@ def read_ranges(ranges: Sequence[Range]) -> list[bytes | OSError]:
     for _ in _attempts():
         for i, found in zip(missing, _ask([ranges[i] for i in missing]), strict=True):
             url, start, end = ranges[i]
-            if isinstance(found, bytes) and len(found) == end - start:
+            if isinstance(found, bytes) and (end is None or len(found) == end - start):
                 results[i] = found
-            elif isinstance(found, bytes):
+            elif isinstance(found, bytes) and end is not None:
                 results[i] = OSError(f"{url} gave {len(found)} bytes where {end - start} from byte {start} on were asked for")
-            else:
+            elif isinstance(found, BaseException):
                 results[i] = _as_os_error(found, url=url)
         missing = [i for i in missing if isinstance(results[i], OSError) and not isinstance(results[i], _FINAL)]
         if not missing:
             break
     return results
+
+
+def open_file(url: str) -> BinaryIO:
+    """A file to read from and to seek in; large ones come in blocks. Raises OSError, FileNotFoundError among them, as its reads do."""
+    size = size_of(url)
+    if size is None or size <= _SMALL:
+        return io.BytesIO(read_file(url))
+    return io.BufferedReader(_OpenFile(url, size=size), _BLOCK)
+
+
+class _OpenFile(io.RawIOBase):
+    def __init__(self, url: str, *, size: int) -> None:
+        self._url = url
+        self._size = size
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        end = min(self._at + len(view), self._size)
+        if end <= self._at:
+            return 0
+        (found,) = read_ranges([(self._url, self._at, end)])
+        if isinstance(found, OSError):
+            raise found
+        view[: len(found)] = found
+        self._at = end
+        return len(found)
 
 
 def _ask(ranges: Sequence[Range]) -> list[bytes | BaseException]:
@@ -80,7 +136,8 @@ def _ask(ranges: Sequence[Range]) -> list[bytes | BaseException]:
     served = [filesystem(url) for url, _, _ in ranges]
     for files in {id(files): files for files, _ in served}.values():
         mine = [i for i, (other, _) in enumerate(served) if other is files]
-        starts, ends = ([ranges[i][which] for i in mine] for which in (1, 2))
+        starts = [ranges[i][1] or None for i in mine]  # without both ends no range is asked for, which every server understands
+        ends = [ranges[i][2] for i in mine]
         limit: dict[str, Any] = {"timeout": ATTEMPT_SECONDS} if files.async_impl else {}  # others have limits of their own
         try:
             found = files.cat_ranges([served[i][1] for i in mine], starts, ends, on_error="return", **limit)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from dataprep.places import expand_braces
 from dataprep.records import RawSample
-from dataprep.sources import expand_braces, open_sources
+from dataprep.sources import open_sources
 from tests.dataprep.helpers import photo, write_folder, write_tar
 
 
@@ -191,10 +192,10 @@ def test_the_digest_follows_names_sizes_and_metadata(tmp_path: Path) -> None:
     assert open_sources([str(folder)])[0].digest() != changed
 
 
-@pytest.mark.parametrize("spec", ["nowhere", "empty", "only_tars", "file.zip", "none/*.tar", "s/{0..3}.tar"])
+@pytest.mark.parametrize("spec", ["nowhere", "empty", "only_notes", "file.zip", "none/*.tar", "s/{0..3}.tar"])
 def test_what_is_no_source_is_a_one_line_error(tmp_path: Path, spec: str) -> None:
     (tmp_path / "empty").mkdir()
-    write_folder(tmp_path, {"only_tars/1.tar": b"", "file.zip": b"zip", "s/0.tar": b""})
+    write_folder(tmp_path, {"only_notes/1.txt": b"", "file.zip": b"zip", "s/0.tar": b""})
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
         open_sources([str(tmp_path / spec)])
     with pytest.raises(ValueError, match="no source"):

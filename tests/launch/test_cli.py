@@ -179,7 +179,8 @@ def test_prepare_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path, tim:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("all of it")
     out = tmp_path / "c"
-    refused(tim("prepare", "--out", out), "Missing argument")
+    refused(tim("prepare", "--out", out), "no source")
+    refused(tim("prepare", "nothing=here", "--out", out), "nothing=here: neither a setting nor a source")
     refused(tim("prepare", "seed=1", "--out", out), "no source")
     refused(tim("prepare", tmp_path / "nowhere", "--out", out), "nowhere")
     refused(tim("prepare", tmp_path / "empty", "--out", out), "empty")

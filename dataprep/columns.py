@@ -1,0 +1,87 @@
+"""Which columns of a source hold pictures, captions and classes: as the user says, or else by their names and kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns
+
+_PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file", "img", *IMAGE_EXTENSIONS)
+_URLS = ("url", "image_url", "img_url", "image_link", "link", "contenturl")
+_CAPTIONS = ("txt", "prompt", "alt_text", "alt", "description", "top_caption", "title")
+_LABELS = (*STANDARD.labels, "cls", "labels")
+Column = Field(default=None, min_length=1)
+
+
+class ColumnConfig(BaseModel):
+    """Names of columns; one that is not given is guessed, and the guess is told.
+
+    `image`: bytes, a path or a URL. `caption`: one column, or several in order of preference; a column may hold lists. `label`: an
+    integer class. `folders`: the folder that a picture lies in is its class (by default: if nothing else is said of any picture).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str | None = Column
+    caption: str | tuple[str, ...] | None = Column
+    label: str | None = Column
+    folders: bool | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...] | None:
+        return (self.caption,) if isinstance(self.caption, str) else self.caption
+
+
+def choose(
+    config: ColumnConfig, *, names: Sequence[str], pictures: Collection[str] = (), place: str, defaults: Columns | None = None
+) -> Columns:
+    """The columns to read of those that are there.
+
+    Args:
+        names: of all columns of the source.
+        pictures: those that hold the pictures themselves, by their type.
+        place: what errors call the source.
+        defaults: what counts where the source's own convention says it.
+
+    Raises ValueError, naming the columns that there are, for a column that is not there or cannot be guessed.
+    """
+    for asked in (config.image, config.label, *(config.captions or ())):
+        if asked is not None and asked not in names:
+            raise ValueError(f"{place}: has no column {asked}; there are {_listed(names)}")
+    image = (
+        config.image or _first((*_PATHS, *_URLS), among=pictures) or next(iter(pictures), None) or _first((*_PATHS, *_URLS), among=names)
+    )
+    if image is None and defaults is not None:
+        image = defaults.image
+    if image is None:
+        raise ValueError(f"{place}: which column holds pictures, their paths or URLs? Say columns.image=NAME; there are {_listed(names)}")
+    others = [name for name in names if name != image]
+    captions = config.captions or _standard(others) or _one(_first(_CAPTIONS, among=others))
+    labels = _one(config.label) or tuple(name for label in _LABELS for name in others if name.lower() == label)
+    return Columns(captions=captions, labels=labels, image=image)
+
+
+def describe(columns: Columns) -> str:
+    """In words, what is read from which column."""
+    parts = [f"images from {columns.image}", f"captions from {', '.join(columns.captions) or 'nowhere'}"]
+    return ", ".join([*parts, *(f"classes from {label}" for label in columns.labels[:1])])
+
+
+def _standard(names: Sequence[str]) -> tuple[str, ...]:
+    """The usual columns of captions, in the usual order, however they are spelt."""
+    return tuple(name for standard in STANDARD.captions for name in names if name.lower() == standard)
+
+
+def _first(wanted: Sequence[str], *, among: Collection[str]) -> str | None:
+    """The first of the wanted names that is there, in whatever case."""
+    return next((name for want in wanted for name in among if name.lower() == want), None)
+
+
+def _one(name: str | None) -> tuple[str, ...]:
+    return () if name is None else (name,)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (" …" if len(names) > 20 else "") if names else "none"
