@@ -58,7 +58,8 @@ def facts_of(url: str) -> dict[str, Any]:
 def list_files(url: str) -> dict[str, int | None]:
     """All files below a folder, by their names in it: their bytes, None where the server does not say. Raises OSError."""
     files, root = filesystem(url)
-    found: dict[str, dict[str, Any]] = _repeated(lambda: files.find(root, detail=True), url=url)
+    found = _repeated(lambda: files.find(root, detail=True), url=url)
+    assert isinstance(found, dict)
     start = len(root.rstrip("/")) + 1
     return {name[start:]: facts.get("size") for name, facts in sorted(found.items()) if len(name) > start}
 
