@@ -80,13 +80,13 @@ def prepare(
         raise ValueError(f"workers is {workers}: give 1 or more")
     out = Path(out)
     opened = open_sources(sources, named=config.sources, columns=config.columns)
-    if announce:
-        for source in opened:
-            announce(source.reads())
     identity = _identity(opened, config=config)
     finished = _check_output(out, identity=identity, sources=opened)
     if finished:
         return finished
+    if announce:
+        for source in opened:
+            announce(source.reads())
 
     with _claimed(out, identity=identity) as work, LocalPool(workers) as pool:
         tables = _examine_all(opened, work=work, config=config, pool=pool, progress=progress)
