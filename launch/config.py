@@ -71,8 +71,16 @@ def _check_interval(interval: tuple[float, float]) -> None:
 
 
 class CodecConfig(Section):
-    kind: Literal["pixel", "sd-vae", "dc-ae"] = "pixel"
-    """How images become latents; `pixel` is the image itself. The others can be planned for, but not trained with yet."""
+    kind: Literal["pixel", "sd-vae", "kl", "dc-ae", "tiny"] = "pixel"
+    """How images become latents; `pixel` is the image itself, the others are autoencoders of diffusers (`tim/codecs.py`)."""
+    path: str | None = None
+    """Their weights: a folder that diffusers reads, or hf://OWNER/NAME. Planning needs those of `kl` and `tiny` only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CodecConfig:
+        if self.kind == "pixel" and self.path is not None:
+            raise Impossible("path", "pixel needs no weights: leave it out, or give another kind")
+        return self
 
 
 class TagsConfig(Section):
@@ -87,8 +95,13 @@ class TagsConfig(Section):
 
 
 class TextConfig(Section):
-    kind: Literal["lookup"] = "lookup"
-    """How captions become features; `lookup` is a frozen table of random embeddings: no download."""
+    kind: Literal["lookup", "open_clip", "hf"] = "lookup"
+    """How captions become features; `lookup` is a frozen table of random embeddings, `open_clip` the text tower of a CLIP, `hf` a text
+    encoder or language model of transformers (`tim/text.py`)."""
+    path: str | None = None
+    """The weights of the latter two: a folder, or hf://OWNER/NAME."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the text encoder; bf16: autocast."""
     max_tokens: int = Field(default=77, ge=2, le=4096)
     """Longer captions are cut."""
     caption_dropout: Share = 0.1
@@ -99,6 +112,8 @@ class TextConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TextConfig:
+        if self.kind == "lookup" and self.path is not None:
+            raise Impossible("path", "lookup needs no weights: leave it out, or give another kind")
         if not any(self.caption_weights):
             raise Impossible("caption_weights", "one caption at least must weigh something")
         return self
@@ -417,7 +432,11 @@ class Config(Section):
         """Fill in what follows from the codec: the plan's stride and the network's channels."""
         from tim import codecs  # torch is slow to import, and a config that is wrong does not need it
 
-        params, codec = self.network.params, codecs.GEOMETRIES[self.codec.kind]
+        params = self.network.params
+        try:
+            codec = codecs.geometry(self.codec.kind, self.codec.path)
+        except ValueError as error:
+            raise Impossible("codec.path", str(error)) from None
         stride = codec.factor * params.patch_size
         if self.plan.stride not in (None, stride):
             product = (

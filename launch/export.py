@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from launch.config import Config, load_config
+from launch.config import Config, TextConfig, load_config
 from tim import transports
 from tim.official import published_config
+from tim.pretrained import HUB
 from tim.weights import ModelSpec, save_model, write_folder
 
 MODEL_FILES = ("config.json", "model.safetensors")
@@ -110,8 +113,8 @@ def spec_of(config: Config) -> ModelSpec:
         network=config.network.params.model_dump(exclude_none=True),
         rope=config.network.rope,
         transport={"kind": config.objective.transport, **config.objective.transport_settings()},
-        codec={"kind": config.codec.kind},
-        text={"kind": config.text.kind, "max_tokens": config.text.max_tokens} if config.condition == "text" else None,
+        codec={"kind": config.codec.kind, **_weights(config.codec.path)},
+        text=_encoder(config.text) if config.condition == "text" else None,
         sampling={
             "steps": sampling.steps,
             "guidance": usual if sampling.guidance is None else sampling.guidance,
@@ -120,6 +123,18 @@ def spec_of(config: Config) -> ModelSpec:
             "instantaneous": config.objective.diffusion_share == 1,
         },
     )
+
+
+def _encoder(text: TextConfig) -> dict[str, Any]:
+    said = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path)}
+    return said if text.path is None else {**said, "precision": text.precision}
+
+
+def _weights(path: str | None) -> dict[str, str]:
+    """Where a codec's or an encoder's weights are, if it has any; those in a local folder by its full path."""
+    if path is None:
+        return {}
+    return {"path": path if path.startswith(HUB) else os.path.abspath(path)}
 
 
 def run_config(run: Path) -> Config:

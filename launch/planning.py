@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.compute as pc
 
@@ -19,6 +19,9 @@ from pipeline.shardcache import ShardCache
 from pipeline.sizes import read_sizes
 from pipeline.source import Source
 from pipeline.tags import TagShuffle
+
+if TYPE_CHECKING:
+    from tim.text import TextEncoder
 
 
 def make_planner(config: Config) -> Planner:
@@ -113,34 +116,59 @@ def check_ready(config: Config) -> Path:
 
 
 def check_models(config: Config) -> None:
-    """Raises ConfigError if the codec has to be run but can only be planned for, or if the teacher cannot be asked."""
-    from tim import codecs
+    """Raises ConfigError if a frozen model that has to be run cannot be: codec, text encoder or alignment teacher."""
+    from tim import codecs, text
 
+    parts = _parts(config)
     try:
-        if not from_features(config):
-            codecs.make(config.codec.kind)
+        if "latents" not in parts and config.codec.kind != "pixel":
+            codecs.weights_folder(config.codec.kind, config.codec.path)
     except ValueError as error:
-        raise ConfigError(f"codec.kind: {error}") from error
-    if config.objective.alignment is not None and from_features(config):
-        raise ConfigError("objective.alignment: its teacher sees pictures, and the corpus's features have none: leave one of them out")
-    if config.objective.alignment is not None and config.objective.alignment.path is None:
+        raise ConfigError(f"codec.path: {error}") from error
+    try:
+        if "captions" not in parts and config.condition == "text":
+            text.weights_folder(config.text.kind, config.text.path)
+    except ValueError as error:
+        raise ConfigError(f"text.path: {error}") from error
+    alignment = config.objective.alignment
+    if alignment is not None and alignment.path is None and "teacher" not in parts:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")
 
 
-def from_features(config: Config) -> bool:
-    """Whether latents and text features are read instead of made."""
-    return any(source.features is not None for source in config.corpus)
+def make_encoder(config: Config, *, device: Any) -> TextEncoder:
+    """The text encoder of a run. Raises ConfigError where it cannot be had, or makes features of another width than the network takes."""
+    from tim import text
+
+    chosen, width = config.text, config.network.params.cap_feat_dim
+    try:
+        return text.make(chosen.kind, chosen.path, width=width, max_tokens=chosen.max_tokens, device=device, precision=chosen.precision)
+    except ValueError as error:
+        raise ConfigError(f"text: {error}") from error
+
+
+def _parts(config: Config) -> set[str]:
+    """What is read from features in all corpora."""
+    read = [set(Features.open(entry.features).parts) if entry.features else set() for entry in config.corpus]
+    return set.intersection(*read) if read else set()
 
 
 def _check_encoders(features: Features, config: Config) -> None:
-    """Refuse features of another codec or text encoder than the config's."""
-    from tim import codecs
+    """Refuse features of another codec, text encoder or teacher than the config's."""
+    from tim import codecs, pretrained
 
-    wanted = {"kind": config.codec.kind, **codecs.GEOMETRIES[config.codec.kind]._asdict()}
-    _expect(features, "codec", found=features.codec, wanted=wanted)
-    if config.network.params.cap_feat_dim is not None:
-        text = {"kind": config.text.kind, "width": config.network.params.cap_feat_dim, "max_tokens": config.text.max_tokens}
-        _expect(features, "text", found=features.text or {}, wanted=text)
+    def kind_and_weights(kind: str, path: str | Path | None) -> dict[str, Any]:
+        return {"kind": kind} if path is None else {"kind": kind, "digest": pretrained.digest(path)}
+
+    if features.codec is not None:
+        geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
+        _expect(features, "codec", found=features.codec, wanted={**kind_and_weights(config.codec.kind, config.codec.path), **geometry})
+    if features.text is not None and config.network.params.cap_feat_dim is not None:
+        settings = config.text.model_dump(include={"max_tokens", "precision"})
+        wanted = {**kind_and_weights(config.text.kind, config.text.path), "width": config.network.params.cap_feat_dim, **settings}
+        _expect(features, "text", found=features.text, wanted=wanted)
+    if (alignment := config.objective.alignment) is not None and features.teacher is not None:
+        wanted = {**kind_and_weights(alignment.kind, alignment.path), "width": config.network.params.z_dim}
+        _expect(features, "teacher", found=features.teacher, wanted=wanted)
 
 
 def _expect(features: Features, section: str, *, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -27,13 +27,13 @@ from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
-from launch.planning import check_models, make_cache, make_planner
+from launch.planning import check_models, make_cache, make_encoder, make_planner
 from launch.replica import Replica
 from launch.tally import Tally
 from pipeline.feature_reading import empty_text
 from pipeline.loader import Batch, LoadedStep, Loader
 from pipeline.planner import Planner
-from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, text, transports
+from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, transports
 from tim.attention import Needs, choose_backend
 from tim.objective import Guide
 from tim.packed import Condition
@@ -109,13 +109,16 @@ class Trainer:
         params, chosen = config.network.params, config.objective
         self.config = config
         self.ranks = ranks
-        self.geometry = codecs.GEOMETRIES[config.codec.kind]
+        self.geometry = codecs.geometry(config.codec.kind, config.codec.path)
         features = planner.corpora[0].features
-        self.codec = None if features else codecs.make(config.codec.kind)
+        parts = () if features is None else features.parts
+        self.codec = None
+        if "latents" not in parts:
+            self.codec = ranks.together(lambda: codecs.make(config.codec.kind, config.codec.path, device=ranks.device))
         self.empty_text = None if features is None or features.empty is None else empty_text(features.empty)
         self.encoder = None
-        if params.cap_feat_dim is not None and features is None:
-            self.encoder = text.make(config.text.kind, width=params.cap_feat_dim, max_tokens=config.text.max_tokens, device=ranks.device)
+        if params.cap_feat_dim is not None and "captions" not in parts:
+            self.encoder = ranks.together(lambda: make_encoder(config, device=ranks.device))
         self.objective = TransitionObjective(
             transports.make(chosen.transport, **chosen.transport_settings()),
             patch_size=params.patch_size,
@@ -128,7 +131,7 @@ class Trainer:
             alignment=chosen.alignment.weight if chosen.alignment else 1.0,
         )
         self.teacher = None
-        if chosen.alignment:
+        if chosen.alignment and "teacher" not in parts:
             kind, path = chosen.alignment.kind, chosen.alignment.path
             assert path is not None, "check_models has seen to it"
             self.teacher = ranks.together(lambda: alignment.make(kind, path, device=ranks.device, precision=config.train.precision))
@@ -142,6 +145,8 @@ class Trainer:
             lockstep=config.train.lockstep,
             channels=self.geometry.channels,
             factor=self.geometry.factor,
+            codec_draws=self.codec is not None and self.codec.draws,
+            teacher=chosen.alignment is not None,
             workers=config.loader.workers,
             prefetch=config.loader.prefetch,
             max_bad_fraction=config.loader.max_bad_fraction,
@@ -194,7 +199,7 @@ class Trainer:
                 weights=batch.weights,
                 derivative_network=self.engine.module,
                 guide=self._guide(len(batch.ids)),
-                teacher=self.teacher.tokens(batch.images, self._grids(batch)) if self.teacher else None,
+                teacher=self.teacher.tokens(batch.images, self._grids(batch)) if self.teacher else batch.teacher,
             )
             self.engine.accumulate(losses.loss, count=loaded.images, last=index == len(loaded.batches) - 1)
             tally.add(batch, losses)
@@ -219,7 +224,7 @@ class Trainer:
             failed=sums.failed,
             tokens=loaded.tokens,
             fill=loaded.fill,
-            alignment=sums.alignment if self.teacher else None,
+            alignment=sums.alignment if self.config.objective.alignment else None,
         )
         self.meter.add(measure)
         return measure, sums.stop
@@ -262,7 +267,11 @@ class Trainer:
         if batch.latents is not None:
             return batch.latents
         assert self.codec is not None
-        return self.codec.encode(batch.images)
+        means, deviations = self.codec.latents(batch.images)
+        if deviations is None:
+            return means
+        assert batch.codec_noise is not None
+        return [mean + spread * noise for mean, spread, noise in zip(means, deviations, batch.codec_noise, strict=True)]
 
     def _condition(self, captions: Sequence[str], classes: Tensor, texts: Sequence[Tensor] | None) -> Condition:
         """What images are to show. The empty caption and class −1 ask for nothing in particular. `texts` are captions already encoded."""

@@ -37,8 +37,7 @@ def take_account(sources: Sequence[Source], *, rule: SizeRule) -> dict[str, Any]
             reasons += np.bincount(targets.left_out, minlength=len(reasons))
             kept = targets.left_out == 0
             if source.corpus.features:
-                sizes = {"heights": targets.height[kept], "widths": targets.width[kept]}
-                source.corpus.locate_features(shard, table=table.filter(pa.array(kept)), **sizes)
+                source.corpus.locate_features(shard, table=table.filter(pa.array(kept)), crops=targets.crops[kept])
             tokens += int(targets.tokens[kept].sum())
             downscaled += int((targets.resize_height[kept] < integers(table, "height")[kept]).sum())
             resized_pixels += int((targets.resize_height * targets.resize_width)[kept].sum())

@@ -1,17 +1,24 @@
 """Feature shards: what a codec and a text encoder made of a corpus (DESIGN §4), read in place of its pictures and captions.
 
 A folder holds, for each shard of the corpus, a tar and a table of the same number; `KEY.features.safetensors` in the tar has the latents
-of a sample, one for each size it was encoded at, and the features of all its captions. The manifest says by which codec, which text
-encoder, at which sizes, and from which tables of the corpus, so that a plan knows beforehand whether it will find what it needs:
+of a sample, one for each size it was encoded at, the features of all its captions, and an alignment teacher's tokens. The manifest says by
+which codec, text encoder and teacher, at which sizes, and from which tables of the corpus, so that a plan knows beforehand whether it will
+find what it needs:
 
     format, kind: "features"
-    codec: {kind, factor, channels}    text: {kind, width, max_tokens}, or null without captions    flipped: are there mirrored latents?
+    codec: {kind, factor, channels, draws, digest}        null: no latents; the digest is of the weights, null where there are none
+    text: {kind, width, max_tokens, precision, digest}    null: no captions
+    teacher: {kind, width, digest}                        null: no tokens of a teacher
+    dtype, zstd: whether members are compressed           flipped: are there mirrored latents?
     sizes: [{stride, max_tokens, max_pixels, min_tokens, max_aspect, fit}]        the size rules that were encoded
     empty: file of the empty caption's features, one tensor `text.0`
+    totals: {samples, captions, bytes}                    rejected: {reason: samples that could not be encoded}
     shards: [{name, bytes, sha256, table, table_sha256, of}]                      `of` is the sha256 of the corpus's table
 
-Tables have the columns key, offset and length (of the safetensors), heights and widths (lists, in pixels, of the sizes that are there) and
-captions (their number).
+Tables have the columns key, offset and length (of the safetensors), heights and widths (lists, in pixels, of the sizes that are there),
+resize_heights and resize_widths (what the picture was scaled to before its middle was cut out), captions (their number), and reason: why a
+sample could not be encoded ("": it could). Such a sample has nothing in the tar; its place in a batch stays empty, as that of a picture
+that cannot be read.
 """
 
 from __future__ import annotations
@@ -32,7 +39,7 @@ from pipeline.resolution import SizeRule
 
 FORMAT = 1
 KIND = "features"
-EXTENSION = "features.safetensors"
+EMPTY = "empty.safetensors"
 TABLE = pa.schema(
     [
         ("key", pa.string()),
@@ -40,9 +47,13 @@ TABLE = pa.schema(
         ("length", pa.int64()),
         ("heights", pa.list_(pa.int32())),
         ("widths", pa.list_(pa.int32())),
+        ("resize_heights", pa.list_(pa.int32())),
+        ("resize_widths", pa.list_(pa.int32())),
         ("captions", pa.int32()),
+        ("reason", pa.string()),
     ]
 )
+_SIZE_COLUMNS = ("resize_heights", "resize_widths", "heights", "widths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +70,15 @@ class FeatureShard:
 class Features:
     """A folder of features. Make one with `Features.open`.
 
-    `codec` and `text` are what the manifest says of them; `empty` is the path of the empty caption's features, None without captions.
+    `codec`, `text` and `teacher` are what the manifest says of them, None where the folder has nothing of theirs; `empty` is the path of
+    the empty caption's features, None without captions.
     """
 
     def __init__(self, *, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path = path
-        self.codec: dict[str, Any] = dict(manifest["codec"])
+        self.codec: dict[str, Any] | None = manifest["codec"] and dict(manifest["codec"])
         self.text: dict[str, Any] | None = manifest["text"] and dict(manifest["text"])
+        self.teacher: dict[str, Any] | None = manifest["teacher"] and dict(manifest["teacher"])
         self.empty = None if self.text is None else str(path / _plain(manifest["empty"]))
         self.shards = tuple(
             FeatureShard(
@@ -108,13 +121,13 @@ class Features:
 
         Raises ValueError naming the size, the mirrored latents or the shard that is not there.
         """
-        for rule in rules:
+        for rule in rules if self._has_sizes else ():
             if not any(_covers(encoded, rule) for encoded in self._rules):
                 encoded = "; ".join(_in_words(rule) for rule in self._rules) or "none"
                 raise ValueError(
                     f"features {self.path} were encoded at other sizes ({encoded}) than the plan's ({_in_words(rule)}): encode them, too"
                 )
-        if flips and not self._flipped:
+        if flips and self._has_sizes and not self._flipped:
             raise ValueError(f"features {self.path} have no mirrored latents, which plan.flip needs: set plan.flip=0 or encode them")
         if len(self.shards) < len(of):
             raise ValueError(f"features {self.path} have {len(self.shards)} shards, corpus {corpus} has {len(of)}: encode the rest")
@@ -122,13 +135,13 @@ class Features:
             if shard.of != digest:
                 raise ValueError(f"features {self.path}: shard {number} is of another digest than that of corpus {corpus}: encode it again")
 
-    def join(self, shard: int, *, keys: Sequence[str], heights: Ints, widths: Ints, captions: Ints) -> Ints:
+    def join(self, shard: int, *, keys: Sequence[str], crops: Ints, captions: Ints) -> Ints:
         """Where the features of samples lie in `shards[shard].tar`: (n, 2), offset and length.
 
         Args:
             shard: its position.
             keys: n keys of the corpus's shard.
-            heights, widths: (n,) target sizes in pixels.
+            crops: (n, 4), `Targets.crops`: what each is scaled to, and what is cut out of that.
             captions: (n,) how many captions each has.
 
         Raises ValueError naming the key whose features, size or caption is not there, or the table that cannot be read.
@@ -139,12 +152,12 @@ class Features:
             if key not in rows:
                 raise ValueError(f"features {self.path}: {self.shards[shard].table} has no sample {key}: encode the corpus again")
         found = table.take(pa.array([rows[key] for key in keys], type=pa.int64()))
-        sizes = _lists(found, "heights"), _lists(found, "widths")
-        for number, (key, height, width) in enumerate(zip(keys, heights.tolist(), widths.tolist(), strict=True)):
-            if (height, width) not in zip(sizes[0][number], sizes[1][number], strict=True):
-                raise ValueError(
-                    f"features {self.path}: sample {key} has no latent of {width}x{height} pixels: encode it at the plan's sizes"
-                )
+        if self._has_sizes:
+            encoded = zip(*(found.column(name).to_pylist() for name in _SIZE_COLUMNS), strict=True)
+            for key, crop, sizes in zip(keys, crops.tolist(), encoded, strict=True):
+                if tuple(crop) not in zip(*sizes, strict=True):
+                    size = f"{crop[3]}x{crop[2]} pixels, cut out of {crop[1]}x{crop[0]}"
+                    raise ValueError(f"features {self.path}: sample {key} has no latent of {size}: encode it at the plan's sizes")
         if self.text is not None:
             encoded = found.column("captions").to_numpy()
             short = np.flatnonzero(encoded < captions)
@@ -152,6 +165,17 @@ class Features:
                 key, number = keys[short[0]], encoded[short[0]]
                 raise ValueError(f"features {self.path}: sample {key} lacks caption {number}: encode the corpus again")
         return np.stack([found.column(name).to_numpy() for name in ("offset", "length")], axis=1).astype(np.int64).reshape(-1, 2)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is there to be read: of latents, captions and teacher."""
+        return tuple(
+            name for name, said in (("latents", self.codec), ("captions", self.text), ("teacher", self.teacher)) if said is not None
+        )
+
+    @property
+    def _has_sizes(self) -> bool:
+        return self.codec is not None or self.teacher is not None
 
     def _read(self, shard: int) -> pa.Table:
         path = self.path / self.shards[shard].table
@@ -161,16 +185,6 @@ class Features:
             raise ValueError(
                 f"features {self.path}: {path.name} cannot be read ({' '.join(str(error).split())[:200]}): encode again"
             ) from error
-
-
-def latent_name(height: int, width: int, *, flipped: bool = False, deviation: bool = False) -> str:
-    """The tensor of an image of `height` × `width` pixels: (C, h/factor, w/factor). With `deviation`, of what the codec samples with."""
-    return f"latent{'_std' if deviation else ''}.{height}x{width}{'.flipped' if flipped else ''}"
-
-
-def text_name(caption: int) -> str:
-    """The tensor of a caption's features: (M, F)."""
-    return f"text.{caption}"
 
 
 def size_entry(rule: SizeRule) -> dict[str, Any]:
@@ -186,10 +200,6 @@ def _covers(encoded: SizeRule, planned: SizeRule) -> bool:
 
 def _in_words(rule: SizeRule) -> str:
     return ", ".join(f"{name} {value}" for name, value in asdict(rule).items())
-
-
-def _lists(table: pa.Table, column: str) -> list[list[int]]:
-    return table.column(column).to_pylist()
 
 
 def _plain(name: str) -> str:

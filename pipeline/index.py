@@ -135,26 +135,28 @@ class Corpus:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
 
-    def tar(self, shard: int) -> str:
-        """Path or URL of what is read of a shard: its features, where the corpus has some."""
-        return self.features.shards[shard].tar if self.features else self.shards[shard].path
+    def features_tar(self, shard: int) -> str:
+        """Path of a shard's features, "" where the corpus has none."""
+        return self.features.shards[shard].tar if self.features else ""
 
     def check_features(self, *, rules: Sequence[SizeRule], flips: bool) -> None:
         """Refuse a plan that the features are not for (`Features.check`). Raises ValueError."""
         if self.features is not None:
             self.features.check(of=[shard.digest for shard in self.shards], corpus=self.name, rules=rules, flips=flips)
 
-    def locate_features(self, shard: int, *, table: pa.Table, heights: Ints, widths: Ints) -> Ints:
+    def locate_features(self, shard: int, *, table: pa.Table, crops: Ints) -> Ints:
         """Where the features of samples of a shard lie, (n, 2): offset and length in the features' tar. Only with features.
 
-        `table` has the n samples' columns key and captions, `heights` and `widths` are (n,) in pixels. Raises ValueError (`Features.join`).
+        `table` has the n samples' columns key and captions, `crops` is (n, 4), `Targets.crops`. Raises ValueError (`Features.join`).
         """
         assert self.features is not None
-        keys: list[str] = table.column("key").to_pylist()
-        if self._qualified:
-            keys = [key.removeprefix(f"{shard:06d}/") for key in keys]
+        keys = self.bare_keys(shard, table.column("key").to_pylist())
         captions = pc.fill_null(pc.call_function("list_value_length", [table.column("captions")]), 0).to_numpy()
-        return self.features.join(shard, keys=keys, heights=heights, widths=widths, captions=captions)
+        return self.features.join(shard, keys=keys, crops=crops, captions=captions)
+
+    def bare_keys(self, shard: int, keys: Sequence[str]) -> list[str]:
+        """Keys as the shard's own tar has them: without the shard's number, which `read` puts before those that may repeat."""
+        return [key.removeprefix(f"{shard:06d}/") for key in keys] if self._qualified else list(keys)
 
     @cached_property
     def schema(self) -> pa.Schema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from pipeline.cost import DIFFUSION
 from pipeline.dealing import deal
-from pipeline.feature_reading import FeatureReader
+from pipeline.feature_reading import FeatureDecoder
 from pipeline.reading import Failure, PackReader, ReadPack
 from pipeline.steps import PlannedSample, Step
 from pipeline.storage import ShardCache, ShardFacts, ShardReader
@@ -36,9 +37,10 @@ class Batch:
     `images` are uint8 (3, h, w), `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64 −1 where dropped or
     absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a sample that could not
     be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens` are the planned ones.
-    Where the corpus has features, there are `latents` of the noise's shapes instead of images (none), no captions (""), and
-    `texts`, (M, F) each, unless the features have no captions either; all are float32.
-    Images, latents and noise are on the loader's device, the rest is on the host.
+    What the corpus has features of takes the place of what they were made of, all in float32: `latents` of the noise's shapes that of
+    images (none), `texts`, (M, F) each, that of captions (""). `teacher` (T, D) is what an alignment teacher sees. `codec_noise`, like
+    `noise`, is there for a codec that draws the latents of images. Images, latents, teacher and noise are on the loader's device, the
+    rest is on the host.
     """
 
     ids: list[str]
@@ -50,8 +52,10 @@ class Batch:
     noise: list[Tensor]
     weights: Tensor
     tokens: int
+    codec_noise: list[Tensor] | None = None
     latents: list[Tensor] | None = None
     texts: list[Tensor] | None = None
+    teacher: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,8 @@ class Loader:
         rank, world_size: which packs of each step are read; every rank gets equally many.
         lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3), or once a step; which packs they get depends on it.
         channels, factor: latent channels, and pixels per latent cell, of the codec.
+        codec_draws: whether it draws the latents of images.
+        teacher: whether an alignment teacher's tokens are wanted, or else images for it to see.
         workers: processes that read; 0 reads in this one.
         prefetch: steps that are read ahead.
         max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
@@ -106,6 +112,8 @@ class Loader:
         lockstep: bool = False,
         channels: int,
         factor: int,
+        codec_draws: bool = False,
+        teacher: bool = False,
         workers: int = 2,
         prefetch: int = 2,
         max_bad_fraction: float = 0.01,
@@ -127,13 +135,21 @@ class Loader:
         self.samples_failed = 0
         self.samples_skipped = 0  # those of bad shards, which are not among the failed ones
         self._planner = planner
-        self._features = planner.corpora[0].features
-        shards = ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify)
         geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
-        if self._features is None:
-            reader = PackReader(**geometry, shards=shards, shuffle_tags=planner.shuffle_tags)
-        else:
-            reader = FeatureReader(**geometry, shards=shards, empty=self._features.empty)
+        parts, decoder = (), None
+        if (features := planner.corpora[0].features) is not None:
+            parts = features.parts
+            width = features.teacher["width"] if teacher and features.teacher else None
+            decoder = FeatureDecoder(**geometry, latents="latents" in parts, empty=features.empty, teacher=width)
+        reader = PackReader(
+            **geometry,
+            shards=ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify),
+            pixels="latents" not in parts or (teacher and "teacher" not in parts),
+            captions="captions" not in parts,
+            features=decoder,
+            codec_draws=codec_draws and "latents" not in parts,
+            shuffle_tags=planner.shuffle_tags,
+        )
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
         self._decode: Callable[[Any], ReadPack] = reader.decode
         self._rank = rank
@@ -239,15 +255,14 @@ class Loader:
         return min(self._prefetch, possible)
 
     def _batch(self, pack: ReadPack, *, samples: tuple[PlannedSample, ...]) -> Batch:
-        cells = [(height // self._factor, width // self._factor) for height, width in pack.sizes]
-        flat, noise = self._on_device(pack.pixels), self._on_device(pack.noise)
-        if self._features is None:
-            pixels = flat.split([3 * height * width for height, width in pack.sizes])
-            images, latents = [each.view(3, *size) for each, size in zip(pixels, pack.sizes, strict=True)], None
-        else:
-            pixels = flat.split([self._channels * rows * columns for rows, columns in cells])
-            images, latents = [], [each.view(self._channels, *size) for each, size in zip(pixels, cells, strict=True)]
-        noise = noise.split([self._channels * rows * columns for rows, columns in cells])
+        cells = [(self._channels, height // self._factor, width // self._factor) for height, width in pack.sizes]
+
+        def split(flat: Tensor | None, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor] | None:
+            if flat is None:
+                return None
+            parts = self._on_device(flat).split([math.prod(shape) for shape in shapes])
+            return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
         weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
         for failure in pack.failures:
             weights[failure.position] = 0
@@ -255,16 +270,18 @@ class Loader:
         self.samples_seen += len(samples)
         return Batch(
             ids=[sample.id for sample in samples] or [""],
-            images=images,
+            images=split(pack.pixels, [(3, *size) for size in pack.sizes]) or [],
             captions=pack.captions,
             labels=torch.tensor([sample.label for sample in samples] or [-1]),
             kinds=torch.tensor([sample.kind for sample in samples] or [DIFFUSION]),
             uniforms=torch.from_numpy(pack.uniforms),
-            noise=[flat.view(self._channels, *size) for flat, size in zip(noise, cells, strict=True)],
+            noise=split(pack.noise, cells) or [],
             weights=weights,
             tokens=sum(sample.tokens for sample in samples),
-            latents=latents,
+            codec_noise=split(pack.codec_noise, cells),
+            latents=split(pack.latents, cells),
             texts=None if pack.texts is None else list(pack.texts.split(pack.text_lengths)),
+            teacher=None if pack.teacher is None else self._on_device(pack.teacher),
         )
 
     def _on_device(self, flat: Tensor) -> Tensor:
@@ -275,17 +292,18 @@ class Loader:
 
     def _account(self, failure: Failure, sample: PlannedSample) -> None:
         """Log and count a sample that could not be read, or stop because of its shard; a bad shard is logged once."""
+        tar = sample.features_tar or sample.tar
         if not failure.bad_shard:
             self.samples_failed += 1
-            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, sample.tar, failure.reason)
+            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, tar, failure.reason)
             return
         if self._on_bad_shard == "error":
             self.close()
             raise RuntimeError(f"sample {sample.id} cannot be read: {failure.reason}")
         self.samples_skipped += 1
-        if sample.tar not in self._bad_shards:
-            self._bad_shards.add(sample.tar)
-            logger.warning("the places of all samples of %s stay empty: %s", sample.tar, failure.reason)
+        if tar not in self._bad_shards:
+            self._bad_shards.add(tar)
+            logger.warning("the places of all samples of %s stay empty: %s", tar, failure.reason)
 
     def _stop_if_too_many_failed(self) -> None:
         """Judged as soon as so many samples were seen that at least one of them may have failed."""
@@ -302,8 +320,7 @@ def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:
     """What manifests say of the shards that are read."""
     facts: dict[str, ShardFacts] = {}
     for corpus in corpora:
-        if corpus.features is None:
-            facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}
-        else:
+        facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}
+        if corpus.features is not None:
             facts |= {shard.tar: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.features.shards}
     return facts

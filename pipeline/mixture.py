@@ -113,9 +113,9 @@ class Mixture:
         part: Part,
     ) -> None:
         self.places = [
-            Place(corpus=number, shard=shard, name=source.name, tar=source.corpus.tar(shard))
+            Place(corpus=number, shard=position, name=source.name, tar=shard.path, features_tar=source.corpus.features_tar(position))
             for number, source in enumerate(sources)
-            for shard in range(len(source.corpus.shards))
+            for position, shard in enumerate(source.corpus.shards)
         ]
         first_places = np.cumsum([0, *[len(source.corpus.shards) for source in sources]]).tolist()
         self._streams = [

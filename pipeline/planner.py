@@ -76,7 +76,12 @@ class Planner:
         without_features = [corpus.name for corpus in self.corpora if corpus.features is None]
         if 0 < len(without_features) < len(names):
             raise ValueError(f"corpus {without_features[0]} has no features and another has: give them for all corpora or for none")
-        if shuffle_tags is not None and not without_features:
+        parts = {corpus.name: corpus.features.parts for corpus in self.corpora if corpus.features is not None}
+        unlike = next((name for name in parts if parts[name] != parts[names[0]]), None)
+        if unlike is not None:
+            said = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], unlike))
+            raise ValueError(f"features of different kinds: {said}; encode the same of both")
+        if shuffle_tags is not None and any("captions" in part for part in parts.values()):
             raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")

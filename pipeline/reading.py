@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions, normalise
 from pipeline.draws import generator, generators, to_uniform
+from pipeline.feature_reading import FeatureDecoder, SampleFeatures
 from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
 from pipeline.steps import Member, PlannedSample
@@ -31,7 +32,7 @@ class Failure(NamedTuple):
 
 
 class FetchedPack(NamedTuple):
-    """The bytes of a pack: for every sample those of its image, its text and its json file, or why they cannot be read.
+    """The bytes of a pack: for every sample those of its image, text and json file, and of its features, or why they cannot be read.
 
     What a sample does not have or need is empty.
     """
@@ -40,84 +41,127 @@ class FetchedPack(NamedTuple):
     images: list[memoryview | OSError]
     texts: list[memoryview | OSError]
     records: list[memoryview | OSError]
+    features: list[memoryview | OSError]
 
 
 class ReadPack(NamedTuple):
     """A pack as it travels between processes: few large tensors, because each costs a file descriptor.
 
     `pixels` is uint8, all images one after the other, (3, h, w) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
-    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Read from features, `pixels` are float32 latents
-    like `noise`, zero for a failed one, and `texts` float32 (M, F) each, of `text_lengths` M, unless there are none.
+    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Where a codec draws latents, `codec_noise` is
+    like `noise`. From features come `latents`, float32 like `noise`, zero for a failed one; `texts`, float32 (M, F) each of
+    `text_lengths` M; and `teacher`, float32 (T, D). None is what is not read.
     """
 
-    pixels: Tensor
+    pixels: Tensor | None
     noise: Tensor
     sizes: list[tuple[int, int]]
     captions: list[str]
     uniforms: NDArray[np.float64]
     failures: list[Failure]
+    codec_noise: Tensor | None = None
+    latents: Tensor | None = None
     texts: Tensor | None = None
     text_lengths: tuple[int, ...] = ()
+    teacher: Tensor | None = None
 
 
 class PackReader:
     """Reads packs. Belongs to one process from its first read on; one thread may fetch a pack while another decodes one.
 
     Args:
-        seed: of times, noise and tags.
+        seed: of times, noise, tags and what a codec draws.
         stride: pixels per token side.
         channels: of a latent.
         factor: pixels per latent cell.
         shards: where bytes come from.
+        pixels, captions: whether images and captions are read; from `features` comes what is not.
+        codec_draws: whether the codec that encodes the images draws its latents.
         shuffle_tags: for captions that are lists of tags.
     """
 
     def __init__(
-        self, *, seed: int, stride: int, channels: int, factor: int, shards: ShardReader, shuffle_tags: TagShuffle | None = None
+        self,
+        *,
+        seed: int,
+        stride: int,
+        channels: int,
+        factor: int,
+        shards: ShardReader,
+        pixels: bool = True,
+        captions: bool = True,
+        features: FeatureDecoder | None = None,
+        codec_draws: bool = False,
+        shuffle_tags: TagShuffle | None = None,
     ) -> None:
         self._seed = seed
         self._stride = stride
         self._channels = channels
         self._factor = factor
         self._shards = shards
+        self._pixels = pixels
+        self._captions = captions
+        self._features = features
+        self._codec_draws = codec_draws
         self._shuffle_tags = shuffle_tags
 
     def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
         """The bytes of a pack, from all its shards at once."""
-        images = [Part(sample.tar, sample.image.offset, sample.image.length) for sample in samples]
-        texts = [_text_part(sample, sample.text) for sample in samples]
-        records = [_text_part(sample, sample.json) for sample in samples]
-        found, count = self._shards.read_parts([*images, *texts, *records]), len(samples)
-        return FetchedPack(samples, found[:count], found[count : 2 * count], found[2 * count :])
+        wanted: list[list[Part]] = [[], [], [], []]
+        for sample in samples:
+            if self._pixels:
+                wanted[0].append(Part(sample.tar, sample.image.offset, sample.image.length))
+            if self._captions:
+                wanted[1].append(_text_part(sample, sample.text))
+                wanted[2].append(_text_part(sample, sample.json))
+            if self._features:
+                wanted[3].append(Part(sample.features_tar, sample.features.offset, sample.features.length))
+        found = iter(self._shards.read_parts([part for parts in wanted for part in parts]))
+        nothing: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
+        return FetchedPack(samples, *([next(found) for _ in parts] or nothing for parts in wanted))
 
     def decode(self, fetched: FetchedPack) -> ReadPack:
-        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy image of one stride."""
+        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy of one stride."""
         samples = fetched.samples
-        if not samples:
-            return self._dummy_pack()
-        pixels = np.empty(sum(3 * sample.height * sample.width for sample in samples), dtype=np.uint8)
+        area = sum(sample.height * sample.width for sample in samples) or self._stride**2
+        pixels = np.zeros(3 * area if self._pixels else 0, dtype=np.uint8)
+        blank = self._features.blank() if self._features else None
         sizes: list[tuple[int, int]] = []
         captions: list[str] = []
+        features: list[SampleFeatures] = []
         failures: list[Failure] = []
         filled = 0
-        for position, (sample, data, text, record) in enumerate(zip(*fetched, strict=True)):
+        for position, (sample, data, text, record, encoded) in enumerate(zip(*fetched, strict=True)):
             try:
-                image, caption = _decode_image(sample, data), self._caption(sample, text, record)
-            except (OSError, ValueError, KeyError, TypeError, IndexError) as error:  # a shard cut off, a broken image or caption file
+                image = _decode_image(sample, data) if self._pixels else None
+                caption = self._caption(sample, text, record) if self._captions else ""
+                found = self._features.decode(sample, encoded) if self._features else None
+                size = sample.height, sample.width
+            except Exception as error:  # a shard cut off, a broken image or caption file, what safetensors makes of one that is damaged
                 failures.append(Failure(position=position, reason=in_words(error), bad_shard=isinstance(error, BadShard)))
-                image, caption = np.zeros((self._stride, self._stride, 3), dtype=np.uint8), ""
-            height, width = image.shape[:2]
-            pixels[filled : filled + image.size].reshape(3, height, width)[:] = image.transpose(2, 0, 1)
-            filled += image.size
-            sizes.append((height, width))
+                image, caption, found, size = None, "", blank, (self._stride, self._stride)
+            if image is not None:
+                pixels[filled : filled + image.size].reshape(3, *size)[:] = image.transpose(2, 0, 1)
+            filled += 3 * size[0] * size[1]
+            sizes.append(size)
             captions.append(caption)
+            if found is not None:
+                features.append(found)
+        if not samples:
+            filled, sizes, captions, features = 3 * area, [(self._stride, self._stride)], [""], [blank] if blank else []
+        texts = [each.text for each in features if each.text is not None]
         return ReadPack(
-            pixels=torch.from_numpy(pixels[:filled]),
-            noise=torch.from_numpy(np.concatenate(self._noises(samples, sizes=sizes))),
+            pixels=torch.from_numpy(pixels[:filled]) if self._pixels else None,
+            noise=self._noise("noise", samples, sizes=sizes),
             sizes=sizes,
             captions=captions,
-            uniforms=time_draws(self._seed, samples),
+            uniforms=time_draws(self._seed, samples) if samples else np.full((1, 2), 0.5),
             failures=failures,
+            codec_noise=self._noise("codec", samples, sizes=sizes) if self._codec_draws else None,
+            latents=_joined([each.latent.reshape(-1) for each in features if each.latent is not None]),
+            texts=_joined(texts),
+            text_lengths=tuple(map(len, texts)),
+            teacher=_joined([each.teacher for each in features if each.teacher is not None]),
         )
 
     def _caption(self, sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
@@ -126,19 +170,14 @@ class PackReader:
             return caption
         return self._shuffle_tags.apply(caption, generator=generator(self._seed, "tags", sample.visit, sample.id))
 
-    def _noises(self, samples: Sequence[PlannedSample], *, sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.float32]]:
+    def _noise(self, purpose: str, samples: Sequence[PlannedSample], *, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Of all samples, one after the other; zero for the dummy of an empty pack."""
         shapes = [(self._channels, height // self._factor, width // self._factor) for height, width in sizes]
-        return [noise.reshape(-1) for noise in noises(self._seed, samples, shapes=shapes)]
-
-    def _dummy_pack(self) -> ReadPack:
-        return ReadPack(
-            pixels=torch.zeros(3 * self._stride**2, dtype=torch.uint8),
-            noise=torch.zeros(self._channels * (self._stride // self._factor) ** 2),
-            sizes=[(self._stride, self._stride)],
-            captions=[""],
-            uniforms=np.full((1, 2), 0.5),
-            failures=[],
-        )
+        if not samples:
+            return torch.zeros(shapes[0]).reshape(-1)
+        streams = generators(self._seed, purpose, [sample.visit for sample in samples], [sample.id for sample in samples])
+        drawn = [stream.standard_normal(shape, dtype=np.float32).reshape(-1) for stream, shape in zip(streams, shapes, strict=True)]
+        return torch.from_numpy(np.concatenate(drawn))
 
 
 def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
@@ -150,12 +189,6 @@ def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: me
         return normalise(first)[0]
     captions, _ = clean_captions([first, *read_fields(parse_json(bytes(_bytes(record))) or {}).captions])
     return captions[sample.caption] if captions else ""
-
-
-def noises(seed: int, samples: Sequence[PlannedSample], *, shapes: Sequence[tuple[int, int, int]]) -> list[NDArray[np.float32]]:
-    """The noise that each sample is mixed with on this visit."""
-    streams = generators(seed, "noise", [sample.visit for sample in samples], [sample.id for sample in samples])
-    return [stream.standard_normal(shape, dtype=np.float32) for stream, shape in zip(streams, shapes, strict=True)]
 
 
 def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float64]:
@@ -174,6 +207,10 @@ def _text_part(sample: PlannedSample, member: Member) -> Part:
     if sample.caption < 0 or not member.exists:
         return Part(sample.tar, sample.image.offset, 0)
     return Part(sample.tar, member.offset, min(member.length, MAX_TEXT_BYTES))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat(list(parts)) if parts else None
 
 
 def _decode_image(sample: PlannedSample, data: memoryview | OSError) -> NDArray[np.uint8]:

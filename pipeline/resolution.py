@@ -43,6 +43,11 @@ class Targets:
     tokens: Ints
     left_out: Ints
 
+    @property
+    def crops(self) -> Ints:
+        """(n, 4): resize_height, resize_width, height, width."""
+        return np.stack([self.resize_height, self.resize_width, self.height, self.width], axis=1)
+
 
 @dataclass(frozen=True, slots=True)
 class Target:

@@ -30,12 +30,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the tar's path."""
+    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the tar's path, that of its
+    features ("": it has none)."""
 
     corpus: int
     shard: int
     name: str
     tar: str
+    features_tar: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,12 @@ class PlannedSample:
     shard: int  # position in the corpus's list of shards
     row: int  # position in the shard
     key: str
-    tar: str  # path of the shard, of the features where the corpus has some
-    image: Member  # or its features
+    tar: str  # path of the shard
+    image: Member
     text: Member
     json: Member
+    features_tar: str  # path of the shard's features, "" without
+    features: Member
     label: int  # class, -1 without classes and where the condition is dropped
     resize: tuple[int, int]
     height: int
@@ -67,9 +71,9 @@ class PlannedSample:
 class Columns:
     """n samples that the size rule keeps, with their draws, as arrays of length n.
 
-    `place` is the shard counted over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 6): offset and length of
-    image, text and json, offset −1 where a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1 if the
-    condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
+    `place` is the shard counted over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 8): offset and length of
+    image, text, json and features, offset −1 where a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1
+    if the condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
     """
 
     place: Ints
@@ -149,6 +153,8 @@ class StepTable:
             image=Member(offset=offsets[0], length=offsets[1]),
             text=Member(offset=offsets[2], length=offsets[3]),
             json=Member(offset=offsets[4], length=offsets[5]),
+            features_tar=place.features_tar,
+            features=Member(offset=offsets[6], length=offsets[7]),
             label=-1 if caption < 0 else int(columns.label[row]),
             resize=(int(columns.resize_height[row]), int(columns.resize_width[row])),
             height=int(columns.height[row]),

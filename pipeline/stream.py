@@ -184,11 +184,9 @@ class SampleStream:
         keys = np.array([*table.column("key").to_pylist(), None], dtype=object)[:-1][
             kept
         ]  # the None keeps NumPy from making an array of str
-        members = np.stack([integers(table, member) for member in _MEMBERS], axis=1)[kept]
-        if self._source.corpus.features is not None:  # they take the place of the image, and have the captions, too
-            members = np.full_like(members, -1)
-            sizes = {"heights": targets.height[kept], "widths": targets.width[kept]}
-            members[:, :2] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), **sizes)
+        members = np.stack([*(integers(table, member) for member in _MEMBERS), *np.full((2, table.num_rows), -1)], axis=1)[kept]
+        if self._source.corpus.features is not None:
+            members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
         nothing_drawn = np.zeros(len(kept), dtype=np.int64)
         samples = Columns(
             place=np.full(len(kept), self._first_place + shard),

@@ -34,11 +34,11 @@ class Generator:
         self.device = torch.device(device)
         self.tokens_per_pack = tokens_per_pack
         self.transport = transports.make(**spec.transport)
-        self.codec = codecs.make(spec.codec["kind"])
+        self.codec = codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
         self.text = None
         if spec.text is not None:
-            width, max_tokens = network.params["cap_feat_dim"], spec.text["max_tokens"]
-            self.text = text.make(spec.text["kind"], width=width, max_tokens=max_tokens, device=self.device)
+            settings = {"width": network.params["cap_feat_dim"], "device": self.device, "precision": spec.text.get("precision", "fp32")}
+            self.text = text.make(spec.text["kind"], spec.text.get("path"), max_tokens=spec.text["max_tokens"], **settings)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 class ModelSpec:
     """What a model is made of, as `config.json` holds it.
 
-    network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind};
-    text: {kind, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
+    network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind, path};
+    text: {kind, path, precision, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
     whether the network knows r = t alone (`instantaneous`).
     """
 

@@ -275,7 +275,7 @@ def test_plan_and_train_refuse_what_is_wrong(corpus: Path, config: Path, tmp_pat
     refused(tim("plan", config_with_typo), r"typo\.yaml:5: train\.stepz: unknown key; did you mean train\.steps\?")
     refused(tim("plan", config, config), "expected one CONFIG")
     refused(tim("train", config, f"corpus={corpus}"), "run_dir: missing")
-    refused(tim("train", "t2i-xl-1", f"corpus={corpus}", f"run_dir={tmp_path / 'run'}"), r"codec\.kind: codec dc-ae can be planned for")
+    refused(tim("train", "t2i-xl-1", f"corpus={corpus}", f"run_dir={tmp_path / 'run'}"), r"codec\.path: codec dc-ae needs its weights")
     refused(tim("plan", config, f"corpus={corpus}", "condition=class", "network.params.cap_feat_dim=null"), "6 of 6 samples have no class")
     refused(tim("train", config, f"corpus={corpus}", "train.steps=0"), r"train\.steps")
     refused(tim("launch", config, "--nproc-per-node", "2", f"corpus={corpus}", "plan.stride=5"), r"plan\.stride")

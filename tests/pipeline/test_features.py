@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from pipeline.draws import generator
-from pipeline.features import Features, latent_name
+from pipeline.feature_members import latent_name
+from pipeline.features import Features
 from pipeline.index import Corpus
 from pipeline.loader import LoadedStep, Loader
 from pipeline.planner import PlanConfig, Planner
@@ -62,7 +63,7 @@ def steps(corpus: Corpus, *, features: Path | None, count: int = 4, workers: int
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_same_steps_from_pixels_and_from_features(small: Corpus, encode: Callable[..., Path], workers: int) -> None:
-    folder = encode(flipped=True)
+    folder = encode(flipped=True, zstd=workers == 1)
     pixels, features = (steps(small, features=f, workers=w, flip=0.3) for f, w in ((None, 0), (folder, workers)))
     for one, other in zip(pixels, features, strict=True):
         assert (one.ids, one.state["plan_hash"], one.state) == (other.ids, other.state["plan_hash"], other.state)
@@ -77,6 +78,41 @@ def test_the_same_steps_from_pixels_and_from_features(small: Corpus, encode: Cal
                 assert torch.equal(getattr(batch, name), getattr(same, name)), name
 
 
+def test_what_features_lack_is_read_from_the_corpus(small: Corpus, encode: Callable[..., Path], tmp_path: Path) -> None:
+    """Latents without captions, captions without latents, each with what the other half of both has."""
+    both = steps(small, features=encode())
+    (tmp_path / "features").rename(tmp_path / "both")
+    latents = steps(small, features=encode(text=None))
+    (tmp_path / "features").rename(tmp_path / "latents")
+    texts = steps(small, features=encode(codec=None), max_tokens=30)  # whatever the sizes
+    pixels, small_pixels = steps(small, features=None), steps(small, features=None, max_tokens=30)
+    for step, both_step, pixel_step in zip(latents, both, pixels, strict=True):
+        for batch, same, pixel in zip(step.batches, both_step.batches, pixel_step.batches, strict=True):
+            assert (batch.texts, batch.captions, batch.images) == (None, pixel.captions, [])
+            assert all(map(torch.equal, batch.latents or [], same.latents or []))
+    for step, pixel_step in zip(texts, small_pixels, strict=True):
+        for batch, pixel in zip(step.batches, pixel_step.batches, strict=True):
+            assert (batch.latents, batch.captions) == (None, [""] * len(batch.ids))
+            assert all(map(torch.equal, batch.images, pixel.images))
+            assert batch.texts is not None
+            assert all(map(torch.equal, globals()["texts"](pixel.captions), batch.texts))
+    unlike = [Corpus.open(small.path, features=tmp_path / "latents"), Corpus.open(small.path, name="other", features=tmp_path / "both")]
+    with pytest.raises(ValueError, match="those of corpus corpus have latents and those of corpus other have latents, captions"):
+        Planner(unlike, plan=PLAN, seed=5, width=32, diffusion_share=0.5, consistency_share=0.1)
+
+
+def test_two_sizes_are_one_latent_only_if_they_show_the_same(small: Corpus, encode: Callable[..., Path]) -> None:
+    """Two limits may give a picture the same sides, but cut out of it scaled otherwise."""
+    rules = [SizeRule(stride=8, max_tokens=tokens) for tokens in (24, 25, 26, 28, 30, 36)]
+    folder = encode(rules=rules)
+    for rule in rules:
+        found = steps(small, features=folder, max_tokens=rule.max_tokens)
+        expected = steps(small, features=None, max_tokens=rule.max_tokens)
+        for step, pixel_step in zip(found, expected, strict=True):
+            for batch, pixel in zip(step.batches, pixel_step.batches, strict=True):
+                assert all(torch.equal(image / 127.5 - 1, each) for image, each in zip(pixel.images, batch.latents or [], strict=True))
+
+
 def test_half_precision_is_half_precise(small: Corpus, encode: Callable[..., Path]) -> None:
     exact, half = steps(small, features=None), steps(small, features=encode(dtype=torch.float16))
     latents = [latent for step in half for batch in step.batches for latent in batch.latents or []]
@@ -86,16 +122,16 @@ def test_half_precision_is_half_precise(small: Corpus, encode: Callable[..., Pat
 
 
 def test_what_a_codec_samples_is_drawn_for_each_visit(small: Corpus, encode: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import feature_reading
+    from pipeline import feature_members
 
-    plain, load = steps(small, features=encode()), feature_reading.load
+    plain, load = steps(small, features=encode()), feature_members.load
 
     def with_deviation(data: bytes) -> dict[str, torch.Tensor]:
         tensors = load(data)
         latents = {name: tensor for name, tensor in tensors.items() if name.startswith("latent.")}
         return {**tensors, **{name.replace("latent.", "latent_std."): torch.full_like(tensor, 0.5) for name, tensor in latents.items()}}
 
-    monkeypatch.setattr(feature_reading, "load", with_deviation)
+    monkeypatch.setattr(feature_members, "load", with_deviation)
     sampled = steps(small, features=small.path.parent / "features")
     draws = [
         (other - one) * 2
@@ -105,7 +141,7 @@ def test_what_a_codec_samples_is_drawn_for_each_visit(small: Corpus, encode: Cal
     ]
     assert abs(torch.cat([draw.flatten() for draw in draws]).std() - 1) < 0.02
     assert len({float(draw.flatten()[0]) for draw in draws}) == len(draws)
-    assert latent_name(8, 16, deviation=True, flipped=True) == "latent_std.8x16.flipped"
+    assert latent_name((9, 17, 8, 16), deviation=True, flipped=True) == "latent_std.8x16.of.9x17.flipped"
     assert generator(5, "codec", 0, "corpus/x").standard_normal() != generator(5, "noise", 0, "corpus/x").standard_normal()
 
 
@@ -158,7 +194,7 @@ def test_what_a_plan_needs_and_does_not_find_is_named(small: Corpus, encode: Cal
     table = pq.read_table(path)
     for column, value, said in (
         ("key", "0000010009", "has no sample 0000010003"),
-        ("heights", [8], r"sample 0000010003 has no latent of \d+x\d+ pixels"),
+        ("heights", [8], r"sample 0000010003 has no latent of \d+x\d+ pixels, cut out of \d+x\d+"),
         ("captions", 0, "sample 0000010003 lacks caption 0"),
     ):
         rows = table.to_pylist()

@@ -34,7 +34,7 @@ def folder(tiny: TransitionTransformer, tmp_path: Path) -> Path:
 def test_pixels_survive_the_codec() -> None:
     image = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16)
     codec = codecs.make("pixel")
-    latent = codec.encode([image])[0]
+    latent = codec.latents([image]).means[0]
     assert (float(latent.min()), float(latent.max())) == (-1.0, 1.0)
     assert torch.equal(codec.decode([latent])[0], image)
     assert codec.decode([torch.full((3, 1, 1), 7.0)])[0].tolist() == [[[255]]] * 3
@@ -48,10 +48,6 @@ def test_lookup_features_are_fixed_and_tell_captions_apart() -> None:
     assert not torch.allclose(a.sum(0), swapped.sum(0)) or not torch.equal(a, swapped)
     long = text.make("lookup", width=16, max_tokens=5).encode(["one two three four five six"])[0]
     assert len(long) == 5
-    with pytest.raises(ValueError, match="codec dc-ae can be planned for, but not run by this version: choose one of pixel"):
-        codecs.make("dc-ae")
-    with pytest.raises(ValueError, match="unknown text encoder 't5'"):
-        text.make("t5", width=16)
 
 
 def test_model_folder_round_trip(folder: Path, tiny: TransitionTransformer) -> None:
