@@ -181,7 +181,7 @@ def _pax(payload: bytes) -> dict[str, str]:
         digits = payload[position : position + 20].split(b" ", 1)[0]
         length = int(digits) if digits.isdigit() else 0
         record = payload[position + len(digits) + 1 : position + length - 1]
-        if position + length > len(payload) or b"=" not in record:
+        if not length or position + length > len(payload) or b"=" not in record:
             break
         key, _, value = record.partition(b"=")
         said[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")

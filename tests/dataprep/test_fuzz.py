@@ -12,6 +12,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,16 +23,20 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 from dataprep.captions import CaptionConfig
+from dataprep.census import plan_of, take_census
 from dataprep.examine import ImageConfig, Rules, examine
 from dataprep.filters import FilterConfig
 from dataprep.folders import ImageFolder
 from dataprep.indexing import read_foreign
+from dataprep.manifest import read_manifest
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import FILTER_PREFIX, REASONS, RawSample
+from dataprep.report import ReportConfig, render
 from dataprep.tars import Shards
-from dataprep.verify import verify
+from dataprep.verify import ShardCheck, check_shard, verify
 from pipeline.headers import careful_size, quick_size
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
+from pipeline.index import Corpus
 from tests.dataprep.helpers import photo, write_folder
 from tests.dataprep.mutations import damaged, pictures, tables, tars
 
@@ -109,6 +114,35 @@ def reads_folders(name: str) -> Callable[[bytes], None]:
     return read
 
 
+def reads_corpora(data: bytes) -> None:
+    """A corpus with a damaged table: verify names it, a report is refused in one line or drawn of what is there."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, sound in corpus().items():
+            (folder / name).write_bytes(sound)
+        manifest = read_manifest(folder)
+        entry = manifest["shards"][0]
+        (folder / entry["table"]).write_bytes(data)
+        problems = check_shard(ShardCheck(corpus=folder, entry=entry), lambda position: None)
+        assert (data == corpus()[entry["table"]]) == (problems == [])
+        assert not any("\n" in problem for problem in problems)
+        try:
+            census = take_census(Corpus.open(folder), manifest=manifest, plan=plan_of(8, max_tokens=64))
+        except ValueError as error:
+            _expect_one_line(error)
+        else:
+            render([census], config=ReportConfig())
+
+
+@cache
+def corpus() -> dict[str, bytes]:
+    """The files of a small corpus."""
+    with TemporaryDirectory() as temporary:
+        folder = write_folder(Path(temporary) / "f", {f"{number}.jpg": photo(number) for number in range(3)} | {"cut.jpg": photo(9)[:99]})
+        prepare([str(folder)], out=folder.with_name("C"), config=PrepareConfig.model_validate({"captions": {"required": False}}))
+        return {path.name: path.read_bytes() for path in folder.with_name("C").iterdir()}
+
+
 def _examine_all(samples: Iterable[RawSample], *, limit: int) -> None:
     spool = io.BytesIO()
     spool.name = "spool"  # type: ignore[attr-defined]
@@ -141,6 +175,7 @@ TARGETS: dict[str, tuple[Callable[..., None], int, tuple[st.SearchStrategy[Any],
     "tars": (reads_tars, 150, (damaged(tars()),)),
     "lines": (reads_folders("metadata.jsonl"), 100, (damaged(tables()),)),
     "csv": (reads_folders("metadata.csv"), 100, (damaged(tables()),)),
+    "corpora": (reads_corpora, 60, (st.deferred(lambda: damaged((corpus()["000000.parquet"],))),)),
     "all": (prepares, 3, (st.lists(damaged(pictures()), max_size=4), damaged(tars()), damaged(tables()))),
 }
 

@@ -100,6 +100,16 @@ def test_what_pax_headers_say_is_checked(headers: dict[str, str], problem: bool)
     assert (other.name, other.problem) == ("b.jpg", None)
 
 
+@pytest.mark.parametrize("record", [b"0 path=x=y\n", b"00000000 =", b"1 a=b\n", b"9999999 a=b\n", b" a=b\n"])
+def test_a_pax_record_of_no_length_ends_the_reading(record: bytes) -> None:
+    """A length of 0 once was read over and over."""
+    data = bytearray(write([("a.jpg", b"x")], format=tarfile.PAX_FORMAT))
+    info = tarfile.TarInfo("header")
+    info.type, info.size = b"x", len(record)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
+    assert [member.name for member in read(header + bytes(data))] == ["a.jpg"]
+
+
 def test_sparse_files_are_problems_and_what_follows_them_is_found(tmp_path: Path) -> None:
     with open(tmp_path / "holes.jpg", "wb") as file:
         for number in range(60):  # more holes than the first header has room for
