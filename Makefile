@@ -1,9 +1,10 @@
 # `make demo` and `make test` build the environment on first use; nothing has to be activated.
 PYTHON ?= python3
+PICTURES ?= ../shared/corpora/photos
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test soak lint format clean
+.PHONY: demo test soak bench lint format clean
 
 demo: $(READY)
 	$(BIN)/tim demo
@@ -13,6 +14,10 @@ test: $(READY)
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+bench: $(READY)
+	for what in attention step sample plan index; do echo "tim bench $$what"; $(BIN)/tim bench $$what || exit 1; done
+	for what in data prepare; do echo "tim bench $$what"; $(BIN)/tim bench $$what $(PICTURES) --out bench || exit 1; done
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -180,6 +180,32 @@ def data(
 
 
 @bench.command()
+def prepare(
+    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of pictures; below them nothing is looked for.")],
+    out: Annotated[Path, typer.Option(help="Folder for their copies and for the other tools' environments; kept for the next time.")],
+    copies: Annotated[int, typer.Option(min=1, help="How often each picture is there.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of each tool.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured; the fastest counts.")] = 1,
+    install: Annotated[bool, typer.Option("--install", help="Install img2dataset and Data-Juicer there, to compare with.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Raw pictures to a clean corpus.
+
+    `tim prepare` beside img2dataset, datasets.map and Data-Juicer on the same files, and beside processes that do nothing but decode.
+
+    Example: tim bench prepare photos hires --out bench --install
+    """
+
+    def measure(report: Report) -> Data:
+        from launch.prepare_benchmark import bench_prepare
+
+        return bench_prepare(pictures, work=out, copies=copies, workers=workers, repeats=repeats, install=install, progress=report)
+
+    _report(measure, as_json=as_json, debug=debug)
+
+
+@bench.command()
 def plan(
     pictures: Pictures = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to keep busy; must divide 128.")] = 64,

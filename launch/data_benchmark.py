@@ -6,11 +6,7 @@ with its bicubic window, which is cheaper than the Lanczos window that pictures 
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sysconfig
 import time
-import venv
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +20,7 @@ from typing import Any
 from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
 from launch.console import Report
+from launch.environments import environment, run_script
 from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Loader
@@ -58,7 +55,7 @@ def bench_data(
         diffusion_share=0.5,
         consistency_share=0.1,
     )
-    python, missing = _environment(work / "peers", install=install)
+    python, missing = environment(work / "peers", packages=list(peers.LOADERS), install=install)
     runs: dict[str, Callable[[], Data]] = {
         "tim": lambda: _loader_rates(plan, workers=workers, seconds=seconds),
         "bare decoder": lambda: _decoder_rates(plan, workers=workers, seconds=seconds),
@@ -159,40 +156,8 @@ def _reading_rate(corpus: Corpus) -> float:
     return size / best
 
 
-def _environment(folder: Path, *, install: bool) -> tuple[Path, dict[str, str]]:
-    """The Python that has the others, and why some of them are not there.
-
-    It is made over this one, so that torch, NumPy and Pillow are the same for all unless another loader insists on other versions.
-    """
-    python = folder / "bin" / "python"
-    if install and not python.exists():
-        venv.create(folder, with_pip=True)
-        packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder)}))
-        (packages / "over.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    if not python.exists():
-        return python, dict.fromkeys(peers.LOADERS, f"not installed in {folder}: --install does it")
-    missing = {}
-    for name in peers.LOADERS:
-        if install:
-            done = subprocess.run([python, "-m", "pip", "install", "--quiet", name], capture_output=True, text=True)
-            if done.returncode:
-                missing[name] = f"cannot be installed: {_last_line(done.stderr)}"
-    return python, missing
-
-
 def peer_rates(python: Path, name: str, options: dict[str, Any]) -> Data:
     """Raises ChildProcessError, with its last line, if it fails."""
     Path(options["work"]).mkdir(parents=True, exist_ok=True)
-    arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
-    try:
-        done = subprocess.run([python, peers.__file__, name, *arguments], capture_output=True, text=True, timeout=600 + options["seconds"])
-    except subprocess.TimeoutExpired as error:
-        raise ChildProcessError(f"{name} was stuck") from error
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError) as error:
-        raise ChildProcessError(_last_line(done.stderr) or f"exit code {done.returncode}") from error
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
+    arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
+    return run_script(python, peers.__file__, name, *arguments, seconds=600 + options["seconds"])
