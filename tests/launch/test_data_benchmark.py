@@ -32,7 +32,7 @@ def test_the_loader_is_measured_and_others_are_named(tmp_path: Path, capsys: pyt
     settings = {"tars": tmp_path / "out/pictures-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
     assert data_benchmark.peer_rates(Path(sys.executable), "webdataset", settings)["images_per_cpu_second"] > 0
     with pytest.raises(ChildProcessError, match="No module named"):
-        data_benchmark.peer_rates(Path(sys.executable), "litdata", settings)
+        data_benchmark.peer_rates(Path(sys.executable), "megatron-energon", settings)
 
 
 def test_a_folder_without_jpegs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
