@@ -18,12 +18,11 @@ from typing import Any, BinaryIO, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.captions import CaptionConfig
+from dataprep.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.dedup import perceptual_hash
 from dataprep.filters import FilterConfig, size_rejection
 from dataprep.records import RawSample
 from dataprep.thumbnails import thumbnail
-from pipeline.captions import clean_captions
 from pipeline.errors import one_line
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
 from pipeline.remote import is_remote, read_ranges
@@ -96,8 +95,11 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
 
     `shown`: reasons of which a rejected picture has been kept as a thumbnail; a new one is added.
     """
+    found = prepare_captions(sample.captions, extra=sample.extra, config=rules.captions)
+    captions, was_cut = found.texts, found.was_cut
+    if found.language:
+        sample = replace(sample, extra={**sample.extra, LANGUAGE: found.language})
     row = _blank_row(sample)
-    captions, was_cut = clean_captions(sample.captions, max_characters=rules.captions.max_characters)
     row.update(caption=captions[0] if captions else "", captions=captions)
     row["text_bytes"] = len(json.dumps([row["caption"], captions, row["caption"], row["path"], row["path"], row["extra"]]))
     if sample.reason:
@@ -122,7 +124,7 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
         original_height=picture.original_height,
         detail=", ".join([*picture.changes, *(["caption-cut"] if was_cut else [])]),
     )
-    rejection = _rejection(height, width=width, row=row, rules=rules)
+    rejection = found.rejection or _rejection(height, width=width, row=row, rules=rules)
     if rejection:
         row.update(reason=rejection[0], detail=rejection[1])
         if row["reason"] not in shown:

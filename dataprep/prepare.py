@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.captions import CaptionConfig
+from dataprep.captions import CaptionConfig, check_languages
 from dataprep.chunks import CHUNK_SIZE, ChunkTables, write_chunk
 from dataprep.columns import ColumnConfig
 from dataprep.dedup import DedupConfig
@@ -78,6 +78,7 @@ def prepare(
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}: give 1 or more")
+    check_languages(config.captions)
     out = Path(out)
     opened = open_sources(sources, named=config.sources, columns=config.columns)
     identity = _identity(opened, config=config)

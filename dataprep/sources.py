@@ -15,6 +15,7 @@ from dataprep.columns import ColumnConfig
 from dataprep.folders import ImageFolder, holds_images
 from dataprep.hub import HubDataset, is_on_hub, is_saved
 from dataprep.lists import ImageList
+from dataprep.packed import PackedSamples, is_packed
 from dataprep.places import base_name, expand, join, list_files, names_many
 from dataprep.records import RawSample
 from dataprep.tables import kind_of
@@ -162,7 +163,7 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
 
 
 def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
-    """A folder is what lies in it: a saved data set, or else pictures and metadata, or else shards, or else lists."""
+    """A folder is what lies in it: a saved or packed data set, or else pictures and metadata, or else shards, or else lists."""
     try:
         files = list_files(folder)
     except OSError as error:
@@ -170,6 +171,8 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
     root, columns = None if is_remote(folder) else Path(folder).resolve(), said.columns
     if is_saved(files):
         return HubDataset(folder, name=name, columns=columns, split=said.split)
+    if is_packed(folder, files):
+        return PackedSamples(folder, name=name, columns=columns)
     if holds_images(files):
         return ImageFolder(folder, files=files, name=name, columns=columns)
     tars = [join(folder, file) for file in files if file.lower().endswith(".tar")]
