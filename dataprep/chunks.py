@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class ChunkTables:
 
     def column(self, name: str) -> list[Any]:
         return [value for chunk in range(len(self.paths)) for value in self._table(chunk).column(name).to_pylist()]
+
+    def tables(self, *names: str) -> Iterator[pa.Table]:
+        """Some columns of all rows, a chunk at a time."""
+        return (self._table(chunk).select(names) for chunk in range(len(self.paths)))
 
     def rows(self, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Position → row; each chunk is read once however the positions are ordered."""

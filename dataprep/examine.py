@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from PIL import ImageColor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataprep.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.dedup import perceptual_hash
-from dataprep.filters import FilterConfig, size_rejection
+from dataprep.filters import FilterConfig, Filters, Subject
 from dataprep.records import RawSample
 from dataprep.thumbnails import thumbnail
 from pipeline.errors import one_line
@@ -34,12 +35,29 @@ _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
 
 class ImageConfig(BaseModel):
-    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header."""
+    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header.
+
+    `background`: what is transparent lies on this colour, a name or "#rrggbb".
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["jpg", "png", "webp"] = "jpg"
     max_decode_pixels: int = Field(default=MAX_DECODE_PIXELS, ge=1)
+    background: str = "white"
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        if len(ImageColor.getrgb(background)) != 3:
+            raise ValueError(f"background {background} is transparent itself")
+        return background
+
+    @property
+    def background_levels(self) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +95,21 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
     """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
+    filters = Filters(piece.rules.filters)
     with open(piece.table.parent / f"spool-{os.getpid()}.bin", "ab") as spool:
         for index, sample in enumerate(_fetched(piece.samples)):
             report(index)
             if index in piece.crashed:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
             else:
-                rows.append(examine(sample, rules=piece.rules, spool=spool, shown=shown))
+                rows.append(examine(sample, rules=piece.rules, filters=filters, spool=spool, shown=shown))
         if any(row["is_spooled"] for row in rows):
             spool.flush()
             os.fsync(spool.fileno())
     return Examined(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
 
 
-def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
+def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
     """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool.
 
     `shown`: reasons of which a rejected picture has been kept as a thumbnail; a new one is added.
@@ -101,7 +120,7 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
         sample = replace(sample, extra={**sample.extra, LANGUAGE: found.language})
     row = _blank_row(sample)
     row.update(caption=captions[0] if captions else "", captions=captions)
-    row["text_bytes"] = len(json.dumps([row["caption"], captions, row["caption"], row["path"], row["path"], row["extra"]]))
+    _weigh_texts(row)
     if sample.reason:
         return row
     try:
@@ -112,7 +131,7 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
     row.update(sha256=hashlib.sha256(data).hexdigest(), input_bytes=len(data))
     try:
-        picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels)
+        picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
     except Rejection as rejection:
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
 
@@ -124,7 +143,11 @@ def examine(sample: RawSample, *, rules: Rules, spool: BinaryIO, shown: set[str]
         original_height=picture.original_height,
         detail=", ".join([*picture.changes, *(["caption-cut"] if was_cut else [])]),
     )
-    rejection = found.rejection or _rejection(height, width=width, row=row, rules=rules)
+    subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra=sample.extra)
+    rejection = found.rejection or _rejection(subject, has_class=row["label"] is not None, rules=rules, filters=filters)
+    if subject.measured:
+        row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
+        _weigh_texts(row)
     if rejection:
         row.update(reason=rejection[0], detail=rejection[1])
         if row["reason"] not in shown:
@@ -155,13 +178,17 @@ def _fetched(samples: Sequence[RawSample]) -> Iterator[RawSample]:
                 yield replace(sample, data=answer)
 
 
-def _rejection(height: int, *, width: int, row: dict[str, Any], rules: Rules) -> tuple[str, str] | None:
+def _rejection(subject: Subject, *, has_class: bool, rules: Rules, filters: Filters) -> tuple[str, str] | None:
     limit = _MAX_STORED_SIDE[rules.images.format]
-    if max(height, width) > limit:
-        return "too-large", f"{width}x{height}, a .{rules.images.format} file holds at most {limit} px a side"
-    if rules.captions.required and not row["caption"] and row["label"] is None:
+    if max(subject.height, subject.width) > limit:
+        return "too-large", f"{subject.width}x{subject.height}, a .{rules.images.format} file holds at most {limit} px a side"
+    if rules.captions.required and not subject.caption and not has_class:
         return "no-caption", "no caption and no class"
-    return size_rejection(height, width=width, config=rules.filters)
+    return filters.rejection(subject)
+
+
+def _weigh_texts(row: dict[str, Any]) -> None:
+    row["text_bytes"] = len(json.dumps([row["caption"], row["captions"], row["caption"], row["path"], row["path"], row["extra"]]))
 
 
 def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.chunks import ChunkTables
-from dataprep.dedup import DedupConfig, exact_duplicates, near_duplicates
+from dataprep.dedup import DedupConfig, Fingerprints, Ints, exact_duplicates, near_duplicates
+from dataprep.known import NOTHING_KNOWN, Known
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
 
@@ -28,10 +29,14 @@ class ShardConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One row of a shard's table: an input's position, its key ("" if rejected), and what only a look at all inputs could tell."""
+    """One row of a shard's table: an input's position, its key ("" if rejected), and what only a look at all inputs could tell.
+
+    What it is a duplicate of is the key of the picture that was kept in its place, or CORPUS/KEY where another corpus has that.
+    """
 
     position: int
     key: str
+    duplicate_of: str = ""
     near_duplicate_of: str = ""
     reason: str = ""
     detail: str = ""
@@ -57,11 +62,11 @@ class Plan:
     labelled: int
 
 
-def make_plan(tables: ChunkTables, *, shards: ShardConfig, dedup: DedupConfig, seed: int) -> Plan:
+def make_plan(tables: ChunkTables, *, shards: ShardConfig, dedup: DedupConfig, seed: int, known: Known = NOTHING_KNOWN) -> Plan:
     """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards."""
     reasons: list[str] = tables.column("reason")
-    overruled, near = _find_duplicates(tables, reasons=reasons, dedup=dedup)
-    for position, (reason, _) in overruled.items():
+    duplicates = _find_duplicates(tables, reasons=reasons, dedup=dedup, known=known)
+    for position, (reason, _) in duplicates.rejected.items():
         reasons[position] = reason
     is_kept = [not reason for reason in reasons]
     columns = _column_kinds(tables.column("extra"), is_kept=is_kept)
@@ -80,23 +85,27 @@ def make_plan(tables: ChunkTables, *, shards: ShardConfig, dedup: DedupConfig, s
     for number, positions in enumerate(layout):
         kept_here = [position for position in positions if is_kept[position]]
         keys.update({position: f"{number:06d}{place:0{digits}d}" for place, position in enumerate(kept_here)})
-    planned: list[list[Entry]] = []
-    for positions in layout:
-        entries = []
-        for position in positions:
-            reason, detail = overruled.get(position, ("", ""))
-            representative = near.get(position)
-            entries.append(
-                Entry(
-                    position=position,
-                    key=keys.get(position, ""),
-                    near_duplicate_of="" if representative is None else keys[representative],
-                    reason=reason,
-                    detail=detail,
-                )
-            )
-        planned.append(entries)
 
+    def kept_key(original: int | str | None) -> str:
+        """Of the picture that was kept for another, through the near duplicate of it that may have been dropped as well."""
+        while isinstance(original, int) and original not in keys:
+            original = duplicates.near[original]
+        return keys[original] if isinstance(original, int) else original or ""
+
+    planned = [
+        [
+            Entry(
+                position,
+                key=keys.get(position, ""),
+                duplicate_of=kept_key(duplicates.exact.get(position)),
+                near_duplicate_of=kept_key(duplicates.near.get(position)),
+                reason=duplicates.rejected.get(position, ("", ""))[0],
+                detail=duplicates.rejected.get(position, ("", ""))[1],
+            )
+            for position in positions
+        ]
+        for positions in layout
+    ]
     rejected: dict[str, int] = {}
     for reason in reasons:
         if reason:
@@ -126,28 +135,45 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-def _find_duplicates(
-    tables: ChunkTables, *, reasons: Sequence[str], dedup: DedupConfig
-) -> tuple[dict[int, tuple[str, str]], dict[int, int]]:
-    """Among the inputs that may be kept: position → (reason, detail) of new rejections, and near duplicate → the picture kept for it."""
-    exact = exact_duplicates([digest if not reason else "" for digest, reason in zip(tables.column("sha256"), reasons, strict=True)])
-    near: dict[int, int] = {}
+@dataclass(frozen=True, slots=True)
+class _Duplicates:
+    """Position → the original, a position or CORPUS/KEY, of exact and of near duplicates; and → (reason, detail) where that rejects one."""
+
+    exact: dict[int, int | str]
+    near: dict[int, int | str]
+    rejected: dict[int, tuple[str, str]]
+
+
+def _find_duplicates(tables: ChunkTables, *, reasons: Sequence[str], dedup: DedupConfig, known: Known) -> _Duplicates:
+    """Among the inputs that may be kept, and those of them that the known corpora have."""
+    inputs = Fingerprints.read(
+        table.rename_columns({"input_bytes": "bytes"}) for table in tables.tables("sha256", "phash", "width", "height", "input_bytes")
+    )
+    first = len(known.fingerprints)
+    found = Fingerprints.join([known.fingerprints, inputs])
+    may_be_kept = np.array([True] * first + [not reason for reason in reasons], dtype=bool)
+
+    def originals(of: Ints) -> dict[int, int | str]:
+        of = of[first:]
+        repeated = np.flatnonzero(of >= 0)
+        return {
+            position: known.id(original) if original < first else original - first
+            for position, original in zip(repeated.tolist(), of[repeated].tolist(), strict=True)
+        }
+
+    exact_positions = exact_duplicates(np.where(may_be_kept[:, None], found.digest, 0))
+    exact, near = originals(exact_positions), {}
     if dedup.near != "off":
-        hashes = [
-            int(value, 16) if value and not reason and position not in exact else None
-            for position, (value, reason) in enumerate(zip(tables.column("phash"), reasons, strict=True))
-        ]
-        pixels = [(height or 0) * (width or 0) for height, width in zip(tables.column("height"), tables.column("width"), strict=True)]
-        near = near_duplicates(hashes, pixels=pixels, sizes=tables.column("input_bytes"))
-    originals = tables.rows({*exact.values(), *near.values()})
+        near = originals(near_duplicates(found, among=may_be_kept & (exact_positions < 0), fixed=first))
+    rows = tables.rows({original for original in (*exact.values(), *near.values()) if isinstance(original, int)})
 
-    def place(position: int) -> str:
-        return f"{originals[position]['source']}/{originals[position]['path']}"
+    def place(original: int | str) -> str:
+        return original if isinstance(original, str) else f"{rows[original]['source']}/{rows[original]['path']}"
 
-    overruled = {position: ("duplicate", f"same bytes as {place(original)}") for position, original in exact.items()}
+    rejected = {position: ("duplicate", f"same bytes as {place(original)}") for position, original in exact.items()}
     if dedup.near == "drop":
-        overruled |= {position: ("near-duplicate", f"looks like {place(original)}") for position, original in near.items()}
-    return overruled, near
+        rejected |= {position: ("near-duplicate", f"looks like {place(original)}") for position, original in near.items()}
+    return _Duplicates(exact=exact, near=near, rejected=rejected)
 
 
 def _lay_out(order: Iterable[int], *, weights: Sequence[int], config: ShardConfig) -> list[list[int]]:

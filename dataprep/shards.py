@@ -31,7 +31,7 @@ _TABLE_FIELDS = [
     ("caption", pa.string()),
     ("captions", pa.list_(pa.string())),
     ("label", pa.int32()),
-    *((name, pa.string()) for name in ("sha256", "near_duplicate_of", "phash")),
+    *((name, pa.string()) for name in ("sha256", "duplicate_of", "near_duplicate_of", "phash")),
     *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "length")),
     ("thumbnail", pa.binary()),  # of some rejected pictures, for the report
 ]
@@ -192,6 +192,7 @@ def _table_row(row: dict[str, Any], *, entry: Entry, columns: Mapping[str, Colum
         "reason": reason,
         "detail": entry.detail or row["detail"],
         "captions": row["captions"] or ([""] if entry.key else []),
+        "duplicate_of": entry.duplicate_of,
         "near_duplicate_of": entry.near_duplicate_of,
         **{name: _typed(extra.get(name), kind=kind.table) for name, kind in columns.items()},
     }

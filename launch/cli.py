@@ -82,6 +82,9 @@ def prepare(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with other settings than the defaults.")] = None,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus whose pictures count as duplicates; may be given often.")
+    ] = None,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -105,7 +108,13 @@ def prepare(
             raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
         with console.progress() as report:
             account = prepare_corpus(
-                positional, out=out, config=settings, workers=workers or cores(), progress=report, announce=console.line
+                positional,
+                out=out,
+                config=settings,
+                against=against or (),
+                workers=workers or cores(),
+                progress=report,
+                announce=console.line,
             )
         facts = {
             "inputs": account.inputs,

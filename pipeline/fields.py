@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 Value = str | int | float | bool | list | dict | None
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "pgm")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2", "ppm", "pgm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ STANDARD = Columns()
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
 # Columns that our tables use in another sense: the source's are kept under `source_NAME`.
-TAKEN = {"source", "source_tags", "path", "caption", "captions", "reason", "detail", "near_duplicate_of", "phash", "label", "thumbnail"} | {
+TAKEN = {"source", "source_tags", "path", "caption", "captions", "reason", "detail", "duplicate_of", "near_duplicate_of", "phash", "label", "thumbnail"} | {
     f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")
 }
 

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageCms, UnidentifiedImageError
 
 from pipeline.errors import one_line
 
@@ -28,9 +28,13 @@ ImageFormat = Literal["jpg", "png", "webp"]
 
 REASONS: tuple[str, ...] = ("empty", "not-an-image", "truncated", "too-large")
 MAX_DECODE_PIXELS = 180_000_000
+WHITE = (255, 255, 255)
 
 # Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+# No picture of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
+_BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _JPEG_DAMAGE = ("premature end", "bad huffman code", "corrupt arithmetic code", "instead of rst")
 _ORIENTATION_TAG = 0x0112
@@ -47,6 +51,7 @@ _UPRIGHT = {
 # measured over photographs as the least that keeps every one within 38 dB of a full decode. The other eighths are no faster.
 _SHRINKS = ((1, 2.0), (2, 2.0), (3, 1.6), (4, 1.6), (5, 1.2))
 _MOST_SEGMENTS = 64  # of a JPEG's header; one with more is left to Pillow
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each process decodes pictures of its own
 _SRGB_TOLERANCE = 3  # levels of 255 by which a profile may differ from sRGB and still count as sRGB
 
 
@@ -76,9 +81,14 @@ class Picture:
     changes: tuple[str, ...]
 
 
-def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Picture:
-    """Decode an image in full and normalise it. Raises `Rejection`; the pixel limit is checked before anything is decoded."""
+def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, background: tuple[int, int, int] = WHITE) -> Picture:
+    """Decode an image in full and normalise it, what is transparent on the sRGB colour `background`.
+
+    Raises `Rejection`; the pixel limit is checked before anything is decoded.
+    """
     image = open_image(data, max_decode_pixels=max_decode_pixels)
+    if image.height * image.width > max(_BOMB_PIXELS, len(data) * _BOMB_PIXELS_PER_BYTE):
+        raise Rejection("too-large", detail=f"{len(data)} bytes claim to be {image.width}x{image.height} pixels")
     if _is_clean_jpeg(image):
         pixels = _decode_jpeg(data)
         height, width = pixels.shape[:2]
@@ -99,8 +109,8 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS) -> Pi
     decoded, alpha, colour_changes = _to_rgb(decoded, profile=image.info.get("icc_profile") or b"")
     changes += colour_changes
     if alpha is not None:
-        decoded = Image.composite(decoded, Image.new("RGB", decoded.size, "white"), alpha)
-        changes.append("alpha-on-white")
+        decoded = Image.composite(decoded, Image.new("RGB", decoded.size, background), alpha)
+        changes.append("alpha-on-white" if background == WHITE else "alpha-on-colour")
     if orientation in _UPRIGHT:
         decoded = decoded.transpose(_UPRIGHT[orientation])
         changes.append(f"orientation-{orientation}")
@@ -165,19 +175,39 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int) -> Image.Ima
     claimed = webp_size(data)  # Pillow's WebP reader allocates the whole canvas as soon as it opens a file
     if claimed is not None:
         check_size(*claimed, max_decode_pixels=max_decode_pixels)
+    formats = (*_FORMATS, "HEIF") if _is_heif(data) and _heif_plugin() else _FORMATS
     try:
         with _no_pillow_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=formats)
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to open it") from error
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
         if claimed is not None or bytes(data[:8]).startswith(_MAGIC):
             raise Rejection("truncated", detail="its header cannot be read") from error
+        if "HEIF" in formats:
+            raise Rejection("truncated", detail="its header cannot be read") from error
         detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _detail(error)
+        if _is_heif(data):
+            detail = "HEIF is read with pillow-heif alone: pip install 'tim[heif]'"
         raise Rejection("not-an-image", detail=detail) from error
     check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
     return image
+
+
+def _is_heif(data: bytes | memoryview) -> bool:
+    return bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS
+
+
+@lru_cache(maxsize=1)
+def _heif_plugin() -> bool:
+    """Whether Pillow reads HEIF from now on: only if its plugin is installed."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return False
+    register_heif_opener(DECODE_THREADS=1)
+    return True
 
 
 def check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
@@ -270,6 +300,8 @@ def _to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.I
 
     if image.mode in ("L", "CMYK"):
         changes.append("grayscale" if image.mode == "L" else "cmyk")
+    elif image.mode == "F":
+        raise Rejection("not-an-image", detail="its levels are floating-point numbers, which say nothing of black and white")
     elif image.mode != "RGB":
         try:
             image = image.convert("RGB")
@@ -298,7 +330,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """16-bit gray → 8-bit gray by v / 257, rounded; the one transparent level of a PNG → alpha. (16-bit RGB arrives as its high bytes.)"""
     levels = np.asarray(image).astype(np.int64)
-    scaled = (np.clip(levels, 0, 65535) * 255 + 32895) >> 16
+    if levels.min() < 0 or levels.max() > 65535:
+        raise Rejection("not-an-image", detail=f"its levels go from {levels.min()} to {levels.max()}, which is no picture's range")
+    scaled = (levels * 255 + 32895) >> 16
     transparent = image.info.get("transparency")
     alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)) if isinstance(transparent, int) else None
     return Image.fromarray(scaled.astype(np.uint8)), alpha

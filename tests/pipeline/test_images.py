@@ -131,6 +131,13 @@ def test_alpha_is_matted_on_white() -> None:
         assert far(picture.pixels[HEIGHT // 2 :, WIDTH // 2 :], scene()[HEIGHT // 2 :, WIDTH // 2 :]) < 1
 
 
+def test_the_colour_behind_what_is_transparent_can_be_set() -> None:
+    rgba = np.dstack([scene(), np.zeros((HEIGHT, WIDTH), np.uint8)])
+    picture = read_image(save(Image.fromarray(rgba)), background=(10, 200, 30))
+    assert (picture.pixels == (10, 200, 30)).all()
+    assert "alpha-on-colour" in picture.changes
+
+
 def test_palettes_with_and_without_transparency() -> None:
     palette = Image.fromarray(scene()).quantize(16)
     assert far(read_image(save(palette)).pixels, np.asarray(palette.convert("RGB"))) == 0
@@ -160,7 +167,15 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert (read_image(tiff).pixels[..., 0] == np.round(ramp / 257)).all()
 
 
-@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+@pytest.mark.parametrize("level", [-5.0, 0.5, 70_000.0])
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_levels_of_no_known_range_are_refused_rather_than_turned_black_or_white(level: float, kind: type) -> None:
+    if kind is np.int32 and level == 0.5:
+        pytest.skip("0 is a level")
+    assert reason_of(save(Image.fromarray(np.full((32, 32), level, kind)), "TIFF")) == "not-an-image"
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
 def test_of_an_animation_the_first_frame_counts(format: str) -> None:
     frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")]
     picture = read_image(save(frames[0], format, save_all=True, append_images=frames[1:]))
@@ -168,8 +183,38 @@ def test_of_an_animation_the_first_frame_counts(format: str) -> None:
     assert far(picture.pixels, np.full((HEIGHT, WIDTH, 3), (255, 0, 0))) < 3
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("format", ["AVIF", "HEIF", "BMP", "TIFF", "GIF", "JPEG2000"])
+def test_the_rarer_formats_are_read(format: str) -> None:
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    picture = read_image(save(Image.fromarray(scene()), format))
+    assert (picture.format, picture.clean) == (format, False)
+    assert f"from-{format.lower()}" in picture.changes
+    assert far(picture.pixels, scene()) < (6 if format == "GIF" else 3)
+
+
+@pytest.mark.parametrize("format", ["AVIF", "HEIF"])
+def test_pictures_of_phones_end_upright_and_on_white(format: str) -> None:
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = read_image(save(Image.fromarray(scene()), format, exif=exif))
+    assert far(turned.pixels, np.asarray(Image.fromarray(scene()).transpose(Image.Transpose.ROTATE_270))) < 3
+    hidden = np.dstack([scene(), np.zeros((HEIGHT, WIDTH), np.uint8)])
+    assert far(read_image(save(Image.fromarray(hidden), format)).pixels, np.full((HEIGHT, WIDTH, 3), 255)) < 2
+
+
+def test_heif_without_its_plugin_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.images._heif_plugin", lambda: False)
+    with pytest.raises(Rejection, match=r"not-an-image: HEIF is read with pillow-heif alone: pip install 'tim\[heif\]'"):
+        read_image(b"\0\0\0\x18ftypheic" + bytes(100))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF"])
 def test_a_file_cut_anywhere_is_rejected(format: str) -> None:
+    if format == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
     rough = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
     data = save(Image.fromarray(rough), format)
     for share in (0.3, 0.6, 0.95):
@@ -206,6 +251,14 @@ def test_the_pixel_limit_is_checked_before_decoding() -> None:
         webp = save(Image.fromarray(scene()), "WEBP", lossless=lossless)
         assert reason_of(webp, max_decode_pixels=HEIGHT * WIDTH - 1) == "too-large"
         assert read_image(webp, max_decode_pixels=HEIGHT * WIDTH).pixels.shape == (HEIGHT, WIDTH, 3)
+
+
+def test_a_few_bytes_that_claim_to_be_a_hundred_megapixels_are_not_decoded() -> None:
+    side = 13_000  # 169 megapixels
+    claim = bytearray(save(Image.new("RGB", (16, 16)), "WEBP", lossless=True))
+    claim[21:25] = ((side - 1) | (side - 1) << 14).to_bytes(4, "little")
+    assert reason_of(bytes(claim)) == "too-large"
+    read_image(save(Image.new("RGB", (2000, 2000)), "WEBP", lossless=True))  # flat pictures of common sizes are fine
 
 
 def test_pillows_own_limit_is_left_as_it_was() -> None:

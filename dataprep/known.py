@@ -1,0 +1,69 @@
+"""Corpora that are there already (`--against`): what is in them is not taken in again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from dataprep.dedup import Fingerprints
+from pipeline.index import Corpus
+
+_COLUMNS = ("sha256", "phash", "width", "height", "image_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The pictures of some corpora, one after the other; their names, where each begins, and their keys."""
+
+    fingerprints: Fingerprints
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    keys: tuple[pa.ChunkedArray, ...]
+
+    def id(self, position: int) -> str:
+        """CORPUS/KEY of a picture."""
+        corpus = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return f"{self.names[corpus]}/{self.keys[corpus][position - self.starts[corpus]].as_py()}"
+
+
+NOTHING_KNOWN = Known(fingerprints=Fingerprints.join([Fingerprints.read([])]), names=(), starts=(), keys=())
+
+
+def open_known(paths: Sequence[str | Path]) -> list[Corpus]:
+    """The corpora, folders or URLs. Raises ValueError if one is none, or does not say what its pictures look like."""
+    corpora = [Corpus.open(path, check_shards=False) for path in paths]
+    for corpus in corpora:
+        missing = [name for name in _COLUMNS if name not in corpus.schema.names]
+        if missing:
+            raise ValueError(
+                f"--against {corpus.folder}: its tables have no column {missing[0]}; only what `tim prepare` made can be compared"
+            )
+    return corpora
+
+
+def read_known(corpora: Sequence[Corpus]) -> Known:
+    """Read the tables of corpora, one shard at a time: about 50 bytes a picture stay in memory."""
+    fingerprints = [Fingerprints.read([])]
+    keys: list[pa.ChunkedArray] = []
+    for corpus in corpora:
+        chunks: list[pa.Array] = []
+        fingerprints.append(Fingerprints.read(_tables(corpus, chunks)))
+        keys.append(pa.chunked_array(chunks, pa.string()))
+    counts = [len(part) for part in keys]
+    return Known(
+        fingerprints=Fingerprints.join(fingerprints),
+        names=tuple(corpus.name for corpus in corpora),
+        starts=tuple(np.cumsum([0, *counts])[:-1].tolist()),
+        keys=tuple(keys),
+    )
+
+
+def _tables(corpus: Corpus, keys: list[pa.Array]) -> Iterator[pa.Table]:
+    for shard in range(len(corpus.shards)):
+        table = corpus.read(shard, columns=("key", *_COLUMNS))
+        keys += table.column("key").cast(pa.string()).chunks
+        yield table.rename_columns({"image_length": "bytes"})
