@@ -40,6 +40,10 @@ CHUNK_SCHEMA = pa.schema(
 )
 
 
+def chunk_path(work: Path, number: int) -> Path:
+    return work / f"chunk-{number:06d}.arrow"
+
+
 def write_chunk(table: Path, rows: list[dict[str, Any]]) -> None:
     """Write a chunk's rows, uncompressed, so that they can be mapped."""
     with publish(table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
@@ -47,31 +51,28 @@ def write_chunk(table: Path, rows: list[dict[str, Any]]) -> None:
 
 
 class ChunkTables:
-    """The tables of pass 1 as one list of rows, mapped from disk rather than loaded."""
+    """The tables of pass 1 as one list of rows, mapped from disk one table at a time: no more than one is ever in memory."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
-        self._opened: dict[int, pa.Table] = {}
+        self.count = (len(paths) - 1) * CHUNK_SIZE + open_table(paths[-1]).num_rows if paths else 0
 
-    def column(self, name: str) -> list[Any]:
-        return [value for chunk in range(len(self.paths)) for value in self._table(chunk).column(name).to_pylist()]
+    def __iter__(self) -> Iterator[pa.Table]:
+        return map(open_table, self.paths)
 
-    def tables(self, *names: str) -> Iterator[pa.Table]:
-        """Some columns of all rows, a chunk at a time."""
-        return (self._table(chunk).select(names) for chunk in range(len(self.paths)))
-
-    def rows(self, positions: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Position → row; each chunk is read once however the positions are ordered."""
+    def names(self, positions: Iterable[int]) -> dict[int, str]:
+        """Position → what the source calls the input, "SOURCE/PATH"; each table is opened once however the positions are ordered."""
         by_chunk: dict[int, list[int]] = {}
-        for position in positions:
+        for position in sorted(positions):
             by_chunk.setdefault(position // CHUNK_SIZE, []).append(position)
-        found: dict[int, dict[str, Any]] = {}
+        found: dict[int, str] = {}
         for chunk, members in by_chunk.items():
-            local = self._table(chunk).take(pa.array([position % CHUNK_SIZE for position in members]))
-            found.update(zip(members, local.to_pylist(), strict=True))
+            local = pa.array([position % CHUNK_SIZE for position in members])
+            rows = open_table(self.paths[chunk]).select(["source", "path"]).take(local).to_pylist()
+            found.update((position, f"{row['source']}/{row['path']}") for position, row in zip(members, rows, strict=True))
         return found
 
-    def _table(self, chunk: int) -> pa.Table:
-        if chunk not in self._opened:
-            self._opened[chunk] = pa.ipc.open_file(pa.memory_map(str(self.paths[chunk]))).read_all()
-        return self._opened[chunk]
+
+def open_table(path: Path) -> pa.Table:
+    """An Arrow file, mapped: what is not looked at is not read."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataprep.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.dedup import perceptual_hash
+from dataprep.files import process_name
 from dataprep.filters import FilterConfig, Filters, Subject
 from dataprep.records import RawSample
 from dataprep.thumbnails import thumbnail
@@ -31,6 +32,8 @@ from pipeline.remote import is_remote, read_ranges
 PIECE_SIZE, PIECE_BYTES = 32, 32 << 20
 _URLS_AT_ONCE = 16
 MAX_IMAGE_BYTES = 1 << 30
+_CRASHED = "the decoder took its process down, or wanted more memory than a worker may take, twice"
+_LACK_OF_MEMORY = ("insufficient memory", "out of memory", "not enough memory")
 _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
 
@@ -96,11 +99,11 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
     filters = Filters(piece.rules.filters)
-    with open(piece.table.parent / f"spool-{os.getpid()}.bin", "ab") as spool:
+    with open(piece.table.parent / f"spool-{process_name()}.bin", "ab") as spool:
         for index, sample in enumerate(_fetched(piece.samples)):
             report(index)
             if index in piece.crashed:
-                rows.append({**_blank_row(sample), "reason": "crashed", "detail": "the decoder took its process down, twice"})
+                rows.append({**_blank_row(sample), "reason": "crashed", "detail": _CRASHED})
             else:
                 rows.append(examine(sample, rules=piece.rules, filters=filters, spool=spool, shown=shown))
         if any(row["is_spooled"] for row in rows):
@@ -133,6 +136,8 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
     try:
         picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
     except Rejection as rejection:
+        if _lacked_memory(rejection):
+            raise MemoryError from rejection  # of this process: what becomes of the input is the pool's to say
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
 
     height, width = picture.pixels.shape[:2]
@@ -235,6 +240,11 @@ def _read(sample: RawSample) -> bytes:
             raise Rejection("too-large", detail=f"a file of {length} bytes")
         stream.seek(sample.offset)
         return stream.read(length)
+
+
+def _lacked_memory(rejection: Rejection) -> bool:
+    """Whether a decoder gave up for want of memory; some of them say so in words alone."""
+    return isinstance(rejection.__cause__, MemoryError) or any(sign in rejection.detail.lower() for sign in _LACK_OF_MEMORY)
 
 
 def _utf8(text: str) -> str:

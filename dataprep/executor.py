@@ -1,58 +1,57 @@
-"""A pool of local worker processes that keeps order, bounds its queue and survives the death of a worker.
-
-Each worker is a fresh interpreter (no fork of a process that may hold threads or a GPU, no second run of the user's script) that reads
-pickled tasks from its parent and answers over a pipe. A picture that takes its decoder down costs one worker, never the run.
-"""
+"""A pool of workers that keeps order, bounds its queue and survives the death of a worker: a picture that takes its decoder down costs one
+worker, never the run. Workers are processes of this machine, or of a Ray cluster (`dataprep.cluster`)."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import pickle
-import signal
-import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
+from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+
+from dataprep.worker import WORKER_MEMORY, LocalWorker, Report, WorkerDied
+
+__all__ = ["LocalPool", "Pool", "Worker", "WorkerDied"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Report = Callable[[int], None]
 # What a task function is given: its task, and a function to tell which item of the task it is about to work on.
 Work = Callable[[Task, Report], Result]
 
 _POLL_SECONDS = 0.2
-_PR_SET_PDEATHSIG = 1
+_ATTEMPTS = 3  # at a task whose workers die for no reason that its items can be blamed for
 
 
-class WorkerDied(RuntimeError):
-    """A worker process ended without an answer; `at` is the item that it last reported (-1 if none)."""
+class Worker(Protocol):
+    """One worker, local or not; see `LocalWorker`."""
 
-    def __init__(self, message: str, *, at: int) -> None:
-        super().__init__(message)
-        self.at = at
+    def run(self, work: Callable[..., Any], task: Any, *, report: Report) -> Any: ...
+
+    def is_alive(self) -> bool: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
-class LocalPool:
-    """`workers` processes, started when first needed. Use as a context manager: leaving it ends them."""
+class Pool:
+    """`workers` workers, which `start` makes when they are first needed. Use as a context manager: leaving it ends them."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, *, start: Callable[[], Worker]) -> None:
         if workers < 1:
             raise ValueError(f"workers is {workers}: give 1 or more")
         self._workers = workers
+        self._start = start
         self._own = threading.local()
         self._lock = threading.Lock()
-        self._started: list[_Worker] = []
+        self._started: list[Worker] = []
         self._is_open = True
         self._threads = ThreadPoolExecutor(workers)
 
-    def __enter__(self) -> LocalPool:
+    def __enter__(self) -> Pool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -74,17 +73,22 @@ class LocalPool:
     ) -> Iterator[Result]:
         """Results in the order of the tasks, of which never more than a few are drawn ahead.
 
-        work: a module-level function. retry: after a worker's death, the task to give to a new worker (it raises to give up); without it
-        the death is raised. on_items: called in the caller's thread, now and then, with the number of items reported so far.
+        work: a module-level function. retry: after a worker's death at an item, the task to give to a new worker (it raises to give up).
+        A task without it, or whose worker dies before it reports an item, is given to three workers; then the death is raised. on_items:
+        called in the caller's thread, now and then, with the number of items reported so far.
         """
         counter = _Counter()
 
         def run(task: Task) -> Result:
+            blameless = 0
             outcome = self._attempt(work, task, report=counter.add)
             while isinstance(outcome, WorkerDied):
-                if retry is None:
-                    raise outcome
-                task = retry(task, outcome)
+                if retry is not None and outcome.at >= 0:
+                    task = retry(task, outcome)
+                else:
+                    blameless += 1
+                    if blameless == _ATTEMPTS:
+                        raise outcome
                 outcome = self._attempt(work, task, report=counter.add)
             return outcome
 
@@ -104,15 +108,22 @@ class LocalPool:
         except WorkerDied as death:
             return death
 
-    def _worker(self) -> _Worker:
-        worker: _Worker | None = getattr(self._own, "worker", None)
+    def _worker(self) -> Worker:
+        worker: Worker | None = getattr(self._own, "worker", None)
         if worker is None or not worker.is_alive():
             with self._lock:
                 if not self._is_open:
                     raise RuntimeError("the pool is closed")
-                worker = self._own.worker = _Worker()
+                worker = self._own.worker = self._start()
                 self._started.append(worker)
         return worker
+
+
+class LocalPool(Pool):
+    """`workers` processes of this machine, each of which may take `memory` bytes."""
+
+    def __init__(self, workers: int, *, memory: int = WORKER_MEMORY) -> None:
+        super().__init__(workers, start=partial(LocalWorker, memory=memory))
 
 
 class _Counter:
@@ -123,84 +134,3 @@ class _Counter:
     def add(self, _: int) -> None:
         with self._lock:
             self.value += 1
-
-
-class _Worker:
-    """The parent's end of one worker process."""
-
-    def __init__(self) -> None:
-        start = f"import sys; sys.path[:] = {sys.path!r}; from dataprep.executor import serve; serve({os.getpid()})"
-        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1")
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, **one_thread}
-        )
-
-    def run(self, work: Callable[..., Any], task: Any, *, report: Report) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        at, kind = -1, ""
-        value: Any = None
-        try:
-            pickle.dump((work, task), self._process.stdin)
-            self._process.stdin.flush()
-            while kind not in ("error", "result"):
-                kind, value = pickle.load(self._process.stdout)
-                if kind == "item":
-                    at = value
-                    report(at)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            self.kill()
-            code = self._process.wait()
-            how = f"signal {-code}" if code < 0 else f"exit code {code}"
-            raise WorkerDied(f"a worker process died ({how})", at=at) from error
-        if kind == "error":
-            raise value
-        return value
-
-    def is_alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def close(self) -> None:
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(BrokenPipeError):
-                pipe.close()
-
-
-def serve(parent: int) -> None:
-    """The worker's end: answer tasks until the parent is gone."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
-
-    def answer(kind: str, value: Any) -> None:
-        pickle.dump((kind, value), answers)
-        answers.flush()
-
-    while True:
-        try:
-            work, task = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            result = work(task, lambda at: answer("item", at))
-        except Exception as error:
-            answer("error", _sendable(error))
-        else:
-            answer("result", result)
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception class that does not survive the pipe
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -196,7 +196,7 @@ def _check_output(out: Path) -> None:
         return
     if ((out / MANIFEST).is_file() and read_manifest(out).get("kind") != KIND) or (out / WORK / JOB).is_file():
         raise ValueError(f"{out}: holds a corpus that `tim prepare` made; give another folder")
-    ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\.\d+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
+    ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\..+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
     strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
     if strangers:
         raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and not an index; give a new or empty folder")

@@ -24,13 +24,28 @@ class Known:
     starts: tuple[int, ...]
     keys: tuple[pa.ChunkedArray, ...]
 
+    def __len__(self) -> int:
+        return len(self.fingerprints)
+
     def id(self, position: int) -> str:
-        """CORPUS/KEY of a picture."""
+        """CORPUS/KEY of a picture, or its KEY in the corpus without a name: the one that is to grow."""
         corpus = int(np.searchsorted(self.starts, position, side="right")) - 1
-        return f"{self.names[corpus]}/{self.keys[corpus][position - self.starts[corpus]].as_py()}"
+        key = self.keys[corpus][position - self.starts[corpus]].as_py()
+        return f"{self.names[corpus]}/{key}" if self.names[corpus] else key
+
+    @classmethod
+    def join(cls, parts: Sequence[Known]) -> Known:
+        """The pictures of all of them."""
+        keys = [own for part in parts for own in part.keys]
+        return cls(
+            fingerprints=Fingerprints.join([Fingerprints.read([]), *(part.fingerprints for part in parts)]),
+            names=tuple(name for part in parts for name in part.names),
+            starts=tuple(np.cumsum([0, *map(len, keys)])[:-1].tolist()),
+            keys=tuple(keys),
+        )
 
 
-NOTHING_KNOWN = Known(fingerprints=Fingerprints.join([Fingerprints.read([])]), names=(), starts=(), keys=())
+NOTHING_KNOWN = Known.join([])
 
 
 def open_known(paths: Sequence[str | Path]) -> list[Corpus]:
@@ -47,19 +62,12 @@ def open_known(paths: Sequence[str | Path]) -> list[Corpus]:
 
 def read_known(corpora: Sequence[Corpus]) -> Known:
     """Read the tables of corpora, one shard at a time: about 50 bytes a picture stay in memory."""
-    fingerprints = [Fingerprints.read([])]
-    keys: list[pa.ChunkedArray] = []
+    parts: list[Known] = []
     for corpus in corpora:
         chunks: list[pa.Array] = []
-        fingerprints.append(Fingerprints.read(_tables(corpus, chunks)))
-        keys.append(pa.chunked_array(chunks, pa.string()))
-    counts = [len(part) for part in keys]
-    return Known(
-        fingerprints=Fingerprints.join(fingerprints),
-        names=tuple(corpus.name for corpus in corpora),
-        starts=tuple(np.cumsum([0, *counts])[:-1].tolist()),
-        keys=tuple(keys),
-    )
+        fingerprints = Fingerprints.read(_tables(corpus, chunks))
+        parts.append(Known(fingerprints=fingerprints, names=(corpus.name,), starts=(0,), keys=(pa.chunked_array(chunks, pa.string()),)))
+    return Known.join(parts)
 
 
 def _tables(corpus: Corpus, keys: list[pa.Array]) -> Iterator[pa.Table]:

@@ -1,10 +1,14 @@
-"""The files that make a folder of shards a corpus: index.parquet, index.json, README.md, and manifest.json, which is written last."""
+"""The files that make shards a corpus: index.parquet, index.json, README.md, report.html, and manifest.json, which takes its place last."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.files import publish, publish_text
-from dataprep.shards import Shard
+from dataprep.plan import ColumnKind, Columns
+from dataprep.shards import Shard, table_schema
+from dataprep.store import Store
 from pipeline.digests import file_digest
 
 FORMAT = 1
 MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
+_READ_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +41,14 @@ def config_hash(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def read_manifest(corpus: Path) -> dict[str, Any]:
+def read_manifest(corpus: Path | Store) -> dict[str, Any]:
     """The manifest of a corpus. Raises ValueError, in one line, for anything else."""
-    path = corpus / MANIFEST
-    if not path.is_file():
-        raise ValueError(f"{corpus}: not a corpus (it has no {MANIFEST}); `tim prepare` makes one")
+    store = corpus if isinstance(corpus, Store) else Store(str(corpus), scratch=corpus)
+    path = f"{store.place}/{MANIFEST}"
     try:
-        manifest = json.loads(path.read_text("utf-8"))
+        manifest = json.loads(store.read(MANIFEST))
+    except FileNotFoundError as error:
+        raise ValueError(f"{store.place}: not a corpus (it has no {MANIFEST}); `tim prepare` makes one") from error
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}); prepare the corpus again") from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
@@ -62,51 +69,86 @@ def read_account(manifest: Mapping[str, Any]) -> Account:
 
 
 def write_corpus_files(
-    out: Path, *, name: str, shards: Sequence[Shard], account: Account, identity: Mapping[str, Any], image_format: str
-) -> dict[str, Any]:
-    """Write the index, the list of shards and the card; returns the manifest, into which `identity` (config and sources) goes as it is."""
-    index_digest = _write_index(out, shards=shards)
+    store: Store,
+    *,
+    name: str,
+    shards: Sequence[Shard],
+    account: Account,
+    columns: Columns,
+    identity: Mapping[str, Any],
+    image_format: str,
+    report: Callable[[dict[str, Any]], str],
+    growth: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the index, both lists of shards, the card and the report, and put them in their places one right after the other, the manifest
+    last.
+
+    `identity` (config and sources) goes into the manifest as it is. `growth`: what was added to the corpus after it was first finished, see
+    `dataprep.growing`. `report` makes the page of the manifest.
+    """
     wids = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
-    publish_text(out / WIDS_INDEX, _pretty({"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}))
-    publish_text(out / README, _card(name=name, account=account, image_format=image_format))
-    return {
-        "format": FORMAT,
-        "name": name,
-        "shards": [asdict(shard) for shard in shards],
-        "index": {"name": INDEX, "sha256": index_digest},
-        "totals": {
-            "inputs": account.inputs,
-            "kept": account.kept,
-            "rejected": sum(account.rejected.values()),
-            "bytes": sum(shard.bytes for shard in shards),
-        },
-        "rejected": account.rejected,
-        "notes": account.notes,
-        **identity,
-        "config_hash": config_hash(identity["config"]),
-    }
+    with ExitStack() as files:  # left in reverse order
+        manifest_file = files.enter_context(store.publish(MANIFEST))
+        index_file = files.enter_context(store.publish(INDEX))
+        with pq.ParquetWriter(index_file, table_schema(columns.kinds), compression="zstd") as writer:
+            for shard, table in zip(shards, read_tables(store, shards=shards), strict=True):
+                writer.write_table(kept_rows(table), row_group_size=max(1, shard.count))
+        index_file.flush()
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "shards": [asdict(shard) for shard in shards],
+            "index": {"name": INDEX, "sha256": file_digest(Path(index_file.name))},
+            "totals": {
+                "inputs": account.inputs,
+                "kept": account.kept,
+                "rejected": sum(account.rejected.values()),
+                "bytes": sum(shard.bytes for shard in shards),
+            },
+            "rejected": account.rejected,
+            "notes": account.notes,
+            "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
+            "has_classes": columns.has_classes,
+            **identity,
+            "config_hash": config_hash(identity["config"]),
+            **({"growth": list(growth)} if growth else {}),
+        }
+        manifest_file.write(_pretty(manifest))
+        lists = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}
+        files.enter_context(store.publish(WIDS_INDEX)).write(_pretty(lists))
+        files.enter_context(store.publish(REPORT)).write(report(manifest).encode("utf-8"))
+        files.enter_context(store.publish(README)).write(_card(name=name, account=account, image_format=image_format).encode("utf-8"))
 
 
-def write_manifest(out: Path, *, manifest: Mapping[str, Any]) -> None:
-    """The file that makes the folder a corpus."""
-    publish_text(out / MANIFEST, _pretty(manifest))
+def read_columns(manifest: Mapping[str, Any]) -> Columns:
+    """What all samples of a corpus have in common."""
+    types = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
+    kinds = {name: ColumnKind(table=types[kind["type"]], is_number_in_json=kind["number"]) for name, kind in manifest["columns"].items()}
+    return Columns(kinds=kinds, has_classes=manifest["has_classes"])
+
+
+def read_tables(store: Store, *, shards: Sequence[Shard], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The tables of shards in their order, a few of them read ahead."""
+
+    def read(shard: Shard) -> pa.Table:
+        return pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=columns)
+
+    with ThreadPoolExecutor(_READ_AHEAD) as threads:
+        waiting = deque()
+        for shard in shards:
+            waiting.append(threads.submit(read, shard))
+            if len(waiting) > _READ_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def kept_rows(table: pa.Table) -> pa.Table:
     return table.filter(table.column("key").is_valid())
 
 
-def _write_index(out: Path, *, shards: Sequence[Shard]) -> str:
-    """All kept rows, one row group a shard; returns the file's sha256."""
-    schema = pq.read_schema(out / shards[0].table)
-    with publish(out / INDEX) as stream, pq.ParquetWriter(stream, schema, compression="zstd") as writer:
-        for shard in shards:
-            writer.write_table(kept_rows(pq.read_table(out / shard.table)), row_group_size=shard.count)
-    return file_digest(out / INDEX)
-
-
-def _pretty(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def _pretty(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _card(*, name: str, account: Account, image_format: str) -> str:

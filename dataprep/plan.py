@@ -1,21 +1,30 @@
-"""Pass 2, the decisions: which inputs are duplicates, in which order the rest is stored, and which shard each one goes to."""
+"""Pass 2, the decisions: which inputs are duplicates, in which order the rest is stored, and which shard each one goes to.
+
+Decisions are arrays over the inputs, about 150 bytes each, not objects: many millions of inputs fit the memory of one machine.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.chunks import ChunkTables
-from dataprep.dedup import DedupConfig, Fingerprints, Ints, exact_duplicates, near_duplicates
+from dataprep.chunks import CHUNK_SIZE, ChunkTables
+from dataprep.dedup import DedupConfig, Fingerprints, exact_duplicates, near_duplicates
 from dataprep.known import NOTHING_KNOWN, Known
 
+Ints = NDArray[np.int64]
+
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
+MISFIT = "bad-record"
+_COMPARED = ["sha256", "phash", "width", "height", "input_bytes"]
 
 
 class ShardConfig(BaseModel):
@@ -28,100 +37,137 @@ class ShardConfig(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One row of a shard's table: an input's position, its key ("" if rejected), and what only a look at all inputs could tell.
-
-    What it is a duplicate of is the key of the picture that was kept in its place, or CORPUS/KEY where another corpus has that.
-    """
-
-    position: int
-    key: str
-    duplicate_of: str = ""
-    near_duplicate_of: str = ""
-    reason: str = ""
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class ColumnKind:
     """A further column of the sources: its type in the tables, and in the JSON members, where "missing" can only be ""."""
 
     table: pa.DataType
     is_number_in_json: bool
 
+    def holds(self, value: Any) -> bool:
+        """Whether a sample can have this value; None is a missing one."""
+        if self.table == pa.string():
+            return True
+        if value is None:
+            return not self.is_number_in_json
+        if isinstance(value, bool) or self.table == pa.bool_():
+            return isinstance(value, bool) and self.table == pa.bool_()
+        return isinstance(value, int) or (isinstance(value, float) and self.table == pa.float64())
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """What all samples of a corpus have in common: the further columns, and whether every one has a class."""
+
+    kinds: Mapping[str, ColumnKind]
+    has_classes: bool
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions. `shards[i]` lists the rows of shard i, kept ones in the order of the tar."""
+    """All decisions, as arrays over the inputs.
 
-    shards: list[list[Entry]]
+    `shard` (from 0), `place` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the picture of which it
+    is a duplicate, −1 for none; below `len(known)` one of those, from there on the input of that position, plus `len(known)`. `misfits`:
+    inputs that the columns of the corpus have no room for, position → what is wrong.
+    """
+
+    shard: Ints
+    place: Ints
+    number: Ints
+    exact: Ints
+    near: Ints
+    misfits: Mapping[int, str]
+    known: Known
+    drops_near: bool
+    first_shard: int
+    shards: int
+    digits: int
     kept: int
-    rejected: dict[str, int]
-    columns: dict[str, ColumnKind]
-    has_classes: bool
+    rejected: Mapping[str, int]
+    columns: Columns
     labelled: int
+    left_out: tuple[str, ...]
+
+    def key(self, position: int) -> str:
+        """The key of a kept input, "" of a rejected one."""
+        return f"{self.first_shard + self.shard[position]:06d}{self.number[position]:0{self.digits}d}" if self.number[position] >= 0 else ""
+
+    def kept_for(self, original: int) -> str:
+        """The key of the picture that was kept for another one, of which `exact` or `near` say what it is a duplicate: that one, or the one
+        for which it was dropped itself. Of another corpus it is CORPUS/KEY, "" is for −1."""
+        first = len(self.known)
+        if original >= first and self.number[original - first] < 0:
+            original = int(self.near[original - first])
+        return "" if original < 0 else self.known.id(original) if original < first else self.key(original - first)
 
 
-def make_plan(tables: ChunkTables, *, shards: ShardConfig, dedup: DedupConfig, seed: int, known: Known = NOTHING_KNOWN) -> Plan:
-    """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards."""
-    reasons: list[str] = tables.column("reason")
-    duplicates = _find_duplicates(tables, reasons=reasons, dedup=dedup, known=known)
-    for position, (reason, _) in duplicates.rejected.items():
-        reasons[position] = reason
-    is_kept = [not reason for reason in reasons]
-    columns = _column_kinds(tables.column("extra"), is_kept=is_kept)
-    order = shuffled(len(reasons), seed=seed)
-    names = sum(len(name) + 8 for name in columns)
-    lengths, texts = tables.column("length"), tables.column("text_bytes")
-    layout = _lay_out(
-        order,
-        weights=[
-            length + text + names + _SAMPLE_OVERHEAD if kept else -1 for kept, length, text in zip(is_kept, lengths, texts, strict=True)
-        ],
-        config=shards,
-    )
-    digits = max(4, len(str(shards.max_samples - 1)))
-    keys: dict[int, str] = {}
-    for number, positions in enumerate(layout):
-        kept_here = [position for position in positions if is_kept[position]]
-        keys.update({position: f"{number:06d}{place:0{digits}d}" for place, position in enumerate(kept_here)})
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the decisions need to know of the inputs. `reason`: 0 while an input may be kept, else 1 + its place in `names`."""
 
-    def kept_key(original: int | str | None) -> str:
-        """Of the picture that was kept for another, through the near duplicate of it that may have been dropped as well."""
-        while isinstance(original, int) and original not in keys:
-            original = duplicates.near[original]
-        return keys[original] if isinstance(original, int) else original or ""
+    reason: NDArray[np.uint8]
+    names: list[str]
+    prints: Fingerprints
+    weights: Ints
+    has_label: NDArray[np.bool_]
 
-    planned = [
-        [
-            Entry(
-                position,
-                key=keys.get(position, ""),
-                duplicate_of=kept_key(duplicates.exact.get(position)),
-                near_duplicate_of=kept_key(duplicates.near.get(position)),
-                reason=duplicates.rejected.get(position, ("", ""))[0],
-                detail=duplicates.rejected.get(position, ("", ""))[1],
-            )
-            for position in positions
-        ]
-        for positions in layout
-    ]
-    rejected: dict[str, int] = {}
-    for reason in reasons:
-        if reason:
-            rejected[reason] = rejected.get(reason, 0) + 1
-    labelled = sum(label is not None and kept for label, kept in zip(tables.column("label"), is_kept, strict=True))
+
+def make_plan(
+    tables: ChunkTables,
+    *,
+    shards: ShardConfig,
+    dedup: DedupConfig,
+    seed: int,
+    known: Known = NOTHING_KNOWN,
+    columns: Columns | None = None,
+    first_shard: int = 0,
+) -> Plan:
+    """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards.
+
+    `known`: pictures of finished corpora, of which inputs may be duplicates. `columns`: those of the corpus that is to grow, which its new
+    samples must fit; else they are found. `first_shard`: the number of the first shard.
+    """
+    facts = _read_facts(tables)
+    misfits, left_out = _find_misfits(tables, facts=facts, columns=columns) if columns else ({}, ())
+    may_be_kept = facts.reason == 0
+    may_be_kept[list(misfits)] = False
+    exact, near = _find_duplicates(facts.prints, may_be_kept=may_be_kept, known=known.fingerprints, dedup=dedup)
+    is_kept = may_be_kept & (exact < 0) & ((near < 0) | (dedup.near != "drop"))
+
+    labelled = int((facts.has_label & is_kept).sum())
+    kept = int(is_kept.sum())
+    if columns is None:
+        columns = Columns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
+    names = sum(len(name) + 8 for name in columns.kinds)
+    order = shuffled(len(is_kept), seed=seed)
+    shard, place, number = _lay_out(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
+
+    counts = dict(zip(facts.names, np.bincount(facts.reason[facts.reason > 0] - 1, minlength=len(facts.names)).tolist(), strict=True))
+    drops_near = dedup.near == "drop"
+    overruled = {MISFIT: len(misfits), "duplicate": int((exact >= 0).sum()), "near-duplicate": int((near >= 0).sum()) if drops_near else 0}
+    for reason, count in overruled.items():
+        counts[reason] = counts.get(reason, 0) + count
     return Plan(
-        shards=planned,
-        kept=len(keys),
-        rejected=dict(sorted(rejected.items())),
+        shard=shard,
+        place=place,
+        number=number,
+        exact=exact,
+        near=near,
+        misfits=misfits,
+        known=known,
+        drops_near=drops_near,
+        first_shard=first_shard,
+        shards=int(shard.max(initial=-1)) + 1,
+        digits=max(4, len(str(shards.max_samples - 1))),
+        kept=kept,
+        rejected={reason: count for reason, count in sorted(counts.items()) if count},
         columns=columns,
-        has_classes=0 < len(keys) == labelled,
         labelled=labelled,
+        left_out=left_out,
     )
 
 
-def shuffled(count: int, *, seed: int) -> NDArray[np.int64]:
+def shuffled(count: int, *, seed: int) -> Ints:
     """A permutation of range(count) that depends on nothing but its arguments, no library's generator included (splitmix64, sorted)."""
     with np.errstate(over="ignore"):
         state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64)
@@ -135,79 +181,84 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return state ^ (state >> np.uint64(31))
 
 
-@dataclass(frozen=True, slots=True)
-class _Duplicates:
-    """Position → the original, a position or CORPUS/KEY, of exact and of near duplicates; and → (reason, detail) where that rejects one."""
+def _read_facts(tables: ChunkTables) -> _Facts:
+    """One pass over the tables, one of them in memory at a time."""
+    reason = np.zeros(tables.count, dtype=np.uint8)
+    codes: dict[str, int] = {"": 0}
+    weights = np.zeros(tables.count, dtype=np.int64)
+    has_label = np.zeros(tables.count, dtype=bool)
+    prints = [NOTHING_KNOWN.fingerprints]
+    for number, table in enumerate(tables):
+        here = slice(number * CHUNK_SIZE, number * CHUNK_SIZE + table.num_rows)
+        reason[here] = [codes.setdefault(name, len(codes)) for name in table.column("reason").to_pylist()]
+        weights[here] = _numbers(table, "length") + _numbers(table, "text_bytes")
+        has_label[here] = table.column("label").is_valid().to_numpy()
+        prints.append(Fingerprints.read([table.select(_COMPARED).rename_columns([*_COMPARED[:-1], "bytes"])]))
+    return _Facts(reason=reason, names=list(codes)[1:], prints=Fingerprints.join(prints), weights=weights, has_label=has_label)
 
-    exact: dict[int, int | str]
-    near: dict[int, int | str]
-    rejected: dict[int, tuple[str, str]]
+
+def _numbers(table: pa.Table, name: str) -> Ints:
+    return pc.fill_null(table.column(name), 0).to_numpy()
 
 
-def _find_duplicates(tables: ChunkTables, *, reasons: Sequence[str], dedup: DedupConfig, known: Known) -> _Duplicates:
-    """Among the inputs that may be kept, and those of them that the known corpora have."""
-    inputs = Fingerprints.read(
-        table.rename_columns({"input_bytes": "bytes"}) for table in tables.tables("sha256", "phash", "width", "height", "input_bytes")
-    )
-    first = len(known.fingerprints)
-    found = Fingerprints.join([known.fingerprints, inputs])
-    may_be_kept = np.array([True] * first + [not reason for reason in reasons], dtype=bool)
-
-    def originals(of: Ints) -> dict[int, int | str]:
-        of = of[first:]
-        repeated = np.flatnonzero(of >= 0)
-        return {
-            position: known.id(original) if original < first else original - first
-            for position, original in zip(repeated.tolist(), of[repeated].tolist(), strict=True)
-        }
-
-    exact_positions = exact_duplicates(np.where(may_be_kept[:, None], found.digest, 0))
-    exact, near = originals(exact_positions), {}
+def _find_duplicates(prints: Fingerprints, *, may_be_kept: NDArray[np.bool_], known: Fingerprints, dedup: DedupConfig) -> tuple[Ints, Ints]:
+    """(exact, near) of the inputs, as in `Plan`."""
+    first = len(known)
+    every = Fingerprints.join([known, prints])
+    among = np.concatenate([np.ones(first, dtype=bool), may_be_kept])
+    exact = exact_duplicates(np.where(among[:, None], every.digest, np.uint64(0)))[first:]
+    among[first:] &= exact < 0
+    near = np.full(len(prints), -1, dtype=np.int64)
     if dedup.near != "off":
-        near = originals(near_duplicates(found, among=may_be_kept & (exact_positions < 0), fixed=first))
-    rows = tables.rows({original for original in (*exact.values(), *near.values()) if isinstance(original, int)})
-
-    def place(original: int | str) -> str:
-        return original if isinstance(original, str) else f"{rows[original]['source']}/{rows[original]['path']}"
-
-    rejected = {position: ("duplicate", f"same bytes as {place(original)}") for position, original in exact.items()}
-    if dedup.near == "drop":
-        rejected |= {position: ("near-duplicate", f"looks like {place(original)}") for position, original in near.items()}
-    return _Duplicates(exact=exact, near=near, rejected=rejected)
+        near = near_duplicates(every, among=among, fixed=first)[first:]
+    return exact, near
 
 
-def _lay_out(order: Iterable[int], *, weights: Sequence[int], config: ShardConfig) -> list[list[int]]:
-    """Positions per shard. Weights: bytes in the tar, −1 for rejected inputs, which go with the next kept one (the last with the last)."""
-    layout: list[list[int]] = []
-    waiting: list[int] = []
-    samples = size = 0
-    for position in map(int, order):
-        waiting.append(position)
-        weight = weights[position]
-        if weight < 0:
-            continue
-        if not layout or samples == config.max_samples or size + weight > config.max_bytes:
-            layout.append([])
-            samples = size = 0
-        layout[-1] += waiting
-        waiting = []
-        samples, size = samples + 1, size + weight
-    if layout:
-        layout[-1] += waiting
-    return layout
+def _lay_out(order: Ints, *, is_kept: NDArray[np.bool_], weights: Ints, config: ShardConfig) -> tuple[Ints, Ints, Ints]:
+    """(shard, place, number) by position. Rejected inputs go with the next kept one of the shuffled order, the last with the last.
+
+    `weights`: bytes in the tar.
+    """
+    count = len(order)
+    shard, place, number = np.full(count, -1), np.full(count, -1), np.full(count, -1)
+    kept_here = is_kept[order]
+    if not kept_here.any():
+        return shard, place, number
+    starts = _shard_starts(weights[order[kept_here]], config=config)
+    seen = np.cumsum(kept_here)
+    sample = np.minimum(seen - kept_here, seen[-1] - 1)  # the kept one that it goes with, counted from 0
+    shards = np.searchsorted(starts, sample, side="right") - 1
+    shard[order] = shards
+    place[order] = np.arange(count) - np.searchsorted(shards, shards, side="left")
+    number[order] = np.where(kept_here, sample - starts[shards], -1)
+    return shard, place, number
 
 
-def _column_kinds(extras: Iterable[str], *, is_kept: Sequence[bool]) -> dict[str, ColumnKind]:
+def _shard_starts(weights: Ints, *, config: ShardConfig) -> Ints:
+    """The first sample of each shard."""
+    ends = np.cumsum(weights)
+    starts = [0]
+    while True:
+        start = starts[-1]
+        before = int(ends[start - 1]) if start else 0
+        full = int(np.searchsorted(ends, before + config.max_bytes, side="right"))
+        following = min(max(full, start + 1), start + config.max_samples)
+        if following >= len(weights):
+            return np.array(starts)
+        starts.append(following)
+
+
+def _column_kinds(tables: ChunkTables, *, is_kept: NDArray[np.bool_]) -> dict[str, ColumnKind]:
     """Names of all further columns, sorted, each a number or truth value only if all its values are."""
     types: dict[str, set[type]] = {}
     filled: dict[str, int] = {}
-    for extra, kept in zip(extras, is_kept, strict=True):
-        for name, value in json.loads(extra).items():
+    for position, extra in _extras(tables):
+        for name, value in extra.items():
             seen = types.setdefault(name, set())
             if value is not None:
                 seen.add(type(value))
-                filled[name] = filled.get(name, 0) + kept
-    kept_count = sum(is_kept)
+                filled[name] = filled.get(name, 0) + bool(is_kept[position])
+    kept_count = int(is_kept.sum())
     kinds = {frozenset({bool}): pa.bool_(), frozenset({int}): pa.int64()}
     floats = dict.fromkeys((frozenset({float}), frozenset({int, float})), pa.float64())
     columns: dict[str, ColumnKind] = {}
@@ -215,3 +266,28 @@ def _column_kinds(extras: Iterable[str], *, is_kept: Sequence[bool]) -> dict[str
         kind = (kinds | floats).get(frozenset(types[name]), pa.string())
         columns[name] = ColumnKind(table=kind, is_number_in_json=kind != pa.string() and filled.get(name, 0) == kept_count)
     return columns
+
+
+def _find_misfits(tables: ChunkTables, *, facts: _Facts, columns: Columns) -> tuple[dict[int, str], tuple[str, ...]]:
+    """Inputs that a corpus with these columns cannot hold, and the names of columns that it does not have."""
+    misfits: dict[int, str] = {}
+    if columns.has_classes:
+        unlabelled = np.flatnonzero((facts.reason == 0) & ~facts.has_label)
+        misfits = dict.fromkeys(unlabelled.tolist(), "no class, which every sample of the corpus has")
+    others: set[str] = set()
+    for position, extra in _extras(tables):
+        others |= extra.keys() - columns.kinds.keys()
+        if facts.reason[position]:
+            continue
+        for name, kind in columns.kinds.items():
+            value = extra.get(name)
+            if not kind.holds(value):
+                misfits[position] = f"{name} is {json.dumps(value)[:80]}, where every sample of the corpus has a value of type {kind.table}"
+    return misfits, tuple(sorted(others))
+
+
+def _extras(tables: ChunkTables) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(position, further columns) of all inputs."""
+    for number, table in enumerate(tables):
+        for place, extra in enumerate(table.column("extra").to_pylist()):
+            yield number * CHUNK_SIZE + place, {} if extra == "{}" else json.loads(extra)

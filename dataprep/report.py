@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.census import Census, Example, Progress, plan_of, take_census
 from dataprep.charts import Histogram, data_table, histogram, sizes
-from dataprep.executor import LocalPool
+from dataprep.executor import LocalPool, Pool
 from dataprep.files import publish_text
 from dataprep.manifest import REPORT, read_manifest
 from dataprep.thumbnails import thumbnails
@@ -74,8 +74,8 @@ def report(
     }
 
 
-def census(corpus: Path, *, manifest: dict[str, Any], config: ReportConfig, pool: LocalPool, progress: Progress | None = None) -> Census:
-    """Counts and examples with their pictures of the corpus in a folder, whose manifest may not have been written yet."""
+def census(corpus: str | Path, *, manifest: dict[str, Any], config: ReportConfig, pool: Pool, progress: Progress | None = None) -> Census:
+    """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet."""
     opened = Corpus.of_manifest(manifest, folder=str(corpus), check_shards=False)
     found = take_census(opened, manifest=manifest, plan=plan_of(config.stride, max_tokens=config.max_tokens), progress=progress)
     examples = [*found.kept, *(example for pair in found.pairs for example in pair if example)]

@@ -6,9 +6,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +18,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.chunks import ChunkTables
-from dataprep.files import publish, publish_text
-from dataprep.plan import ColumnKind, Entry
+from dataprep.grouping import GROUP_SCHEMA, rows_of_shard
+from dataprep.plan import ColumnKind, Columns
+from dataprep.store import Store
 from dataprep.thumbnails import thumbnail
 from pipeline.images import read_image
 
@@ -37,18 +39,23 @@ _TABLE_FIELDS = [
 ]
 TABLE_COLUMNS = frozenset(name for name, _ in _TABLE_FIELDS)
 
+_COPIED = [name for name, _ in _TABLE_FIELDS if name in GROUP_SCHEMA.names]
+_SHARD_FILE = re.compile(r"(\d{6,})(\.tar|\.parquet|_stats\.json)")
+_TEXT = ColumnKind(table=pa.string(), is_number_in_json=False)
+
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What it takes to write one shard, in another process if need be."""
+    """What it takes to write one shard, in another process if need be: its rows are those of `place` in the `groups`."""
 
     number: int
-    entries: list[Entry]
-    tables: tuple[Path, ...]
-    out: Path
-    columns: dict[str, ColumnKind]
-    has_classes: bool
+    place: int
+    groups: tuple[Path, ...]
+    work: Path
+    store: Store
+    columns: Columns
     image_format: str
+    job: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,48 +76,63 @@ def shard_name(number: int) -> str:
     return f"{number:06d}"
 
 
+def stats_name(number: int) -> str:
+    return f"{shard_name(number)}_stats.json"
+
+
+def shard_number(name: str) -> int | None:
+    """The number of the shard that a file of this name belongs to, None if to none."""
+    match = _SHARD_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 def table_schema(columns: Mapping[str, ColumnKind]) -> pa.Schema:
     return pa.schema([*_TABLE_FIELDS, *((name, kind.table) for name, kind in columns.items())])
 
 
-def finished_shard(out: Path, *, number: int) -> Shard | None:
-    """The shard if its stats file says that it is complete and both files are there in full length."""
-    stem = shard_name(number)
-    stats = out / f"{stem}_stats.json"
-    if not stats.exists():
-        return None
-    shard = Shard(**json.loads(stats.read_text("utf-8"))["shard"])
-    for name, size in ((shard.name, shard.bytes), (shard.table, shard.table_bytes)):
-        if not (out / name).exists() or (out / name).stat().st_size != size:
+def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[Shard | None]:
+    """Of `count` shards from the `first` on those whose stats files say that they are complete and of this job, and whose files are there
+    in full length."""
+    sizes = store.sizes()
+
+    def find(number: int) -> Shard | None:
+        name = stats_name(number)
+        said = json.loads(store.read(name)) if name in sizes else {}
+        if said.get("job") != job:
             return None
-    return shard
+        shard = Shard(**said["shard"])
+        return shard if (sizes.get(shard.name), sizes.get(shard.table)) == (shard.bytes, shard.table_bytes) else None
+
+    with ThreadPoolExecutor(16) as threads:
+        return list(threads.map(find, range(first, first + count)))
 
 
 def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
     """Write tar, table and stats of one shard, in this order. Raises RuntimeError if a source changed since it was examined."""
-    rows = ChunkTables(task.tables).rows(entry.position for entry in task.entries)
-    work = task.tables[0].parent
     stem = shard_name(task.number)
-    table_rows: list[dict[str, Any]] = []
-    shown = 0
-    with publish(task.out / f"{stem}.tar") as stream:
+    tables: list[pa.Table] = []
+    schema = table_schema(task.columns.kinds)
+    kept = shown = 0
+    with task.store.publish(f"{stem}.tar") as stream:
         digesting = _DigestingStream(stream)
         with tarfile.open(fileobj=digesting, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
-            for entry in task.entries:
-                row = rows[entry.position]
-                table_row = _table_row(row, entry=entry, columns=task.columns)
-                if entry.key:
-                    report(entry.position)
-                    image = _read_image(row, work=work)
-                    table_row |= _write_sample(tar, row=row, entry=entry, image=image, task=task)
-                elif entry.reason == "near-duplicate" and shown < _SHOWN:
-                    shown += 1
-                    table_row["thumbnail"] = thumbnail(read_image(_read_image(row, work=work)).pixels)
-                table_rows.append(table_row)
-    table = _table_bytes(table_rows, schema=table_schema(task.columns))
-    with publish(task.out / f"{stem}.parquet") as stream:
+            for rows in rows_of_shard(task.groups, shard=task.place):
+                table_rows: list[dict[str, Any]] = []
+                for row in rows:
+                    table_row = _table_row(row, columns=task.columns.kinds)
+                    if row["key"]:
+                        report(kept)
+                        kept += 1
+                        table_row |= _write_sample(tar, row=row, image=_read_image(row, work=task.work), task=task)
+                    elif row["reason"] == "near-duplicate" and shown < _SHOWN:
+                        shown += 1
+                        table_row["thumbnail"] = thumbnail(read_image(_read_image(row, work=task.work)).pixels)
+                    table_rows.append(table_row)
+                tables.append(pa.Table.from_pylist(table_rows, schema=schema))
+    written = pa.concat_tables(tables)
+    table = _table_bytes(written)
+    with task.store.publish(f"{stem}.parquet") as stream:
         stream.write(table)
-    kept = sum(bool(entry.key) for entry in task.entries)
     shard = Shard(
         name=f"{stem}.tar",
         count=kept,
@@ -119,17 +141,17 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
         table=f"{stem}.parquet",
         table_sha256=hashlib.sha256(table).hexdigest(),
         table_bytes=len(table),
-        rows=len(table_rows),
+        rows=written.num_rows,
     )
-    publish_text(task.out / f"{stem}_stats.json", _stats(table_rows, shard=shard))
+    task.store.publish_text(stats_name(task.number), _stats(written, shard=shard, job=task.job))
     return shard
 
 
-def sample_record(row: Mapping[str, Any], *, key: str, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
+def sample_record(row: Mapping[str, Any], *, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
     """The content of KEY.json: img2dataset's names, then the sources' further columns; the same names and types in every sample."""
     extra = json.loads(row["extra"])
     record: dict[str, Any] = {
-        "key": key,
+        "key": row["key"],
         "url": extra["url"] if isinstance(extra.get("url"), str) else row["path"],
         "caption": row["caption"],
         "captions": row["captions"] or [""],
@@ -142,24 +164,24 @@ def sample_record(row: Mapping[str, Any], *, key: str, columns: Mapping[str, Col
     }
     for name, kind in columns.items():
         if name not in record:
-            record[name] = _typed(extra.get(name), kind=kind.table if kind.is_number_in_json else pa.string())
+            record[name] = _typed(extra.get(name), kind=kind if kind.is_number_in_json else _TEXT)
     return record
 
 
-def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], entry: Entry, image: bytes, task: ShardTask) -> dict[str, int]:
+def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], image: bytes, task: ShardTask) -> dict[str, int]:
     """Add the members of one sample; returns their offsets and lengths by column name."""
-    record = sample_record(row, key=entry.key, columns=task.columns)
+    record = sample_record(row, columns=task.columns.kinds)
     payloads = {
         "image": (task.image_format, image),
         "text": ("txt", row["caption"].encode("utf-8")),
         "cls": ("cls", str(row["label"]).encode("ascii")),
         "json": ("json", json.dumps(record, ensure_ascii=False).encode("utf-8")),
     }
-    if not task.has_classes:
+    if not task.columns.has_classes:
         del payloads["cls"]
     places: dict[str, int] = {}
     for member, (extension, payload) in payloads.items():
-        info = tarfile.TarInfo(f"{entry.key}.{extension}")
+        info = tarfile.TarInfo(f"{row['key']}.{extension}")
         info.size, info.mode = len(payload), 0o644
         places[f"{member}_offset"], places[f"{member}_length"] = tar.offset + tarfile.BLOCKSIZE, len(payload)
         tar.addfile(info, io.BytesIO(payload))
@@ -180,50 +202,44 @@ def _read_image(row: dict[str, Any], *, work: Path) -> bytes:
     return data
 
 
-def _table_row(row: dict[str, Any], *, entry: Entry, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
-    reason = entry.reason or row["reason"]
+def _table_row(row: dict[str, Any], *, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
     extra = json.loads(row["extra"])
-    sizes = ("width", "height", "original_width", "original_height")
-    copied = ("source", "path", *sizes, "caption", "label", "sha256", "phash", "thumbnail")
     return {
-        **{name: row[name] for name in copied},
-        "key": entry.key or None,
-        "status": "rejected" if reason else "success",
-        "reason": reason,
-        "detail": entry.detail or row["detail"],
-        "captions": row["captions"] or ([""] if entry.key else []),
-        "duplicate_of": entry.duplicate_of,
-        "near_duplicate_of": entry.near_duplicate_of,
-        **{name: _typed(extra.get(name), kind=kind.table) for name, kind in columns.items()},
+        **{name: row[name] for name in _COPIED},
+        "key": row["key"] or None,
+        "status": "rejected" if row["reason"] else "success",
+        "captions": row["captions"] or ([""] if row["key"] else []),
+        **{name: _typed(extra.get(name), kind=kind) for name, kind in columns.items()},
     }
 
 
-def _typed(value: Any, *, kind: pa.DataType) -> Any:
-    """A value of a further column in the column's type; what is missing is "" among strings and None among numbers."""
-    if kind != pa.string():
-        return None if value is None else float(value) if kind == pa.float64() else value
+def _typed(value: Any, *, kind: ColumnKind) -> Any:
+    """A value of a further column in the column's type; what is missing, or of another type, is "" among strings and None among numbers."""
+    if kind.table != pa.string():
+        return None if value is None or not kind.holds(value) else float(value) if kind.table == pa.float64() else value
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _table_bytes(rows: list[dict[str, Any]], *, schema: pa.Schema) -> bytes:
+def _table_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd", row_group_size=len(rows))
+    pq.write_table(table, buffer, compression="zstd", row_group_size=table.num_rows)
     return buffer.getvalue()
 
 
-def _stats(rows: list[dict[str, Any]], *, shard: Shard) -> str:
+def _stats(table: pa.Table, *, shard: Shard, job: str) -> str:
     """img2dataset's names where they have a meaning here, then our own."""
-    reasons = Counter(row["reason"] for row in rows if row["reason"])
+    reasons = Counter(reason for reason in table.column("reason").to_pylist() if reason)
     stats = {
         "format": 1,
-        "count": len(rows),
+        "count": shard.rows,
         "successes": shard.count,
         "failed_to_download": reasons["missing"],
-        "failed_to_resize": len(rows) - shard.count - reasons["missing"],
+        "failed_to_resize": shard.rows - shard.count - reasons["missing"],
         "status_dict": {"success": shard.count, **dict(sorted(reasons.items()))},
+        "job": job,
         "shard": asdict(shard),
     }
     return json.dumps(stats, indent=1) + "\n"

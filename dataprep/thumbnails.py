@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image
 
-from dataprep.executor import LocalPool
+from dataprep.executor import Pool
 from pipeline.images import Pixels, Rejection, read_image
 from pipeline.storage import ShardReader
 
@@ -35,7 +35,7 @@ def thumbnail(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def thumbnails(places: Sequence[tuple[str, int, int]], *, pool: LocalPool) -> list[bytes]:
+def thumbnails(places: Sequence[tuple[str, int, int]], *, pool: Pool) -> list[bytes]:
     """Of the pictures that lie at (tar, offset, length); b"" for one that cannot be read."""
     return list(pool.map(make_thumbnail, [ThumbnailTask(*place) for place in places], retry=lambda task, death: replace(task, skip=True)))
 

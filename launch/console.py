@@ -17,10 +17,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
-Report = Callable[[str, int, "int | None"], None]
-"""How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown)."""
+
+class Report(Protocol):
+    """How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown), and a remark."""
+
+    def __call__(self, stage: str, done: int, total: int | None, *, note: str = "") -> None: ...
+
 
 STOPPED = 75  # see above
 LONGEST_ERROR = 800
@@ -63,14 +67,16 @@ class Console:
         from rich.console import Console as Terminal
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        texts = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *texts)
         with Progress(*columns, console=Terminal(stderr=True), redirect_stdout=not self._as_json) as bars:
             stages: dict[str, Any] = {}
 
-            def report(stage: str, done: int, total: int | None) -> None:
+            def report(stage: str, done: int, total: int | None, *, note: str = "") -> None:
                 if stage not in stages:
-                    stages[stage] = bars.add_task(stage, total=total)
-                bars.update(stages[stage], completed=done, total=total)
+                    stages[stage] = bars.add_task(stage, total=total, note="", rate="")
+                bar = bars.tasks[stages[stage]]
+                bars.update(stages[stage], completed=done, total=total, note=note, rate=f"{bar.speed:,.0f}/s" if bar.speed else "")
 
             yield report
 
@@ -116,14 +122,26 @@ class _PlainLines:
         self._stage = ""
         self._newest = self._said = ""
         self._when = time.monotonic()
+        self._first = (self._when, 0)  # when the stage began, and what was done by then
 
-    def report(self, stage: str, done: int, total: int | None) -> None:
+    def report(self, stage: str, done: int, total: int | None, *, note: str = "") -> None:
         if stage != self._stage:
             self.finish()
             self._stage = stage
+            self._first = (time.monotonic(), done)
         self._newest = f"{stage} {done}" if total is None else f"{stage} {done}/{total}"
+        self._newest += "".join(f", {words}" for words in (*self._pace(done, total=total), note) if words)
         if time.monotonic() - self._when >= SECONDS_BETWEEN_LINES:
             self.finish()
+
+    def _pace(self, done: int, *, total: int | None) -> tuple[str, ...]:
+        """Rate and time to go, once there is something to tell them by."""
+        began, before = self._first
+        seconds, fresh = time.monotonic() - began, done - before
+        if seconds < SECONDS_BETWEEN_LINES or fresh <= 0:
+            return ()
+        rate = f"{fresh / seconds:,.1f}/s"
+        return (rate,) if total is None or total <= done else (rate, f"{_duration((total - done) * seconds / fresh)} to go")
 
     def finish(self) -> None:
         """Say what was reported last, unless that has been said."""
@@ -131,6 +149,13 @@ class _PlainLines:
             self._line(self._newest)
         self._said = self._newest
         self._when = time.monotonic()
+
+
+def _duration(seconds: float) -> str:
+    """`_duration(75)` → "1:15"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 @contextmanager

@@ -35,9 +35,20 @@ STANDARD = Columns()
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
 # Columns that our tables use in another sense: the source's are kept under `source_NAME`.
-TAKEN = {"source", "source_tags", "path", "caption", "captions", "reason", "detail", "duplicate_of", "near_duplicate_of", "phash", "label", "thumbnail"} | {
-    f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")
-}
+TAKEN = {
+    "source",
+    "source_tags",
+    "path",
+    "caption",
+    "captions",
+    "reason",
+    "detail",
+    "duplicate_of",
+    "near_duplicate_of",
+    "phash",
+    "label",
+    "thumbnail",
+} | {f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")}
 
 
 def read_fields(record: Mapping[str, Value], *, columns: Columns = STANDARD) -> Fields:

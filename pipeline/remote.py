@@ -1,4 +1,4 @@
-"""Files behind URLs, through fsspec: what it takes to read them over a network that fails.
+"""Files behind URLs, through fsspec: what it takes to read and write them over a network that fails.
 
 Credentials, endpoints and other settings come from the environment, where fsspec and its file systems look for them (AWS_*, HF_TOKEN,
 FSSPEC_*). Every attempt has a time limit, answers that are too short count as failures, and attempts are repeated with growing pauses.
@@ -10,6 +10,8 @@ import io
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from pipeline.errors import one_line
@@ -70,6 +72,43 @@ def read_file(url: str) -> bytes:
     data = _repeated(lambda: files.cat_file(name), url=url)
     assert isinstance(data, bytes)
     return data
+
+
+def write_file(url: str, *, source: Path) -> None:
+    """Upload a local file, and look that it has arrived in full length. Raises OSError."""
+    files, name = filesystem(url)
+    size = source.stat().st_size
+
+    def upload() -> None:
+        files.put_file(str(source), name)
+        files.invalidate_cache()
+        found = files.info(name).get("size")
+        if found != size:
+            raise OSError(f"{found} of {size} bytes arrived")
+
+    _repeated(upload, url=url, what="written")
+
+
+def file_sizes(url: str) -> dict[str, int]:
+    """Name → bytes of what lies directly below a URL, {} if nothing does. Raises OSError."""
+    files, name = filesystem(url)
+    files.invalidate_cache()
+    try:
+        found = _repeated(lambda: files.ls(name, detail=True), url=url)
+    except FileNotFoundError:
+        return {}
+    return {
+        entry["name"].rstrip("/").rpartition("/")[2]: entry.get("size") or 0
+        for entry in found
+        if entry["name"].strip("/") != name.strip("/")
+    }
+
+
+def remove_file(url: str) -> None:
+    """Remove a file, if it is there. Raises OSError."""
+    files, name = filesystem(url)
+    with suppress(FileNotFoundError):
+        _repeated(lambda: files.rm_file(name), url=url, what="removed")
 
 
 def read_ranges(ranges: Sequence[Range]) -> list[bytes | OSError]:
@@ -149,10 +188,10 @@ def _ask(ranges: Sequence[Range]) -> list[bytes | BaseException]:
     return answers
 
 
-def _repeated(attempt: Callable[[], Result], *, url: str) -> Result:
-    found: Result | OSError = OSError("not read")
+def _repeated(attempt: Callable[[], Result], *, url: str, what: str = "read") -> Result:
+    found: Result | OSError = OSError("not tried")
     for _ in _attempts():
-        found = _outcome(attempt, url=url)
+        found = _outcome(attempt, url=url, what=what)
         if not isinstance(found, OSError) or isinstance(found, _FINAL):
             break
     if isinstance(found, OSError):
@@ -160,11 +199,11 @@ def _repeated(attempt: Callable[[], Result], *, url: str) -> Result:
     return found
 
 
-def _outcome(attempt: Callable[[], Result], *, url: str) -> Result | OSError:
+def _outcome(attempt: Callable[[], Result], *, url: str, what: str) -> Result | OSError:
     try:
         return attempt()
     except Exception as error:  # each library raises its own
-        return _as_os_error(error, url=url)
+        return _as_os_error(error, url=url, what=what)
 
 
 def _attempts() -> Iterator[int]:
@@ -175,6 +214,6 @@ def _attempts() -> Iterator[int]:
         yield attempt
 
 
-def _as_os_error(error: BaseException, *, url: str) -> OSError:
+def _as_os_error(error: BaseException, *, url: str, what: str = "read") -> OSError:
     kind = type(error) if isinstance(error, _FINAL) else OSError
-    return kind(f"{url} cannot be read: {type(error).__name__}: {one_line(error)}")
+    return kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)}")

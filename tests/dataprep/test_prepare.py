@@ -33,7 +33,7 @@ def test_every_input_is_in_the_account_and_in_a_table(tmp_path: Path) -> None:
     rows[3]["text"] = " "
     folder = write_folder(tmp_path / "mixed", files, rows=rows)
     stages: list[tuple[str, int, int | None]] = []
-    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step: stages.append(step))
+    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step, note="": stages.append(step))
     assert account.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "truncated": 1}
     assert account.inputs == account.kept + sum(account.rejected.values()) == len(rows)
     found = table_rows(tmp_path / "C")
@@ -210,7 +210,12 @@ prepare([{str(many)!r}], out={str(out)!r}, config=PrepareConfig.model_validate({
         prepare([str(many)], out=out, config=CONFIG)
     before = (out / moment).stat().st_mtime_ns
     seen: list[int] = []
-    prepare([str(many)], out=out, config=SMALL_SHARDS, progress=lambda stage, done, _: seen.append(done) if stage == "examine" else None)
+
+    def see(stage: str, done: int, total: int | None, *, note: str = "") -> None:
+        if stage == "examine":
+            seen.append(done)
+
+    prepare([str(many)], out=out, config=SMALL_SHARDS, progress=see)
     assert digests(out) == reference
     assert not seen or min(seen) >= 1024, "a finished chunk was examined again"
     assert not (out / moment).exists() or (out / moment).stat().st_mtime_ns == before
@@ -289,7 +294,7 @@ def test_a_run_in_progress_is_not_joined(tmp_path: Path) -> None:
 
     calls: list[str] = []
 
-    def call_again(stage: str, done: int, total: int | None) -> None:
+    def call_again(stage: str, done: int, total: int | None, *, note: str = "") -> None:
         calls.append(stage)
         if len(calls) > 1:
             return

@@ -1,0 +1,125 @@
+"""A finished corpus that is to grow: what is in it, which inputs are new to it, and which rejected ones are worth another look.
+
+An input is known by its source's name and its own path. The old shards stay as they are, rejected rows included; where a rejected input
+gets another chance, its new row replaces the old one in the account, and the manifest says how many rows are replaced (`growth`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from dataprep.dedup import Fingerprints
+from dataprep.known import Known
+from dataprep.manifest import Account, kept_rows, read_account, read_columns, read_tables
+from dataprep.plan import Columns
+from dataprep.records import RawSample
+from dataprep.shards import Shard
+from dataprep.store import Store
+
+RETRIED = ("missing", "empty", "not-an-image", "truncated", "no-caption", "bad-record", "crashed")
+"""Reasons that a file that came back, was repaired or got its caption takes away; what was decided by a rule stays decided."""
+
+
+_COLUMNS = ("key", "source", "path", "reason", "sha256", "phash", "width", "height", "image_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How a corpus is to grow: by inputs that are new to it (`append`), by rejected ones that can be read now (`retry`), or by both."""
+
+    append: bool
+    retry: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The corpus as it is."""
+
+    manifest: Mapping[str, Any]
+    shards: Sequence[Shard]
+    account: Account
+    columns: Columns
+    pictures: Known
+
+
+class Selection:
+    """Which of the sources' inputs are taken. `ids`: the inputs of the corpus, (n,) of 16 bytes, sorted; `failed`: of those that may be
+    read again, the reasons of their rows."""
+
+    def __init__(self, growth: Growth, *, ids: np.ndarray, failed: dict[bytes, list[str]]) -> None:
+        self._growth = growth
+        self._ids = ids
+        self._failed = failed if growth.retry else {}
+        self.replaced: Counter[str] = Counter()
+        self._passed: Counter[tuple[str, str]] = Counter()
+
+    def of(self, samples: Iterable[RawSample]) -> Iterator[RawSample]:
+        """The samples that are taken. The rows that they replace are counted in `replaced`, by reason."""
+        for sample in samples:
+            name = input_id(sample.source, sample.path)
+            reasons = self._failed.get(name)
+            if reasons:
+                self.replaced[reasons.pop()] += 1
+                yield sample
+            elif self._is_known(name):
+                self._passed[sample.source, "input(s) are in the corpus already"] += 1
+            elif self._growth.append:
+                yield sample
+            else:
+                self._passed[sample.source, "input(s) are new: --append takes them"] += 1
+
+    def notes(self) -> list[str]:
+        """What was not taken, in sentences."""
+        return [f"{source}: {count} {what}" for (source, what), count in sorted(self._passed.items())]
+
+    def _is_known(self, name: bytes) -> bool:
+        place = int(np.searchsorted(self._ids, np.array(name, dtype="S16")))
+        return place < len(self._ids) and self._ids[place] == np.array(name, dtype="S16")
+
+
+def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> tuple[Base, Selection]:
+    """What has to be known of a corpus: one pass over its tables."""
+    shards = [Shard(**shard) for shard in manifest["shards"]]
+    starts = {step["first_shard"] for step in manifest.get("growth", ())}
+    ids: list[np.ndarray] = [np.zeros(0, dtype="S16")]
+    keys: list[pa.Array] = []
+    failed: dict[bytes, list[str]] = {}
+    fresh: list[tuple[bytes, str]] = []  # rejected rows of the shards that were added together with the one at hand
+
+    def tables() -> Iterator[pa.Table]:
+        for number, table in enumerate(read_tables(store, shards=shards, columns=_COLUMNS)):
+            if number in starts:
+                settle()
+            sources, paths = (table.column(name).to_pylist() for name in ("source", "path"))
+            names = [input_id(source, path) for source, path in zip(sources, paths, strict=True)]
+            ids.append(np.array(names, dtype="S16"))
+            for name, reason in zip(names, table.column("reason").to_pylist(), strict=True):
+                if failed.get(name):
+                    failed[name].pop()  # it had another chance
+                if reason in RETRIED:
+                    fresh.append((name, reason))
+            kept = kept_rows(table)
+            keys.extend(kept.column("key").chunks)
+            yield kept.rename_columns({"image_length": "bytes"})
+
+    def settle() -> None:
+        for name, reason in fresh:
+            failed.setdefault(name, []).append(reason)
+        fresh.clear()
+
+    pictures = Known(fingerprints=Fingerprints.read(tables()), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),))
+    settle()
+    base = Base(manifest=manifest, shards=shards, account=read_account(manifest), columns=read_columns(manifest), pictures=pictures)
+    return base, Selection(growth, ids=np.unique(np.concatenate(ids)), failed=failed)
+
+
+def input_id(source: str, path: str) -> bytes:
+    """What an input is known by, 16 bytes."""
+    return hashlib.blake2b(f"{source}\0{path}".encode("utf-8", "backslashreplace"), digest_size=16).digest()
