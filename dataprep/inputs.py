@@ -22,7 +22,7 @@ _MARKER = re.compile(r"examined-(\d+)-of-(\d+)\.json")
 class Progress(Protocol):
     """How work reports its progress: the stage, how many are done, how many there are (None: unknown), and what there is to say of them."""
 
-    def __call__(self, stage: str, done: int, total: int | None, *, note: str = "") -> None: ...
+    def __call__(self, stage: str, done: int, total: int | None, /, *, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 class Report(Protocol):
     """How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown), and a remark."""
 
-    def __call__(self, stage: str, done: int, total: int | None, *, note: str = "") -> None: ...
+    def __call__(self, stage: str, done: int, total: int | None, /, *, note: str = "") -> None: ...
 
 
 STOPPED = 75  # see above
