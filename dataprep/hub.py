@@ -23,7 +23,7 @@ from pipeline.remote import is_remote
 if TYPE_CHECKING:
     from datasets import Features, IterableDataset, IterableDatasetDict
 
-_ON_HUB = re.compile(r"hf:(?://datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>[^@]+))?", re.ASCII)
+_ON_HUB = re.compile(r"hf:(?://datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[^@/]+))?", re.ASCII)
 _STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # what `save_to_disk` writes
 
 

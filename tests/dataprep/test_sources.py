@@ -7,8 +7,11 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from dataprep.columns import ColumnConfig
 from dataprep.places import expand_braces
 from dataprep.records import RawSample
 from dataprep.sources import open_sources
@@ -200,3 +203,32 @@ def test_what_is_no_source_is_a_one_line_error(tmp_path: Path, spec: str) -> Non
         open_sources([str(tmp_path / spec)])
     with pytest.raises(ValueError, match="no source"):
         open_sources([])
+
+
+def test_img2datasets_table_speaks_for_what_the_tar_leaves_unsaid(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [("0.jpg", b"a"), ("1.jpg", b"b"), ("1.json", b'{"caption": "from json"}'), ("2.jpg", b"c")])
+    rows = [
+        {"key": "0", "caption": "from the table", "similarity": 0.5, "status": "success", "url": "http://x/0"},
+        {"key": "1", "caption": "from the table", "similarity": 0.25, "status": "success", "url": "http://x/1"},
+        {"key": "9", "caption": "never came", "similarity": 0.1, "status": "failed_to_download", "url": "http://x/9"},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "00000.parquet")
+    samples, notes = read(tmp_path / "00000.tar")
+    assert [sample.captions for sample in samples] == [("from the table",), ("from json",), ()]
+    assert [sample.extra for sample in samples] == [
+        {"similarity": 0.5, "url": "http://x/0"},
+        {"similarity": 0.25, "url": "http://x/1"},
+        {},
+    ]
+    assert notes == ["00000: 1 row(s) of img2dataset's tables have no picture: their download had failed"]
+
+
+def test_captions_of_shards_can_be_said(tmp_path: Path) -> None:
+    record = json.dumps({"caption": "alt", "synthetic": "new", "more": ["x", "y"]}).encode()
+    path = write_tar(tmp_path / "0.tar", [("0.jpg", b"a"), ("0.txt", b"text"), ("0.caption", b"beside"), ("0.json", record)])
+    [guessed] = read(path)[0]
+    assert guessed.captions == ("text", "beside", "alt")
+    [source] = open_sources([str(path)], columns=ColumnConfig(caption=("synthetic", "more")))
+    [said] = source.samples()
+    assert said.captions == ("new", "x", "y", "text", "beside")
+    assert said.extra == {"source_caption": "alt"}
