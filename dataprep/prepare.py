@@ -30,6 +30,7 @@ from dataprep.files import JOB, LOCK, claimed_work, publish_text
 from dataprep.filters import FilterConfig
 from dataprep.grouping import group_rows
 from dataprep.growing import Base, Growth, Selection, read_base
+from dataprep.identity import differences
 from dataprep.inputs import Examined, Part, Progress, examine_all, examined_before
 from dataprep.known import Known, open_known, read_known
 from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
@@ -217,12 +218,12 @@ def _read_base_manifest(job: _Job) -> Mapping[str, Any]:
     manifest = read_manifest(job.store)
     if "columns" not in manifest:
         raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
-    changed = _differences({"config": manifest["config"]}, {"config": job.identity["config"]})
+    changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
     if changed:
         raise ValueError(f"{place}: was prepared with another {changed}; a corpus grows with the settings that it has (see its {MANIFEST})")
     begun = _begun(job.work)
     if begun and begun.get("grows") == _digest(manifest):
-        changed = _differences(begun, replace(job, base=manifest).said)
+        changed = differences(begun, replace(job, base=manifest).said)
         if changed:
             raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
     return manifest
@@ -234,7 +235,7 @@ def _check_output(job: _Job) -> Account | None:
     found = job.store.sizes()
     if MANIFEST in found:
         manifest = read_manifest(job.store)
-        changed = _differences(manifest, job.identity)
+        changed = differences(manifest, job.identity)
         if changed:
             remedy = "add inputs with --append, give another folder, or delete this one"
             raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
@@ -242,7 +243,7 @@ def _check_output(job: _Job) -> Account | None:
             shutil.rmtree(job.work)
         return read_account(manifest)
     if begun:
-        changed = _differences(begun, job.said)
+        changed = differences(begun, job.said)
         if changed:
             raise ValueError(f"{place}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
         return None
@@ -261,37 +262,6 @@ def _begun(work: Path) -> dict[str, Any] | None:
     """What the work folder says of an unfinished job, None if there is none."""
     job = work / JOB
     return json.loads(job.read_text("utf-8")) if job.is_file() else None
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first value of `now` that is another one in `before`, in words; "" if none is."""
-    for section in now:
-        if section == "config":
-            changed = _difference(before.get(section), now[section], at="")
-        elif section in ("sources", "against"):
-            changed = _difference_of_lists(before.get(section, []), now[section], what=section)
-        else:
-            changed = _difference(before.get(section), now[section], at=section)
-        if changed:
-            return changed
-    return ""
-
-
-def _difference(before: Any, now: Any, *, at: str) -> str:
-    if isinstance(now, dict) and isinstance(before, dict):
-        names = sorted(now.keys() | before.keys())
-        return next((found for name in names if (found := _difference(before.get(name), now.get(name), at=f"{at}.{name}"))), "")
-    return "" if before == now else f"{at.lstrip('.')} ({json.dumps(before)} there, {json.dumps(now)} here)"
-
-
-def _difference_of_lists(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], *, what: str) -> str:
-    if list(before) == list(now):
-        return ""
-    there, here = ({entry["name"]: entry for entry in entries} for entries in (before, now))
-    changes = [f"{name} is not in it" for name in here if name not in there]
-    changes += [f"{name} is in it, too" for name in there if name not in here]
-    changes += [f"{name} has changed since" for name in here if name in there and here[name] != there[name]]
-    return f"{what} ({', '.join(changes) or 'their order'})"
 
 
 @contextmanager

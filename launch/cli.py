@@ -23,12 +23,13 @@ from launch.arguments import (
     parse_sizes,
     parse_steps,
     parse_times,
+    split_overrides,
     split_sources,
 )
 from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
-from launch.tables import count, describe_account, describe_plan, describe_recipes
+from launch.tables import count, describe_account, describe_features, describe_plan, describe_recipes
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
@@ -147,6 +148,53 @@ def index(
             account = index_shards(shards, out=out, workers=workers or cores(), progress=report)
         facts = asdict(account)
         console.result(describe_account(out, facts), data={"corpus": out, **facts})
+
+
+@app.command()
+def encode(
+    corpus: Annotated[
+        list[str], typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="Folder or URL of a corpus, and settings (dataprep/encoders.py).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the features: a new one, or one that an earlier run of the same command has begun.")],
+    run: Annotated[
+        str | None, typer.Option("--for", metavar="CONFIG", help="Take sizes, codec, text encoder and teacher from this training config.")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option(metavar="KIND[=PATH]", help="pixel, sd-vae, kl, dc-ae or tiny; the weights: a folder, or hf://OWNER/NAME.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(metavar="KIND[=PATH]", help="lookup, open_clip or hf; the weights likewise.")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="The result does not depend on their number. Default: one for each GPU, or for each core without one."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Latents and text features, once for all.
+
+    What codec and text encoder make of a corpus, for training to read in place of pictures and captions. Resumable; says first how much
+    there will be.
+
+    Example: tim encode corpus --codec sd-vae=weights/vae --text hf=weights/gemma --out features max_tokens=[256,1024] flip=true
+
+    Example: tim encode corpus --for t2i-xl-1 --codec dc-ae=weights/dc-ae --text hf=weights/gemma --out features dtype=bfloat16
+
+    Example: accelerate launch --num_machines 4 … -m launch.cli encode corpus --for mine.yaml --out features
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch import encoding
+
+        positional, overrides = split_overrides(corpus)
+        if len(positional) != 1:
+            raise ValueError("give one corpus, for example tim encode corpus --codec sd-vae=weights/vae --out features")
+        overrides = [*encoding.shorthand("codec", codec), *encoding.shorthand("text", text), *overrides]
+        settings = encoding.settings(run, overrides=overrides)
+        done = encoding.run(
+            positional[0], out=out, settings=settings, like=run, overrides=overrides, processes=processes, debug=debug, console=console
+        )
+        if done is not None:
+            data = {"features": out, **asdict(done)}
+            console.result(describe_features(out, data), data=data)
 
 
 @app.command()

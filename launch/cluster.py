@@ -43,9 +43,6 @@ def launch(
     Raises:
         ValueError: an impossible layout.
     """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
     arguments = torchrun_arguments(
         config,
         overrides=overrides,
@@ -55,11 +52,24 @@ def launch(
         rdzv_endpoint=rdzv_endpoint,
         options=options,
     )
-    os.environ.update(worker_environment(nproc_per_node))
+    return _torchrun(arguments, processes=nproc_per_node)
+
+
+def run_in_processes(command: Sequence[str], *, processes: int) -> int:
+    """Run `tim COMMAND…` in so many processes on this machine, which find each other by what torchrun tells them. Returns the exit code."""
+    arguments = ["--nnodes=1", f"--nproc-per-node={processes}", "--standalone", "--signals-to-handle=SIGQUIT", "-m", "launch.cli"]
+    return _torchrun([*arguments, *command], processes=processes)
+
+
+def _torchrun(arguments: Sequence[str], *, processes: int) -> int:
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    os.environ.update(worker_environment(processes))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say themselves why they end
     with _passing_signals_on():
         try:
-            torchrun.run(torchrun.parse_args(arguments))
+            torchrun.run(torchrun.parse_args(list(arguments)))
         except ChildFailedError as failed:
             code = failed.get_first_failure()[1].exitcode
             return code if code > 0 else 1

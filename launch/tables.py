@@ -18,6 +18,16 @@ def describe_account(out: Path, facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
 
 
+def describe_features(out: Path, facts: Mapping[str, Any]) -> str:
+    """What is in a folder of features, and a line for each reason why something is not."""
+    captions = f" with {count(facts['captions'], 'caption')}" if facts["captions"] else ""
+    what = f"{count(facts['samples'], 'sample')}{captions} in {count(facts['shards'], 'shard')}, {facts['bytes'] / 1e6:.1f} MB"
+    lines = [f"{out}: {what}"]
+    if facts["rejected"]:
+        lines += ["could not be encoded:", *_columns({reason: str(number) for reason, number in facts["rejected"].items()})]
+    return "\n".join(lines)
+
+
 def describe_recipes(texts: Mapping[str, str]) -> str:
     """Each recipe's name and the first line of its opening comment."""
     about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}

@@ -80,7 +80,7 @@ class Autoencoder:
         self.factor, self.channels = geometry
         self.device = torch.device(device)
         self.draws = type(network).__name__ == "AutoencoderKL"
-        self._network = network.to(self.device, torch.float32).eval().requires_grad_(False)
+        self._network = network.to(self.device).eval().requires_grad_(False)
         self._scale = float(getattr(network.config, "scaling_factor", None) or 1.0)
         self._shift = float(getattr(network.config, "shift_factor", None) or 0.0)
 
@@ -158,7 +158,7 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
         raise ValueError(f"codec {kind} needs diffusers: pip install 'tim[latent]'") from None
     try:
         network, said = getattr(diffusers, AUTOENCODERS[kind]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{folder}: not weights that diffusers reads ({' '.join(str(error).split())[:200]})") from error

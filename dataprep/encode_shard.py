@@ -1,0 +1,196 @@
+"""One shard of a corpus → one shard of features: a tar, its table, and the stats file that commits both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataprep.encoders import EncodeConfig, Encoders, View
+from dataprep.files import publish, publish_text
+from dataprep.shards import shard_name
+from pipeline.digests import file_digest
+from pipeline.feature_members import text_name
+from pipeline.feature_writing import Crop, FeatureWriter
+from pipeline.features import FORMAT
+from pipeline.images import Rejection, load_image
+from pipeline.index import Corpus
+from pipeline.resolution import target_sizes
+from pipeline.source import integers
+from pipeline.storage import Part, ShardReader
+
+PIECE_PIXELS, PIECE_SAMPLES = 32 * 1024 * 1024, 256  # that are decoded and encoded together; part of what makes the bytes
+_COLUMNS = ("key", "width", "height", "captions", "image_offset", "image_length")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A row of the corpus with the sizes that it is encoded at."""
+
+    key: str
+    captions: list[str]
+    crops: list[Crop]
+    image: tuple[int, int]  # offset, length
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedShard:
+    """A finished shard: its entry in the manifest (`of` is the digest of the corpus's table), and the counts of its stats."""
+
+    name: str
+    bytes: int
+    sha256: str
+    table: str
+    table_sha256: str
+    of: str
+    samples: int
+    captions: int
+    rejected: dict[str, int]
+
+
+def finished_shard(out: Path, *, number: int, of: str) -> EncodedShard | None:
+    """The shard, if its stats say that it is complete, of this table of the corpus, and both files are there; the tar in full length."""
+    stem = shard_name(number)
+    try:
+        said = json.loads((out / f"{stem}_stats.json").read_text("utf-8"))
+        shard = EncodedShard(**said["shard"])
+        whole = (out / shard.name).stat().st_size == shard.bytes and (out / shard.table).is_file()
+        return shard if said["format"] == FORMAT and shard.of == of and whole else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def encode_shard(
+    corpus: Corpus, number: int, *, out: Path, config: EncodeConfig, encoders: Encoders, threads: int, report: Callable[[int], None]
+) -> EncodedShard:
+    """Write tar, table and stats of one shard, in this order. `report` is told how many samples more are done.
+
+    Samples lie in the order of their sizes, so that those that go through a codec together are alike. Raises OSError if the corpus's
+    shard cannot be read; a picture that cannot be decoded is left out and counted.
+    """
+    samples = read_samples(corpus, number, config=config)
+    stem = shard_name(number)
+    rejected: Counter[str] = Counter()
+    with publish(out / f"{stem}.tar") as stream, _Decoder(corpus.shards[number].path, threads=threads, flip=config.flip) as decoder:
+        writer = FeatureWriter(stream, zstd=config.zstd)
+        for piece, decoded in decoder.ahead(pieces(samples, flip=config.flip)):
+            views = [view for found in decoded if not isinstance(found, str) for view in found]
+            pictures = iter(encoders.pictures(views))
+            captions = iter(encoders.captions([text for sample in piece for text in sample.captions]) if encoders.text else ())
+            for sample, found in zip(piece, decoded, strict=True):
+                count = len(sample.captions) if encoders.text else 0
+                texts = {text_name(i): next(captions) for i in range(count)}
+                if isinstance(found, str):
+                    rejected[found] += 1
+                    writer.leave_out(sample.key, reason=found, crops=sample.crops, captions=count)
+                    continue
+                tensors = {name: tensor for _ in found for name, tensor in next(pictures).items()}
+                writer.add(sample.key, {**tensors, **texts}, crops=sample.crops, captions=count)
+            report(len(piece))
+        table = writer.finish(sorted(sample.key for sample in samples))
+    with publish(out / f"{stem}.parquet") as stream:
+        stream.write(table)
+    shard = EncodedShard(
+        name=f"{stem}.tar",
+        bytes=(out / f"{stem}.tar").stat().st_size,
+        sha256=file_digest(out / f"{stem}.tar"),
+        table=f"{stem}.parquet",
+        table_sha256=hashlib.sha256(table).hexdigest(),
+        of=corpus.shards[number].digest,
+        samples=len(samples),
+        captions=sum(len(sample.captions) for sample in samples) if encoders.text else 0,
+        rejected=dict(sorted(rejected.items())),
+    )
+    publish_text(out / f"{stem}_stats.json", json.dumps({"format": FORMAT, "shard": asdict(shard)}, indent=1) + "\n")
+    return shard
+
+
+def read_samples(corpus: Corpus, number: int, *, config: EncodeConfig) -> list[Sample]:
+    """All samples of a shard, those of one size next to each other. One that no size rule keeps has no crops."""
+    table = corpus.read(number, columns=_COLUMNS)
+    heights, widths = integers(table, "height"), integers(table, "width")
+    keys = corpus.bare_keys(number, table.column("key").to_pylist())
+    crops: list[dict[Crop, None]] = [{} for _ in keys]
+    for rule in config.rules:
+        targets = target_sizes(heights, widths=widths, rule=rule)
+        for row in np.flatnonzero(targets.left_out == 0).tolist():
+            crops[row][tuple(targets.crops[row].tolist())] = None
+    offsets, lengths = integers(table, "image_offset").tolist(), integers(table, "image_length").tolist()
+    captions = [each or [""] for each in table.column("captions").to_pylist()]
+    in_order = np.lexsort((np.arange(len(keys)), widths, heights)).tolist()
+    return [Sample(keys[i], captions[i], [*crops[i]], (offsets[i], lengths[i])) for i in in_order]
+
+
+def pieces(samples: Sequence[Sample], *, flip: bool) -> Iterator[list[Sample]]:
+    """Samples that are encoded together: the same whoever encodes them."""
+    piece: list[Sample] = []
+    filled = 0
+    for sample in samples:
+        pixels = sum(height * width for _, _, height, width in sample.crops) * (1 + flip)
+        if piece and (len(piece) == PIECE_SAMPLES or filled + pixels > PIECE_PIXELS):
+            yield piece
+            piece, filled = [], 0
+        piece.append(sample)
+        filled += pixels
+    if piece:
+        yield piece
+
+
+class _Decoder:
+    """Reads and decodes pieces, one ahead of the one that is being encoded."""
+
+    def __init__(self, tar: str, *, threads: int, flip: bool) -> None:
+        self._tar = tar
+        self._flip = flip
+        self._shards = ShardReader()
+        self._reading = ThreadPoolExecutor(1)
+        self._decoding = ThreadPoolExecutor(threads)
+
+    def __enter__(self) -> _Decoder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._reading.shutdown(cancel_futures=True)
+        self._decoding.shutdown(cancel_futures=True)
+        self._shards.close()
+
+    def ahead(self, pieces: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], list[list[View] | str]]]:
+        """Every piece with the views of its samples, or why one has none."""
+        before: tuple[list[Sample], Future[list[list[View] | str]]] | None = None
+        for piece in pieces:
+            following = piece, self._reading.submit(self._read, piece)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = following
+        if before is not None:
+            yield before[0], before[1].result()
+
+    def _read(self, piece: list[Sample]) -> list[list[View] | str]:
+        wanted = [sample for sample in piece if sample.crops]
+        found = self._shards.read_parts([Part(self._tar, *sample.image) for sample in wanted])
+        data = dict(zip((sample.key for sample in wanted), found, strict=True))
+        return [*self._decoding.map(lambda sample: self._views(sample, data.get(sample.key)), piece)]
+
+    def _views(self, sample: Sample, data: memoryview | OSError | None) -> list[View] | str:
+        import torch
+
+        if isinstance(data, OSError):
+            raise data
+        views: list[View] = []
+        try:
+            for crop in sample.crops:
+                assert data is not None
+                pixels = load_image(data, resize=crop[:2], crop=crop[2:])
+                image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+                views.append(View(crop, False, image))
+                if self._flip:
+                    views.append(View(crop, True, image.flip(-1)))
+        except Rejection as rejection:
+            return rejection.reason
+        return views
