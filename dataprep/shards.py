@@ -130,7 +130,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
                     table_rows.append(table_row)
                 tables.append(pa.Table.from_pylist(table_rows, schema=schema))
     written = pa.concat_tables(tables)
-    table = _table_bytes(written)
+    table = table_bytes(written)
     with task.store.publish(f"{stem}.parquet") as stream:
         stream.write(table)
     shard = Shard(
@@ -143,7 +143,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
         table_bytes=len(table),
         rows=written.num_rows,
     )
-    task.store.publish_text(stats_name(task.number), _stats(written, shard=shard, job=task.job))
+    task.store.publish_text(stats_name(task.number), shard_stats(written, shard=shard, job=task.job))
     return shard
 
 
@@ -223,13 +223,13 @@ def _typed(value: Any, *, kind: ColumnKind) -> Any:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _table_bytes(table: pa.Table) -> bytes:
+def table_bytes(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", row_group_size=table.num_rows)
     return buffer.getvalue()
 
 
-def _stats(table: pa.Table, *, shard: Shard, job: str) -> str:
+def shard_stats(table: pa.Table, *, shard: Shard, job: str) -> str:
     """img2dataset's names where they have a meaning here, then our own."""
     reasons = Counter(reason for reason in table.column("reason").to_pylist() if reason)
     stats = {

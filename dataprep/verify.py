@@ -131,7 +131,8 @@ def _check_account(manifest: dict[str, Any]) -> list[str]:
     if account.inputs != account.kept + sum(account.rejected.values()) or totals["rejected"] != sum(account.rejected.values()):
         problems.append(f"{MANIFEST}: the account does not add up: {account.inputs} inputs, {account.kept} kept, {account.rejected}")
     replaced = sum(sum(step["replaced"].values()) for step in manifest.get("growth", ()))  # rows of inputs that were read once more
-    for what, total in (("count", account.kept), ("bytes", totals["bytes"]), ("rows", account.inputs + replaced)):
+    rows = account.inputs + replaced - sum(manifest.get("lost", {}).values())  # what a repair could not bring back
+    for what, total in (("count", account.kept), ("bytes", totals["bytes"]), ("rows", rows)):
         if sum(shard[what] for shard in manifest["shards"]) != total:
             problems.append(f"{MANIFEST}: the shards' {what} do not add up to {total}")
     return problems

@@ -200,26 +200,36 @@ def encode(
 @app.command()
 def verify(
     corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` or `tim index` wrote.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First make again what can be: tables, index, lists, report, manifest; and say what is lost.")
+    ] = False,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check a corpus.
 
-    Digests, counts, and that every picture can be decoded. Exit code 1 if something is wrong.
+    Digests, counts, keys, tables against tars, and that every picture can be decoded. Exit code 1 if something is wrong.
 
-    Example: tim verify corpus
+    Example: tim verify corpus --repair
     """
     with session(as_json=as_json, debug=debug) as console:
+        from dataprep.repair import Repaired
+        from dataprep.repair import repair as repair_corpus
         from dataprep.verify import verify as verify_corpus
 
+        repaired = Repaired(done=[], lost=[])
+        if repair:
+            with console.progress() as report:
+                repaired = repair_corpus(corpus, workers=workers or cores(), progress=report)
         with console.progress() as report:
             found = verify_corpus(corpus, workers=workers or cores(), progress=report)
         clean = not found.problems
         verdict = "clean" if clean else count(len(found.problems), "problem")
-        lines = [f"{corpus}: {count(found.samples, 'sample')} in {count(found.shards, 'shard')}, {verdict}"]
+        lines = [*repaired.done, *(f"lost: {what}" for what in repaired.lost)]
+        lines.append(f"{corpus}: {count(found.samples, 'sample')} in {count(found.shards, 'shard')}, {verdict}")
         data = {"corpus": corpus, "clean": clean, "shards": found.shards, "samples": found.samples, "problems": found.problems}
-        console.result("\n".join([*lines, *found.problems]), data=data)
+        console.result("\n".join([*lines, *found.problems]), data={**data, **(asdict(repaired) if repair else {})})
         if not clean:
             raise SystemExit(1)
 
