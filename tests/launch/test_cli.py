@@ -169,9 +169,12 @@ def test_verify_fails_with_code_1_on_a_damaged_corpus(pictures: Path, tmp_path: 
     tar = bytearray((tmp_path / "c" / "000000.tar").read_bytes())
     tar[600] ^= 255
     (tmp_path / "c" / "000000.tar").write_bytes(tar)
-    done = tim("verify", tmp_path / "c")
+    (tmp_path / "c" / "index.json").unlink()
+    done = tim("verify", tmp_path / "c", "--repair", "--json")
     assert done.code == 1
-    assert "000000.tar" in done.out
+    assert any("000000.tar" in problem for problem in done.data["problems"])
+    assert "index.json: made again" in done.data["done"]
+    assert done.data["lost"] == []
 
 
 def test_prepare_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path, tim: Tim) -> None:
