@@ -32,6 +32,7 @@ WHITE = (255, 255, 255)
 
 # Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+_AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # No picture of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
 _BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
@@ -175,7 +176,7 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int) -> Image.Ima
     claimed = webp_size(data)  # Pillow's WebP reader allocates the whole canvas as soon as it opens a file
     if claimed is not None:
         check_size(*claimed, max_decode_pixels=max_decode_pixels)
-    formats = (*_FORMATS, "HEIF") if _is_heif(data) and _heif_plugin() else _FORMATS
+    formats = (*_FORMATS, "HEIF") if _brand(data) in _HEIF_BRANDS and _heif_plugin() else _FORMATS
     try:
         with _no_pillow_limit(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -183,30 +184,30 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int) -> Image.Ima
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to open it") from error
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
-        if claimed is not None or bytes(data[:8]).startswith(_MAGIC):
-            raise Rejection("truncated", detail="its header cannot be read") from error
-        if "HEIF" in formats:
+        if claimed is not None or bytes(data[:8]).startswith(_MAGIC) or _brand(data) in _AVIF_BRANDS or "HEIF" in formats:
             raise Rejection("truncated", detail="its header cannot be read") from error
         detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _detail(error)
-        if _is_heif(data):
+        if _brand(data) in _HEIF_BRANDS:
             detail = "HEIF is read with pillow-heif alone: pip install 'tim[heif]'"
         raise Rejection("not-an-image", detail=detail) from error
     check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
     return image
 
 
-def _is_heif(data: bytes | memoryview) -> bool:
-    return bytes(data[4:8]) == b"ftyp" and bytes(data[8:12]) in _HEIF_BRANDS
+def _brand(data: bytes | memoryview) -> bytes:
+    """What kind of ISO media file it says that it is, such as AVIF or HEIF; b"" for all other files."""
+    return bytes(data[8:12]) if bytes(data[4:8]) == b"ftyp" else b""
 
 
 @lru_cache(maxsize=1)
 def _heif_plugin() -> bool:
     """Whether Pillow reads HEIF from now on: only if its plugin is installed."""
     try:
-        from pillow_heif import register_heif_opener
+        from pillow_heif import options, register_heif_opener
     except ImportError:
         return False
-    register_heif_opener(DECODE_THREADS=1)
+    options.DECODE_THREADS = 1
+    register_heif_opener()
     return True
 
 

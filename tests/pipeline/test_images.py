@@ -199,7 +199,7 @@ def test_pictures_of_phones_end_upright_and_on_white(format: str) -> None:
         pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = read_image(save(Image.fromarray(scene()), format, exif=exif))
+    turned = read_image(save(Image.fromarray(scene()), format, exif=exif.tobytes()))
     assert far(turned.pixels, np.asarray(Image.fromarray(scene()).transpose(Image.Transpose.ROTATE_270))) < 3
     hidden = np.dstack([scene(), np.zeros((HEIGHT, WIDTH), np.uint8)])
     assert far(read_image(save(Image.fromarray(hidden), format)).pixels, np.full((HEIGHT, WIDTH, 3), 255)) < 2
