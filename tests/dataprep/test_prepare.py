@@ -12,11 +12,14 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.verify import verify
+from pipeline.images import read_image
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder, write_tar
 
 CONFIG = PrepareConfig()
@@ -131,6 +134,21 @@ def test_near_duplicates(tmp_path: Path, near: str) -> None:
     assert small["near_duplicate_of"] == ("" if near == "off" else large["key"])
     assert (small["key"] is None) == (near == "drop")
     assert large["near_duplicate_of"] == row_of(out, "other.jpg")["near_duplicate_of"] == ""
+
+
+def test_what_is_transparent_lies_on_the_colour_that_was_asked_for(tmp_path: Path) -> None:
+    clear = np.dstack([np.random.default_rng(0).integers(0, 256, (40, 48, 3)), np.zeros((40, 48))]).astype(np.uint8)
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    folder = write_folder(
+        tmp_path / "f", {"clear.png": (tmp_path / "clear.png").read_bytes()}, rows=[{"file_name": "clear.png", "text": "a"}]
+    )
+    for background, level in (("white", 255), ("#102030", 0x10)):
+        out = tmp_path / background.strip("#")
+        prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"images": {"background": background}}))
+        assert abs(int(read_image(member(out, row_of(out, "clear.png"), "image")).pixels[20, 20, 0]) - level) <= 2
+    for wrong in ("nocolour", "#ff000080"):
+        with pytest.raises(ValueError, match="background"):
+            PrepareConfig.model_validate({"images": {"background": wrong}})
 
 
 def test_one_image_format_in_a_corpus(tmp_path: Path) -> None:
