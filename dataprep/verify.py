@@ -20,6 +20,7 @@ from dataprep.executor import LocalPool, WorkerDied
 from dataprep.indexing import KIND, read_foreign
 from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account, read_manifest
 from dataprep.shards import MEMBERS
+from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
@@ -66,6 +67,7 @@ def verify(corpus: str | Path, *, workers: int = 1, progress: Progress | None = 
     show(total)
     if not is_index:
         problems += _check_index(corpus, manifest=manifest)
+    problems += check_sidecars(corpus)
     return Report(problems=problems, shards=len(checks), samples=total)
 
 
@@ -142,6 +144,7 @@ def _check_strangers(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
     """Shards that the manifest does not know, and marker files that are gone."""
     is_index = manifest.get("kind") == KIND
     known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | (set() if is_index else {INDEX})
+    known |= sidecar_files(corpus)
     found = {path.name for pattern in ("*.tar", "*.parquet", "*.tmp") for path in corpus.glob(pattern)}
     problems = [f"{name}: not in the manifest" for name in sorted(found - known)]
     markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+Choice = TypeVar("Choice", bound=str)
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
 SIZE = re.compile(r"(\d+)[xX×](\d+)", re.ASCII)
@@ -40,6 +41,31 @@ def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
         got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
         raise ValueError(f"expected one CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides: {got}")
     return positional[0], overrides
+
+
+def one_corpus(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """(corpus, overrides) of a command that takes `CORPUS [KEY=VALUE …]`.
+
+    Raises:
+        ValueError: no corpus, or more than one.
+    """
+    positional, overrides = split_overrides(arguments)
+    if len(positional) != 1:
+        got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
+        raise ValueError(f"expected one CORPUS (a folder that `tim prepare` or `tim index` wrote) and KEY=VALUE settings: {got}")
+    return Path(positional[0]), overrides
+
+
+def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:
+    """The one of the `known` values that an option was given.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    for choice in known:
+        if choice == value:
+            return choice
+    raise ValueError(f"{option} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:

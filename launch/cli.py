@@ -19,6 +19,8 @@ from launch.arguments import (
     check_guidance,
     check_prompts,
     one_config,
+    one_corpus,
+    one_of,
     parse_interval,
     parse_sizes,
     parse_steps,
@@ -29,7 +31,7 @@ from launch.arguments import (
 from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
-from launch.tables import count, describe_account, describe_features, describe_plan, describe_recipes
+from launch.tables import count, describe_account, describe_features, describe_plan, describe_recipes, describe_scores
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
@@ -265,6 +267,81 @@ def report(
             data = write_report(corpora, out=page, config=config, workers=workers or cores(), progress=progress)
         fills = [f"{each['corpus']}: {each['fill']:.1%} fill" for each in data["corpora"] if each["fill"] is not None]
         console.result("\n".join([f"{data['report']}: {data['bytes'] / 1e6:.2f} MB", *fills]), data=data)
+
+
+@app.command()
+def score(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="CORPUS|KEY=VALUE", help="A local corpus, and values of the config: model, weights, aesthetic, …")
+    ],
+    config: Annotated[Path | None, typer.Option(help="YAML file that says what to score, and with which model.")] = None,
+    name: Annotated[str, typer.Option(help="Of the sidecar table; an earlier one of this name is replaced.")] = "scores",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CORPUS", help="With duplicates=COSINE: a scored corpus to compare with; may be given often."),
+    ] = None,
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a corpus with an open_clip model.
+
+    Similarity of picture and caption, an aesthetic head, zero-shot labels, semantic duplicates: columns beside the shards, which stay as
+    they are. Runs on a GPU if there is one; a run that was cut short goes on. Plans use the columns: where: "similarity >= 0.28".
+
+    Example: tim score corpus model=ViT-L-14 weights=openai aesthetic=sac+logos+ava1-l14-linearMSE.pth
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.score import ScoreConfig
+        from dataprep.score import score as score_corpus
+        from launch.config import load_config
+
+        corpus, overrides = one_corpus(arguments)
+        settings = load_config(config, overrides=overrides, schema=ScoreConfig)
+        with console.progress() as progress:
+            done = score_corpus(corpus, config=settings, name=name, against=against or (), workers=workers or cores(), progress=progress)
+        console.result(describe_scores(corpus, asdict(done)), data={"corpus": corpus, **asdict(done)})
+
+
+@app.command()
+def annotate(
+    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` or `tim index` wrote.")],
+    table: Annotated[Path, typer.Option(metavar="F.parquet", help="Columns to add; caption and captions are new captions.")],
+    on: Annotated[str, typer.Option(metavar="key|sha256|url", help="The column of both by which rows find their samples.")],
+    name: Annotated[str | None, typer.Option(help="Of the sidecar table; one of this name is replaced. Default: the table's name.")] = None,
+    captions: Annotated[
+        str, typer.Option(metavar="first|last|only", help="New captions come before the old ones, after them, or in their place.")
+    ] = "first",
+    mark: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Set this column to true for what the table names. What is marked takedown is not planned."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add columns or captions to a corpus.
+
+    A recaptioning, a licence, a takedown: they go beside the shards, which stay as they are, and plans use them at once.
+
+    Example: tim annotate corpus --table recaptioned.parquet --on key
+
+    Example: tim annotate corpus --table requests.parquet --on url --mark takedown
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from dataprep.annotate import annotate as annotate_corpus
+
+        with console.progress() as progress:
+            done = annotate_corpus(
+                corpus,
+                table=table,
+                on=one_of(on, option="--on", known=("key", "sha256", "url")),
+                name=name,
+                captions=one_of(captions, option="--captions", known=("first", "last", "only")),
+                mark=mark,
+                progress=progress,
+            )
+        text = f"{corpus}: {done.matched} of {count(done.samples, 'sample')} in {table}; new: {', '.join(done.columns)}"
+        console.result(text, data={"corpus": corpus, **asdict(done)})
 
 
 @app.command()

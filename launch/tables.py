@@ -28,6 +28,17 @@ def describe_features(out: Path, facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def describe_scores(corpus: Path, facts: Mapping[str, Any]) -> str:
+    """How many samples `tim score` scored, and their mean scores."""
+    known = facts["samples"] - facts["computed"]
+    lines = [f"{corpus}: {count(facts['samples'], 'sample')} scored{f', {known} of them before' if known else ''}"]
+    if facts["unreadable"]:
+        lines.append(f"note: {facts['unreadable']} could not be read and have no scores")
+    if facts["duplicates"] is not None:
+        lines.append(f"semantic duplicates: {facts['duplicates']}")
+    return "\n".join([*lines, *_columns({f"mean {name}": f"{mean:.4g}" for name, mean in facts["means"].items()})])
+
+
 def describe_recipes(texts: Mapping[str, str]) -> str:
     """Each recipe's name and the first line of its opening comment."""
     about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}

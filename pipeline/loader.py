@@ -321,6 +321,7 @@ def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:
     facts: dict[str, ShardFacts] = {}
     for corpus in corpora:
         facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}
+        facts |= {shard.texts: ShardFacts(shard.texts_bytes, shard.texts_sha256) for shard in corpus.shards if shard.texts}
         if corpus.features is not None:
             facts |= {shard.tar: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.features.shards}
     return facts

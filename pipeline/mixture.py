@@ -113,7 +113,14 @@ class Mixture:
         part: Part,
     ) -> None:
         self.places = [
-            Place(corpus=number, shard=position, name=source.name, tar=shard.path, features_tar=source.corpus.features_tar(position))
+            Place(
+                corpus=number,
+                shard=position,
+                name=source.name,
+                tar=shard.path,
+                texts=source.corpus.texts(position),
+                features_tar=source.corpus.features_tar(position),
+            )
             for number, source in enumerate(sources)
             for position, shard in enumerate(source.corpus.shards)
         ]

@@ -206,7 +206,7 @@ def _text_part(sample: PlannedSample, member: Member) -> Part:
     """Where a text stands, as far as anybody reads it; next to the image where there is none, or where the caption is dropped."""
     if sample.caption < 0 or not member.exists:
         return Part(sample.tar, sample.image.offset, 0)
-    return Part(sample.tar, member.offset, min(member.length, MAX_TEXT_BYTES))
+    return Part(sample.texts, member.offset, min(member.length, MAX_TEXT_BYTES))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from pipeline.cost import Ints
 
 KEPT = ""
-LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude")  # position = code in `Targets.left_out`
+LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude", "takedown")  # position = code in `Targets.left_out`
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ class SizeCorpus(Corpus):
 
     def __init__(self, *, name: str, digest: str, count: int, sizes: Callable[[int, int], Sizes]) -> None:
         counts = [min(ROWS_PER_SHARD, count - first) for first in range(0, count, ROWS_PER_SHARD)]
-        shards = tuple(Shard(path="", count=rows, bytes=0, sha256="", table="", digest="") for rows in counts)
+        shards = tuple(Shard(path="", count=rows, bytes=0, sha256="", table="", digest="", table_digest="") for rows in counts)
         super().__init__(folder=name, name=name, digest=digest, shards=shards, qualified=False, features=None)
         self._sizes = sizes
 

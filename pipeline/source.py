@@ -18,6 +18,7 @@ from pipeline.draws import Hashes, hash_ids
 from pipeline.errors import one_line
 from pipeline.index import Corpus
 from pipeline.resolution import LEFT_OUT_REASONS, SizeRule, Targets, target_sizes
+from pipeline.sidecars import TAKEDOWN, provider
 from pipeline.where import Where
 
 
@@ -32,7 +33,8 @@ class Source:
         where: only rows of which this is true (`pipeline.where`).
         exclude: a parquet file; rows whose key is in its column `key` are left out.
 
-    Raises ValueError, in one line, if `where` does not fit the corpus's columns, or if `exclude` is no such file.
+    What a sidecar marks as taken down is left out, too. Raises ValueError, in one line, if `where` does not fit the corpus's columns, or if
+    `exclude` is no such file.
     """
 
     def __init__(
@@ -61,11 +63,15 @@ class Source:
             except ValueError as error:
                 raise ValueError(f"corpus {corpus.name}: {error}") from None
             self._columns += self._where.columns
-        settings = {"weight": weight, "repeats": None if repeats == 1 else repeats, "cap": cap, "where": where}
+        self._heeds_takedowns = provider(corpus.sidecars, TAKEDOWN) is not None
+        self._columns += (TAKEDOWN,) * self._heeds_takedowns
+        settings: dict[str, Any] = {"weight": weight, "repeats": None if repeats == 1 else repeats, "cap": cap, "where": where}
         if self._excluded is not None:
             settings["exclude"] = hashlib.sha256(self._excluded.tobytes()).hexdigest()
         self.identity: list[Any] = [corpus.name, corpus.digest]
         """What a plan depends on, JSON-able."""
+        used_sidecars = {found.name: found.digest for name in self._columns if (found := provider(corpus.sidecars, name)) is not None}
+        settings["sidecars"] = used_sidecars or None
         if used := {key: value for key, value in settings.items() if value is not None}:
             self.identity.append(used)
 
@@ -79,6 +85,9 @@ class Source:
         if self._excluded is not None:
             found = np.isin(self.hashes(table.column("key").to_pylist()), self._excluded)
             left_out = np.where(found, LEFT_OUT_REASONS.index("exclude"), left_out)
+        if self._heeds_takedowns:
+            marked = pc.fill_null(table.column(TAKEDOWN), False).to_numpy()
+            left_out = np.where(marked, LEFT_OUT_REASONS.index("takedown"), left_out)
         return table, replace(targets, left_out=left_out)
 
     def hashes(self, keys: Sequence[str]) -> Hashes:

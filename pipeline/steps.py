@@ -30,13 +30,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the tar's path, that of its
-    features ("": it has none)."""
+    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the path of the tar, of the file
+    that texts and JSON are read from, and of its features ("": it has none)."""
 
     corpus: int
     shard: int
     name: str
     tar: str
+    texts: str
     features_tar: str = ""
 
 
@@ -50,6 +51,7 @@ class PlannedSample:
     row: int  # position in the shard
     key: str
     tar: str  # path of the shard
+    texts: str  # path of the file that `text` and `json` lie in: the shard, or captions that came later
     image: Member
     text: Member
     json: Member
@@ -150,6 +152,7 @@ class StepTable:
             row=int(columns.row[row]),
             key=columns.key[row],
             tar=place.tar,
+            texts=place.texts,
             image=Member(offset=offsets[0], length=offsets[1]),
             text=Member(offset=offsets[2], length=offsets[3]),
             json=Member(offset=offsets[4], length=offsets[5]),

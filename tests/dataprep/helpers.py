@@ -49,8 +49,8 @@ def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
 
 
 def table_rows(corpus: Path) -> list[dict[str, Any]]:
-    """All rows of all shards' tables, rejected ones included."""
-    return [row for path in sorted(corpus.glob("0*.parquet")) for row in pq.read_table(path).to_pylist()]
+    """All rows of all shards' own tables, rejected ones included."""
+    return [row for path in sorted(corpus.glob("0?????.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
 def row_of(corpus: Path, path: str) -> dict[str, Any]:

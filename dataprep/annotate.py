@@ -1,0 +1,239 @@
+"""`tim annotate`: columns and captions from a table, joined to a finished corpus by key, sha256 or url. Tars stay as they are.
+
+The table may be larger than memory: its rows go into a database on disk once, from which each shard of the corpus asks for its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataprep.files import WORK
+from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
+from pipeline.captions import clean_captions
+from pipeline.digests import file_digest
+from pipeline.errors import one_line
+from pipeline.index import Corpus
+from pipeline.sidecars import TAKEDOWN
+
+Progress = Callable[[str, int, "int | None"], None]
+Captions = Literal["first", "last", "only"]
+
+_BATCH = 10_000  # rows of the table that are in memory
+_ASKED_AT_ONCE = 900  # SQLite takes 999 at least
+_CAPTIONS = pa.list_(pa.string())
+
+
+@dataclass(frozen=True, slots=True)
+class Annotated:
+    """What came of it: rows of the table, samples of the corpus, how many of these the table spoke of, and the new columns."""
+
+    sidecar: str
+    rows: int
+    samples: int
+    matched: int
+    columns: tuple[str, ...]
+
+
+def annotate(
+    corpus: str | Path,
+    *,
+    table: Path,
+    on: Literal["key", "sha256", "url"],
+    name: str | None = None,
+    captions: Captions = "first",
+    mark: str | None = None,
+    progress: Progress | None = None,
+) -> Annotated:
+    """Add the columns of a parquet file to a corpus.
+
+    Args:
+        corpus: a local folder that `tim prepare` or `tim index` wrote.
+        table: its columns `caption` and `captions` are new captions, all others but `on` are taken as they are.
+        on: the column of both by which rows find their samples; several samples may have the same url or sha256.
+        name: of the sidecar; the table's file name unless it is given. An earlier one of this name is replaced.
+        captions: whether new captions come before the old ones, after them, or in their place.
+        mark: a column to set to true for every sample that the table names, such as "takedown".
+        progress: called with ("read", rows, rows in all) and ("annotate", samples, samples in all).
+
+    Samples that the table does not name keep what they had. Raises ValueError, in one line, for a table that cannot be used, or that names
+    no sample of the corpus.
+    """
+    name = name or _default_name(table)
+    parquet = _open_table(table, on=on)
+    with opened_for_sidecars(corpus, name=name) as opened:
+        new = _new_columns(parquet, of=opened, table=table, on=on, mark=mark)
+        schema = _sidecar_schema(new, of=opened, table=table, mark=mark)
+        database = opened.path / WORK / f"{name}.sqlite"
+        database.unlink(missing_ok=True)
+        rows = parquet.metadata.num_rows
+        try:
+            with closing(sqlite3.connect(database, isolation_level=None)) as lookup:
+                shown = progress or _unseen
+                for read in _fill(lookup, parquet, on=on, columns=new, table=table):
+                    shown("read", read, rows)
+                matched = _count_matches(opened, lookup, on=on)
+                if not matched:
+                    raise ValueError(f"{table}: none of its {rows} values of {on} is one of corpus {opened.folder}'s")
+                write_sidecar(
+                    opened,
+                    name=name,
+                    schema=schema,
+                    identity={"table": file_digest(table), "on": on, "captions": captions, "mark": mark},
+                    make=lambda shard: _annotate_shard(opened, shard, lookup=lookup, schema=schema, on=on, captions=captions, mark=mark),
+                    progress=lambda done: shown("annotate", done, opened.count),
+                )
+        finally:
+            database.unlink(missing_ok=True)
+    return Annotated(sidecar=name, rows=rows, samples=opened.count, matched=matched, columns=tuple(schema.names))
+
+
+def _default_name(table: Path) -> str:
+    return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in table.stem.lower()).strip("-")[:40] or "table"
+
+
+def _open_table(table: Path, *, on: str) -> pq.ParquetFile:
+    try:
+        parquet = pq.ParquetFile(table)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"--table {table}: cannot be read as parquet: {one_line(error)}") from error
+    names = parquet.schema_arrow.names
+    if on not in names:
+        raise ValueError(f"--table {table}: has no column '{on}' to join on; there are: {', '.join(names)}")
+    return parquet
+
+
+def _new_columns(parquet: pq.ParquetFile, *, of: Corpus, table: Path, on: str, mark: str | None) -> pa.Schema:
+    """The table's columns that are new, in types that a sidecar can hold: numbers, truth values, texts, captions."""
+    if on not in of.schema.names:
+        raise ValueError(f"--on {on}: corpus {of.folder} has no such column; there are: {', '.join(of.schema.names)}")
+    fields = []
+    for field in parquet.schema_arrow:
+        if field.name == on:
+            continue
+        if field.name in RESERVED or field.name == mark:
+            raise ValueError(f"--table {table}: column '{field.name}' cannot be said anew: rename it or leave it out")
+        fields.append(pa.field(field.name, _kind(field, table=table)))
+    if not fields and mark is None:
+        raise ValueError(f"--table {table}: has nothing but '{on}': add columns, or give --mark NAME to mark the samples that it names")
+    return pa.schema(fields)
+
+
+def _kind(field: pa.Field, *, table: Path) -> pa.DataType:
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if field.name == TAKEDOWN and not pa.types.is_boolean(kind):
+        raise ValueError(f"--table {table}: column '{TAKEDOWN}' is {kind}; it must hold truth values, or use --mark {TAKEDOWN}")
+    if field.name == "captions":
+        if not pa.types.is_list(kind) and not pa.types.is_large_list(kind):
+            raise ValueError(f"--table {table}: column 'captions' is {kind}; it must hold lists of texts")
+        return _CAPTIONS
+    if pa.types.is_boolean(kind):
+        return pa.bool_()
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    if pa.types.is_floating(kind):
+        return pa.float64()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    raise ValueError(f"--table {table}: column '{field.name}' is {kind}; numbers, truth values and texts can be joined: leave it out")
+
+
+def _sidecar_schema(new: pa.Schema, *, of: Corpus, table: Path, mark: str | None) -> pa.Schema:
+    fields = [field for field in new if field.name not in ("caption", "captions")]
+    for field in fields:
+        if field.name in of.schema.names and of.schema.field(field.name).type != field.type:
+            old = of.schema.field(field.name).type
+            raise ValueError(f"--table {table}: column '{field.name}' is {field.type}, corpus {of.folder} has one of {old}: rename it")
+    if mark is not None:
+        fields.append(pa.field(mark, pa.bool_()))
+    if len(fields) < len(new) + (mark is not None):
+        fields += [pa.field("caption", pa.string()), pa.field("captions", _CAPTIONS)]
+    return pa.schema(fields)
+
+
+def _fill(lookup: sqlite3.Connection, parquet: pq.ParquetFile, *, on: str, columns: pa.Schema, table: Path) -> Iterator[int]:
+    """Put the table's rows into the database, and say how many were read. Raises ValueError if two rows of one name differ."""
+    lookup.execute("PRAGMA journal_mode = OFF")
+    lookup.execute("PRAGMA synchronous = OFF")  # it is made anew by every run
+    lookup.execute("CREATE TABLE rows (name TEXT PRIMARY KEY, said TEXT) WITHOUT ROWID")
+    read = 0
+    for batch in parquet.iter_batches(batch_size=_BATCH, columns=[on, *columns.names]):
+        found = pa.Table.from_batches([batch])
+        names = [None if name is None else str(name) for name in found.column(on).to_pylist()]
+        said = [json.dumps(row) for row in found.select(columns.names).cast(columns).to_pylist()] if columns.names else ["{}"] * len(names)
+        pairs = [(name, row) for name, row in zip(names, said, strict=True) if name]
+        lookup.execute("BEGIN")
+        lookup.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?)", pairs)
+        lookup.execute("COMMIT")
+        stored = _ask(lookup, [name for name, _ in pairs])
+        for name, row in pairs:
+            if stored[name] != row:
+                raise ValueError(f"--table {table}: two rows of {on} {name} say different things: keep one of them")
+        read += len(names)
+        yield read
+
+
+def _ask(lookup: sqlite3.Connection, names: Sequence[str]) -> dict[str, str]:
+    """What the table says of those names that it has."""
+    found: dict[str, str] = {}
+    for start in range(0, len(names), _ASKED_AT_ONCE):
+        part = names[start : start + _ASKED_AT_ONCE]
+        found |= lookup.execute(f"SELECT name, said FROM rows WHERE name IN ({','.join('?' * len(part))})", part)
+    return found
+
+
+def _count_matches(corpus: Corpus, lookup: sqlite3.Connection, *, on: str) -> int:
+    matched = 0
+    for shard in range(len(corpus.shards)):
+        names = _names(corpus, shard, on=on)
+        found = _ask(lookup, names)
+        matched += sum(name in found for name in names)
+    return matched
+
+
+def _names(corpus: Corpus, shard: int, *, on: str) -> list[str]:
+    return ["" if name is None else str(name) for name in corpus.read(shard, columns=(on,)).column(on).to_pylist()]
+
+
+def _annotate_shard(
+    corpus: Corpus, shard: int, *, lookup: sqlite3.Connection, schema: pa.Schema, on: str, captions: Captions, mark: str | None
+) -> pa.Table:
+    names = _names(corpus, shard, on=on)
+    said = {name: json.loads(row) for name, row in _ask(lookup, names).items()}
+    old = corpus.read(shard, columns=[name for name in schema.names if name in corpus.schema.names])
+    columns: dict[str, Any] = {}
+    for field in schema:
+        before = old.column(field.name).to_pylist() if field.name in old.column_names else [None] * len(names)
+        if field.name == mark:
+            columns[field.name] = [True if name in said else was for name, was in zip(names, before, strict=True)]
+        elif field.name not in ("caption", "captions"):
+            new = [said.get(name, {}).get(field.name) for name in names]
+            columns[field.name] = [was if value is None else value for value, was in zip(new, before, strict=True)]
+    if "captions" in schema.names:
+        merged = [
+            _merge(said.get(name, {}), old=was or [], captions=captions)
+            for name, was in zip(names, old.column("captions").to_pylist(), strict=True)
+        ]
+        columns |= {"caption": [texts[0] for texts in merged], "captions": merged}
+    return pa.Table.from_pydict(columns, schema=schema)
+
+
+def _merge(said: dict[str, Any], *, old: list[str], captions: Captions) -> list[str]:
+    """At least one caption, which may be ""."""
+    new = [text for text in [said.get("caption"), *(said.get("captions") or [])] if text]
+    if not new:
+        return old or [""]
+    order = {"first": [*new, *old], "last": [*old, *new], "only": new}[captions]
+    return clean_captions(order)[0] or [""]
+
+
+def _unseen(stage: str, done: int, total: int | None) -> None:
+    """Progress that nobody wants to see."""

@@ -1,0 +1,262 @@
+"""`tim score`: what an open_clip model says of the pictures of a finished corpus, as a sidecar table. Read `score` from top to bottom.
+
+One batch of pictures is in memory, and the next one is read and decoded meanwhile. A run that was killed goes on with the shards that
+lack a table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataprep.clip import Clip, Head, Precision, model_file, probability
+from dataprep.semantic import DUPLICATES, EMBEDDING, mark_duplicates
+from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
+from pipeline.digests import file_digest
+from pipeline.images import Pixels, Rejection, load_image
+from pipeline.index import Corpus
+from pipeline.source import integers
+from pipeline.storage import BadShard, Part, ShardReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Progress = Callable[[str, int, "int | None"], None]
+SIMILARITY, AESTHETIC = "similarity", "aesthetic"
+_DECODED_SIDE = 2.0  # times the model's; larger pictures are decoded at a fraction of their size first
+
+
+class LabelConfig(BaseModel):
+    """A zero-shot label: how probable it is that one of the `positive` texts says what a picture is, rather than a `negative` one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    positive: tuple[str, ...] = Field(min_length=1)
+    negative: tuple[str, ...] = Field(min_length=1)
+
+
+class ScoreConfig(BaseModel):
+    """What to score.
+
+    `model`: a folder with open_clip_config.json and weights, `hf-hub:ORG/NAME`, or an architecture (ViT-L-14) with `weights`, a file or a
+    published tag. `similarity`: cosine of picture and first caption. `aesthetic`: the weights file of a linear head on the embedding.
+    `labels`: a column for each, by its name. `embeddings`: keep them, in half precision. `duplicates`: pictures whose embeddings have
+    at least this cosine are semantic duplicates; the table names the larger one (needs and keeps embeddings).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    weights: str | None = None
+    precision: Precision = "fp32"
+    batch: int = Field(default=64, ge=1)
+    device: str | None = None
+    similarity: bool = True
+    aesthetic: Path | None = None
+    labels: dict[str, LabelConfig] = Field(default_factory=dict)
+    embeddings: bool = False
+    duplicates: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> ScoreConfig:
+        taken = {*RESERVED, SIMILARITY, AESTHETIC, EMBEDDING, DUPLICATES}
+        for name in self.labels:
+            if name in taken or not name.isidentifier():
+                raise ValueError(f"labels: {name!r} cannot be the name of a column: take a word of letters, digits and _ that is free")
+        if not self.score_columns.names:
+            raise ValueError("similarity, aesthetic, labels, embeddings, duplicates: all are off, so there is nothing to score")
+        return self
+
+    @property
+    def keeps_embeddings(self) -> bool:
+        return self.embeddings or self.duplicates is not None
+
+    @property
+    def score_columns(self) -> pa.Schema:
+        """The columns, but for the embeddings, whose width only the model knows."""
+        names = [*[SIMILARITY] * self.similarity, *[AESTHETIC] * (self.aesthetic is not None), *self.labels]
+        return pa.schema([(name, pa.float32()) for name in names] + [(EMBEDDING, pa.list_(pa.float16()))] * self.keeps_embeddings)
+
+
+@dataclass(slots=True)
+class Scored:
+    """What came of it. `unreadable` samples have no scores; `means` are of the scores that were computed by this run."""
+
+    sidecar: str
+    samples: int
+    unreadable: int = 0
+    computed: int = 0
+    means: dict[str, float] = field(default_factory=dict)
+    duplicates: int | None = None
+
+
+def score(
+    corpus: str | Path,
+    *,
+    config: ScoreConfig,
+    name: str = "scores",
+    against: Sequence[str | Path] = (),
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Scored:
+    """Score all pictures of a local corpus into the sidecar `name`; an earlier one of this name is replaced.
+
+    `against`: corpora that were scored with the same model; with `duplicates`, pictures that these have are duplicates, too. `workers`:
+    threads that decode. `progress` is called with ("score", samples, samples in all).
+
+    Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
+    """
+    if against and config.duplicates is None:
+        raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
+    shown = progress or (lambda stage, done, total: None)
+    model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
+    with opened_for_sidecars(corpus, name=name) as opened, ThreadPoolExecutor(workers) as decoders:
+        result = Scored(sidecar=name, samples=opened.count)
+        scorer = _Scorer(
+            opened, model=model, config=config, decoders=decoders, result=result, progress=lambda n: shown("score", n, opened.count)
+        )
+        identity = _identity(config)
+        scores = write_sidecar(opened, name=name, schema=scorer.schema, identity=identity, make=scorer.shard, progress=scorer.finished)
+    if config.duplicates is not None:
+        result.duplicates = mark_duplicates(
+            corpus,
+            name=f"{name}-duplicates",
+            threshold=config.duplicates,
+            against=against,
+            embeddings=scores,
+            device=model.device,
+            progress=progress,
+        )
+    return result
+
+
+class _Scorer:
+    """Scores shards, one after the other."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        model: Clip,
+        config: ScoreConfig,
+        decoders: ThreadPoolExecutor,
+        result: Scored,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._corpus = corpus
+        self._model = model
+        self._config = config
+        self._decoders = decoders
+        self._result = result
+        self._progress = progress
+        self._done = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._reader = ShardReader(max_open_files=4)
+        self._head = None if config.aesthetic is None else Head(config.aesthetic, device=model.device)
+        self._labels = {name: (model.read(label.positive), model.read(label.negative)) for name, label in config.labels.items()}
+        width = model.read(["a picture"]).shape[1]
+        if self._head is not None:
+            self._head(model.read(["a picture"]))  # refuses another width before anything is scored
+        fields = [field for field in config.score_columns if field.name != EMBEDDING]
+        if config.keeps_embeddings:
+            made_by = {"model": f"{config.model} {config.weights or ''}".strip()}
+            fields.append(pa.field(EMBEDDING, pa.list_(pa.float16(), width), metadata=made_by))
+        self.schema = pa.schema(fields)
+
+    def shard(self, number: int) -> pa.Table:
+        """The scores of a shard's samples; null where a picture cannot be read."""
+        table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
+        columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
+        for start, pictures in self._batches(number, table=table):
+            there = [start + place for place, picture in enumerate(pictures) if picture is not None]
+            self._result.unreadable += len(pictures) - len(there)
+            if there:
+                seen = [picture for picture in pictures if picture is not None]
+                captions = [table.column("caption")[row].as_py() or "" for row in there]
+                for name, values in self._scores(seen, captions=captions).items():
+                    for row, value in zip(there, values, strict=True):
+                        columns[name][row] = value
+            self._progress(self._done + start + len(pictures))
+        self._add_up(columns)
+        return pa.Table.from_pydict(columns, schema=self.schema)
+
+    def finished(self, samples: int) -> None:
+        """The shards with so many samples, all together, have their tables."""
+        self._done = samples
+        self._progress(samples)
+
+    def _scores(self, pictures: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
+        seen = self._model.see(pictures)
+        scores: dict[str, Any] = {}
+        if self._config.similarity:
+            scores[SIMILARITY] = (seen * self._model.read(captions)).sum(dim=-1).tolist()
+        if self._head is not None:
+            scores[AESTHETIC] = self._head(seen).tolist()
+        for name, (positive, negative) in self._labels.items():
+            scores[name] = probability(seen, positive=positive, negative=negative, scale=self._model.scale).tolist()
+        if self._config.keeps_embeddings:
+            scores[EMBEDDING] = list(seen.half().cpu().numpy())
+        return scores
+
+    def _batches(self, number: int, *, table: pa.Table) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """The pictures of a shard in batches, preprocessed; the next batch is read while the caller works on one."""
+        heights, widths, offsets, lengths = (integers(table, name) for name in ("height", "width", "image_offset", "image_length"))
+        path = self._corpus.shards[number].path
+        sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
+        parts = [Part(path, offset, length) for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+
+        def load(start: int) -> tuple[int, list[Tensor | None]]:
+            end = start + self._config.batch
+            found = self._reader.read_parts(parts[start:end])
+            return start, list(self._decoders.map(self._preprocessed, found, sizes[start:end]))
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[tuple[int, list[Tensor | None]]] | None = None
+            for start in range(0, len(parts), self._config.batch):
+                ready, ahead = ahead, reader.submit(load, start)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
+
+    def _preprocessed(self, data: memoryview | OSError, size: tuple[int, int]) -> Tensor | None:
+        """Raises BadShard where the whole tar cannot be read."""
+        if isinstance(data, BadShard):
+            raise data
+        if isinstance(data, OSError):
+            return None
+        try:
+            return self._model.preprocess(_decoded(data, height=size[0], width=size[1], side=self._model.size))
+        except Rejection:
+            return None
+
+    def _add_up(self, columns: dict[str, list[Any]]) -> None:
+        self._result.computed += len(next(iter(columns.values()), []))
+        for name in self.schema.names:
+            known = [value for value in columns[name] if value is not None]
+            if name != EMBEDDING and known:
+                self._sums[name] += sum(known)
+                self._counts[name] += len(known)
+                self._result.means[name] = self._sums[name] / self._counts[name]
+
+
+def _decoded(data: memoryview, *, height: int, width: int, side: int) -> Pixels:
+    """A picture no larger than it needs to be. Raises Rejection."""
+    factor = min(1.0, _DECODED_SIDE * side / max(min(height, width), 1))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return load_image(data, resize=size, crop=size)
+
+
+def _identity(config: ScoreConfig) -> dict[str, Any]:
+    """What the scores follow from: the config and the contents of the files that it names. How they are batched is no part of it."""
+    files = [file for file in (model_file(config.model, weights=config.weights), config.aesthetic) if file is not None]
+    kept = config.model_dump(mode="json", exclude={"batch", "device", "duplicates", "embeddings"})
+    return {**kept, "embeddings": config.keeps_embeddings, "files": [file_digest(file) for file in files]}
