@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -100,8 +100,18 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
     shown: set[str] = set()
     filters = Filters(piece.rules.filters)
     with open(piece.table.parent / f"spool-{process_name()}.bin", "ab") as spool:
-        for index, sample in enumerate(_fetched(piece.samples)):
+        at_once = 1 if piece.suspects else _URLS_AT_ONCE  # so that a death under a download has one culprit
+        fetched: dict[int, bytes | OSError] = {}
+        for index, sample in enumerate(piece.samples):
             report(index)
+            if index % at_once == 0:
+                due = range(index, min(index + at_once, len(piece.samples)))
+                fetched = _fetch({i: piece.samples[i] for i in due if i not in piece.crashed})
+            answer = fetched.pop(index, None)
+            if isinstance(answer, OSError):
+                sample = replace(sample, reason="missing", detail=one_line(answer))
+            elif answer is not None:
+                sample = replace(sample, data=answer)
             if index in piece.crashed:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": _CRASHED})
             else:
@@ -165,22 +175,12 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
     return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
 
 
-def _fetched(samples: Sequence[RawSample]) -> Iterator[RawSample]:
-    """The inputs, what lies behind URLs in hand: asked for all at once, or rejected as missing."""
-    for start in range(0, len(samples), _URLS_AT_ONCE):
-        group = samples[start : start + _URLS_AT_ONCE]
-        remote = [sample for sample in group if is_remote(sample.file) and sample.data is None and not sample.reason]
-        ends = [None if sample.length is None else sample.offset + sample.length for sample in remote]
-        answers = read_ranges([(sample.file, sample.offset, end) for sample, end in zip(remote, ends, strict=True)])
-        found = dict(zip(map(id, remote), answers, strict=True))
-        for sample in group:
-            answer = found.get(id(sample))
-            if answer is None:
-                yield sample
-            elif isinstance(answer, OSError):
-                yield replace(sample, reason="missing", detail=one_line(answer))
-            else:
-                yield replace(sample, data=answer)
+def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
+    """Of those inputs whose pictures lie behind URLs, asked for all at once: the bytes, or why they cannot be had."""
+    remote = {index: sample for index, sample in samples.items() if is_remote(sample.file) and sample.data is None and not sample.reason}
+    ends = [None if sample.length is None else sample.offset + sample.length for sample in remote.values()]
+    ranges = [(sample.file, sample.offset, end) for sample, end in zip(remote.values(), ends, strict=True)]
+    return dict(zip(remote, read_ranges(ranges), strict=True))
 
 
 def _rejection(subject: Subject, *, has_class: bool, rules: Rules, filters: Filters) -> tuple[str, str] | None:
@@ -229,8 +229,10 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
 
 def _read(sample: RawSample) -> bytes:
     """The picture's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
-    if sample.data is not None:
+    if sample.data is not None and len(sample.data) <= MAX_IMAGE_BYTES:
         return sample.data
+    if sample.data is not None:
+        raise Rejection("too-large", detail=f"a file of {len(sample.data)} bytes")
     size = os.stat(sample.file)
     if not stat.S_ISREG(size.st_mode):
         raise OSError(errno.EINVAL, "not a file")  # opening a pipe might wait for ever

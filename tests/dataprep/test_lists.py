@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import random
+import tracemalloc
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
@@ -213,6 +214,39 @@ def test_pictures_behind_urls_are_fetched_once(tmp_path: Path) -> None:
         assert all(times == 1 for request, times in server.asked.items() if request.startswith("GET"))
         [row] = [row for row in table_rows(tmp_path / "C") if row["path"].endswith("/3.jpg")]
         assert (member(tmp_path / "C", row, "image"), row["url"]) == (photo(3), f"{server.url}/3.jpg")
+
+
+def test_a_picture_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(
+        tmp_path,
+        {
+            "site/sitecustomize.py": b"import os, pipeline.remote as remote\n"
+            b"read = remote.read_ranges\n"
+            b"remote.read_ranges = lambda ranges: os.abort() if any('boom' in part[0] for part in ranges) else read(ranges)\n"
+        },
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{Path(__file__).parents[2]}")
+    names = ["0.jpg", "1.jpg", "boom.jpg", "3.jpg"]
+    write_folder(tmp_path / "web", {name: photo(number) for number, name in enumerate(names)})
+    with range_server(tmp_path / "web") as server:
+        (tmp_path / "list.jsonl").write_bytes(jsonl_of([{"url": f"{server.url}/{name}", "text": name} for name in names]))
+        account = prepare([str(tmp_path / "list.jsonl")], out=tmp_path / "C", config=PrepareConfig())
+    assert (account.kept, account.rejected) == (3, {"crashed": 1})
+    assert [row["path"][-8:] for row in table_rows(tmp_path / "C") if row["reason"]] == ["boom.jpg"]
+
+
+def test_long_lists_take_no_memory(tmp_path: Path) -> None:
+    rows = [{"path": f"{number}.jpg", "text": f"picture {number}", "score": number / 7} for number in range(20_000)]
+    (tmp_path / "list.jsonl.zst").write_bytes(zstandard.compress(jsonl_of(rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet", row_group_size=5000)
+    for name in ("list.jsonl.zst", "list.parquet"):
+        [source] = open_sources([str(tmp_path / name)])
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in source.samples()) == len(rows)
+            assert tracemalloc.get_traced_memory()[1] < 6 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_a_list_and_its_pictures_behind_a_url(tmp_path: Path) -> None:
