@@ -52,8 +52,15 @@ class SourceConfig(BaseModel):
         if isinstance(said, str):
             return {"path": said}
         if isinstance(said, dict) and isinstance(said.get("tags"), str):
-            return {**said, "tags": [tag.strip() for tag in said["tags"].split(",") if tag.strip()]}
-        return said
+            said = {**said, "tags": [tag.strip() for tag in said["tags"].split(",") if tag.strip()]}
+        return _with_tuples(said)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Lists as tuples: what a validator has touched no longer counts as JSON, where a strict schema takes the one for the other."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(item) for name, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Source(Protocol):

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.arguments import check_guidance, one_config, parse_interval, parse_sizes, parse_steps, parse_times, round_sizes, split_overrides
+from launch.arguments import (
+    check_guidance,
+    one_config,
+    parse_interval,
+    parse_sizes,
+    parse_steps,
+    parse_times,
+    round_sizes,
+    split_overrides,
+    split_sources,
+)
 
 
 def test_overrides_are_told_from_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,3 +85,11 @@ def test_sizes_are_rounded_down_and_it_is_said(height: int, width: int, stride: 
 def test_a_side_below_the_stride_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"--size 64x8.*16 pixels"):
         round_sizes([(8, 64)], stride=16)
+
+
+def test_sources_have_names_and_settings_have_dots() -> None:
+    arguments = ["photos", "web=list.csv", "seed=1", "filters.min_side=64", "sources.web.tags=[a]", "art=s3://b/x?y=z", "x/{0..9}.tar"]
+    assert split_sources(arguments, settings={"seed", "filters", "sources"}) == (
+        ["photos", "web=list.csv", "art=s3://b/x?y=z", "x/{0..9}.tar"],
+        ["seed=1", "filters.min_side=64", "sources.web.tags=[a]"],
+    )

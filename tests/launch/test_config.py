@@ -7,6 +7,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from dataprep.prepare import PrepareConfig
 from launch.config import Config, ConfigError, digest, load_config, recipe_names, recipe_path, to_yaml
 from launch.planning import check_models
 from tim import TransitionTransformer
@@ -238,3 +239,21 @@ def test_any_schema_can_be_loaded() -> None:
 
 def test_config_is_the_default_schema(good: Path) -> None:
     assert isinstance(load_config(good), Config)
+
+
+def test_what_there_is_to_say_of_sources() -> None:
+    overrides = ["sources.web.tags=real, licensed", "sources.art.path=x", "sources.art.tags=[old]", "sources.art.columns.caption=[new,alt]"]
+    config = load_config(None, overrides=[*overrides, "sources.more=list.csv"], schema=PrepareConfig)
+    assert {name: (source.path, source.tags) for name, source in config.sources.items()} == {
+        "web": (None, ("real", "licensed")),
+        "art": ("x", ("old",)),
+        "more": ("list.csv", ()),
+    }
+    assert config.sources["art"].columns.captions == ("new", "alt")
+    for override, message in (
+        ("sources.web.tagz=a", r"sources\.web\.tagz: unknown key; did you mean sources\.web\.tags\?"),
+        ("sources.web.columns.captoin=a", r"did you mean sources\.web\.columns\.caption\?"),
+        ("sources.web.tags=[1]", r"sources\.web\.tags\.0: input should be a valid string"),
+    ):
+        with pytest.raises(ConfigError, match=f"^command line: .*{message}"):
+            load_config(None, overrides=[override], schema=PrepareConfig)
