@@ -118,12 +118,13 @@ def _lead(
     _check_place(out, corpus=corpus)
     settings = features_manifest(**identity(config), dtype=config.dtype, zstd=config.zstd, flipped=config.flip, rules=config.rules)
     _check_settings(out, settings=settings)
+    encoders = None
+    if not _is_finished(out, corpus=corpus):
+        if announce is not None:
+            announce(_expectation(corpus, config=config, settings=settings, out=out))
+        encoders = Encoders(config, device=device)
     with claimed(out) as work:
-        encoders = None
-        if not _is_finished(out, corpus=corpus):
-            if announce is not None:
-                announce(_expectation(corpus, config=config, settings=settings, out=out))
-            encoders = Encoders(config, device=device)
+        if encoders is not None:
             _begin(out, corpus=corpus, settings=settings, encoders=encoders)
         team.wait_for_everyone()
         if encoders is not None:

@@ -108,6 +108,8 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
 
     codec = captions = teacher = None
     if (chosen := config.codec) is not None:
+        if chosen.kind != "pixel":
+            codecs.weights_folder(chosen.kind, chosen.path)
         codec = {**facts(chosen), **codecs.geometry(chosen.kind, chosen.path)._asdict(), "draws": codecs.draws(chosen.kind)}
     if (words := config.text) is not None:
         width = words.width or text.width(words.kind, words.path)

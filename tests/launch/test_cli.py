@@ -22,7 +22,7 @@ from launch.export import spec_of
 from tim import TransitionTransformer
 from tim.weights import ModelSpec, save_model
 
-COMMANDS = ("demo", "prepare", "index", "verify", "report", "recipes", "plan", "train", "launch", "sample", "export")
+COMMANDS = ("demo", "prepare", "index", "encode", "verify", "report", "recipes", "plan", "train", "launch", "sample", "export")
 PATCH = 8
 CONFIG = f"""\
 plan: {{max_tokens: 64, tokens_per_pack: 256, packs_per_step: 4}}

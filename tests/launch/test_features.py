@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from dataprep.encode import EncodeConfig
+from dataprep.encode import encode as encode_corpus
 from launch.config import Config, ConfigError, load_config
+from launch.encoding import needs
 from launch.engine import Ranks
+from launch.export import spec_of
 from launch.planning import check_ready, make_planner
 from launch.trainer import Trainer
 from pipeline.index import Corpus
 from tests.pipeline.conftest import Sample, write_corpus
 from tests.pipeline.feature_writer import write_features
-from tim import codecs, text
+from tests.tim.models import autoencoder, bert
+from tests.tim.test_alignment import radio_weights
+from tim import Generator, PackedText, TransitionTransformer, codecs, text
+from tim.weights import save_model
 
 CONFIG = """\
 corpus: {path: CORPUS, features: FEATURES}
@@ -83,6 +93,73 @@ def test_a_run_from_features_is_the_run_from_pictures(config: Path, tmp_path: Pa
     assert halves != expected
     for one, other in zip(halves, expected, strict=True):
         assert one == pytest.approx(other, rel=5e-3)
+
+
+@pytest.fixture
+def real(config: Path, tmp_path: Path) -> list[str]:
+    """Values of a config with an autoencoder that draws its latents, a text encoder, and an alignment teacher."""
+    save_file(radio_weights(), tmp_path / "radio.safetensors")
+    return [
+        f"codec={{kind: kl, path: {autoencoder(tmp_path / 'kl', 'kl')}}}",
+        *(f"text.{key}={value}" for key, value in (("kind", "hf"), ("path", bert(tmp_path / "bert")), ("max_tokens", 12))),
+        f"objective.alignment={{kind: radio, path: {tmp_path / 'radio.safetensors'}}}",
+        *("network.params.patch_size=4", "network.params.cap_feat_dim=24", "network.params.z_dim=128", "network.params.encoder_depth=1"),
+    ]
+
+
+def test_real_models_beforehand_are_real_models_in_the_step(
+    config: Path, real: list[str], tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `tim encode --for` writes is what the step itself would make: latents that are drawn, captions, the teacher's tokens."""
+    corpus = Corpus.open(tmp_path / "corpus")
+    online = load_config(config, overrides=[*real, f"corpus={corpus.path}"])
+    exact = EncodeConfig.model_validate({**needs(online), "dtype": "float32"})
+    for name, settings in (("features", exact), ("half", exact.model_copy(update={"dtype": "float16"}))):
+        encode_corpus(corpus.path, out=tmp_path / name, config=settings)
+    offline = load_config(config, overrides=real)
+    check_ready(offline.model_copy(update={"run_dir": tmp_path / "run"}))
+    half = load_config(config, overrides=[*real, f"corpus={{path: {corpus.path}, features: {tmp_path / 'half'}}}"])
+
+    def seen(config: Config) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Latents, captions' features and teacher's tokens of every pack of two steps."""
+        with ExitStack() as cleanup:
+            trainer = Trainer(config, make_planner(config), ranks=alone, cleanup=cleanup)
+            batches = [batch for step in islice(trainer.loader, 2) for batch in step.batches]
+            found = []
+            for batch in batches:
+                text = trainer._condition(batch.captions, batch.labels, batch.texts)
+                assert isinstance(text, PackedText)
+                teacher = trainer.teacher.tokens(batch.images, trainer._grids(batch)) if trainer.teacher else batch.teacher
+                assert teacher is not None
+                found.append((torch.cat([latent.flatten() for latent in trainer._latents(batch)]), text.features, teacher))
+            assert (trainer.codec is None, trainer.encoder is None, trainer.teacher is None) == (bool(config.corpus[0].features),) * 3
+            return found
+
+    for pack, same, close in zip(seen(online), seen(offline), seen(half), strict=True):
+        for one, other, rounded in zip(pack, same, close, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(one, rounded, rtol=2**-10, atol=2**-8)
+            assert not torch.equal(other, rounded)
+    expected, _ = trained(online, alone)
+    found, _ = trained(offline, alone)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+
+    network = TransitionTransformer.from_official(online.network.params.model_dump(exclude_none=True), rope=online.network.rope)
+    save_model(tmp_path / "model", network.state_dict(), spec_of(offline))
+    monkeypatch.chdir(tmp_path)
+    generator = Generator.from_pretrained(tmp_path / "model")
+    drawn: list[torch.Tensor] = []
+    decode = generator.codec.decode
+    monkeypatch.setattr(generator.codec, "decode", lambda latents: decode([drawn.append(latent) or latent for latent in latents]))
+    [image] = generator("a red picture", height=16, width=24, steps=2)
+    [pixels] = codecs.make("kl", tmp_path / "kl").decode(drawn)
+    assert drawn[0].shape == (6, 8, 12)
+    assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())
+
+    (tmp_path / "kl" / "config.json").write_text((tmp_path / "kl" / "config.json").read_text() + " ")
+    with pytest.raises(ConfigError, match=r"are of codec\.digest [0-9a-f]{64}, the config says"):
+        make_planner(offline)
 
 
 def test_features_of_other_encoders_are_refused(config: Path, tmp_path: Path) -> None:
