@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,8 @@ def main() -> None:
         rows = [json.loads(line) for line in stream]
     listed = [{"path": os.path.join(os.path.abspath(options.folder), row["file_name"]), "text": row["text"]} for row in rows]
     os.makedirs(options.out)
-    print(json.dumps({"kept": TOOLS[options.name](listed, options.out, options.workers)}))
+    kept = TOOLS[options.name](listed, options.out, options.workers)
+    print(json.dumps({"kept": kept}), file=sys.__stdout__)  # some tools put their log in its place
 
 
 Listed = list[dict[str, str]]

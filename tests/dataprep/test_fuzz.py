@@ -6,13 +6,13 @@ an example of its own.
 
 from __future__ import annotations
 
-import io
 import os
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,21 +24,20 @@ from hypothesis import strategies as st
 
 from dataprep.captions import CaptionConfig
 from dataprep.census import plan_of, take_census
-from dataprep.examine import ImageConfig, Rules, examine
+from dataprep.examine import ImageConfig, Piece, Rules, examine_piece
 from dataprep.filters import FilterConfig
-from dataprep.folders import ImageFolder
 from dataprep.indexing import read_foreign
 from dataprep.manifest import read_manifest
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import FILTER_PREFIX, REASONS, RawSample
 from dataprep.report import ReportConfig, render
-from dataprep.tars import Shards
+from dataprep.sources import open_sources
 from dataprep.verify import ShardCheck, check_shard, verify
 from pipeline.headers import careful_size, quick_size
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
 from pipeline.index import Corpus
 from tests.dataprep.helpers import photo, write_folder
-from tests.dataprep.mutations import damaged, pictures, tables, tars
+from tests.dataprep.mutations import damaged, parquets, pictures, tables, tars
 
 MAX_PIXELS = 1 << 20
 RULES = Rules(images=ImageConfig(max_decode_pixels=MAX_PIXELS), captions=CaptionConfig(), filters=FilterConfig(), hashes=True)
@@ -83,35 +82,35 @@ def _expect_one_line(error: Exception) -> None:
     assert "\n" not in str(error)
 
 
-def reads_tars(data: bytes) -> None:
-    """Every sample of a tar can be examined, the tar can be indexed, and neither writes anything."""
+def reads_source(name: str, *, spec: str) -> Callable[[bytes], None]:
+    """Every sample of a source whose file `name` has any content can be examined, and nothing is written."""
+
+    def read(data: bytes) -> None:
+        with TemporaryDirectory() as temporary:
+            folder = write_folder(Path(temporary), {f"{number}.jpg": pictures()[0] for number in range(2)} | {name: data})
+            before = sorted(os.listdir(folder))
+            try:
+                [source] = open_sources([os.path.join(folder, spec)])
+                source.digest()
+                _examine_all(source.samples(), limit=len(data) + 2)
+                source.notes()
+            except (ValueError, RuntimeError) as error:
+                _expect_one_line(error)
+            assert sorted(os.listdir(folder)) == before
+
+    return read
+
+
+def indexes_tars(data: bytes) -> None:
+    """What lies in a tar has a place in it, or a reason."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "t.tar"
         path.write_bytes(data)
-        _examine_all(Shards([path], name="t").samples(), limit=len(data) + 1)
         found, size = read_foreign(str(path))
         assert size == len(data)
         for row in found.table.to_pylist():
             assert (row["key"] is None) == (row["status"] == "rejected") == bool(row["reason"])
             assert row["key"] is None or 0 <= row["image_offset"] <= row["image_offset"] + row["image_length"] <= size
-        assert os.listdir(folder) == ["t.tar"]
-
-
-def reads_folders(name: str) -> Callable[[bytes], None]:
-    """Pictures beside a metadata file of any content."""
-
-    def read(data: bytes) -> None:
-        with TemporaryDirectory() as folder:
-            write_folder(Path(folder), {f"{number}.jpg": pictures()[0] for number in range(2)} | {name: data})
-            try:
-                source = ImageFolder(Path(folder), name="f")
-            except ValueError as error:
-                _expect_one_line(error)
-                return
-            _examine_all(source.samples(), limit=len(data) + 2)
-            source.notes()
-
-    return read
 
 
 def reads_corpora(data: bytes) -> None:
@@ -144,13 +143,13 @@ def corpus() -> dict[str, bytes]:
 
 
 def _examine_all(samples: Iterable[RawSample], *, limit: int) -> None:
-    spool = io.BytesIO()
-    spool.name = "spool"  # type: ignore[attr-defined]
-    for count, sample in enumerate(samples):
-        assert count <= limit
-        row = examine(sample, rules=RULES, spool=spool, shown=set())
-        assert row["reason"] in ("", *REASONS) or row["reason"].startswith(FILTER_PREFIX)
-        assert row["reason"] or row["width"] * row["height"] <= MAX_PIXELS
+    found = tuple(islice(samples, limit + 1))
+    assert len(found) <= limit
+    with TemporaryDirectory() as work:
+        piece = Piece(samples=found, table=Path(work) / "chunk.arrow", ends_chunk=True, rules=RULES)
+        for row in examine_piece(piece, lambda index: None).rows:
+            assert row["reason"] in ("", *REASONS) or row["reason"].startswith(FILTER_PREFIX)
+            assert row["reason"] or row["width"] * row["height"] <= MAX_PIXELS
 
 
 def prepares(files: list[bytes], tar: bytes, lines: bytes) -> None:
@@ -171,12 +170,18 @@ def prepares(files: list[bytes], tar: bytes, lines: bytes) -> None:
 
 # Target: what is tried, how often in `make test`, and on what.
 TARGETS: dict[str, tuple[Callable[..., None], int, tuple[st.SearchStrategy[Any], ...]]] = {
-    "pictures": (reads_pictures, 300, (damaged(pictures()),)),
-    "tars": (reads_tars, 150, (damaged(tars()),)),
-    "lines": (reads_folders("metadata.jsonl"), 100, (damaged(tables()),)),
-    "csv": (reads_folders("metadata.csv"), 100, (damaged(tables()),)),
-    "corpora": (reads_corpora, 60, (st.deferred(lambda: damaged((corpus()["000000.parquet"],))),)),
-    "all": (prepares, 3, (st.lists(damaged(pictures()), max_size=4), damaged(tars()), damaged(tables()))),
+    "pictures": (reads_pictures, 200, (damaged(pictures()),)),
+    "tars": (reads_source("t.tar", spec="t.tar"), 60, (damaged(tars()),)),
+    "foreign tars": (indexes_tars, 60, (damaged(tars()),)),
+    "metadata.jsonl": (reads_source("metadata.jsonl", spec=""), 30, (damaged(tables()),)),
+    "metadata.csv": (reads_source("metadata.csv", spec=""), 30, (damaged(tables()),)),
+    "metadata.parquet": (reads_source("metadata.parquet", spec=""), 30, (damaged(parquets()),)),
+    "sidecar": (reads_source("0.json", spec=""), 20, (damaged(tables()),)),
+    "list.jsonl": (reads_source("list.jsonl", spec="list.jsonl"), 30, (damaged(tables()),)),
+    "list.csv": (reads_source("list.csv", spec="list.csv"), 30, (damaged(tables()),)),
+    "list.parquet": (reads_source("list.parquet", spec="list.parquet"), 40, (damaged(parquets()),)),
+    "corpora": (reads_corpora, 40, (st.deferred(lambda: damaged((corpus()["000000.parquet"],))),)),
+    "all": (prepares, 2, (st.lists(damaged(pictures()), max_size=4), damaged(tars()), damaged(tables()))),
 }
 
 
