@@ -121,8 +121,8 @@ def test_scores_are_what_open_clip_says(clip: Path, corpus: Path, tmp_path: Path
         odds = np.exp(scale * picture @ texts[-3:].T)
         assert rows[key]["watermark"] == pytest.approx(float(odds[:2].sum() / odds.sum()), abs=20 * close)
         with torch.inference_mode():
-            assert rows[key]["aesthetic"] == pytest.approx(float(layers(torch.from_numpy(picture))), abs=close)
-        assert np.array(rows[key]["embedding"]) == pytest.approx(picture, abs=5e-3)
+            assert rows[key]["aesthetic"] == pytest.approx(float(layers(torch.from_numpy(picture))), abs=10 * close)
+        assert np.array(rows[key]["embedding"]) == pytest.approx(picture, abs=10 * close + 1e-3)
     assert done.means["similarity"] == pytest.approx(np.mean([row["similarity"] for row in rows.values()]))
     median = float(np.median([row["similarity"] for row in rows.values()]))
     table, targets = Source(Corpus.open(corpus), where=f"similarity > {median}").select(0, rule=_rule())
