@@ -19,7 +19,7 @@ from dataprep.packed import PackedSamples, is_packed
 from dataprep.places import base_name, expand, join, list_files, names_many
 from dataprep.records import RawSample
 from dataprep.tables import kind_of
-from dataprep.tars import Shards
+from dataprep.tars import TAR_SUFFIXES, Shards
 from pipeline.errors import one_line
 from pipeline.remote import is_remote
 
@@ -145,7 +145,7 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
 def _free_name(spec: str, *, taken: set[str]) -> str:
     path = spec.rstrip("/") if is_remote(spec) or is_on_hub(spec) else str(Path(spec).expanduser().absolute())
     folder, _, base = path.rpartition("/")
-    is_file = kind_of(base) is not None or base.lower().endswith(".tar")
+    is_file = kind_of(base) is not None or base.lower().endswith(TAR_SUFFIXES)
     base = base.partition("@")[0].removeprefix("hf:") if is_on_hub(spec) else base
     name = root = base_name(folder) if names_many(spec) else base.partition(".")[0] or base if is_file else base or "data"
     number = 2
@@ -161,7 +161,7 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
     files = expand(spec)
     if len(files) == 1 and (os.path.isdir(files[0]) if not is_remote(spec) else not _is_file(files[0])):
         return _open_folder(files[0], name=name, said=said)
-    if all(file.lower().endswith(".tar") for file in files):
+    if all(file.lower().endswith(TAR_SUFFIXES) for file in files):
         return Shards(files, name=name, columns=said.columns)
     strange = next((file for file in files if not kind_of(file) or os.path.isdir(file)), None)
     if strange:
@@ -182,7 +182,7 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
         return PackedSamples(folder, name=name, columns=columns)
     if holds_images(files):
         return ImageFolder(folder, files=files, name=name, columns=columns)
-    tars = [join(folder, file) for file in files if file.lower().endswith(".tar")]
+    tars = [join(folder, file) for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if tars:
         return Shards(sorted(tars), name=name, columns=columns, root=root)
     tables = [join(folder, file) for file in files if kind_of(file)]
@@ -192,4 +192,4 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
 
 
 def _is_file(url: str) -> bool:
-    return url.lower().endswith(".tar") or kind_of(url) is not None
+    return url.lower().endswith(TAR_SUFFIXES) or kind_of(url) is not None

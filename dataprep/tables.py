@@ -103,7 +103,7 @@ class Table:
         }
         number = 0
         try:
-            with open_file(self.file) as stream, _decompressed(stream, name=self.name) as plain:
+            with open_file(self.file) as stream, decompressed(stream, name=self.name) as plain:
                 for number, record in reader.get(self.kind, read_jsonl)(plain):
                     yield number, record
         except _BROKEN as error:
@@ -179,11 +179,12 @@ def plain(value: Any) -> Any:
 
 
 @contextmanager
-def _decompressed(stream: BinaryIO, *, name: str) -> Iterator[BinaryIO]:
+def decompressed(stream: BinaryIO, *, name: str) -> Iterator[BinaryIO]:
+    """What a file holds that was compressed as its name says, to read from."""
     if name.lower().endswith(".zst"):
         with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as frames:
             yield io.BufferedReader(frames, 1 << 20)  # pyright: ignore[reportArgumentType]
-    elif name.lower().endswith(".gz"):
+    elif name.lower().endswith((".gz", ".tgz")):
         with gzip.open(stream) as members:
             yield members  # pyright: ignore[reportReturnType]
     else:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import zstandard
 
 from dataprep.columns import ColumnConfig
-from dataprep.places import base_name, facts
+from dataprep.places import base_name, facts, open_file
 from dataprep.records import RawSample
-from dataprep.tables import plain
+from dataprep.tables import decompressed, plain
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.errors import one_line
 from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, Value, parse_json, read_fields
 from pipeline.remote import is_remote, read_file, read_ranges, size_of
 from pipeline.tar import BlockReader, Member, members
 
+TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 _TEXTS = ("txt", "text", "caption")
 _USED = {*IMAGE_EXTENSIONS, *_TEXTS, "json", "cls"}
 _REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
@@ -78,11 +83,13 @@ class Shards:
                     for sample in self._samples_of(file, tar=path):
                         is_empty = False
                         yield sample
-            except OSError as error:
-                if is_remote(path) and not isinstance(error, FileNotFoundError):  # a network that is gone says nothing of the tar
+            except (OSError, EOFError) as error:
+                if is_remote(path) and not isinstance(
+                    error, (FileNotFoundError, EOFError)
+                ):  # a network that is gone says nothing of the tar
                     raise
                 is_empty = False
-                detail = f"{name}: cannot be read: {error.strerror or one_line(error)}"
+                detail = f"{name}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
                 yield RawSample(source=self.name, path=name, reason="bad-record", detail=detail)
             if is_empty:
                 self._empty.append(name)
@@ -125,7 +132,8 @@ class Shards:
         data: bytes | None = None
         for member in group:
             if member is image:
-                data = file.at(member.offset, member.length) if is_remote(tar) and member.length <= _MOST_IN_HAND else None
+                is_in_hand = is_remote(tar) or tar.lower().endswith(COMPRESSED)
+                data = file.at(member.offset, member.length) if is_in_hand and member.length <= _MOST_IN_HAND else None
             else:
                 payload = file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
                 if member.extension in _TEXTS:
@@ -156,7 +164,15 @@ class Shards:
 
 @contextmanager
 def open_tar(tar: str) -> Iterator[BlockReader]:
-    """A tar at a path or URL. Raises OSError."""
+    """A tar at a path or URL; a compressed one is unpacked into a temporary file. Raises OSError, and at the end EOFError where that was
+    not possible to its end."""
+    if tar.lower().endswith(COMPRESSED):
+        with TemporaryFile(prefix="tim-") as unpacked:
+            damage = _unpack(tar, into=unpacked)
+            yield BlockReader(lambda offset, length: os.pread(unpacked.fileno(), length, offset), size=os.fstat(unpacked.fileno()).st_size)
+        if damage:
+            raise EOFError(f"its compression breaks off: {damage}")
+        return
     if not is_remote(tar):
         with open(tar, "rb", buffering=0) as stream:
             descriptor = stream.fileno()
@@ -177,9 +193,25 @@ def open_tar(tar: str) -> Iterator[BlockReader]:
     yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
 
 
+def _unpack(tar: str, *, into: BinaryIO) -> str:
+    """Decompress a tar, as far as it goes; returns what is wrong with the rest, if there is one."""
+    with open_file(tar) as stream, decompressed(stream, name=tar) as plain:
+        # read() would lose what comes just before the damage
+        read: Callable[[int], bytes] = plain.read1  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            while part := read(1 << 16):
+                into.write(part)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            return one_line(error) or type(error).__name__
+        finally:
+            into.flush()
+    return ""
+
+
 def sidecar_table(tar: str) -> pa.Table | None:
     """img2dataset's table beside a tar, if there is one that knows keys."""
-    path = f"{tar.removesuffix('.tar')}.parquet"
+    suffix = next((suffix for suffix in TAR_SUFFIXES if tar.lower().endswith(suffix)), "")
+    path = f"{tar[: len(tar) - len(suffix)]}.parquet"
     try:
         source = io.BytesIO(read_file(path)) if is_remote(path) else path
         table = pq.ParquetFile(source).read(use_threads=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from dataprep.columns import ColumnConfig
 from dataprep.places import expand_braces
@@ -232,3 +235,24 @@ def test_captions_of_shards_can_be_said(tmp_path: Path) -> None:
     [said] = source.samples()
     assert said.captions == ("new", "x", "y", "text", "beside")
     assert said.extra == {"source_caption": "alt"}
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tgz", "tar.zst"])
+def test_compressed_tars(tmp_path: Path, ending: str) -> None:
+    members = [(f"{number}{name}", data) for number in range(3) for name, data in ((".jpg", bytes([number]) * 700), (".txt", b"text"))]
+    plain = write_tar(tmp_path / "plain.tar", members).read_bytes()
+    compress = zstandard.compress if ending == "tar.zst" else gzip.compress
+    (tmp_path / f"000.{ending}").write_bytes(compress(plain))
+    samples, notes = read(tmp_path / f"000.{ending}")
+    assert [(sample.source, sample.data, sample.captions) for sample in samples] == [
+        ("000", bytes([number]) * 700, ("text",)) for number in range(3)
+    ]
+    assert notes == []
+    if ending == "tar.zst":
+        return
+    noise = write_tar(tmp_path / "noise.tar", [(f"{number}.jpg", os.urandom(1000)) for number in range(9)]).read_bytes()
+    (tmp_path / f"cut.{ending}").write_bytes(gzip.compress(noise)[:5000])
+    found = read(tmp_path / f"cut.{ending}")[0]
+    assert {sample.reason for sample in found[:3]} == {""}
+    assert (found[-1].reason, found[-1].path) == ("bad-record", f"cut.{ending}")
+    assert "breaks off" in found[-1].detail
