@@ -107,8 +107,8 @@ class Table:
                 for number, record in reader.get(self.kind, read_jsonl)(plain):
                     yield number, record
         except _BROKEN as error:
-            if isinstance(error, OSError) and is_remote(self.file):  # a network that is gone says nothing of the table
-                raise
+            if isinstance(error, OSError) and is_remote(self.file) and not isinstance(error, FileNotFoundError):
+                raise  # a network that is gone says nothing of the table
             yield number + 1, f"{self.name} breaks off: {one_line(error)}"
 
     def _read_parquet(self, stream: BinaryIO) -> Iterator[Row]:

@@ -75,6 +75,15 @@ def test_captions_in_other_languages_are_left_out() -> None:
     assert prepare_captions([], extra={}, config=config).rejection is None
 
 
+@pytest.mark.parametrize(
+    "caption", ["a photo of a koala", "a photo of a Komodo dragon", "a photo of an electric fan", "Sunset over the harbour"]
+)
+def test_short_captions_are_not_left_out_for_an_odd_word(caption: str) -> None:
+    assert prepare_captions([caption], extra={}, config=CaptionConfig(languages=("en",))).texts == [caption]
+    sure = CaptionConfig(languages=("de",), min_language_probability=0.9)
+    assert prepare_captions([caption], extra={}, config=sure).rejection is not None
+
+
 def test_a_column_may_say_the_language() -> None:
     config = CaptionConfig(languages=("de",), language_column="lang")
     assert prepare_captions(["x", "y"], extra={"lang": "de-AT"}, config=config).texts == ["x", "y"]

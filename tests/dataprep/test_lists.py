@@ -121,6 +121,8 @@ def test_a_list_from_elsewhere_may_not_reach_for_files_of_this_machine(tmp_path:
         samples = samples_of(f"{server.url}/list.jsonl")
         assert [sample.reason for sample in samples] == [""] * len(fine) + ["bad-record"] * len(evil)
         assert [sample.file for sample in samples[:2]] == [f"{server.url}/x.jpg", f"{server.url}/deep/y.jpg"]
+        with pytest.raises(ValueError, match=r"^[^\n]*gone\.csv: has no rows that can be read[^\n]*$"):
+            open_sources([f"{server.url}/gone.csv"])
 
 
 def test_rows_that_are_none_are_bad_records(tmp_path: Path) -> None:
