@@ -130,6 +130,18 @@ def parse_interval(text: str) -> tuple[float, float]:
     return ends[0], ends[1]
 
 
+def parse_part(text: str) -> tuple[int, int]:
+    """`"3/16"` → (3, 16): part 3 of 16.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"--part {text}: expected K/N with K from 1 to N, for example --part 3/16")
+    return int(match[1]), int(match[2])
+
+
 def check_guidance(guidance: float) -> float:
     """A finite guidance scale of at least 0 (1 is no guidance).
 

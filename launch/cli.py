@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -22,6 +22,7 @@ from launch.arguments import (
     one_corpus,
     one_of,
     parse_interval,
+    parse_part,
     parse_sizes,
     parse_steps,
     parse_times,
@@ -32,6 +33,9 @@ from launch.bench import bench
 from launch.cluster import cores
 from launch.console import STOPPED, Console, session
 from launch.tables import count, describe_account, describe_features, describe_plan, describe_recipes, describe_scores
+
+if TYPE_CHECKING:
+    from dataprep.executor import Pool
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
@@ -75,7 +79,9 @@ def demo(
 
 @app.command()
 def prepare(
-    out: Annotated[Path, typer.Option(help="Folder of the corpus: a new one, or one that an earlier run of the same command has begun.")],
+    out: Annotated[
+        str, typer.Option(help="Folder or URL (s3://…) of the corpus: a new one, or one that an earlier run of the same command has begun.")
+    ],
     sources: Annotated[
         list[str] | None,
         typer.Argument(
@@ -88,6 +94,24 @@ def prepare(
     against: Annotated[
         list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus whose pictures count as duplicates; may be given often.")
     ] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add the inputs that the finished corpus does not have, in new shards.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Read rejected inputs of the finished corpus once more; what is sound now is added.")
+    ] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="As task K of a job array of N: examine a part of the inputs, for --merge.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the corpus of what all parts of a job array have examined.")] = False,
+    work: Annotated[
+        Path | None, typer.Option(help="Folder for unfinished work. Default: OUT/.work; for a URL, a folder in ~/.cache/tim.")
+    ] = None,
+    executor: Annotated[
+        str, typer.Option(metavar="local|ray", help="Where workers run: here, or on a Ray cluster that sees the same files.")
+    ] = "local",
+    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster. Default: the one that runs here.")] = None,
+    worker_memory: Annotated[
+        float, typer.Option(min=0.5, metavar="GB", help="What a worker may take; a picture that needs more is rejected as crashed.")
+    ] = 8.0,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -99,9 +123,13 @@ def prepare(
     Example: tim prepare photos "more/{00000..00009}.tar" --out corpus filters.min_side=64
 
     Example: tim prepare web=list.parquet art=s3://bucket/art --out corpus sources.web.tags=[crawl] columns.caption=[synthetic,alt]
+
+    Example: tim prepare more --out corpus --append
+
+    Example: tim prepare photos --out corpus --part $SLURM_ARRAY_TASK_ID/16, and when all are done: tim prepare photos --out corpus --merge
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.prepare import PrepareConfig
+        from dataprep.prepare import Account, Growth, Part, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
         from launch.config import load_config
 
@@ -109,24 +137,23 @@ def prepare(
         settings = load_config(config, overrides=overrides, schema=PrepareConfig)
         if not positional and not settings.sources:
             raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
+        modes = {"--append/--retry-failed": append or retry_failed, "--part": part is not None, "--merge": merge}
+        if sum(modes.values()) > 1:
+            raise ValueError(f"{' and '.join(name for name, given in modes.items() if given)}: give one of them")
+        pool = _pool(executor, workers=workers, memory=round(worker_memory * 1e9), ray_address=ray_address)
         with console.progress() as report:
-            account = prepare_corpus(
-                positional,
-                out=out,
-                config=settings,
-                against=against or (),
-                workers=workers or cores(),
-                progress=report,
-                announce=console.line,
-            )
-        facts = {
-            "inputs": account.inputs,
-            "kept": account.kept,
-            "rejected": account.rejected,
-            "notes": account.notes,
-            "shards": account.shards,
-        }
-        console.result(describe_account(out, facts), data={"corpus": out, **facts})
+            job: dict[str, Any] = {"out": out, "config": settings, "against": against or (), "work": work, "pool": pool}
+            job |= {"progress": report, "announce": console.line}
+            if part is not None:
+                done = prepare_part(positional, part=Part(*parse_part(part)), **job)
+            else:
+                growth = Growth(append=append, retry=retry_failed) if append or retry_failed else None
+                done = prepare_corpus(positional, growth=growth, merge=merge, **job)
+        facts = asdict(done)
+        if isinstance(done, Account):
+            console.result(describe_account(out, facts), data={"corpus": out, **facts})
+        else:
+            console.result(f"{out}: part {part} of {count(done.inputs, 'input')} is examined", data={"corpus": out, "part": part, **facts})
 
 
 @app.command()
@@ -593,6 +620,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
         with session(as_json="--json" in arguments, debug="--debug" in arguments):
             raise ValueError(f"{message} (see `{command} --help`)") from error
+
+
+def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str | None) -> Pool:
+    """The workers of a preparation; `memory` in bytes for each."""
+    if executor == "ray":
+        from dataprep.cluster import RayPool
+
+        return RayPool(workers, address=ray_address, memory=memory)
+    if executor != "local":
+        raise ValueError(f"--executor {executor}: expected local or ray")
+    if ray_address is not None:
+        raise ValueError(f"--ray-address {ray_address}: goes with --executor ray")
+    from dataprep.executor import LocalPool
+
+    return LocalPool(workers or cores(), memory=memory)
 
 
 def _say_trained(console: Console, run_dir: Path, *, steps: int) -> None:

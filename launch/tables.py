@@ -9,7 +9,7 @@ from typing import Any
 BAR_WIDTH = 32
 
 
-def describe_account(out: Path, facts: Mapping[str, Any]) -> str:
+def describe_account(out: str | Path, facts: Mapping[str, Any]) -> str:
     """inputs = kept + Σ rejected, a line for each reason."""
     lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {count(facts['shards'], 'shard')}"]
     rejected = sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0]))

@@ -1,0 +1,147 @@
+"""A corpus that grows: new inputs, second looks, and what a kill leaves behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dataprep.prepare import Growth, PrepareConfig, prepare
+from dataprep.verify import verify
+from pipeline.index import Corpus
+from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
+
+CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 4}})
+APPEND, RETRY = Growth(append=True, retry=False), Growth(append=False, retry=True)
+
+
+def test_new_inputs_come_in_new_shards_and_are_compared_with_the_old(tmp_path: Path) -> None:
+    out = tmp_path / "C"
+    first = photo_folder(tmp_path / "f", count=6)
+    (first / "00005.jpg").write_bytes(photo(5, height=400, width=480))
+    rows = [{"file_name": f"{number:05d}.jpg", "text": f"picture {number}", "score": number} for number in range(6)]
+    write_folder(first, {}, rows=rows)
+    before = prepare([str(first)], out=out, config=CONFIG)
+    old = {name: digest for name, digest in digests(out).items() if name.startswith("00000")}
+
+    rows += [{"file_name": f"{number:05d}.jpg", "text": f"picture {number}", "score": number} for number in (8, 9)]
+    rows += [{"file_name": "same.jpg", "text": "again", "score": 0}, {"file_name": "near.jpg", "text": "near", "score": 1}]
+    rows += [{"file_name": "bare.jpg", "text": "no score", "licence": "free"}]
+    new = {"00008.jpg": photo(8), "00009.jpg": photo(9), "same.jpg": photo(3), "near.jpg": photo(5, height=200, width=240, quality=60)}
+    write_folder(first, {**new, "bare.jpg": photo(10)}, rows=rows)
+    files = {f"{number}.jpg": photo(number) for number in (20, 21, 22)}
+    other = write_folder(tmp_path / "g", files, rows=[{"file_name": name, "text": name, "score": 7} for name in files])
+    for folder in (first, other):
+        account = prepare([str(folder)], out=out, config=CONFIG, growth=APPEND)
+        assert verify(out).problems == []
+    assert (account.inputs, account.kept, account.rejected) == (14, 12, {"bad-record": 1, "duplicate": 1})
+    assert {name: digest for name, digest in digests(out).items() if name in old} == old
+    assert account.inputs == account.kept + sum(account.rejected.values()) == len(table_rows(out))
+    assert before.kept == 6
+    assert "f: 6 input(s) are in the corpus already" in account.notes
+    assert row_of(out, "same.jpg")["duplicate_of"] == row_of(out, "00003.jpg")["key"]
+    assert row_of(out, "same.jpg")["detail"] == f"same bytes as {row_of(out, '00003.jpg')['key']}"
+    assert row_of(out, "near.jpg")["near_duplicate_of"] == row_of(out, "00005.jpg")["key"]
+    assert row_of(out, "bare.jpg")["detail"] == "score is null, where every sample of the corpus has a value of type int64"
+    assert {type(json.loads(member(out, row, "json"))["score"]) for row in table_rows(out) if row["key"]} == {int}
+    assert any("licence" in note for note in account.notes)
+    keys = [row["key"] for row in table_rows(out) if row["key"]]
+    assert len(set(keys)) == len(keys) == account.kept
+
+    finished = digests(out)
+    again = prepare([str(first)], out=out, config=CONFIG, growth=APPEND)
+    assert (again.inputs, again.kept) == (account.inputs, account.kept)
+    assert again.notes[-1].startswith("nothing was added: of 0 inputs")
+    assert digests(out) == finished
+
+
+def test_rejected_inputs_get_a_second_look(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=5)
+    out = tmp_path / "C"
+    whole = {name: (folder / name).read_bytes() for name in ("00001.jpg", "00003.jpg")}
+    (folder / "00001.jpg").unlink()
+    (folder / "00003.jpg").write_bytes(whole["00003.jpg"][:200])
+    (folder / "00004.jpg").write_bytes(photo(4, height=8, width=9))
+    account = prepare([str(folder)], out=out, config=CONFIG)
+    assert account.rejected == {"missing": 1, "too-small": 1, "truncated": 1}
+
+    for name, kept, rejected in (("00003.jpg", 3, {"missing": 1, "too-small": 1}), ("00001.jpg", 4, {"too-small": 1})):
+        (folder / name).write_bytes(whole[name])
+        (folder / "new.jpg").write_bytes(photo(30))
+        metadata = (folder / "metadata.jsonl").read_text()
+        if "new.jpg" not in metadata:
+            (folder / "metadata.jsonl").write_text(metadata + '{"file_name": "new.jpg", "text": "new"}\n')
+        account = prepare([str(folder)], out=out, config=CONFIG, growth=RETRY)
+        assert (account.inputs, account.kept, account.rejected) == (5, kept, rejected)
+        assert "f: 1 input(s) are new: --append takes them" in account.notes
+        assert verify(out).problems == []
+    assert [row["reason"] for row in table_rows(out) if row["path"] == "00001.jpg"] == ["missing", "missing", ""]
+    account = prepare([str(folder)], out=out, config=CONFIG, growth=RETRY)
+    assert account.kept == 4
+    account = prepare([str(folder)], out=out, config=CONFIG, growth=Growth(append=True, retry=True))
+    assert (account.inputs, account.kept) == (6, 5)
+
+
+def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=3)
+    out = tmp_path / "C"
+    with pytest.raises(ValueError, match="not a corpus"):
+        prepare([str(folder)], out=out, config=CONFIG, growth=APPEND)
+    prepare([str(folder)], out=out, config=CONFIG)
+    with pytest.raises(ValueError, match=r"another shards\.max_samples \(4 there, 10000 here\); a corpus grows with the settings"):
+        prepare([str(folder)], out=out, config=PrepareConfig(), growth=APPEND)
+    with pytest.raises(ValueError, match=r"another sources \(g is not in it, f is in it, too\); add inputs with --append"):
+        prepare([str(photo_folder(tmp_path / "g", count=2))], out=out, config=CONFIG)
+
+
+@pytest.mark.parametrize("moment", ["chunk-000000.arrow", "000002_stats.json", "manifest.json"])
+def test_a_kill_leaves_the_old_corpus_or_the_new_one(tmp_path: Path, moment: str) -> None:
+    old, new = photo_folder(tmp_path / "f", count=6), photo_folder(tmp_path / "g", count=60, first=50)
+    out, unbroken = tmp_path / "C", tmp_path / "D"
+    prepare([str(old)], out=out, config=CONFIG)
+    shutil.copytree(out, unbroken)
+    expected = prepare([str(new)], out=unbroken, config=CONFIG, growth=APPEND)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    command = f"""
+from dataprep.prepare import Growth, PrepareConfig, prepare
+config = PrepareConfig.model_validate({CONFIG.model_dump()!r})
+prepare([{str(new)!r}], out={str(out)!r}, config=config, growth=Growth(append=True, retry=False))
+"""
+    with subprocess.Popen([sys.executable, "-c", command], cwd=Path(__file__).parents[2]) as process:
+        deadline = time.monotonic() + 120
+        while not _has_come(out, moment, before=before) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        process.kill()
+    corpus = Corpus.open(out)
+    assert corpus.count in (6, 66)
+    assert sum(corpus.read(shard, columns=["key"]).num_rows for shard in range(len(corpus.shards))) == corpus.count
+    if corpus.count == 6:
+        with pytest.raises(ValueError, match=r"an unfinished addition had another sources"):
+            prepare([str(photo_folder(tmp_path / "h", count=2, first=200))], out=out, config=CONFIG, growth=APPEND)
+    assert prepare([str(old)], out=out, config=CONFIG).kept == 6 if corpus.count == 6 else True
+    account = prepare([str(new)], out=out, config=CONFIG, growth=APPEND)
+    assert account.kept == expected.kept
+    assert digests(out) == digests(unbroken)
+
+
+def _has_come(out: Path, moment: str, *, before: int) -> bool:
+    if moment == "manifest.json":
+        return (out / moment).stat().st_mtime_ns != before
+    return (out / moment).exists() or (out / ".work" / moment).exists()
+
+
+def test_shards_of_an_addition_that_was_given_up_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
+    out = tmp_path / "C"
+    prepare([str(photo_folder(tmp_path / "f", count=3))], out=out, config=CONFIG)
+    shutil.copytree(out, tmp_path / "D")
+    prepare([str(photo_folder(tmp_path / "g", count=5, first=10))], out=tmp_path / "D", config=CONFIG, growth=APPEND)
+    for name in ("000001.tar", "000001.parquet", "000001_stats.json", "000002.tar"):
+        shutil.copy(tmp_path / "D" / name, out)
+    prepare([str(photo_folder(tmp_path / "h", count=2, first=20))], out=out, config=CONFIG, growth=APPEND)
+    assert verify(out).problems == []
+    assert sorted(row["source"] for row in table_rows(out)) == ["f", "f", "f", "h", "h"]
