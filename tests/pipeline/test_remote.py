@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,7 @@ from pipeline import remote
 from pipeline.index import Corpus
 from pipeline.shardcache import ShardCache
 from pipeline.storage import BadShard, Part, ShardFacts, ShardReader
-from tests.pipeline.servers import RangeServer, range_server, s3_server
+from tests.pipeline.servers import RangeServer, range_server
 from tests.pipeline.test_loader import assert_same, make_loader
 
 DATA = np.random.default_rng(0).bytes(1_000_000)
@@ -67,25 +66,6 @@ def test_what_to_install_is_said_in_one_line() -> None:
     with pytest.raises(ValueError, match=r"^abfs://a/b/manifest.json cannot be read: .*adlfs.*pip install 'tim\[remote\]'") as caught:
         Corpus.open("abfs://a/b")
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket on an S3 server that stands where the environment says."""
-    import s3fs
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    with s3_server(port):
-        s3fs.S3FileSystem.clear_instance_cache()
-        s3fs.S3FileSystem().mkdir("bucket")
-        yield "s3://bucket"
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def test_a_corpus_on_s3_is_planned_and_read_like_a_local_one(
