@@ -97,6 +97,7 @@ def file_sizes(url: str) -> dict[str, int]:
         found = _repeated(lambda: files.ls(name, detail=True), url=url)
     except FileNotFoundError:
         return {}
+    files.invalidate_cache()  # else what other processes write meanwhile is not found
     return {
         entry["name"].rstrip("/").rpartition("/")[2]: entry.get("size") or 0
         for entry in found
