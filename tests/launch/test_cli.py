@@ -164,6 +164,16 @@ def test_an_index_of_a_corpuss_shards_is_planned_as_the_corpus(corpus: Path, con
     refused(tim("index", corpus / "*.tar", "--out", corpus), "holds a corpus that `tim prepare` made")
 
 
+def test_report_is_one_page_about_one_corpus_or_two(corpus: Path, tmp_path: Path, tim: Tim) -> None:
+    done = tim("report", corpus, "--out", tmp_path / "r.html", "--stride", "8", "--json")
+    assert (done.code, done.data["bytes"]) == (0, (tmp_path / "r.html").stat().st_size)
+    assert done.data["corpora"][0]["kept"] == 6
+    assert tim("report", "--compare", corpus, corpus, "--out", tmp_path / "c.html").code == 0
+    assert "(A)" in (tmp_path / "c.html").read_text("utf-8")
+    refused(tim("report"), "give one CORPUS, or --compare A B")
+    refused(tim("report", tmp_path), "not a corpus")
+
+
 def test_verify_fails_with_code_1_on_a_damaged_corpus(pictures: Path, tmp_path: Path, tim: Tim) -> None:
     tim("prepare", pictures, "--out", tmp_path / "c")
     tar = bytearray((tmp_path / "c" / "000000.tar").read_bytes())
