@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, "int | None"], None]
 EMBEDDING, DUPLICATES = "embedding", "semantic_duplicate_of"
-_BLOCK = 4096
+_BLOCK = 2048  # of which all pairs may be alike, at some 60 bytes a pair
 
 
 def mark_duplicates(
