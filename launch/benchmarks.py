@@ -239,7 +239,7 @@ class Bench:
         a, b = (
             torch.randn(side, side, device=self.device, dtype=torch.float32 if self.precision == "fp32" else torch.bfloat16) for _ in "ab"
         )
-        return 2 * side**3 / fastest({"": lambda: a @ b}, repeats=5, progress=lambda *_: None)[""]
+        return 2 * side**3 / fastest({"": lambda: a @ b}, repeats=5, progress=lambda *_, **__: None)[""]
 
     def facts(self) -> Data:
         """What was measured on what."""
