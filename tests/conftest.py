@@ -12,6 +12,14 @@ import pytest
 from tests.pipeline.servers import s3_server
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs two files at a time, but of those that start several ranks only one: they take all cores themselves."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of golden tensors and real corpora (environment variable `TIM_SHARED`, default `../shared`)."""
