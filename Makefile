@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/tim demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600

@@ -6,18 +6,23 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.pipeline.servers import s3_server
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """`make test` runs two files at a time, but of those that start several ranks only one: they take all cores themselves."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "distributed" else str(item.path)))
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneFolderOfRanks(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/distributed" if nodeid.startswith("tests/distributed/") else super()._split_scope(nodeid)
+
+    return OneFolderOfRanks(config, log)
 
 
 @pytest.fixture(scope="session")
