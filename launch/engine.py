@@ -115,7 +115,8 @@ def process_group() -> Iterator[Ranks]:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    is_alone = "RANK" not in os.environ
+    if not is_alone:
         dist.init_process_group(backend, timeout=PATIENCE)
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to read it
@@ -125,6 +126,8 @@ def process_group() -> Iterator[Ranks]:
     finally:
         owner = sys.modules.get("deepspeed.comm")  # forgets its copies of the groups, too, so that this process can train again
         (owner if owner is not None and owner.is_initialized() else dist).destroy_process_group()
+        if is_alone:
+            os.environ.pop("LOCAL_RANK", None)  # accelerate would take this process for one of several
 
 
 @dataclass(frozen=True, slots=True)
