@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataprep.encode_shard import EncodedShard, encode_shard, finished_shard, read_samples
 from dataprep.encoders import EncodeConfig, Encoders, identity
-from dataprep.files import JOB, WORK, claimed, publish, publish_text
+from dataprep.files import JOB, WORK, claimed, publish, publish_text, size_in_words
 from dataprep.identity import difference
 from dataprep.manifest import MANIFEST
 from dataprep.shards import shard_name
@@ -307,12 +307,4 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     compressed = " before compression" if config.zstd else ""
-    return f"{corpus.count} samples, {' and '.join(parts)}: about {_size(expected)}{compressed}; {_size(free)} are free"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+    return f"{corpus.count} samples, {' and '.join(parts)}: about {size_in_words(expected)}{compressed}; {size_in_words(free)} are free"

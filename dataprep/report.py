@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataprep.census import Census, Example, Progress, plan_of, take_census
 from dataprep.charts import Histogram, data_table, histogram, sizes
 from dataprep.executor import LocalPool, Pool
-from dataprep.files import publish_text
+from dataprep.files import publish_text, size_in_words
 from dataprep.manifest import REPORT, read_manifest
 from dataprep.thumbnails import thumbnails
 from pipeline.index import Corpus
@@ -133,7 +133,7 @@ def _headline(found: Sequence[Census], *, names: Sequence[str]) -> str:
         shards = len(each.manifest["shards"])
         lines.append(
             f"<p>{key}<strong>{totals['kept']:,}</strong> of {totals['inputs']:,} inputs kept in {shards:,} shard{'s' * (shards != 1)}, "
-            f"{_bytes(totals['bytes'])}</p>"
+            f"{size_in_words(totals['bytes'])}</p>"
         )
     return "".join(lines)
 
@@ -314,14 +314,6 @@ def _text(text: str) -> str:
 
 def _bdi(text: str) -> str:
     return f"<bdi>{_text(text)}</bdi>"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} TB"
 
 
 def _pixels(power: float) -> str:

@@ -36,11 +36,7 @@ def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
     Raises:
         ValueError: no config, or more than one.
     """
-    positional, overrides = split_overrides(arguments)
-    if len(positional) != 1:
-        got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
-        raise ValueError(f"expected one CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides: {got}")
-    return positional[0], overrides
+    return _one(arguments, what="CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides")
 
 
 def one_corpus(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -49,11 +45,16 @@ def one_corpus(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     Raises:
         ValueError: no corpus, or more than one.
     """
+    corpus, overrides = _one(arguments, what="CORPUS (a folder that `tim prepare` or `tim index` wrote) and KEY=VALUE settings")
+    return Path(corpus), overrides
+
+
+def _one(arguments: Sequence[str], *, what: str) -> tuple[str, list[str]]:
     positional, overrides = split_overrides(arguments)
     if len(positional) != 1:
         got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
-        raise ValueError(f"expected one CORPUS (a folder that `tim prepare` or `tim index` wrote) and KEY=VALUE settings: {got}")
-    return Path(positional[0]), overrides
+        raise ValueError(f"expected one {what}: {got}")
+    return positional[0], overrides
 
 
 def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:

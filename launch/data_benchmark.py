@@ -7,7 +7,6 @@ with its bicubic window, which is cheaper than the Lanczos window that pictures 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
@@ -21,6 +20,7 @@ from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
 from launch.console import Report
 from launch.environments import environment, run_script
+from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Loader
@@ -57,35 +57,22 @@ def bench_data(
     )
     python, missing = environment(work / "peers", packages=list(peers.LOADERS), install=install)
     runs: dict[str, Callable[[], Data]] = {
-        "tim": lambda: _loader_rates(plan, workers=workers, seconds=seconds),
-        "bare decoder": lambda: _decoder_rates(plan, workers=workers, seconds=seconds),
+        OURS: lambda: _loader_rates(plan, workers=workers, seconds=seconds),
+        BOUND: lambda: _decoder_rates(plan, workers=workers, seconds=seconds),
     }
     for name in peers.LOADERS:
         if name not in missing:
             options = {"tars": corpus.folder, "work": work / pictures.name, "max-pixels": max_side**2, "workers": workers}
             runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
-    best: dict[str, dict[str, float]] = defaultdict(dict)
-    for turn in range(repeats):
-        for position, (name, run) in enumerate(runs.items()):
-            progress("measuring", turn * len(runs) + position, repeats * len(runs))
-            try:
-                for what, rate in run().items():
-                    best[what][name] = max(best[what].get(name, 0.0), rate)
-            except ChildProcessError as error:
-                missing[name] = str(error)
+    best = take_turns(runs, repeats=repeats, missing=missing, progress=progress)
     data: Data = {
         "pictures": corpus.count,
         "max_side": max_side,
         "workers": workers,
         **best,
         "gigabytes_read_per_cpu_second": _reading_rate(corpus) / 1e9,
+        **compare(best, others=peers.LOADERS),
     }
-    for what, rates in best.items():
-        suffix = "" if what == "images_per_second" else "_by_cpu_second"
-        data[f"share_of_bare_decoder{suffix}"] = rates["tim"] / rates["bare decoder"]
-        others = [rate for name, rate in rates.items() if name in peers.LOADERS]
-        if others:
-            data[f"tim_over_best_other{suffix}"] = rates["tim"] / max(others)
     return {**data, "not_measured": missing} if missing else data
 
 

@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -27,6 +26,7 @@ from PIL import Image
 from launch import prepare_peers
 from launch.console import Report
 from launch.environments import environment, run_script
+from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.fields import IMAGE_EXTENSIONS
 
 Data = dict[str, Any]
@@ -44,8 +44,8 @@ def bench_prepare(
     files = [path for path in sorted(folder.iterdir()) if path.name != "metadata.jsonl"]
     missing: dict[str, str] = {}
     runs: dict[str, Callable[[Path], Data]] = {
-        "tim": lambda out: _prepare(folder, out=out, workers=workers),
-        "bare decoder": lambda out: _decode(files, workers=workers),
+        OURS: lambda out: _prepare(folder, out=out, workers=workers),
+        BOUND: lambda out: _decode(files, workers=workers),
     }
     for name in prepare_peers.TOOLS:
         package = name.split(" ")[0]
@@ -56,30 +56,19 @@ def bench_prepare(
             missing[name] = absent[package]
         else:
             runs[name] = partial(_tool, python, name, folder=folder, workers=workers)
-    best: dict[str, dict[str, float]] = defaultdict(dict)
     kept: dict[str, int] = {}
-    for turn in range(repeats):
-        for position, (name, run) in enumerate(runs.items()):
-            progress("measuring", turn * len(runs) + position, repeats * len(runs))
-            out = work / "out"
-            shutil.rmtree(out, ignore_errors=True)
-            try:
-                found = run(out)
-            except ChildProcessError as error:
-                missing[name] = str(error)
-                continue
-            kept[name] = found["kept"]
-            for what in ("seconds", "cpu_seconds"):
-                rate = f"images_per_{what.removesuffix('s')}"
-                best[rate][name] = max(best[rate].get(name, 0.0), len(files) / found[what])
+
+    def measured(name: str) -> dict[str, float]:
+        out = work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        found = runs[name](out)
+        kept[name] = found["kept"]
+        return {f"images_per_{what}": len(files) / found[f"{what}s"] for what in ("second", "cpu_second")}
+
+    best = take_turns({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
     shutil.rmtree(work / "out", ignore_errors=True)
-    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept}
-    for rate, rates in best.items():
-        suffix = "" if rate == "images_per_second" else "_by_cpu_second"
-        data[f"share_of_bare_decoder{suffix}"] = rates["tim"] / rates["bare decoder"]
-        others = [value for name, value in rates.items() if name in prepare_peers.TOOLS]
-        if others:
-            data[f"tim_over_best_other{suffix}"] = rates["tim"] / max(others)
+    compared = compare(best, others=prepare_peers.TOOLS)
+    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **compared}
     return {**data, "not_measured": missing} if missing else data
 
 

@@ -23,6 +23,7 @@ from launch.cli import main
 from pipeline.index import Corpus
 from pipeline.source import Source
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
+from tests.tim import models
 
 WIDTH = 32
 REPOSITORY = Path(__file__).parents[2]
@@ -30,19 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import open_clip
-
-    vision = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 8}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    config = {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config)
-    folder = tmp_path_factory.mktemp("clip")
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})
-    )
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return folder
+    return models.clip(tmp_path_factory.mktemp("clip"), vision={"width": 64, "patch_size": 8}, text={"layers": 1})
 
 
 @pytest.fixture(scope="module")

@@ -110,16 +110,19 @@ def gemma(folder: Path) -> Path:
     return folder
 
 
-def clip(folder: Path) -> Path:
-    """open_clip's folder of a CLIP whose text tower is 32 wide and reads 16 tokens."""
+def clip(folder: Path, *, vision: dict[str, int] | None = None, text: dict[str, int] | None = None) -> Path:
+    """open_clip's folder of a CLIP whose text tower is 32 wide and reads 16 tokens, but for what `vision` and `text` change."""
     import open_clip
 
-    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16}
-    words = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": words}
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 32, "patch_size": 16, **(vision or {})},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2, **(text or {})},
+    }
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
-    folder.mkdir(parents=True)
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     return folder

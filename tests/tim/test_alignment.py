@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.tim import models
 from tim import alignment
 
 GRIDS = [(2, 3), (4, 4), (2, 3), (1, 5)]
@@ -43,20 +43,8 @@ def radio_weights() -> dict[str, Tensor]:
 
 @pytest.fixture
 def open_clip_folder(tmp_path: Path) -> Path:
-    import open_clip
-
-    vision = {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8}
-    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**config)
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    (folder / "open_clip_config.json").write_text(
-        json.dumps({"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}})
-    )
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "open_clip_model.safetensors")
-    return folder
+    vision, text = {"layers": 2, "width": 64, "patch_size": 8}, {"context_length": 8, "vocab_size": 64, "layers": 1}
+    return models.clip(tmp_path / "clip", vision=vision, text=text)
 
 
 @pytest.fixture(params=["radio", "open_clip", "dinov2"])
