@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.console import Report, session
+from launch.options import Debug, Json
 from launch.tables import describe_bench, describe_fit
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multip
 Depth = Annotated[int, typer.Option(min=1, help="Blocks of the network.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Times that each thing is measured; the fastest counts.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @bench.command()
