@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,9 @@ from pipeline.captions import clean_captions
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.index import Corpus
+from pipeline.progress import Progress, unseen
 from pipeline.sidecars import TAKEDOWN
 
-Progress = Callable[[str, int, "int | None"], None]
 Captions = Literal["first", "last", "only"]
 
 _BATCH = 10_000  # rows of the table that are in memory
@@ -51,7 +51,7 @@ def annotate(
     name: str | None = None,
     captions: Captions = "first",
     mark: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> Annotated:
     """Add the columns of a parquet file to a corpus.
 
@@ -77,9 +77,8 @@ def annotate(
         rows = parquet.metadata.num_rows
         try:
             with closing(sqlite3.connect(database, isolation_level=None)) as lookup:
-                shown = progress or _unseen
                 for read in _fill(lookup, parquet, on=on, columns=new, table=table):
-                    shown("read", read, rows)
+                    progress("read", read, rows)
                 matched = _count_matches(opened, lookup, on=on)
                 if not matched:
                     raise ValueError(f"{table}: none of its {rows} values of {on} is one of corpus {opened.folder}'s")
@@ -89,7 +88,7 @@ def annotate(
                     schema=schema,
                     identity={"table": file_digest(table), "on": on, "captions": captions, "mark": mark},
                     make=lambda shard: _annotate_shard(opened, shard, lookup=lookup, schema=schema, on=on, captions=captions, mark=mark),
-                    progress=lambda done: shown("annotate", done, opened.count),
+                    progress=lambda done: progress("annotate", done, opened.count),
                 )
         finally:
             database.unlink(missing_ok=True)
@@ -233,7 +232,3 @@ def _merge(said: dict[str, Any], *, old: list[str], captions: Captions) -> list[
         return old or [""]
     order = {"first": [*new, *old], "last": [*old, *new], "only": new}[captions]
     return clean_captions(order)[0] or [""]
-
-
-def _unseen(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody wants to see."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from dataprep.shards import TABLE_COLUMNS
 from pipeline.account import take_account
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
+from pipeline.progress import Progress, unseen
 from pipeline.resolution import target_sizes
 from pipeline.source import Source
 from pipeline.summary import plan_summary
@@ -29,7 +30,6 @@ _SHOWN = (
     *("key", "source", "path", "reason", "detail", "caption", "captions", "label", "width", "height"),
     *("near_duplicate_of", "thumbnail", "image_offset", "image_length"),
 )
-Progress = Callable[[str, int, "int | None"], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def plan_of(stride: int, *, max_tokens: int) -> PlanConfig:
     return PlanConfig(stride=stride, max_tokens=max_tokens, tokens_per_pack=4 * max_tokens)
 
 
-def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig, progress: Progress | None = None) -> Census:
+def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig, progress: Progress = unseen) -> Census:
     """Go over all tables, and plan over them as `tim plan` does. `progress`: ("report", shards read, shards in all).
 
     Raises ValueError if a table is missing or damaged.
@@ -90,8 +90,7 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
     near: list[tuple[Example, str]] = []
     seen = 0
     for number, shard in enumerate(corpus.shards):
-        if progress:
-            progress("report", number, len(corpus.shards))
+        progress("report", number, len(corpus.shards))
         kept = corpus.read(number, columns=columns)
         _count_kept(census, kept, plan=plan)
         census.kept += [_example(kept, place - seen, tar=shard.path) for place in sorted(wanted) if seen <= place < seen + shard.count]

@@ -31,6 +31,7 @@ from pipeline.feature_members import pack, text_name
 from pipeline.feature_writing import features_manifest
 from pipeline.features import EMPTY, KIND
 from pipeline.index import Corpus
+from pipeline.progress import Progress, unseen
 from pipeline.remote import is_remote
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EncodeConfig", "Encoded", "encode"]
 
-Progress = Callable[[str, int, "int | None"], None]
 Announce = Callable[[str], None]
 
 _POLL_SECONDS = 0.2
@@ -67,7 +67,7 @@ def encode(
     *,
     out: str | Path,
     config: EncodeConfig,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
     announce: Announce | None = None,
 ) -> Encoded | None:
     """Encode all of a corpus into the folder `out`. Called alike by every process that accelerate or torchrun started, or by one alone;
@@ -111,7 +111,7 @@ def _lead(
     config: EncodeConfig,
     team: PartialState,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress,
     announce: Announce | None,
 ) -> Encoded:
     """The main process's part: what is said and checked once, and its share of the shards."""

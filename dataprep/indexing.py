@@ -29,12 +29,12 @@ from dataprep.places import expand_braces, is_pattern
 from dataprep.shards import Shard, shard_name
 from dataprep.tars import open_tar, sidecar_table
 from pipeline.foreign import ForeignShard, index_tar, unreadable
+from pipeline.progress import Progress, unseen
 from pipeline.remote import is_remote
 
 __all__ = ["index"]
 
 KIND = "index"
-Progress = Callable[[str, int, "int | None"], None]
 _MOST_NOTES = 20
 _QUALIFIED = "keys of different tars may be equal: in ids of samples the number of the tar stands before them"
 
@@ -60,7 +60,7 @@ class IndexedShard:
     notes: list[str]
 
 
-def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress | None = None) -> Account:
+def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = unseen) -> Account:
     """Make a corpus of the tars that `shards` name ("x/{000..999}.tar", "x/*.tar", URLs) in the folder `out`, and give account of it.
 
     The same command continues a run that was cut short; with more tars at the end it reads only those. `progress` is called with
@@ -202,7 +202,7 @@ def _check_output(out: Path) -> None:
         raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and not an index; give a new or empty folder")
 
 
-def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progress | None) -> list[IndexedShard]:
+def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progress) -> list[IndexedShard]:
     """Every tar's shard; those that are finished are not read again."""
     found = [finished(out, number=number, tar=tar) for number, tar in enumerate(tars)]
     missing = [number for number, shard in enumerate(found) if shard is None]
@@ -210,8 +210,7 @@ def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progre
         (out / MANIFEST).unlink(missing_ok=True)  # it says nothing of the tables that are about to be written
 
     def show(done: int) -> None:
-        if progress:
-            progress("index", len(tars) - len(missing) + done, len(tars))
+        progress("index", len(tars) - len(missing) + done, len(tars))
 
     show(0)
     tasks = (IndexTask(number=number, tar=tars[number], out=out) for number in missing)

@@ -8,21 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dataprep.chunks import CHUNK_SIZE, chunk_path, write_chunk
 from dataprep.examine import PIECE_BYTES, PIECE_SIZE, Piece, Rules, examine_piece
 from dataprep.executor import Pool, WorkerDied
 from dataprep.files import publish_text
 from dataprep.records import RawSample
+from pipeline.progress import Progress
 
 _MARKER = re.compile(r"examined-(\d+)-of-(\d+)\.json")
-
-
-class Progress(Protocol):
-    """How work reports its progress: the stage, how many are done, how many there are (None: unknown), and what there is to say of them."""
-
-    def __call__(self, stage: str, done: int, total: int | None, /, *, note: str = "") -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +74,7 @@ def examine_all(
     rules: Rules,
     pool: Pool,
     expected: int | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[int, int]:
     """Examine the chunks of a part that have no table in `work` yet. Returns (inputs, chunks) of all parts together.
 
@@ -107,8 +102,7 @@ def examine_all(
                 yield Piece(samples=tuple(members), table=table, ends_chunk=not room or following is None, rules=rules)
 
     def show(examined: int) -> None:
-        if progress:
-            progress("examine", passed + examined, expected, note=f"{kept:,} kept, {rejected:,} rejected")
+        progress("examine", passed + examined, expected, note=f"{kept:,} kept, {rejected:,} rejected")
 
     rows: list[dict[str, Any]] = []
     for examined in pool.map(examine_piece, pieces(), retry=_without_culprit, on_items=show):

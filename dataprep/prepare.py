@@ -31,7 +31,7 @@ from dataprep.filters import FilterConfig
 from dataprep.grouping import group_rows
 from dataprep.growing import Base, Growth, Selection, read_base
 from dataprep.identity import differences
-from dataprep.inputs import Examined, Part, Progress, examine_all, examined_before
+from dataprep.inputs import Examined, Part, examine_all, examined_before
 from dataprep.known import Known, open_known, read_known
 from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
 from dataprep.plan import Plan, ShardConfig, make_plan
@@ -40,6 +40,7 @@ from dataprep.shards import Shard, ShardTask, finished_shards, shard_number, sta
 from dataprep.sources import Source, SourceConfig, SourceName, all_samples, open_sources
 from dataprep.store import Store, open_store
 from pipeline.index import Corpus
+from pipeline.progress import Progress, unseen
 
 __all__ = ["Account", "Growth", "Part", "PrepareConfig", "prepare", "prepare_part"]
 
@@ -105,7 +106,7 @@ def prepare(
     work: str | Path | None = None,
     workers: int = 1,
     pool: Pool | None = None,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
     announce: Announce | None = None,
 ) -> Account:
     """Make a corpus of `sources` and of `config.sources` (see `open_sources`) at `out`, a folder or a URL, and give account of every input.
@@ -169,7 +170,7 @@ def prepare_part(
     work: str | Path | None = None,
     workers: int = 1,
     pool: Pool | None = None,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
     announce: Announce | None = None,
 ) -> Examined | Account:
     """One task of a job array: examine the inputs of a part, for `prepare(…, merge=True)` to make the corpus of. The arguments are those
@@ -297,9 +298,7 @@ def _begin(job: _Job, *, anew: bool) -> None:
     publish_text(job.work / JOB, json.dumps(job.said, indent=1))
 
 
-def _examine(
-    job: _Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress | None, announce: Announce | None
-) -> Examined:
+def _examine(job: _Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None) -> Examined:
     """Pass 1."""
     if announce:
         for source in job.sources:
@@ -365,7 +364,7 @@ def _leave_nothing(store: Store) -> None:
         Path(store.place).rmdir()
 
 
-def _write_all(job: _Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress | None) -> list[Shard]:
+def _write_all(job: _Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[Shard]:
     """Pass 2. Shards that are complete are not written again."""
     first = plan.first_shard
     shards = finished_shards(job.store, first=first, count=plan.shards, job=job.digest)
@@ -388,8 +387,7 @@ def _write_all(job: _Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progre
     note = f"{plan.kept:,} kept, {sum(plan.rejected.values()):,} rejected"
 
     def show(written: int) -> None:
-        if progress:
-            progress("write", min(known + written, plan.kept), plan.kept, note=note)
+        progress("write", min(known + written, plan.kept), plan.kept, note=note)
 
     for place, shard in zip(missing, pool.map(write_shard, tasks, on_items=show), strict=True):
         shards[place] = shard

@@ -45,9 +45,9 @@ from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.fields import IMAGE_EXTENSIONS
 from pipeline.images import Rejection, read_image
+from pipeline.progress import Progress, unseen
 from pipeline.tar import BlockReader, Member, members
 
-Progress = Callable[[str, int, "int | None"], None]
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
 _MADE_ELSEWHERE = ("source", "detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar
 _KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
@@ -70,7 +70,7 @@ class TableTask:
     skip: frozenset[int] = frozenset()
 
 
-def repair(corpus: str | Path, *, workers: int = 1, progress: Progress | None = None) -> Repaired:
+def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Repaired:
     """Make again what is missing or damaged and can be derived; what is sound keeps its bytes. `progress`: ("repair", shards, in all).
 
     Raises ValueError if it is no corpus, is one that `tim index` wrote, or is not in a local folder.
@@ -159,7 +159,7 @@ def _column(value: Any, *, kind: ColumnKind) -> Any:
 
 
 def _repair_tables(
-    folder: Path, *, manifest: Mapping[str, Any], pool: Pool, progress: Progress | None, done: list[str], lost: list[str]
+    folder: Path, *, manifest: Mapping[str, Any], pool: Pool, progress: Progress, done: list[str], lost: list[str]
 ) -> list[Shard] | None:
     """All shards, with tables and stats that are whole; None if one cannot be had."""
     shards = [Shard(**entry) for entry in manifest["shards"]]
@@ -175,8 +175,7 @@ def _repair_tables(
         for place, (number, table) in enumerate(zip(whole, found, strict=True)):
             tables[number] = (table, shards[number].name)
             lost.append(f"{shards[number].table}: where its samples come from, and which of them look like others")
-            if progress:
-                progress("repair", place + 1, len(whole))
+            progress("repair", place + 1, len(whole))
     for number in broken:
         shard = shards[number]
         if number not in tables:

@@ -17,13 +17,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.census import Census, Example, Progress, plan_of, take_census
+from dataprep.census import Census, Example, plan_of, take_census
 from dataprep.charts import Histogram, data_table, histogram, sizes
 from dataprep.executor import LocalPool, Pool
 from dataprep.files import publish_text, size_in_words
 from dataprep.manifest import REPORT, read_manifest
 from dataprep.thumbnails import thumbnails
 from pipeline.index import Corpus
+from pipeline.progress import Progress, unseen
 
 _LONGEST_TEXT = 300  # characters of a caption, path or message that are shown
 _MOST_SOURCES = 40
@@ -45,7 +46,7 @@ def report(
     out: str | Path | None = None,
     config: ReportConfig,
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> dict[str, Any]:
     """Write the report of a corpus, or of two side by side, to the file `out`; of one by default to its report.html.
 
@@ -74,7 +75,7 @@ def report(
     }
 
 
-def census(corpus: str | Path, *, manifest: dict[str, Any], config: ReportConfig, pool: Pool, progress: Progress | None = None) -> Census:
+def census(corpus: str | Path, *, manifest: dict[str, Any], config: ReportConfig, pool: Pool, progress: Progress = unseen) -> Census:
     """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet."""
     opened = Corpus.of_manifest(manifest, folder=str(corpus), check_shards=False)
     found = take_census(opened, manifest=manifest, plan=plan_of(config.stride, max_tokens=config.max_tokens), progress=progress)

@@ -22,13 +22,13 @@ from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.digests import file_digest
 from pipeline.images import Pixels, Rejection, load_image
 from pipeline.index import Corpus
+from pipeline.progress import Progress, unseen
 from pipeline.source import integers
 from pipeline.storage import BadShard, Part, ShardReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Progress = Callable[[str, int, "int | None"], None]
 SIMILARITY, AESTHETIC = "similarity", "aesthetic"
 _DECODED_SIDE = 2.0  # times the model's; larger pictures are decoded at a fraction of their size first
 
@@ -104,7 +104,7 @@ def score(
     name: str = "scores",
     against: Sequence[str | Path] = (),
     workers: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = unseen,
 ) -> Scored:
     """Score all pictures of a local corpus into the sidecar `name`; an earlier one of this name is replaced.
 
@@ -115,12 +115,11 @@ def score(
     """
     if against and config.duplicates is None:
         raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
-    shown = progress or (lambda stage, done, total: None)
     model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
     with opened_for_sidecars(corpus, name=name) as opened, ThreadPoolExecutor(workers) as decoders:
         result = Scored(sidecar=name, samples=opened.count)
         scorer = _Scorer(
-            opened, model=model, config=config, decoders=decoders, result=result, progress=lambda n: shown("score", n, opened.count)
+            opened, model=model, config=config, decoders=decoders, result=result, progress=lambda n: progress("score", n, opened.count)
         )
         identity = _identity(config)
         scores = write_sidecar(opened, name=name, schema=scorer.schema, identity=identity, make=scorer.shard, progress=scorer.finished)

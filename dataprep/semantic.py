@@ -6,7 +6,7 @@ picture; work grows with the square of their number (10⁶ pictures of 512 numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,13 @@ from dataprep.dedup import Ints, keep_first
 from dataprep.files import WORK
 from dataprep.sidecars import opened_for_sidecars, write_sidecar
 from pipeline.index import Corpus
+from pipeline.progress import Progress
 from pipeline.sidecars import Sidecar, provider
 from pipeline.source import integers
 
 if TYPE_CHECKING:
     import torch
 
-Progress = Callable[[str, int, "int | None"], None]
 EMBEDDING, DUPLICATES = "embedding", "semantic_duplicate_of"
 _BLOCK = 2048  # of which all pairs may be alike, at some 60 bytes a pair
 
@@ -37,7 +37,7 @@ def mark_duplicates(
     against: Sequence[str | Path],
     embeddings: Sidecar,
     device: torch.device,
-    progress: Progress | None,
+    progress: Progress,
 ) -> int:
     """Write the sidecar `name` with the column `semantic_duplicate_of`: the key of the picture that is kept in its place, or CORPUS/KEY
     where another corpus has that, "" for all others. Returns how many duplicates there are.
@@ -125,7 +125,7 @@ def _embeddings(corpora: Sequence[Corpus]) -> Iterator[tuple[int, NDArray[np.flo
             start += len(found)
 
 
-def _compare(stored: NDArray[np.float16], *, fixed: int, threshold: float, device: torch.device, progress: Progress | None) -> Ints:
+def _compare(stored: NDArray[np.float16], *, fixed: int, threshold: float, device: torch.device, progress: Progress) -> Ints:
     """(n,): for each the nearest kept one before it, −1 where it is kept itself. The first `fixed` ones are kept."""
     import torch
 
@@ -155,8 +155,7 @@ def _compare(stored: NDArray[np.float16], *, fixed: int, threshold: float, devic
         distance = 1 - cosines[later, earlier]
         own = keep_first(earlier, later, distance, count=len(left), fixed=int((left + start < fixed).sum()))
         best[start + left] = np.where(own >= 0, start + left[own], -1)
-        if progress:
-            progress("compare", start + len(here), count)
+        progress("compare", start + len(here), count)
     return best
 
 

@@ -25,8 +25,8 @@ from dataprep.tars import open_tar
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
+from pipeline.progress import Progress, unseen
 
-Progress = Callable[[str, int, int | None], None]
 _MANY = 20  # problems per shard that are told one by one
 
 
@@ -48,7 +48,7 @@ class ShardCheck:
     crashes_at: int = -1
 
 
-def verify(corpus: str | Path, *, workers: int = 1, progress: Progress | None = None) -> Report:
+def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Report:
     """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
     corpus = Path(corpus)
     manifest = read_manifest(corpus)
@@ -56,8 +56,7 @@ def verify(corpus: str | Path, *, workers: int = 1, progress: Progress | None = 
     problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest)
 
     def show(done: int) -> None:
-        if progress:
-            progress("verify", min(done, total), total)
+        progress("verify", min(done, total), total)
 
     is_index = manifest.get("kind") == KIND
     checks = [ShardCheck(corpus=corpus, entry=entry) for entry in manifest["shards"]]

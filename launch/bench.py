@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.console import Report, session
+from launch.console import session
 from launch.options import Debug, Json
 from launch.tables import describe_bench, describe_fit
+from pipeline.progress import Progress
 
 if TYPE_CHECKING:
     from launch.benchmarks import Data, Grid
@@ -53,7 +54,7 @@ def step(
     Example: tim bench step photos --max-tokens 1024
     """
 
-    def measure(grids: list[Grid], report: Report) -> Data:
+    def measure(grids: list[Grid], report: Progress) -> Data:
         from launch.benchmarks import bench_step
 
         return bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
@@ -79,7 +80,7 @@ def attention(
     Example: tim bench attention photos --max-tokens 4096
     """
 
-    def measure(grids: list[Grid], report: Report) -> Data:
+    def measure(grids: list[Grid], report: Progress) -> Data:
         if fit:
             from launch.fit import fit_costs
 
@@ -109,7 +110,7 @@ def sample(
     Example: tim bench sample photos --steps 4
     """
 
-    def measure(grids: list[Grid], report: Report) -> Data:
+    def measure(grids: list[Grid], report: Progress) -> Data:
         from launch.benchmarks import bench_sample
 
         return bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)
@@ -132,7 +133,7 @@ def index(
     Example: tim bench index --rows 100000000
     """
 
-    def measure(report: Report) -> Data:
+    def measure(report: Progress) -> Data:
         from launch.index_benchmark import bench_index
 
         return bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
@@ -161,7 +162,7 @@ def data(
     Example: tim bench data photos --out bench --install
     """
 
-    def measure(report: Report) -> Data:
+    def measure(report: Progress) -> Data:
         from launch.data_benchmark import bench_data
 
         return bench_data(
@@ -196,7 +197,7 @@ def prepare(
     Example: tim bench prepare photos hires --out bench --install
     """
 
-    def measure(report: Report) -> Data:
+    def measure(report: Progress) -> Data:
         from launch.prepare_benchmark import bench_prepare
 
         return bench_prepare(pictures, work=out, copies=copies, workers=workers, repeats=repeats, install=install, progress=report)
@@ -221,7 +222,7 @@ def plan(
     Example: tim bench plan photos --ranks 64
     """
 
-    def measure(report: Report) -> Data:
+    def measure(report: Progress) -> Data:
         from launch.plan_benchmark import bench_plan
 
         return bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
@@ -249,7 +250,7 @@ def objective(
 
 
 def _run(
-    measure: Callable[[list[Grid], Report], Data],
+    measure: Callable[[list[Grid], Progress], Data],
     pictures: list[Path] | None,
     *,
     max_tokens: int,
@@ -259,7 +260,7 @@ def _run(
 ) -> None:
     """Measure on the grids of some pictures, and print what came out."""
 
-    def on_grids(report: Report) -> Data:
+    def on_grids(report: Progress) -> Data:
         from launch.benchmarks import grids_of  # torch is slow to import, and `--help` does not need it
 
         return measure(grids_of(pictures or [], max_tokens=max_tokens), report)
@@ -267,7 +268,7 @@ def _run(
     _report(on_grids, as_json=as_json, debug=debug, describe=describe)
 
 
-def _report(measure: Callable[[Report], Data], *, as_json: bool, debug: bool, describe: Callable[[Data], str] = describe_bench) -> None:
+def _report(measure: Callable[[Progress], Data], *, as_json: bool, debug: bool, describe: Callable[[Data], str] = describe_bench) -> None:
     """Measure, and print what came out."""
     with session(as_json=as_json, debug=debug) as console:
         with console.progress() as report:

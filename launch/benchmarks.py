@@ -19,11 +19,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from launch.baselines import DenseNetwork, Padding, dense_attention
-from launch.console import Report
 from launch.device import choose_device
 from pipeline.cost import DIFFUSION, TRANSITION
 from pipeline.images import exif_orientation
 from pipeline.index import Corpus
+from pipeline.progress import Progress
 from pipeline.resolution import SizeRule, target_sizes
 from tim import PackedText, PackedTokens, Segments, TransitionObjective, TransitionTransformer, transports
 from tim import sample as draw
@@ -52,7 +52,7 @@ def grids_of(pictures: Sequence[Path], *, max_tokens: int) -> list[Grid]:
     return [(int(targets.height[i]) // STRIDE, int(targets.width[i]) // STRIDE) for i in order]
 
 
-def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches: int, repeats: int, progress: Report) -> Data:
+def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches: int, repeats: int, progress: Progress) -> Data:
     """A training step of the objective without the optimizer's update, half of the images r < t."""
     bench = Bench(width=width, depth=depth)
     packs = [bench.inputs(grids[i : i + batch]) for i in range(0, min(len(grids), batch * batches), batch)]
@@ -109,7 +109,7 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
     return data
 
 
-def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, progress: Report) -> Data:
+def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, progress: Progress) -> Data:
     """Self-attention of one pack, forward and backward, by every backend that can; heads of 64."""
     device = choose_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -146,7 +146,7 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
     }
 
 
-def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps: int, repeats: int, progress: Report) -> Data:
+def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps: int, repeats: int, progress: Progress) -> Data:
     """Guided sampling of one pack; the dense variants run both halves of the guidance as one batch, too."""
     bench = Bench(width=width, depth=depth)
     transport = transports.make("ot_fm")
@@ -252,7 +252,7 @@ class Bench:
         return packed, t, t / 2
 
 
-def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress: Report) -> dict[str, float]:
+def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress: Progress) -> dict[str, float]:
     """Seconds of each variant's fastest run; they take turns, after one run that does not count."""
     best: dict[str, float] = defaultdict(lambda: float("inf"))
     total = (repeats + 1) * len(variants)

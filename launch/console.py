@@ -17,14 +17,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
-
-class Report(Protocol):
-    """How long work reports its progress: name of the stage, how many are done, how many there are (None: unknown), and a remark."""
-
-    def __call__(self, stage: str, done: int, total: int | None, /, *, note: str = "") -> None: ...
-
+from pipeline.progress import Progress
 
 STOPPED = 75  # see above
 LONGEST_ERROR = 800
@@ -57,7 +52,7 @@ class Console:
             self.result("", data={"error": message, "exit": code})
 
     @contextmanager
-    def progress(self) -> Iterator[Report]:
+    def progress(self) -> Iterator[Progress]:
         """Yield the function to report progress to: a live bar on a terminal, a plain line now and then in a log."""
         if not sys.stderr.isatty():
             lines = _PlainLines(self.line)
@@ -65,11 +60,12 @@ class Console:
             lines.finish()
             return
         from rich.console import Console as Terminal
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
 
         texts = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[note]}"))
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), *texts)
-        with Progress(*columns, console=Terminal(stderr=True), redirect_stdout=not self._as_json) as bars:
+        with Bars(*columns, console=Terminal(stderr=True), redirect_stdout=not self._as_json) as bars:
             stages: dict[str, Any] = {}
 
             def report(stage: str, done: int, total: int | None, *, note: str = "") -> None:

@@ -18,13 +18,13 @@ from typing import Any
 
 from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
-from launch.console import Report
 from launch.environments import environment, run_script
 from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Loader
 from pipeline.planner import PlanConfig, Planner
+from pipeline.progress import Progress
 from pipeline.steps import PlannedSample
 from pipeline.storage import Part, ShardReader
 
@@ -35,7 +35,7 @@ Data = dict[str, Any]
 
 
 def bench_data(
-    pictures: Path, *, work: Path, max_side: int, workers: int, seconds: float, repeats: int, install: bool, progress: Report
+    pictures: Path, *, work: Path, max_side: int, workers: int, seconds: float, repeats: int, install: bool, progress: Progress
 ) -> Data:
     """Measure on the JPEGs of a folder, scaled down to `max_side`² pixels. In `work` are prepared shards and the others' environment.
 

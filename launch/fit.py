@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from launch.benchmarks import Bench, Grid, fastest
-from launch.console import Report
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.progress import Progress
 
 SHORTEST = 64  # tokens of an image
 
 
-def fit_costs(grids: Sequence[Grid], *, max_tokens: int, width: int, batch: int, repeats: int, progress: Report) -> dict[str, Any]:
+def fit_costs(grids: Sequence[Grid], *, max_tokens: int, width: int, batch: int, repeats: int, progress: Progress) -> dict[str, Any]:
     """γ from images of 64 to `max_tokens` tokens, the factors from a pack of `batch` of the grids.
 
     `largest_error` is by how much the fitted γ misses a measured time at most, as a share of it.

@@ -20,16 +20,16 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dataprep.indexing import IndexTask, index_shard, read_foreign
-from launch.console import Report
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
+from pipeline.progress import Progress
 
 Data = dict[str, Any]
 ROWS_PER_SHARD = 10_000
 FEW_ROWS = 10_000_000
 
 
-def bench_index(*, samples: int, rows: int, repeats: int, progress: Report) -> Data:
+def bench_index(*, samples: int, rows: int, repeats: int, progress: Progress) -> Data:
     """Samples a second of one process, by what is in the tar; and seconds and memory from opening a corpus of `rows` to its first step."""
     layouts = {
         "jpg and txt, ustar": (("jpg", "txt"), tarfile.USTAR_FORMAT, False),

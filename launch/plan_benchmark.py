@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from launch.benchmarks import picture_sizes
-from launch.console import Report
 from pipeline.cost import DIFFUSION, Floats, Ints, image_costs
 from pipeline.dealing import deal, waited_for
 from pipeline.packing import NO_ROOM, fill_holes
 from pipeline.planner import PlanConfig, Planner
+from pipeline.progress import Progress
 from pipeline.sizes import SizeCorpus, Sizes
 from pipeline.steps import Step
 
@@ -33,7 +33,7 @@ Draw = Callable[[np.random.Generator, int], Sizes]
 Data = dict[str, Any]
 
 
-def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, progress: Report) -> Data:
+def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, progress: Progress) -> Data:
     """Plan `steps` steps of every mix of sizes; `pictures`, if any, are one of them. A plan over `rows` rows is resumed."""
     if PLAN.packs_per_step % ranks:
         raise ValueError(f"--ranks {ranks}: must divide {PLAN.packs_per_step} packs a step, so that all planners can be compared")

@@ -24,17 +24,17 @@ import simplejpeg
 from PIL import Image
 
 from launch import prepare_peers
-from launch.console import Report
 from launch.environments import environment, run_script
 from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.fields import IMAGE_EXTENSIONS
+from pipeline.progress import Progress
 
 Data = dict[str, Any]
 _LONGEST = 3600.0  # seconds of one tool
 
 
 def bench_prepare(
-    pictures: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Report
+    pictures: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Progress
 ) -> Data:
     """Images a second, and a second of processor time. In `work` are the pictures' copies and the other tools' environments.
 

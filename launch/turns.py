@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 
-from launch.console import Report
+from pipeline.progress import Progress
 
 Rates = dict[str, dict[str, float]]  # what was measured → by whom → how many a second
 OURS, BOUND = "tim", "bare decoder"
 
 
-def take_turns(runs: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, missing: dict[str, str], progress: Report) -> Rates:
+def take_turns(
+    runs: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, missing: dict[str, str], progress: Progress
+) -> Rates:
     """The highest rates of each run by its name; `missing` gets the reason of one that raises ChildProcessError."""
     best: dict[str, dict[str, float]] = defaultdict(dict)
     for turn in range(repeats):

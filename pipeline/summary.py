@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 from pipeline.dealing import deal, waited_for
 from pipeline.planner import Planner, Step
+from pipeline.progress import Progress, unseen
 
-Progress = Callable[[str, int, "int | None"], None]
 
-
-def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress = unseen) -> dict[str, Any]:
     """Plan `steps` steps ahead and say what they are like on `ranks` ranks. The planner is left where it was.
 
     `utilisation` is the share of device time used if ranks wait for each other once a step (ZeRO-1): Σ cost / (ranks · Σ over steps of the

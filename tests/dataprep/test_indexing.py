@@ -97,7 +97,7 @@ def test_a_run_that_was_killed_goes_on_and_a_corpus_grows(tmp_path: Path) -> Non
 
     told: list[tuple[int, int | None]] = []
     account = index(
-        [str(path) for path in tars[:2]] + [str(tars[2])], out=out, progress=lambda stage, done, total: told.append((done, total))
+        [str(path) for path in tars[:2]] + [str(tars[2])], out=out, progress=lambda stage, done, total, note="": told.append((done, total))
     )
     assert (account.kept, told) == (9, [(2, 3), (3, 3)])
     assert {path.name: path.stat().st_ino for path in out.glob("00000[01]*")} == inodes

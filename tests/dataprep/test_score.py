@@ -94,7 +94,7 @@ def test_scores_are_what_open_clip_says(clip: Path, corpus: Path, tmp_path: Path
     done = score(
         corpus,
         config=settings(clip, aesthetic=str(file), labels=labels, embeddings=True),
-        progress=lambda *told: seen.append(told),
+        progress=lambda *told, note="": seen.append(told),
     )
     assert (done.samples, done.computed, done.unreadable, done.duplicates) == (12, 12, 0, None)
     assert seen[-1] == ("score", 12, 12)

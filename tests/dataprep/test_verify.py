@@ -29,7 +29,7 @@ def corpus(sound: Path, tmp_path: Path) -> Path:
 
 def test_a_sound_corpus_has_no_problems(sound: Path) -> None:
     seen: list[tuple[str, int, int | None]] = []
-    report = verify(sound, workers=2, progress=lambda *step: seen.append(step))
+    report = verify(sound, workers=2, progress=lambda *step, note="": seen.append(step))
     assert (report.problems, report.shards, report.samples) == ([], 3, 12)
     assert seen[-1] == ("verify", 12, 12)
 
