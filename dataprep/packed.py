@@ -27,7 +27,7 @@ from PIL import Image
 
 from dataprep.columns import ColumnConfig, choose, describe
 from dataprep.lists import sample_of
-from dataprep.places import facts, join, open_file
+from dataprep.places import facts, is_unreachable, join, open_file
 from dataprep.records import RawSample
 from pipeline.errors import one_line
 from pipeline.remote import is_remote
@@ -92,8 +92,8 @@ class PackedSamples:
                     done += 1
                     yield sample
             except _BROKEN as error:
-                if isinstance(error, OSError) and is_remote(self.path) and not isinstance(error, FileNotFoundError):
-                    raise  # a network that is gone says nothing of the file
+                if is_unreachable(self.path, error):
+                    raise
                 detail = f"{file.name} breaks off: {one_line(error)}"
                 yield RawSample(source=self.name, path=f"{file.name}:{done + 1}", reason="bad-record", detail=detail)
 

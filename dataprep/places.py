@@ -99,6 +99,11 @@ def facts(files: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def is_unreachable(file: str, error: Exception) -> bool:
+    """Whether a file could not be read because of the network or its server, which says nothing of what is in the file."""
+    return is_remote(file) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+
 def base_name(file: str) -> str:
     """The last part of a path or URL."""
     return file.rstrip("/").rpartition("/")[2]

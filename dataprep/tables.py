@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from dataprep.places import base_name, facts, open_file
+from dataprep.places import base_name, facts, is_unreachable, open_file
 from pipeline.digests import stream_digest
 from pipeline.errors import one_line
 from pipeline.remote import is_remote
@@ -107,8 +107,8 @@ class Table:
                 for number, record in reader.get(self.kind, read_jsonl)(plain):
                     yield number, record
         except _BROKEN as error:
-            if isinstance(error, OSError) and is_remote(self.file) and not isinstance(error, FileNotFoundError):
-                raise  # a network that is gone says nothing of the table
+            if is_unreachable(self.file, error):
+                raise
             yield number + 1, f"{self.name} breaks off: {one_line(error)}"
 
     def _read_parquet(self, stream: BinaryIO) -> Iterator[Row]:
@@ -123,7 +123,7 @@ class Table:
                         number += 1
                         yield number, record
             except (OSError, pa.ArrowException) as error:
-                if is_remote(self.file) and not isinstance(error, pa.ArrowException):
+                if is_unreachable(self.file, error):
                     raise
                 yield number + 1, f"rows {number + 1} to {end} of {self.name} cannot be read: {one_line(error)}"
             number = end

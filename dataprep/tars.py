@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from dataprep.columns import ColumnConfig
-from dataprep.places import base_name, facts, open_file
+from dataprep.places import base_name, facts, is_unreachable, open_file
 from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
 from pipeline.captions import MAX_TEXT_BYTES
@@ -84,9 +84,7 @@ class Shards:
                         is_empty = False
                         yield sample
             except (OSError, EOFError) as error:
-                if is_remote(path) and not isinstance(
-                    error, (FileNotFoundError, EOFError)
-                ):  # a network that is gone says nothing of the tar
+                if is_unreachable(path, error):
                     raise
                 is_empty = False
                 detail = f"{name}: cannot be read: {getattr(error, 'strerror', None) or one_line(error)}"
