@@ -63,6 +63,11 @@ def choose(
     return Columns(captions=captions, labels=labels, image=image)
 
 
+def of_json(config: ColumnConfig) -> Columns:
+    """What to read from JSON files beside pictures: what the user says, or else the usual columns, wherever they are there."""
+    return Columns(captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels)
+
+
 def describe(columns: Columns) -> str:
     """In words, what is read from which column."""
     parts = [f"images from {columns.image}", f"captions from {', '.join(columns.captions) or 'nowhere'}"]

@@ -9,13 +9,13 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path, PurePosixPath
 
-from dataprep.columns import ColumnConfig, choose, describe
+from dataprep.columns import ColumnConfig, choose, describe, of_json
 from dataprep.lists import sample_of
 from dataprep.places import join, read_texts
 from dataprep.records import RawSample
 from dataprep.tables import Table
 from pipeline.errors import one_line
-from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, Fields, Value, parse_json, read_fields
+from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Fields, Value, parse_json, read_fields
 from pipeline.remote import is_remote
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -49,9 +49,7 @@ class ImageFolder:
         self._columns = {
             folder: choose(columns, names=table.names, place=table.file, defaults=STANDARD) for folder, table in self._tables.items()
         }
-        self._sidecar_columns = Columns(
-            captions=columns.captions or STANDARD.captions, labels=(columns.label,) if columns.label else STANDARD.labels
-        )
+        self._sidecar_columns = of_json(columns)
         self._classes = self._find_classes(columns.folders)
         self._listed: set[str] = set()
 

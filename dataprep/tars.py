@@ -16,13 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from dataprep.columns import ColumnConfig
+from dataprep.columns import ColumnConfig, of_json
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.errors import one_line
-from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, Value, parse_json, read_fields
+from pipeline.fields import IMAGE_EXTENSIONS, Value, parse_json, read_fields
 from pipeline.remote import is_remote, read_file, read_ranges, size_of
 from pipeline.tar import BlockReader, Member, members
 
@@ -46,9 +46,7 @@ class Shards:
         self.paths = tuple(paths)
         self.root = root
         self.name = name
-        self._columns = Columns(
-            captions=columns.captions or STANDARD.captions, labels=(columns.label,) if columns.label else STANDARD.labels
-        )
+        self._columns = of_json(columns)
         self._text_is_first = columns.captions is None
         self._empty: list[str] = []
         self._other: set[str] = set()
@@ -56,9 +54,8 @@ class Shards:
 
     def reads(self) -> str:
         """What is read, and from which columns, in a sentence."""
-        captions = [*(["the text members"] if self._text_is_first else []), *self._columns.captions]
-        if not self._text_is_first:
-            captions.append("the text members")
+        texts, columns = ["the text members"], [*self._columns.captions]
+        captions = texts + columns if self._text_is_first else columns + texts
         what = base_name(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} tars"
         return f"{self.name}: {what}, captions from {', '.join(captions)}"
 

@@ -181,9 +181,7 @@ class SampleStream:
             return self._open_shards[shard]
         table, targets = self._source.select(shard, rule=self._rule, columns=_COLUMNS)
         kept = np.flatnonzero(targets.left_out == 0)
-        keys = np.array([*table.column("key").to_pylist(), None], dtype=object)[:-1][
-            kept
-        ]  # the None keeps NumPy from making an array of str
+        keys = np.array(table.column("key").to_pylist(), dtype=object)[kept]
         members = np.stack([*(integers(table, member) for member in _MEMBERS), *np.full((2, table.num_rows), -1)], axis=1)[kept]
         if self._source.corpus.features is not None:
             members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
