@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,6 @@ from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
 from dataprep.sources import Source, open_sources
 from tests.dataprep.helpers import member, photo, photo_folder, row_of, table_rows, write_folder, write_tar
-from tests.pipeline.servers import s3_server
 
 
 def source_of(spec: Path | str, **columns: Any) -> Source:
@@ -127,25 +124,8 @@ def test_a_folder_is_what_lies_in_it(tmp_path: Path) -> None:
 # ---- behind a URL
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[str, fsspec.AbstractFileSystem]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    patch = pytest.MonkeyPatch()
-    for name, value in {**environment, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}.items():
-        patch.setenv(name, value)
-    with s3_server(port):
-        files = fsspec.filesystem("s3")
-        files.mkdir("raw")
-        yield "s3://raw", files
-        fsspec.filesystem("s3").clear_instance_cache()
-    patch.undo()
-
-
-def test_every_layout_from_a_bucket(bucket: tuple[str, fsspec.AbstractFileSystem], tmp_path: Path, shared: Path) -> None:
-    url, files = bucket
+def test_every_layout_from_a_bucket(bucket: str, tmp_path: Path) -> None:
+    files = fsspec.filesystem("s3")
     photo_folder(tmp_path / "listed", count=3)
     write_folder(
         tmp_path / "beside", {"deep/a.jpg": photo(10), "deep/a.txt": b"a", "b.png": photo(11, format="PNG"), "b.json": b'{"text": "b"}'}
@@ -156,8 +136,14 @@ def test_every_layout_from_a_bucket(bucket: tuple[str, fsspec.AbstractFileSystem
         members = [(f"{number}{name}", data) for name, data in ((".jpg", photo(20 + number)), (".txt", b"in a tar"))]
         write_tar(tmp_path / f"shards/{number:05d}.tar", members)
     for name in ("listed", "beside", "lists", "shards"):
-        files.put(str(tmp_path / name), f"raw/{name}", recursive=True)
-    sources = [f"{url}/listed", f"{url}/beside", f"{url}/lists/list.csv", f"{url}/shards/{{00000..00001}}.tar", f"more={url}/shards"]
+        files.put(str(tmp_path / name), f"{bucket}/{name}", recursive=True)
+    sources = [
+        f"{bucket}/listed",
+        f"{bucket}/beside",
+        f"{bucket}/lists/list.csv",
+        f"{bucket}/shards/{{00000..00001}}.tar",
+        f"more={bucket}/shards",
+    ]
     account = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), workers=2)
     assert (account.kept, account.rejected) == (3 + 2 + 1 + 2, {"bad-record": 1, "duplicate": 2})
     rows = table_rows(tmp_path / "C")
@@ -166,7 +152,7 @@ def test_every_layout_from_a_bucket(bucket: tuple[str, fsspec.AbstractFileSystem
     assert member(tmp_path / "C", found["00000.tar/0.jpg"], "image") == photo(20)
     assert member(tmp_path / "C", found["images/c.jpg"], "image") == photo(12)
     assert (found["deep/a.jpg"]["caption"], found["b.png"]["caption"]) == ("a", "b")
-    digest = source_of(f"{url}/shards/00000.tar").digest()
-    files.pipe("raw/shards/00000.tar", (tmp_path / "shards/00001.tar").read_bytes())  # of the same size
+    digest = source_of(f"{bucket}/shards/00000.tar").digest()
+    files.pipe(f"{bucket}/shards/00000.tar", (tmp_path / "shards/00001.tar").read_bytes())  # of the same size
     files.invalidate_cache()
-    assert source_of(f"{url}/shards/00000.tar").digest() != digest
+    assert source_of(f"{bucket}/shards/00000.tar").digest() != digest

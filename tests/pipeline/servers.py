@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -98,13 +99,17 @@ def range_server(folder: Path) -> Iterator[RangeServer]:
 
 
 @contextmanager
-def s3_server(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """moto's, in a process of its own."""
+def s3_server() -> Iterator[str]:
+    """moto's, in a process of its own: its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
         try:
-            _wait_for(f"http://127.0.0.1:{port}/moto-api/")
-            yield server
+            _wait_for(f"{url}/moto-api/")
+            yield url
         finally:
             server.kill()
 
