@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataprep.columns import ColumnConfig, choose, describe
 from dataprep.folders import CLASS_NAME
+from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import base_name, facts
 from dataprep.records import RawSample
@@ -32,7 +33,7 @@ def is_on_hub(spec: str) -> bool:
     return _ON_HUB.fullmatch(spec) is not None
 
 
-def is_saved(files: Mapping[str, object]) -> bool:
+def is_saved(files: Listing) -> bool:
     """Whether the files of a folder are what `save_to_disk` writes."""
     return _SPLITS in files or (_STATE in files and _INFO in files)
 

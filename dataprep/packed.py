@@ -26,6 +26,7 @@ import zstandard
 from PIL import Image
 
 from dataprep.columns import ColumnConfig, choose, describe
+from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import facts, is_unreachable, join, open_file
 from dataprep.records import RawSample
@@ -136,7 +137,7 @@ class PackedSamples:
             yield replace(told, data=None, file=mapped, offset=start, length=stop - start)
 
 
-def is_packed(folder: str, files: Mapping[str, object]) -> bool:
+def is_packed(folder: str, files: Listing) -> bool:
     """Whether a folder's `index.json` is one of MDS or litdata."""
     if INDEX not in files:
         return False

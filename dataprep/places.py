@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from dataprep.listing import Listing
 from pipeline import remote
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.remote import is_remote
@@ -69,11 +72,12 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
-def list_files(folder: str) -> dict[str, int | None]:
-    """Every visible file below a folder as (name in it with forward slashes, bytes), sorted. Links to folders are not followed."""
+def list_files(folder: str) -> Listing:
+    """Every visible file below a folder. Links to folders are not followed. Raises OSError."""
     if is_remote(folder):
-        return {name: size for name, size in remote.list_files(folder).items() if not any(map(_is_hidden, name.split("/")))}
-    return dict(_walk(folder))
+        found = remote.list_files(folder)
+        return Listing.of_files({name: size for name, size in found.items() if not any(map(_is_hidden, name.split("/")))})
+    return Listing(_walk(folder))
 
 
 def open_file(file: str) -> BinaryIO:
@@ -117,13 +121,20 @@ def _read_head(file: str) -> bytes | OSError:
         return error
 
 
-def _walk(root: str) -> Iterator[tuple[str, int]]:
-    for folder, folders, files in os.walk(root):
+def _walk(root: str) -> Iterator[tuple[str, dict[str, int | None]]]:
+    """Each folder with the sizes of the files in it, as a `Listing` wants them."""
+    for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        for name in sorted(files):
+        sizes: dict[str, int | None] = {}
+        for name in names:
             path = os.path.join(folder, name)
-            if not _is_hidden(name) and os.path.isfile(path):
-                yield os.path.relpath(path, root).replace(os.sep, "/"), os.path.getsize(path)
+            with suppress(OSError):  # a link to nothing
+                found = os.stat(path)
+                if not _is_hidden(name) and stat.S_ISREG(found.st_mode):
+                    sizes[name] = found.st_size
+        if sizes:
+            inner = os.path.relpath(folder, root)
+            yield "" if inner == os.curdir else f"{inner}/", sizes
 
 
 def _is_hidden(name: str) -> bool:

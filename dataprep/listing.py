@@ -1,0 +1,86 @@
+"""The files below a folder, of which there may be many millions: held at a few bytes more than their names, and still found by name."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+
+
+class Listing:
+    """All files below a folder by their names in it, with forward slashes: those of a folder in order, then the folders in it in order.
+
+    `folders`: each folder with files, as `a/b/` ("" for the root), and the sizes in bytes (None: unknown) of the files in it by name.
+    """
+
+    def __init__(self, folders: Iterable[tuple[str, Mapping[str, int | None]]]) -> None:
+        self._folders: dict[str, _Names] = {}
+        self._digest = hashlib.sha256()
+        for folder, sizes in folders:
+            names = sorted(sizes)
+            self._folders[folder] = _Names(names, before=len(self))
+            for name in names:
+                self._digest.update(f"{folder}{name}\0{sizes[name]}\n".encode("utf-8", "surrogateescape"))
+
+    @classmethod
+    def of_files(cls, sizes: Mapping[str, int | None]) -> Listing:
+        """Of files by their whole names."""
+        folders: dict[str, dict[str, int | None]] = {}
+        for file, size in sizes.items():
+            name = file.rpartition("/")[2]
+            folders.setdefault(file[: len(file) - len(name)], {})[name] = size
+        return cls((folder, folders[folder]) for folder in sorted(folders, key=lambda folder: folder.split("/")))
+
+    def __len__(self) -> int:
+        last = next(reversed(self._folders.values()), None)
+        return last.before + len(last) if last else 0
+
+    def __iter__(self) -> Iterator[str]:
+        for folder, names in self.folders():
+            yield from (folder + name for name in names)
+
+    def __contains__(self, file: str) -> bool:
+        return self.number(file) is not None
+
+    def folders(self) -> Iterator[tuple[str, Iterable[str]]]:
+        """Each folder with the names of the files in it, which may be gone through again."""
+        yield from self._folders.items()
+
+    def number(self, file: str) -> int | None:
+        """The position of a file among all, None if there is no such file."""
+        name = file.rpartition("/")[2]
+        names = self._folders.get(file[: len(file) - len(name)])
+        place = None if names is None else names.find(name)
+        return None if names is None or place is None else names.before + place
+
+    def digest(self) -> hashlib._Hash:
+        """sha256 of all names and sizes, for others to add to."""
+        return self._digest.copy()
+
+
+class _Names:
+    """The names of a folder's files in order, one behind the other; `before`: how many files the folders before it have."""
+
+    __slots__ = ("_bytes", "_ends", "before")
+
+    def __init__(self, names: list[str], *, before: int) -> None:
+        self.before = before
+        encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+        self._bytes = b"".join(encoded)
+        self._ends = array("Q", [0])
+        for name in encoded:
+            self._ends.append(self._ends[-1] + len(name))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._name, range(len(self)))
+
+    def find(self, name: str) -> int | None:
+        place = bisect_left(range(len(self)), name, key=self._name)
+        return place if place < len(self) and self._name(place) == name else None
+
+    def _name(self, place: int) -> str:
+        return self._bytes[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
