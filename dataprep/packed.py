@@ -30,7 +30,7 @@ from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import facts, is_unreachable, join, open_file
 from dataprep.records import RawSample
-from pipeline.errors import one_line
+from pipeline.errors import kind_and_line, one_line
 from pipeline.remote import is_remote
 
 INDEX = "index.json"
@@ -159,7 +159,7 @@ def _files_of(index: Mapping[str, Any], *, place: str) -> tuple[str, list[Packed
     try:
         found = _of_litdata(index) if "chunks" in index else _of_mosaic(index)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{place}: is not as MDS or litdata write it: {type(error).__name__}: {one_line(error)}") from error
+        raise ValueError(f"{place}: is not as MDS or litdata write it: {kind_and_line(error)}") from error
     layout, files = found
     if not files:
         raise ValueError(f"{place}: lists no files")

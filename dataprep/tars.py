@@ -197,7 +197,7 @@ def _unpack(tar: str, *, into: BinaryIO) -> str:
             while part := read(1 << 16):
                 into.write(part)
         except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            return one_line(error) or type(error).__name__
+            return one_line(error)
         finally:
             into.flush()
     return ""

@@ -186,7 +186,7 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int) -> Image.Ima
     except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
         if claimed is not None or bytes(data[:8]).startswith(_MAGIC) or _brand(data) in _AVIF_BRANDS or "HEIF" in formats:
             raise Rejection("truncated", detail="its header cannot be read") from error
-        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else _detail(error)
+        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else one_line(error)
         if _brand(data) in _HEIF_BRANDS:
             detail = "HEIF is read with pillow-heif alone: pip install 'tim[heif]'"
         raise Rejection("not-an-image", detail=detail) from error
@@ -250,7 +250,7 @@ def _damage_rejected() -> Iterator[None]:
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to decode it") from error
     except Exception as error:
-        raise Rejection("truncated", detail=_detail(error)) from error
+        raise Rejection("truncated", detail=one_line(error)) from error
 
 
 def _decode_jpeg(data: bytes | memoryview) -> Pixels:
@@ -414,7 +414,3 @@ def _resize(pixels: Pixels, *, size: tuple[int, int], covered: tuple[float, floa
     scales = tuple((wanted + 1e-6) / there for wanted, there in zip(size, covered, strict=True))  # its size is rounded down
     resized = torch.nn.functional.interpolate(source, scale_factor=scales, mode="lanczos", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
-
-
-def _detail(error: BaseException) -> str:
-    return one_line(error) or type(error).__name__

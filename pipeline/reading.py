@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions, normalise
 from pipeline.draws import generator, generators, to_uniform
+from pipeline.errors import kind_and_line
 from pipeline.feature_reading import FeatureDecoder, SampleFeatures
 from pipeline.fields import parse_json, read_fields
 from pipeline.images import load_image
@@ -138,7 +139,7 @@ class PackReader:
                 found = self._features.decode(sample, encoded) if self._features else None
                 size = sample.height, sample.width
             except Exception as error:  # a shard cut off, a broken image or caption file, what safetensors makes of one that is damaged
-                failures.append(Failure(position=position, reason=in_words(error), bad_shard=isinstance(error, BadShard)))
+                failures.append(Failure(position=position, reason=kind_and_line(error), bad_shard=isinstance(error, BadShard)))
                 image, caption, found, size = None, "", blank, (self._stride, self._stride)
             if image is not None:
                 pixels[filled : filled + image.size].reshape(3, *size)[:] = image.transpose(2, 0, 1)
@@ -195,11 +196,6 @@ def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float6
     """(B, 2): the two numbers in (0, 1) that the times of each sample follow from on this visit."""
     streams = generators(seed, "times", [sample.visit for sample in samples], [sample.id for sample in samples])
     return to_uniform(np.stack([stream.integers(0, 2**64, 2, dtype=np.uint64) for stream in streams]))
-
-
-def in_words(error: Exception) -> str:
-    """Why a sample could not be read, in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _text_part(sample: PlannedSample, member: Member) -> Part:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from pipeline.errors import one_line
+from pipeline.errors import kind_and_line, one_line
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -217,4 +217,4 @@ def _attempts() -> Iterator[int]:
 
 def _as_os_error(error: BaseException, *, url: str, what: str = "read") -> OSError:
     kind = type(error) if isinstance(error, _FINAL) else OSError
-    return kind(f"{url} cannot be {what}: {type(error).__name__}: {one_line(error)}")
+    return kind(f"{url} cannot be {what}: {kind_and_line(error)}")
