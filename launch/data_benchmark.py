@@ -18,7 +18,7 @@ from typing import Any
 
 from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
-from launch.environments import environment, run_script
+from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.images import load_image
 from pipeline.index import Corpus
@@ -147,4 +147,4 @@ def peer_rates(python: Path, name: str, options: dict[str, Any]) -> Data:
     """Raises ChildProcessError, with its last line, if it fails."""
     Path(options["work"]).mkdir(parents=True, exist_ok=True)
     arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
-    return run_script(python, peers.__file__, name, *arguments, seconds=600 + options["seconds"])
+    return run_json([python, peers.__file__, name, *arguments], seconds=600 + options["seconds"])

@@ -24,18 +24,17 @@ def environment(folder: Path, *, packages: Sequence[str], install: bool) -> tupl
     if not python.exists():
         return python, dict.fromkeys(packages, f"not installed in {folder}: --install does it")
     missing = {}
-    for name in packages:
-        if install:
-            done = subprocess.run([python, "-m", "pip", "install", "--quiet", name], capture_output=True, text=True)
-            if done.returncode:
-                missing[name] = f"cannot be installed: {_last_line(done.stderr)}"
+    for name in packages if install else ():
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", name], capture_output=True, text=True)
+        if done.returncode:
+            missing[name] = f"cannot be installed: {_last_line(done.stderr)}"
     return python, missing
 
 
-def run_script(python: Path, script: str, *arguments: object, seconds: float) -> dict[str, Any]:
-    """What a script prints last. Raises ChildProcessError, with its last line, if it fails or takes longer than so many seconds."""
+def run_json(command: Sequence[object], *, seconds: float) -> dict[str, Any]:
+    """The JSON object that a command prints last. Raises ChildProcessError, with its last line, if it fails or takes longer than that."""
     try:
-        done = subprocess.run([python, script, *map(str, arguments)], capture_output=True, text=True, timeout=seconds)
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as error:
         raise ChildProcessError(f"was stuck for {seconds:.0f} s") from error
     if done.returncode:

@@ -10,7 +10,6 @@ import io
 import json
 import resource
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import simplejpeg
 from PIL import Image
 
 from launch import prepare_peers
-from launch.environments import environment, run_script
+from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.fields import IMAGE_EXTENSIONS
 from pipeline.progress import Progress
@@ -92,26 +91,17 @@ def _copied(pictures: Sequence[Path], *, work: Path, copies: int) -> Path:
 
 
 def _prepare(folder: Path, *, out: Path, workers: int) -> Data:
-    command = [sys.executable, "-m", "launch.cli", "prepare", str(folder), "--out", str(out), "--workers", str(workers), "--json"]
-
-    def run() -> Data:
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise ChildProcessError(done.stderr.strip()[-300:])
-        return json.loads(done.stdout)
-
-    return _timed(run)
+    return _timed([sys.executable, "-m", "launch.cli", "prepare", folder, "--out", out, "--workers", workers, "--json"])
 
 
 def _tool(python: Path, name: str, out: Path, *, folder: Path, workers: int) -> Data:
-    arguments = ("--folder", folder, "--out", out, "--workers", workers)
-    return _timed(lambda: run_script(python, prepare_peers.__file__, name, *arguments, seconds=_LONGEST))
+    return _timed([python, prepare_peers.__file__, name, "--folder", folder, "--out", out, "--workers", workers])
 
 
-def _timed(run: Callable[[], Data]) -> Data:
-    """What a child process says, with the seconds that it took and those of the processors that it and its children used."""
+def _timed(command: Sequence[object]) -> Data:
+    """What a command says in JSON, with the seconds that it took and those of the processors that it and its children used."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    found = run()
+    found = run_json(command, seconds=_LONGEST)
     passed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {**found, "seconds": passed, "cpu_seconds": used}
