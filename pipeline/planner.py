@@ -61,28 +61,13 @@ class Planner:
     ) -> None:
         self.sources = tuple(corpus if isinstance(corpus, Source) else Source(corpus) for corpus in corpora)
         self.corpora = tuple(source.corpus for source in self.sources)
-        names = [corpus.name for corpus in self.corpora]
-        if not any(corpus.count for corpus in self.corpora):
-            raise ValueError("there is nothing to plan: " + (f"corpus {names[0]} has no samples" if names else "no corpus is given"))
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"two corpora are named '{twice}': give one of them another name, ids of samples begin with it")
+        _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
         if plan.stride is None:
             raise ValueError("plan.stride is not known: it is the codec's pixels per latent cell times the network's patch size")
         if min(diffusion_share, consistency_share) < 0 or diffusion_share + consistency_share > 1:
             raise ValueError(
                 f"diffusion_share {diffusion_share} and consistency_share {consistency_share} must be at least 0 and at most 1 together"
             )
-        without_features = [corpus.name for corpus in self.corpora if corpus.features is None]
-        if 0 < len(without_features) < len(names):
-            raise ValueError(f"corpus {without_features[0]} has no features and another has: give them for all corpora or for none")
-        parts = {corpus.name: corpus.features.parts for corpus in self.corpora if corpus.features is not None}
-        unlike = next((name for name in parts if parts[name] != parts[names[0]]), None)
-        if unlike is not None:
-            said = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], unlike))
-            raise ValueError(f"features of different kinds: {said}; encode the same of both")
-        if shuffle_tags is not None and any("captions" in part for part in parts.values()):
-            raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
         if not caption_weights or min(caption_weights) < 0 or max(caption_weights) == 0:
@@ -219,3 +204,23 @@ class Planner:
         self._now, shares = self._stages[max(first for first in self._stages if first <= step)]
         for group in self._groups:
             group.enter(self._now, shares=shares)
+
+
+def _check_corpora(corpora: Sequence[Corpus], *, shuffle_tags: TagShuffle | None) -> None:
+    """Raises ValueError for corpora that cannot be planned together."""
+    names = [corpus.name for corpus in corpora]
+    if not any(corpus.count for corpus in corpora):
+        raise ValueError("there is nothing to plan: " + (f"corpus {names[0]} has no samples" if names else "no corpus is given"))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two corpora are named '{twice}': give one of them another name, ids of samples begin with it")
+    parts = {corpus.name: () if corpus.features is None else corpus.features.parts for corpus in corpora}
+    without_features = next((corpus.name for corpus in corpora if corpus.features is None), None)
+    if without_features is not None and any(corpus.features is not None for corpus in corpora):
+        raise ValueError(f"corpus {without_features} has no features and another has: give them for all corpora or for none")
+    unlike = next((name for name in names if parts[name] != parts[names[0]]), None)
+    if unlike is not None:
+        said = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], unlike))
+        raise ValueError(f"features of different kinds: {said}; encode the same of both")
+    if shuffle_tags is not None and "captions" in parts[names[0]]:
+        raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")
