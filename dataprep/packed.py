@@ -106,7 +106,7 @@ class PackedSamples:
         path = join(self.path, file.name)
         if is_remote(path) or file.compression:
             with open_file(path) as stream:
-                yield from self._unpacked(memoryview(_unpack(stream.read(), compression=file.compression)), file=file, mapped="")
+                yield from self._unpacked(memoryview(_UNPACK[file.compression](stream.read())), file=file, mapped="")
             return
         with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
             yield from self._unpacked(view, file=file, mapped=path)
@@ -269,10 +269,6 @@ def _as_file(data: memoryview) -> bytes:
     buffer = io.BytesIO()
     Image.frombytes(mode, (width, height), bytes(data[12 + length :])).save(buffer, "TIFF")
     return buffer.getvalue()
-
-
-def _unpack(data: bytes, *, compression: str) -> bytes:
-    return _UNPACK[compression](data)
 
 
 def _zstd(data: bytes) -> bytes:

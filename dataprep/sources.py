@@ -111,10 +111,11 @@ def open_sources(
         wanted.append((match[1], match[2]) if match else ("", spec))
     given = {name for name, _ in wanted}
     for name, said in told.items():
-        if said.path is not None and name not in given:
-            wanted.append((name, said.path))
-        elif said.path is None and name not in given:
+        if name in given:
+            continue
+        if said.path is None:
             raise ValueError(f"sources.{name}: has no path; write {name}=PATH among the sources, or sources.{name}.path=PATH")
+        wanted.append((name, said.path))
     if not wanted:
         raise ValueError("no source: name at least one image folder, list of images or WebDataset shard")
     taken = {name for name in given | told.keys() if name}
