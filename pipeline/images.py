@@ -36,7 +36,8 @@ _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 # No picture of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
 _BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
+_JPEG_MAGIC = b"\xff\xd8\xff"
+_MAGIC = (_JPEG_MAGIC, b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*")
 _JPEG_DAMAGE = ("premature end", "bad huffman code", "corrupt arithmetic code", "instead of rst")
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -87,16 +88,20 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, backg
 
     Raises `Rejection`; the pixel limit is checked before anything is decoded.
     """
-    image = open_image(data, max_decode_pixels=max_decode_pixels)
-    if image.height * image.width > max(_BOMB_PIXELS, len(data) * _BOMB_PIXELS_PER_BYTE):
-        raise Rejection("too-large", detail=f"{len(data)} bytes claim to be {image.width}x{image.height} pixels")
-    if _is_clean_jpeg(image):
+    image, size = None, _plain_jpeg_size(data)
+    if size is None:
+        image = open_image(data, max_decode_pixels=max_decode_pixels)
+        size = image.height, image.width
+    height, width = size
+    check_size(height, width, max_decode_pixels=max_decode_pixels)
+    if height * width > max(_BOMB_PIXELS, len(data) * _BOMB_PIXELS_PER_BYTE):
+        raise Rejection("too-large", detail=f"{len(data)} bytes claim to be {width}x{height} pixels")
+    if image is None or _is_clean_jpeg(image):
         pixels = _decode_jpeg(data)
         height, width = pixels.shape[:2]
         return Picture(pixels=pixels, clean=True, format="JPEG", original_height=height, original_width=width, changes=())
 
     format_name = "JPEG" if image.format == "MPO" else str(image.format)
-    width, height = image.size
     orientation = exif_orientation(image)
     if format_name == "TIFF" and orientation >= 5:  # Pillow turns TIFFs, and only those, by itself
         width, height = height, width
@@ -358,7 +363,7 @@ def _to_srgb(profile: bytes, *, mode: str) -> ImageCms.ImageCmsTransform | Liter
 
 def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) of a JPEG which every reader shows as the decoder gives it; None for all else."""
-    if bytes(data[:3]) != b"\xff\xd8\xff":
+    if bytes(data[:3]) != _JPEG_MAGIC:
         return None
     size = _plain_jpeg_size(data)
     if size is not None:
@@ -370,6 +375,8 @@ def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 def _plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) of a JFIF file of three components without EXIF, profile or Adobe's marker, sparing it Pillow's slow opening."""
+    if bytes(data[:3]) != _JPEG_MAGIC:
+        return None
     position, is_jfif = 2, False
     for _ in range(_MOST_SEGMENTS):
         head = bytes(data[position : position + 10])

@@ -34,9 +34,11 @@ _SHARED_MEMORY = "/dev/shm"
 class Batch:
     """One pack of B images of different sizes, in planned order: as pixels and captions, or as their features.
 
-    `images` are uint8 (3, h, w), `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64 −1 where dropped or
-    absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a sample that could not
-    be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens` are the planned ones.
+    `images` are uint8 (3, h, w), in memory (h, w, 3); `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64
+    −1 where dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a
+    sample that could not be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens`
+    are the planned ones.
+
     What the corpus has features of takes the place of what they were made of, all in float32: `latents` of the noise's shapes that of
     images (none), `texts`, (M, F) each, that of captions (""). `teacher` (T, D) is what an alignment teacher sees. `codec_noise`, like
     `noise`, is there for a codec that draws the latents of images. Images, latents, teacher and noise are on the loader's device, the
@@ -270,7 +272,7 @@ class Loader:
         self.samples_seen += len(samples)
         return Batch(
             ids=[sample.id for sample in samples] or [""],
-            images=split(pack.pixels, [(3, *size) for size in pack.sizes]) or [],
+            images=[image.permute(2, 0, 1) for image in split(pack.pixels, [(*size, 3) for size in pack.sizes]) or []],
             captions=pack.captions,
             labels=torch.tensor([sample.label for sample in samples] or [-1]),
             kinds=torch.tensor([sample.kind for sample in samples] or [DIFFUSION]),

@@ -48,7 +48,7 @@ class FetchedPack(NamedTuple):
 class ReadPack(NamedTuple):
     """A pack as it travels between processes: few large tensors, because each costs a file descriptor.
 
-    `pixels` is uint8, all images one after the other, (3, h, w) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
+    `pixels` is uint8, all images one after the other, (h, w, 3) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
     (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Where a codec draws latents, `codec_noise` is
     like `noise`. From features come `latents`, float32 like `noise`, zero for a failed one; `texts`, float32 (M, F) each of
     `text_lengths` M; and `teacher`, float32 (T, D). None is what is not read.
@@ -142,7 +142,7 @@ class PackReader:
                 failures.append(Failure(position=position, reason=kind_and_line(error), bad_shard=isinstance(error, BadShard)))
                 image, caption, found, size = None, "", blank, (self._stride, self._stride)
             if image is not None:
-                pixels[filled : filled + image.size].reshape(3, *size)[:] = image.transpose(2, 0, 1)
+                pixels[filled : filled + image.size].reshape(*size, 3)[:] = image
             filled += 3 * size[0] * size[1]
             sizes.append(size)
             captions.append(caption)
