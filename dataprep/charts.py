@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 MOST_BINS = 48
 _FINEST = -60  # bins are never narrower than 2 to this
 _FINEST_BITS = 64  # nor than the largest number divided by 2 to this, which is beyond what floats can tell apart
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 220, 52, 12, 12, 38
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 200, 56, 24, 12, 38
 _MOST_TICKS = 8
 _SERIES = ("a", "b")
 
@@ -62,10 +62,10 @@ class Histogram:
         return self.counts.total()
 
 
-def histogram(title: str, series: Mapping[str, Histogram], *, label: Label, is_log: bool = False) -> str:
+def histogram(title: str, series: Mapping[str, Histogram], *, label: Label, is_log: bool = False, is_whole: bool = False) -> str:
     """Bars of one or two corpora by name, in shares of each if there are two. `label` writes a number of the axis.
 
-    `is_log`: the numbers are logarithms to base 2, and ticks stand at whole ones.
+    `is_log`: the numbers are logarithms to base 2, and ticks stand at whole ones. `is_whole`: there are none between whole numbers.
     """
     drawn = {name: each for name, each in series.items() if each.total}
     if not drawn:
@@ -92,21 +92,28 @@ def histogram(title: str, series: Mapping[str, Histogram], *, label: Label, is_l
     def say(height: float) -> str:
         return f"{height:.1%}" if as_share else f"{height:,.0f}"
 
-    parts = [_gridline(bottom - room * share, say(tallest * share)) for share in ((1.0, 0.5) if as_share or tallest >= 2 else (1.0,))]
-    for colour, (name, bars) in zip(_SERIES, ((name, heights.get(name, {})) for name in series), strict=False):
-        for place, height in sorted(bars.items()):
+    def span(place: int) -> str:
+        low, high = place * width, (place + 1) * width - is_whole
+        return label(low) if low == high else f"{label(low)} to {label(high)}"
+
+    shares = (1.0, 0.5) if as_share or tallest >= 2 else (1.0,)
+    parts = [_gridline(bottom - room * share, say(tallest * share) if as_share else _short(tallest * share)) for share in shares]
+    slim = (step - 1) / len(series)  # bars of two corpora stand side by side
+    for at, (colour, name) in enumerate(zip(_SERIES, series, strict=False)):
+        for place, height in sorted(heights.get(name, {}).items()):
             tall = max(room * height / tallest, 1.0)
-            told = f"{name}: " * as_share + f"{label(place * width)} to {label((place + 1) * width)}: {say(height)}"
+            told = f"{name}: " * as_share + f"{span(place)}: {say(height)}"
             parts.append(
-                f'<rect class="{colour}" x="{_LEFT + (place - first) * step:.2f}" y="{bottom - tall:.2f}" width="{max(step - 1, 0.5):.2f}" '
-                f'height="{tall:.2f}"><title>{escape(told)}</title></rect>'
+                f'<rect class="{colour}" x="{_LEFT + (place - first) * step + at * slim:.2f}" y="{bottom - tall:.2f}" '
+                f'width="{slim:.2f}" height="{tall:.2f}"><title>{escape(told)}</title></rect>'
             )
     low, high = first * width, (last + 1) * width
-    ticks = _whole_ticks(low, high) if is_log else _round_ticks(low, high)
-    parts += [_tick(_LEFT + (tick / width - first) * step, label(tick)) for tick in ticks]
+    one = is_whole and width == 1  # number a bar, which stands in its middle
+    ticks = _whole_ticks(low, high - one) if is_log or is_whole else _round_ticks(low, high)
+    parts += [_tick(_LEFT + (tick / width - first + one / 2) * step, label(tick)) for tick in ticks]
     parts.append(f'<path class="axis" d="M{_LEFT} {bottom}H{_WIDTH - _RIGHT}"/>')
     rows = [
-        (f"{label(place * width)} to {label((place + 1) * width)}", *(say(heights.get(name, {}).get(place, 0)) for name in series))
+        (span(place), *(say(heights.get(name, {}).get(place, 0)) for name in series))
         for place in range(first, last + 1)
         if any(place in bars for bars in heights.values())
     ]
@@ -141,11 +148,12 @@ def sizes(title: str, counts: Mapping[tuple[int, int], int]) -> str:
 
 
 def data_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An HTML table of texts, the first column of which heads its row."""
+    """An HTML table of texts, the first column of which heads its row; without a head if the header is empty."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    head = f"<thead><tr>{head}</tr></thead>" * any(header)
     cells = ((escape(row[0]), "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])) for row in rows)
     lines = "".join(f'<tr><th scope="row">{first}</th>{others}</tr>' for first, others in cells)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>"
+    return f"<table>{head}<tbody>{lines}</tbody></table>"
 
 
 def _figure(title: str, inside: str, *, height: int, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -168,6 +176,12 @@ def _end_text(y: float, text: str) -> str:
 
 def _tick(x: float, text: str, *, bottom: float = _HEIGHT - _BOTTOM) -> str:
     return f'<path class="axis" d="M{x:.2f} {bottom:.2f}v5"/><text class="middle" x="{x:.2f}" y="{bottom + 20:.2f}">{escape(text)}</text>'
+
+
+def _short(count: float) -> str:
+    """What has room beside the axis: "12.3 k" for 12,345."""
+    power = min(3, int(math.log10(max(count, 1)) // 3))
+    return f"{count:,.0f}" if count < 10_000 else f"{count / 1000**power:.4g} {' kMG'[power]}"
 
 
 def _octave(half: int) -> str:

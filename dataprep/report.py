@@ -54,7 +54,7 @@ def report(
     Raises ValueError if one is no corpus or is damaged.
     """
     assert 1 <= len(corpora) <= 2, corpora
-    folders = [Path(corpus) for corpus in corpora]
+    folders = [Path(corpus).absolute() for corpus in corpora]
     manifests = [read_manifest(folder) for folder in folders]
     page = folders[0] / REPORT if out is None else Path(out)
     if not page.parent.is_dir():
@@ -64,6 +64,9 @@ def report(
             census(folder, manifest=manifest, config=config, pool=pool, progress=progress)
             for folder, manifest in zip(folders, manifests, strict=True)
         ]
+    if len({folder.name for folder in folders}) == 2:
+        for each, folder in zip(found, folders, strict=True):
+            each.name = folder.name  # what the reader calls them: two corpora of the same sources have the same name
     publish_text(page, render(found, config=config))
     return {
         "report": page,
@@ -131,11 +134,10 @@ def _headline(found: Sequence[Census], *, names: Sequence[str]) -> str:
     for colour, name, each in zip("ab", names, found, strict=False):
         key = f'<span class="key" style="background:var(--{colour})"></span>{_bdi(name)}: ' * (len(found) > 1)
         totals = each.manifest["totals"]
-        shards = len(each.manifest["shards"])
-        lines.append(
-            f"<p>{key}<strong>{totals['kept']:,}</strong> of {totals['inputs']:,} inputs kept in {shards:,} shard{'s' * (shards != 1)}, "
-            f"{size_in_words(totals['bytes'])}</p>"
-        )
+        shards, sources = len(each.manifest["shards"]), len(each.by_source)
+        of = f" of {sources:,} sources" * (sources > 1)
+        where = f"{shards:,} shard{'s' * (shards != 1)}, {size_in_words(totals['bytes'])}"
+        lines.append(f"<p>{key}<strong>{totals['kept']:,}</strong> of {totals['inputs']:,} inputs{of} kept in {where}</p>")
     return "".join(lines)
 
 
@@ -150,11 +152,14 @@ def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
         cells = ""
         for each, count in zip(found, counts, strict=True):
             share = count / max(1, each.manifest["totals"]["inputs"])
-            bar = f'<span class="bar {"good" if what == "kept" else "bad"}" style="width:{100 * share:.2f}%"></span>' * (what != "inputs")
+            bar = f'<span class="bar {"good" if what == "kept" else "bad"}" style="width:{100 * share:.2f}%"></span>' * (
+                what != "inputs" and count > 0
+            )
             cells += f'<td>{count:,}</td><td>{share:.1%}</td><td class="wide">{bar}</td>'
         lines.append(f'<tr><th scope="row">{_bdi(what)}</th>{cells}</tr>')
     head = "".join(f'<th scope="colgroup" colspan="3">{_bdi(name)}</th>' for name in names)
-    parts = [f'<table class="bars"><thead><tr><td></td>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>']
+    head = f"<thead><tr><td></td>{head}</tr></thead>" * (len(found) > 1)
+    parts = [f'<table class="bars">{head}<tbody>{"".join(lines)}</tbody></table>']
     for name, each in zip(names, found, strict=True):
         if each.near_duplicates:
             parts.append(f"<p>{_of(name, found)}{each.near_duplicates:,} of the kept are marked as near duplicates of others.</p>")
@@ -195,7 +200,7 @@ def _plan(found: Sequence[Census], *, names: Sequence[str], config: ReportConfig
         for what, value in _plan_facts(each.plan).items():
             facts.setdefault(what, []).append(value)
     rows = [(what, *values) for what, values in facts.items() if len(values) == len(found)]
-    table = data_table(("", *names), rows) if rows else ""
+    table = data_table(_header(names), rows) if rows else ""
     problems = "".join(
         f"<p>{_of(name, found)}no plan: {_bdi(each.plan['error'])}</p>"
         for name, each in zip(names, found, strict=True)
@@ -229,17 +234,17 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
 def _captions(found: Sequence[Census], *, names: Sequence[str]) -> str:
     charts = _charts(
         histogram("Characters of the first caption", _series(found, names, lambda each: each.caption_lengths), label=_power, is_log=True),
-        histogram("Captions of a picture", _series(found, names, lambda each: each.captions), label=lambda number: f"{number:g}"),
+        histogram("Captions of a picture", _series(found, names, lambda each: each.captions), label=_number, is_whole=True),
     )
     facts = {
         "without a caption": [f"{each.without_caption:,}" for each in found],
-        "with a class": [f"{each.classes.total():,}" for each in found],
-        "classes": [f"{len(each.classes):,}" for each in found],
+        "with a class": [f"{each.classes.total():,}" * bool(each.classes) for each in found],
+        "classes": [f"{len(each.classes):,}" * bool(each.classes) for each in found],
         "pictures of the rarest and the commonest class": [
             f"{min(each.classes.values()):,} and {max(each.classes.values()):,}" if each.classes else "" for each in found
         ],
     }
-    return charts + data_table(("", *names), [(what, *values) for what, values in facts.items() if any(values)])
+    return charts + data_table(_header(names), [(what, *values) for what, values in facts.items() if any(values)])
 
 
 def _scores(found: Sequence[Census], *, names: Sequence[str]) -> str:
@@ -256,8 +261,8 @@ def _rejected(each: Census) -> str:
     parts = []
     for reason, examples in sorted(each.rejected.items()):
         count = each.manifest["rejected"].get(reason, len(examples))
-        parts.append(f"<h3>{_bdi(reason)} <small>{count:,}</small></h3>{_gallery(examples)}")
-    return "".join(parts)
+        parts.append(f"<div><h3>{_bdi(reason)} <small>{count:,}</small></h3>{_gallery(examples)}</div>")
+    return f'<div class="reasons">{"".join(parts)}</div>'
 
 
 def _pairs(each: Census) -> str:
@@ -285,6 +290,11 @@ def _card(example: Example) -> str:
 
 def _section(name: str, title: str, inside: str) -> str:
     return f'<section class="{name}"><h2>{_bdi(title)}</h2>{inside}</section>'
+
+
+def _header(names: Sequence[str]) -> tuple[str, ...]:
+    """Of a table with a column for each corpus: there is nothing to say about a single one."""
+    return ("", *names) if len(names) > 1 else ("", "")
 
 
 def _charts(*drawn: str) -> str:

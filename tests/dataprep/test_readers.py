@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as pq
 import pytest
 import webdataset
 
@@ -60,3 +64,18 @@ def test_datasets(corpus: Path, tmp_path: Path, streaming: bool, by_folder: bool
         loaded = datasets.load_dataset("webdataset", data_files=f"{corpus}/*.tar", split="train", streaming=streaming, cache_dir=cache)
     wanted = loaded.take(60) if streaming else loaded
     check(wanted, corpus=corpus, count=60 if streaming else 560)
+
+
+def test_what_reads_img2datasets_output(corpus: Path) -> None:
+    """open_clip's own loader, and counts as people take them from the stats and tables beside the tars."""
+    from open_clip_train.data import get_wds_dataset
+
+    stats = [json.loads(path.read_text("utf-8")) for path in sorted(corpus.glob("*_stats.json"))]
+    count = sum(each["successes"] for each in stats)
+    tables = [pq.read_table(path).to_pylist() for path in sorted(corpus.glob("0?????.parquet"))]
+    kept = [row for rows in tables for row in rows if row["status"] == "success"]
+    assert (count, len(kept)) == (560, 560)
+    settings = Namespace(val_data=f"{corpus}/{{000000..000002}}.tar", val_num_samples=count, batch_size=40, workers=1)
+    loader = get_wds_dataset(settings, lambda image: image.size, is_train=False, tokenizer=lambda text: [text]).dataloader
+    seen = Counter((caption, *size) for sizes, captions in loader for size, caption in zip(sizes, captions, strict=True))
+    assert seen == Counter((row["caption"], row["width"], row["height"]) for row in kept)

@@ -156,6 +156,7 @@ def test_two_corpora_side_by_side(corpus: Path, tmp_path: Path) -> None:
     found = report([corpus, tmp_path / "D"], out=tmp_path / "compare.html", config=ReportConfig())
     page = Page((tmp_path / "compare.html").read_text("utf-8"))
     assert [each["kept"] for each in found["corpora"]] == [14, 30]
+    assert "C and D" in page.text
     assert "14 of 18" in page.text
     assert "30 of 30" in page.text
     assert {value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")} == {"a", "b"}
@@ -224,3 +225,12 @@ def test_histograms_that_lie_far_apart_are_drawn_together() -> None:
     drawn = histogram("numbers", {"a": near, "b": far}, label=lambda number: f"{number:g}")
     assert Page(drawn).names["rect"] == 2
     assert drawn.count(": 100.0%</title>") == 2
+
+
+def test_a_whole_number_stands_under_its_bar() -> None:
+    captions = Histogram(finest=0)
+    captions.add(np.array([1.0] * 5 + [3.0] * 20_000))
+    drawn = histogram("captions", {"a": captions}, label=lambda number: f"{number:g}", is_whole=True)
+    for said in ("<title>1: 5</title>", "<title>3: 20,000</title>", ">2</text>", ">20 k</text>"):
+        assert said in drawn
+    assert ">1.5</text>" not in drawn
