@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataprep.charts import Histogram
+from dataprep.semantic import DUPLICATES
 from dataprep.shards import TABLE_COLUMNS
 from pipeline.account import take_account
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
 from pipeline.progress import Progress, unseen
 from pipeline.resolution import target_sizes
+from pipeline.sidecars import TAKEDOWN
 from pipeline.source import Source
 from pipeline.summary import plan_summary
 
@@ -25,10 +27,11 @@ KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
 MOST_SCORES = 24  # further columns of numbers that are drawn
 MOST_STEPS, RANKS = 20, 8  # that are planned
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
+LOOKALIKES = ("near_duplicate_of", DUPLICATES)  # columns that name the picture which is kept in the place of another
 _LOG_FINEST = -2  # a quarter of an octave
 _SHOWN = (
     *("key", "source", "path", "reason", "detail", "caption", "captions", "label", "width", "height"),
-    *("near_duplicate_of", "thumbnail", "image_offset", "image_length"),
+    *("thumbnail", "image_offset", "image_length", TAKEDOWN, *LOOKALIKES),
 )
 
 
@@ -48,8 +51,16 @@ class Example:
 
 
 @dataclass(slots=True)
+class Lookalikes:
+    """What a column of `LOOKALIKES` says: how many kept pictures look like others, and pairs of (duplicate, the one that stays)."""
+
+    kept: int = 0
+    pairs: list[tuple[Example, Example | None]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Census:
-    """Counts and examples of one corpus. `scores` are the further columns of numbers; `pairs` are (duplicate, the one that stays)."""
+    """Counts and examples of one corpus. `scores` are the further columns of numbers; `lookalikes` go by column."""
 
     name: str
     manifest: Mapping[str, Any]
@@ -63,12 +74,11 @@ class Census:
     captions: Histogram = field(default_factory=lambda: Histogram(finest=0))  # per picture
     without_caption: int = 0
     classes: Counter[int] = field(default_factory=Counter)
-    near_duplicates: int = 0
     scores: dict[str, Histogram] = field(default_factory=dict)
     scores_left_out: int = 0
     kept: list[Example] = field(default_factory=list)
     rejected: dict[str, list[Example]] = field(default_factory=dict)
-    pairs: list[tuple[Example, Example | None]] = field(default_factory=list)
+    lookalikes: dict[str, Lookalikes] = field(default_factory=lambda: {column: Lookalikes() for column in LOOKALIKES})
 
 
 def plan_of(stride: int, *, max_tokens: int) -> PlanConfig:
@@ -87,7 +97,7 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
     census.scores_left_out = len(numbers) - len(census.scores)
     columns = [*(name for name in _SHOWN if name in corpus.schema.names), *census.scores]
     wanted = {corpus.count * (2 * place + 1) // (2 * KEPT_EXAMPLES) for place in range(KEPT_EXAMPLES)}
-    near: list[tuple[Example, str]] = []
+    named: dict[str, list[tuple[Example, str]]] = {column: [] for column in LOOKALIKES}  # with the key of the one that stays
     seen = 0
     for number, shard in enumerate(corpus.shards):
         progress("report", number, len(corpus.shards))
@@ -97,11 +107,14 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
         seen += shard.count
         rejected = corpus.read_rejected(number, columns=_SHOWN)
         _count_rejected(census, rejected)
-        for rows in (kept, rejected):
-            near += [(_example(rows, row, tar=shard.path), key) for row, key in _near_duplicates(rows)[: PAIRS - len(near)]]
-        census.near_duplicates += len(_near_duplicates(kept))
-    originals = _find(corpus, keys={key for _, key in near})
-    census.pairs = [(example, originals.get(key)) for example, key in near]
+        for column, examples in named.items():
+            found = _named(kept, column)
+            census.lookalikes[column].kept += len(found)
+            for rows, pairs in ((kept, found), (rejected, _named(rejected, column))):
+                examples += [(_example(rows, row, tar=shard.path), key) for row, key in pairs[: PAIRS - len(examples)]]
+    originals = _find(corpus, keys={key for examples in named.values() for _, key in examples})
+    for column, examples in named.items():
+        census.lookalikes[column].pairs = [(example, originals.get(key)) for example, key in examples]
     return census
 
 
@@ -125,7 +138,7 @@ def _numbers(schema: pa.Schema) -> list[str]:
     def counts(kind: pa.DataType) -> bool:
         return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
-    return [each.name for each in schema if each.name not in TABLE_COLUMNS and counts(each.type)]
+    return [each.name for each in schema if each.name not in TABLE_COLUMNS and each.name != TAKEDOWN and counts(each.type)]
 
 
 def _count_kept(census: Census, kept: pa.Table, *, plan: PlanConfig) -> None:
@@ -164,9 +177,9 @@ def _count_rejected(census: Census, rejected: pa.Table) -> None:
         census.rejected[reason] = sorted(found, key=lambda example: not example.picture)[:REJECTED_EXAMPLES]
 
 
-def _near_duplicates(rows: pa.Table) -> list[tuple[int, str]]:
+def _named(rows: pa.Table, column: str) -> list[tuple[int, str]]:
     """Row and key of the picture that looks the same, of those that have one."""
-    return [(row, key) for row, key in enumerate(_texts(rows, "near_duplicate_of")) if key]
+    return [(row, key) for row, key in enumerate(_texts(rows, column)) if key]
 
 
 def _texts(rows: pa.Table, name: str) -> list[str]:
@@ -175,9 +188,11 @@ def _texts(rows: pa.Table, name: str) -> list[str]:
 
 
 def _example(rows: pa.Table, row: int, *, tar: str = "") -> Example:
-    """`tar`: where the row's image lies, unless it was rejected."""
+    """`tar`: where the row's image lies, unless it was rejected. What is taken down is named, and not shown."""
     (found,) = rows.slice(row, 1).to_pylist()
     key = found.get("key") or ""
+    if found.get(TAKEDOWN):
+        return Example(key=key, path="", caption="", height=0, width=0, detail="taken down")
     return Example(
         key=key,
         path="/".join(filter(None, (found.get("source"), found.get("path")))),

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.census import Census, Example, plan_of, take_census
+from dataprep.census import LOOKALIKES, Census, Example, Lookalikes, plan_of, take_census
 from dataprep.charts import Histogram, data_table, histogram, sizes
 from dataprep.executor import LocalPool, Pool
 from dataprep.files import publish_text, size_in_words
@@ -25,9 +25,11 @@ from dataprep.manifest import REPORT, read_manifest
 from dataprep.thumbnails import thumbnails
 from pipeline.index import Corpus
 from pipeline.progress import Progress, unseen
+from pipeline.sidecars import Sidecar, read_sidecars
 
 _LONGEST_TEXT = 300  # characters of a caption, path or message that are shown
 _MOST_SOURCES = 40
+_KINDS = dict(zip(LOOKALIKES, ("near", "semantic"), strict=True))
 _ASPECTS = {-2: "1:4", -1: "1:2", 0: "1:1", 1: "2:1", 2: "4:1"}
 
 
@@ -61,7 +63,7 @@ def report(
         raise ValueError(f"{page}: there is no folder {page.parent}")
     with LocalPool(workers) as pool:
         found = [
-            census(folder, manifest=manifest, config=config, pool=pool, progress=progress)
+            census(folder, manifest=manifest, config=config, pool=pool, sidecars=read_sidecars(str(folder)), progress=progress)
             for folder, manifest in zip(folders, manifests, strict=True)
         ]
     if len({folder.name for folder in folders}) == 2:
@@ -78,11 +80,23 @@ def report(
     }
 
 
-def census(corpus: str | Path, *, manifest: dict[str, Any], config: ReportConfig, pool: Pool, progress: Progress = unseen) -> Census:
-    """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet."""
-    opened = Corpus.of_manifest(manifest, folder=str(corpus), check_shards=False)
+def census(
+    corpus: str | Path,
+    *,
+    manifest: dict[str, Any],
+    config: ReportConfig,
+    pool: Pool,
+    sidecars: tuple[Sidecar, ...] = (),
+    progress: Progress = unseen,
+) -> Census:
+    """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet.
+
+    `sidecars`: what it got later; of shards that are newer than these they say nothing.
+    """
+    opened = Corpus.of_manifest(manifest, folder=str(corpus), check_shards=False, sidecars=sidecars, partial=True)
     found = take_census(opened, manifest=manifest, plan=plan_of(config.stride, max_tokens=config.max_tokens), progress=progress)
-    examples = [*found.kept, *(example for pair in found.pairs for example in pair if example)]
+    pairs = [pair for alike in found.lookalikes.values() for pair in alike.pairs]
+    examples = [*found.kept, *(example for pair in pairs for example in pair if example)]
     places = dict.fromkeys(example.place for example in examples if example.place)
     pictures = dict(zip(places, thumbnails(list(places), pool=pool), strict=True))
 
@@ -90,7 +104,8 @@ def census(corpus: str | Path, *, manifest: dict[str, Any], config: ReportConfig
         return replace(example, picture=pictures[example.place]) if example.place else example
 
     found.kept = [seen(example) for example in found.kept]
-    found.pairs = [(seen(one), other and seen(other)) for one, other in found.pairs]
+    for alike in found.lookalikes.values():
+        alike.pairs = [(seen(one), other and seen(other)) for one, other in alike.pairs]
     return found
 
 
@@ -112,8 +127,10 @@ def render(found: Sequence[Census], *, config: ReportConfig) -> str:
         parts.append(_section("kept", f"Kept{of}: {len(each.kept)} examples", _gallery(each.kept)))
         if each.rejected:
             parts.append(_section("rejected", f"Rejected{of}", _rejected(each)))
-        if each.pairs:
-            parts.append(_section("duplicates", f"Near duplicates{of}, beside what they look like", _pairs(each)))
+        for column, alike in each.lookalikes.items():
+            if alike.pairs:
+                kind = _KINDS[column]
+                parts.append(_section("duplicates", f"{kind.capitalize()} duplicates{of}, beside what they look like", _pairs(alike)))
     style = files("dataprep").joinpath("report.css").read_text("utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
@@ -161,8 +178,10 @@ def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
     head = f"<thead><tr><td></td>{head}</tr></thead>" * (len(found) > 1)
     parts = [f'<table class="bars">{head}<tbody>{"".join(lines)}</tbody></table>']
     for name, each in zip(names, found, strict=True):
-        if each.near_duplicates:
-            parts.append(f"<p>{_of(name, found)}{each.near_duplicates:,} of the kept are marked as near duplicates of others.</p>")
+        for column, alike in each.lookalikes.items():
+            if alike.kept:
+                what = f"{alike.kept:,} of the kept are marked as {_KINDS[column]} duplicates of others"
+                parts.append(f"<p>{_of(name, found)}{what}; a plan with <code>where: \"{column} == ''\"</code> leaves them out.</p>")
         if len(each.by_source) > 1:
             parts.append(_by_source(each))
         parts += [f"<p>{_of(name, found)}{_bdi(note)}</p>" for note in each.manifest["notes"]]
@@ -265,10 +284,10 @@ def _rejected(each: Census) -> str:
     return f'<div class="reasons">{"".join(parts)}</div>'
 
 
-def _pairs(each: Census) -> str:
+def _pairs(alike: Lookalikes) -> str:
     gone = '<div class="card"><div class="blank">not in this corpus</div></div>'
     return "".join(
-        f'<div class="pair">{_card(duplicate)}{_card(original) if original else gone}</div>' for duplicate, original in each.pairs
+        f'<div class="pair">{_card(duplicate)}{_card(original) if original else gone}</div>' for duplicate, original in alike.pairs
     ).join(('<div class="pairs">', "</div>"))
 
 

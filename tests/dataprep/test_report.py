@@ -11,11 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dataprep.annotate import annotate
 from dataprep.census import plan_of, take_census
 from dataprep.charts import MOST_BINS, Histogram, histogram
 from dataprep.indexing import index
@@ -25,7 +28,7 @@ from dataprep.report import ReportConfig, report
 from pipeline.index import Corpus
 from pipeline.planner import Planner
 from pipeline.summary import plan_summary
-from tests.dataprep.helpers import digests, photo, photo_folder, write_folder
+from tests.dataprep.helpers import digests, photo, photo_folder, table_rows, write_folder
 
 VOID = {"meta", "img", "path"}
 HOSTILE = '</p><script>alert(1)</script><img src="https://example.org/x.png" onerror=alert(1)> & "quotes" \u202egnihtyreve'
@@ -123,8 +126,9 @@ def test_its_plan_is_the_planners(corpus: Path, page: Page, tmp_path: Path) -> N
     census = take_census(Corpus.open(corpus), manifest=read_manifest(corpus), plan=plan)
     assert census.tokens.total == census.pixels.total == census.aspects.total == sum(census.sizes.values()) == 14
     assert census.caption_lengths.total == 14
-    assert census.near_duplicates == 1
-    assert [(one.path.rpartition("/")[2], other and other.path.rpartition("/")[2]) for one, other in census.pairs] == [
+    near = census.lookalikes["near_duplicate_of"]
+    assert near.kept == 1
+    assert [(one.path.rpartition("/")[2], other and other.path.rpartition("/")[2]) for one, other in near.pairs] == [
         ("small.jpg", "large.jpg")
     ]
 
@@ -144,7 +148,7 @@ def test_dropped_near_duplicates_are_shown_beside_what_stays(corpus: Path, tmp_p
     [source] = [path for path in corpus.parent.iterdir() if path != corpus]
     prepare([str(source)], out=tmp_path / "D", config=PrepareConfig.model_validate({"dedup": {"near": "drop"}}))
     census = take_census(Corpus.open(tmp_path / "D"), manifest=read_manifest(tmp_path / "D"), plan=plan_of(32, max_tokens=1024))
-    [(dropped, stays)] = census.pairs
+    [(dropped, stays)] = census.lookalikes["near_duplicate_of"].pairs
     assert Image.open(io.BytesIO(dropped.picture)).size == (160, 133)
     assert stays is not None
     assert stays.path.endswith("large.jpg")
@@ -162,6 +166,32 @@ def test_two_corpora_side_by_side(corpus: Path, tmp_path: Path) -> None:
     assert {value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")} == {"a", "b"}
     report([corpus, corpus], out=tmp_path / "same.html", config=ReportConfig())
     assert "(A)" in Page((tmp_path / "same.html").read_text("utf-8")).text
+
+
+def test_what_came_later_is_in_it_and_what_was_taken_down_is_not_shown(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus, tmp_path / "C")
+    rows = [row for row in table_rows(corpus) if row["key"]]
+    scores = [{"key": row["key"], "beauty": float(place), "caption": f"anew-{place}-"} for place, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(scores), tmp_path / "scores.parquet")
+    annotate(tmp_path / "C", table=tmp_path / "scores.parquet", on="key", captions="only")
+    report([tmp_path / "C"], config=ReportConfig())
+    page = Page((tmp_path / "C/report.html").read_text("utf-8"))
+    assert "beauty" in page.text
+    assert all(f"anew-{place}-" in page.text for place in range(14))
+    assert len(page.pictures) == 14 + 2 + 2
+
+    report([corpus, tmp_path / "C"], out=tmp_path / "compare.html", config=ReportConfig())
+    drawn = (tmp_path / "compare.html").read_text("utf-8").partition("<figcaption>beauty</figcaption>")[2].partition("</figure>")[0]
+    assert Page(drawn.partition("<details>")[0]).names["rect"] == 14
+
+    pq.write_table(pa.table({"key": [row["key"] for row in rows[:4]]}), tmp_path / "requests.parquet")
+    annotate(tmp_path / "C", table=tmp_path / "requests.parquet", on="key", mark="takedown")
+    report([tmp_path / "C"], config=ReportConfig(max_tokens=16))
+    after = Page((tmp_path / "C/report.html").read_text("utf-8"))
+    assert [f"anew-{place}-" in after.text for place in range(14)] == [False] * 4 + [True] * 10
+    assert after.text.count("taken down") >= 4
+    assert "takedown 4" in after.text
+    assert len(after.pictures) < len(page.pictures) - 3
 
 
 def test_an_index_has_one_too(corpus: Path, tmp_path: Path) -> None:

@@ -17,9 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dataprep.prepare import PrepareConfig, prepare
+from dataprep.report import ReportConfig, report
 from dataprep.score import ScoreConfig, score
 from dataprep.verify import verify
 from launch.cli import main
+from launch.config import load_config
+from launch.planning import make_planner
 from pipeline.index import Corpus
 from pipeline.source import Source
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
@@ -180,6 +183,27 @@ def test_semantic_duplicates_name_the_better_picture(clip: Path, corpus: Path, t
     assert against.duplicates is not None
     assert digests(other) == before
     assert verify(corpus).problems == []
+
+
+def test_a_run_leaves_semantic_duplicates_out_and_the_report_shows_them(clip: Path, corpus: Path, tmp_path: Path) -> None:
+    done = score(corpus, config=settings(clip, duplicates=0.9999))
+    (tmp_path / "run.yaml").write_text(f"""\
+corpus: {{path: {corpus}, where: "semantic_duplicate_of == ''"}}
+run_dir: {tmp_path / "run"}
+plan: {{max_tokens: 16, tokens_per_pack: 64, packs_per_step: 2}}
+network: {{params: {{patch_size: 8, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}}}
+train: {{steps: 2}}
+""")
+    account = make_planner(load_config(tmp_path / "run.yaml")).account
+    assert (account["samples"], account["left_out"]) == (12 - (done.duplicates or 0), {"where": done.duplicates})
+
+    report([corpus], config=ReportConfig())
+    page = (corpus / "report.html").read_text("utf-8")
+    assert "<figcaption>similarity</figcaption>" in page
+    assert f"{done.duplicates} of the kept are marked as semantic duplicates" in page
+    shown = page.partition("Semantic duplicates, beside what they look like")[2]
+    assert shown.count('<div class="pair">') == min(done.duplicates or 0, 8)
+    assert shown.count("<img ") == 2 * min(done.duplicates or 0, 8)
 
 
 @pytest.mark.parametrize(
