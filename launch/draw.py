@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from dataprep.files import publish
 from launch.arguments import round_sizes
 from launch.console import Console
 from launch.export import model_folder
@@ -111,32 +110,23 @@ def draw(
                         seed=seed,
                         evaluations=image.info["evaluations"],
                     )
-                    write_png(path, image, facts={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
+                    _write_png(path, image, facts={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
                     drawings.append(drawing)
                 rows.append(row)
                 labels.append(f"{name}\n{width} x {height}")
                 report("draw", len(drawings), total)
     columns = [f"{count} step{'s' * (count > 1)}" for count in steps]
-    write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"seed": seed, "guidance": scale})
+    _write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"seed": seed, "guidance": scale})
     return drawings, out / "grid.png"
 
 
-def write_png(path: Path, image: Image.Image, *, facts: dict[str, object]) -> None:
+def _write_png(path: Path, image: Image.Image, *, facts: dict[str, object]) -> None:
     """Write a PNG with text chunks, whole or not at all."""
     chunks = PngInfo()
     for name, value in facts.items():
         chunks.add_itxt(name, str(value))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with publish(path) as stream:
+        image.save(stream, format="PNG", pnginfo=chunks)
 
 
 def _slug(prompt: str) -> str:
