@@ -6,6 +6,7 @@ import hashlib
 import io
 import tarfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, BinaryIO
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from pipeline.feature_members import EXTENSION, pack
-from pipeline.features import EMPTY, FORMAT, KIND, TABLE, size_entry
+from pipeline.features import EMPTY, FORMAT, KIND, TABLE
 from pipeline.resolution import SizeRule
 
 Crop = tuple[int, int, int, int]  # resize_height, resize_width, height, width
@@ -72,7 +73,7 @@ def features_manifest(
         "dtype": dtype,
         "zstd": zstd,
         "flipped": flipped,
-        "sizes": [size_entry(rule) for rule in rules],
+        "sizes": [asdict(rule) for rule in rules],
         "empty": EMPTY if text is not None else None,
     }
 

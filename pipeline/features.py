@@ -35,6 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
+from pipeline.errors import one_line
 from pipeline.resolution import SizeRule
 
 FORMAT = 1
@@ -182,14 +183,7 @@ class Features:
         try:
             return pq.ParquetFile(path).read(use_threads=False).select(TABLE.names)
         except (OSError, KeyError, pa.ArrowException) as error:
-            raise ValueError(
-                f"features {self.path}: {path.name} cannot be read ({' '.join(str(error).split())[:200]}): encode again"
-            ) from error
-
-
-def size_entry(rule: SizeRule) -> dict[str, Any]:
-    """A size rule as the manifest has it."""
-    return asdict(rule)
+            raise ValueError(f"features {self.path}: {path.name} cannot be read ({one_line(error)}): encode again") from error
 
 
 def _covers(encoded: SizeRule, planned: SizeRule) -> bool:

@@ -44,10 +44,6 @@ class Sidecar:
     shards: Mapping[str, SidecarShard]
 
     @property
-    def has_captions(self) -> bool:
-        return "captions" in self.columns
-
-    @property
     def digest(self) -> str:
         """Of all its tables."""
         return hashlib.sha256(json.dumps([[name, shard.sha256] for name, shard in self.shards.items()]).encode()).hexdigest()

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tim.official import read_weights
+from tim.official import first_line, read_weights
+from tim.pretrained import in_words
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -155,7 +156,7 @@ def _read_tar(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path}: no weights can be read from it ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: no weights can be read from it ({first_line(error)})") from error
 
 
 def _dinov2(path: Path) -> Tower:
@@ -166,7 +167,7 @@ def _dinov2(path: Path) -> Tower:
     try:
         network = AutoModel.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a folder that transformers reads ({str(error).splitlines()[0]})") from error
+        raise ValueError(f"{path}: not a folder that transformers reads ({in_words(error)})") from error
     facts = network.config
     if not facts.model_type.startswith("dinov2"):
         raise ValueError(f"{path}: holds a model of type {facts.model_type}, not dinov2")

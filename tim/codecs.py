@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tim.pretrained import local_folder, read_config
+from tim.pretrained import in_words, local_folder, read_config
 
 BATCH_PIXELS = 1024 * 1024  # that go through an autoencoder at once: about 5 GB of activations; never less than one image
 TILE = 2048  # pixels; an image with a longer side goes through in overlapping tiles, as the published training did
@@ -161,7 +161,7 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
             folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: not weights that diffusers reads ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(f"{folder}: not weights that diffusers reads ({in_words(error)})") from error
     if said["missing_keys"]:
         raise ValueError(f"{folder}: its weights lack {min(said['missing_keys'])}: they are of another model than its config")
     return Autoencoder(network, found, device=device)

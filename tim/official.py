@@ -32,7 +32,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
         return unnested(content)
     except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: no weights can be read from it ({_first_line(error)})") from error
+        raise ValueError(f"{path}: no weights can be read from it ({first_line(error)})") from error
 
 
 def unnested(content: Any) -> dict[str, Tensor]:
@@ -73,5 +73,6 @@ def published_config(params: Mapping[str, Any], *, rope: str, transport: Mapping
     }
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What torch says of a file, without the advice and the traces that follow."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

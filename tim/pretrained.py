@@ -15,6 +15,11 @@ HUB = "hf://"
 _TAKEN = (".json", ".txt", ".model", ".safetensors")
 
 
+def in_words(error: BaseException) -> str:
+    """What another library's error says, in one line of bounded length."""
+    return " ".join(str(error).split())[:200]
+
+
 def local_folder(path: str | Path) -> Path:
     """The folder that a path means; one of the hub is fetched where it is not in the cache. Raises ValueError where there is none."""
     name = str(path)

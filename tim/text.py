@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tim.pretrained import HUB, local_folder
+from tim.pretrained import HUB, in_words, local_folder
 
 BATCH_TOKENS = 16384  # that go through a tower at once
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
@@ -144,7 +144,7 @@ def tokenizer(kind: str, path: str | Path | None = None, *, max_tokens: int = 77
     try:
         found = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: has no tokenizer that transformers reads ({_in_words(error)})") from error
+        raise ValueError(f"{folder}: has no tokenizer that transformers reads ({in_words(error)})") from error
 
     def tokenize(captions: Sequence[str]) -> list[list[int]]:
         return [list(each) for each in found(list(captions), truncation=True, max_length=max_tokens)["input_ids"]]
@@ -162,7 +162,7 @@ def width(kind: str, path: str | Path | None) -> int:
     try:
         config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not a model that transformers reads ({_in_words(error)})") from error
+        raise ValueError(f"{folder}: not a model that transformers reads ({in_words(error)})") from error
     return int(config.get_text_config().hidden_size)
 
 
@@ -202,7 +202,7 @@ def _clip_tower(folder: Path, *, max_tokens: int) -> tuple[torch.nn.Module, Call
     try:
         model: Any = open_clip.create_model(f"local-dir:{folder}")
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{folder}: not a model that open_clip reads ({_in_words(error)})") from error
+        raise ValueError(f"{folder}: not a model that open_clip reads ({in_words(error)})") from error
     tower = getattr(model, "text", model)
     if getattr(tower, "attn_mask", None) is None or getattr(tower, "cls_emb", None) is not None:
         raise ValueError(f"{folder}: its text tower is not causal as CLIP's is: use text encoder hf with that tower's weights")
@@ -232,7 +232,7 @@ def _transformers_tower(folder: Path) -> tuple[torch.nn.Module, Callable[[Tensor
         kind = transformers.AutoModelForTextEncoding if is_encoder else transformers.AutoModel
         network, said = kind.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **how)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{folder}: not a model that transformers reads ({_in_words(error)})") from error
+        raise ValueError(f"{folder}: not a model that transformers reads ({in_words(error)})") from error
     missing = sorted(name for name in said["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more: they are of another model than its config")
@@ -251,10 +251,6 @@ def _transformers() -> Any:
     except ModuleNotFoundError:
         raise ValueError("text encoder hf needs transformers: pip install 'tim[latent]'") from None
     return transformers
-
-
-def _in_words(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
