@@ -16,7 +16,6 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.files import WORK
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.captions import clean_captions
 from pipeline.digests import file_digest
@@ -56,7 +55,7 @@ def annotate(
     """Add the columns of a parquet file to a corpus.
 
     Args:
-        corpus: a local folder that `tim prepare` or `tim index` wrote.
+        corpus: what `tim prepare` or `tim index` wrote, in a folder or at a URL.
         table: its columns `caption` and `captions` are new captions, all others but `on` are taken as they are.
         on: the column of both by which rows find their samples; several samples may have the same url or sha256.
         name: of the sidecar; the table's file name unless it is given. An earlier one of this name is replaced.
@@ -69,10 +68,10 @@ def annotate(
     """
     name = name or _default_name(table)
     parquet = _open_table(table, on=on)
-    with opened_for_sidecars(corpus, name=name) as opened:
+    with opened_for_sidecars(corpus, name=name) as (opened, store):
         new = _new_columns(parquet, of=opened, table=table, on=on, mark=mark)
         schema = _sidecar_schema(new, of=opened, table=table, mark=mark)
-        database = opened.path / WORK / f"{name}.sqlite"
+        database = store.scratch / f"{name}.sqlite"
         database.unlink(missing_ok=True)
         rows = parquet.metadata.num_rows
         try:
@@ -84,6 +83,7 @@ def annotate(
                     raise ValueError(f"{table}: none of its {rows} values of {on} is one of corpus {opened.folder}'s")
                 write_sidecar(
                     opened,
+                    store=store,
                     name=name,
                     schema=schema,
                     identity={"table": file_digest(table), "on": on, "captions": captions, "mark": mark},

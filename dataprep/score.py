@@ -106,7 +106,7 @@ def score(
     workers: int = 1,
     progress: Progress = unseen,
 ) -> Scored:
-    """Score all pictures of a local corpus into the sidecar `name`; an earlier one of this name is replaced.
+    """Score all pictures of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
 
     `against`: corpora that were scored with the same model; with `duplicates`, pictures that these have are duplicates, too. `workers`:
     threads that decode. `progress` is called with ("score", samples, samples in all).
@@ -116,13 +116,15 @@ def score(
     if against and config.duplicates is None:
         raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
     model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
-    with opened_for_sidecars(corpus, name=name) as opened, ThreadPoolExecutor(workers) as decoders:
+    with opened_for_sidecars(corpus, name=name) as (opened, store), ThreadPoolExecutor(workers) as decoders:
         result = Scored(sidecar=name, samples=opened.count)
         scorer = _Scorer(
             opened, model=model, config=config, decoders=decoders, result=result, progress=lambda n: progress("score", n, opened.count)
         )
         identity = _identity(config)
-        scores = write_sidecar(opened, name=name, schema=scorer.schema, identity=identity, make=scorer.shard, progress=scorer.finished)
+        scores = write_sidecar(
+            opened, store=store, name=name, schema=scorer.schema, identity=identity, make=scorer.shard, progress=scorer.finished
+        )
     if config.duplicates is not None:
         result.duplicates = mark_duplicates(
             corpus,

@@ -15,7 +15,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataprep.dedup import Ints, keep_first
-from dataprep.files import WORK
 from dataprep.sidecars import opened_for_sidecars, write_sidecar
 from pipeline.index import Corpus
 from pipeline.progress import Progress
@@ -47,14 +46,14 @@ def mark_duplicates(
 
     Raises ValueError if a corpus has no embeddings, or those of another model.
     """
-    with opened_for_sidecars(path, name=name) as corpus:
+    with opened_for_sidecars(path, name=name) as (corpus, store):
         others = [Corpus.open(other, check_shards=False) for other in against]
         width = _check_embeddings(corpus, others=others)
         corpora = [*others, corpus]
         count = sum(each.count for each in corpora)
         fixed = count - corpus.count
         rank = _ranks(corpora, fixed=fixed)
-        file = corpus.path / WORK / f"{name}.f16"
+        file = store.scratch / f"{name}.f16"
         try:
             stored = np.memmap(file, dtype=np.float16, mode="w+", shape=(max(count, 1), width))
             for start, found in _embeddings(corpora):
@@ -72,6 +71,7 @@ def mark_duplicates(
         schema = pa.schema([(DUPLICATES, pa.string())])
         write_sidecar(
             corpus,
+            store=store,
             name=name,
             schema=schema,
             identity={"threshold": threshold, "embeddings": embeddings.digest, "against": [_digest(other) for other in others]},

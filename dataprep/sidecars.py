@@ -9,22 +9,22 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.files import LOCK, claimed, publish, publish_text
+from dataprep.files import LOCK, claimed_work
+from dataprep.store import Store, open_store
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.index import Corpus
-from pipeline.remote import is_remote
 from pipeline.sidecars import FORMAT, SIDECARS, TEXT_COLUMNS, Sidecar, SidecarShard, read_sidecars
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
@@ -48,19 +48,19 @@ RESERVED |= {f"{member}_{what}" for member in ("image", "text", "cls", "json") f
 
 
 @contextmanager
-def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[Corpus]:
-    """A local corpus without its sidecar `name`, locked against a second run that writes into it.
+def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[tuple[Corpus, Store]]:
+    """A corpus in a folder or at a URL without its sidecar `name`, and the store of its files, whose `scratch` is a folder for what is
+    needed meanwhile; locked against a second run on this machine that writes into it.
 
-    Raises ValueError, in one line, if it is none, and RuntimeError if another run writes into it.
+    Raises ValueError, in one line, if it is none or cannot be written to, and RuntimeError if another run writes into it.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"--name {name}: is no name for a sidecar: lower-case letters, digits, - and _ make one, at most 40")
-    if is_remote(path):
-        raise ValueError(f"{path}: sidecars are written into a local folder: work on a copy of the tables, or mount it")
+    store, work = open_store(path, work=None)
     corpus = Corpus.open(path, check_shards=False, without=name, partial=True)
-    with claimed(corpus.path) as work:
+    with claimed_work(work, place=store.place, folder=None if store.is_remote else corpus.path):
         try:
-            yield corpus
+            yield corpus, store
         finally:
             (work / LOCK).unlink()
             if not any(work.iterdir()):
@@ -70,6 +70,7 @@ def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[Corpus]:
 def write_sidecar(
     corpus: Corpus,
     *,
+    store: Store,
     name: str,
     schema: pa.Schema,
     identity: Mapping[str, Any],
@@ -80,6 +81,7 @@ def write_sidecar(
     same identity are left alone.
 
     Args:
+        store: of the corpus's files.
         schema: of its tables, without `key`.
         identity: what the tables follow from besides the corpus; JSON-able.
         make: shard → a table of `schema` with a row for each of its samples, in their order.
@@ -93,36 +95,40 @@ def write_sidecar(
     done = 0
     for number, shard in enumerate(corpus.shards):
         table = f"{shard.table.removesuffix('.parquet')}.{name}.parquet"
-        made_of = hashlib.sha256(json.dumps([FORMAT, shard.digest, identity], sort_keys=True).encode()).hexdigest()
-        if not _is_made_of(corpus.path / table, made_of):
-            _write(corpus, number, make(number).select(schema.names).cast(schema), table=table, made_of=made_of)
-        texts = _texts_name(table) if "captions" in schema.names else ""
+        made_of = _digest(json.dumps([FORMAT, shard.digest, identity], sort_keys=True).encode())
+        texts = f"{table.removesuffix('.parquet')}.jsonl" if "captions" in schema.names else ""
+        files = _finished(store, table=table, texts=texts, made_of=made_of)
+        if files is None:
+            keys = corpus.read(number, columns=("key",)).column("key")
+            columns = make(number).select(schema.names).cast(schema).add_column(0, "key", keys)
+            files = _write(store, columns, table=table, texts=texts, made_of=made_of)
         shards[shard.table] = SidecarShard(
             table=table,
-            sha256=file_digest(corpus.path / table),
+            sha256=_digest(files.table),
             of=shard.table_digest,
             texts=texts,
-            texts_bytes=os.path.getsize(corpus.path / texts) if texts else 0,
-            texts_sha256=file_digest(corpus.path / texts) if texts else "",
+            texts_bytes=len(files.texts),
+            texts_sha256=_digest(files.texts) if texts else "",
         )
         done += shard.count
         progress(done)
     columns = tuple(schema.names) + tuple(column for column in TEXT_COLUMNS if "captions" in schema.names and column not in schema.names)
     sidecar = Sidecar(name=name, columns=columns, shards=shards)
-    _publish_list(corpus.path, [*corpus.sidecars, sidecar])
+    _publish_list(store, [*corpus.sidecars, sidecar])
     return sidecar
 
 
-def remove_sidecar(path: Path, *, name: str) -> None:
+def remove_sidecar(path: str | Path, *, name: str) -> None:
     """Take a sidecar out of the list, then delete its files. Raises ValueError if there is none of this name."""
-    sidecars = read_sidecars(str(path))
-    gone = next((sidecar for sidecar in sidecars if sidecar.name == name), None)
-    if gone is None:
-        raise ValueError(f"{path}: has no sidecar '{name}'; there are: {', '.join(each.name for each in sidecars) or 'none'}")
-    _publish_list(path, [sidecar for sidecar in sidecars if sidecar is not gone])
-    for shard in gone.shards.values():
-        for file in filter(None, (shard.table, shard.texts)):
-            (path / file).unlink(missing_ok=True)
+    with opened_for_sidecars(path, name=name) as (corpus, store):
+        sidecars = read_sidecars(corpus.folder)
+        gone = next((sidecar for sidecar in sidecars if sidecar.name == name), None)
+        if gone is None:
+            raise ValueError(f"{path}: has no sidecar '{name}'; there are: {', '.join(each.name for each in sidecars) or 'none'}")
+        _publish_list(store, corpus.sidecars)
+        for shard in gone.shards.values():
+            for file in filter(None, (shard.table, shard.texts)):
+                store.remove(file)
 
 
 def sidecar_files(corpus: Path) -> set[str]:
@@ -151,47 +157,54 @@ def _check_shard(corpus: Corpus, number: int, *, beside: SidecarShard) -> Iterat
             yield f"{name}: its digest is not that of {SIDECARS}: the file was changed or damaged"
 
 
-def _write(corpus: Corpus, number: int, columns: pa.Table, *, table: str, made_of: str) -> None:
+class _Files(NamedTuple):
+    """What is in a shard's table, and in its file of captions if it has some."""
+
+    table: bytes
+    texts: bytes
+
+
+def _finished(store: Store, *, table: str, texts: str, made_of: str) -> _Files | None:
+    """The files of a shard, if they are there and its table was made of the same."""
+    try:
+        found = store.read(table)
+        if (pq.read_schema(io.BytesIO(found)).metadata or {}).get(_IDENTITY) != made_of.encode():
+            return None
+        return _Files(found, store.read(texts) if texts else b"")
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _write(store: Store, columns: pa.Table, *, table: str, texts: str, made_of: str) -> _Files:
     """A shard's table, after its file of captions if it has some."""
-    keys = corpus.read(number, columns=("key",)).column("key")
-    if "captions" in columns.column_names:
-        columns = _write_texts(corpus.path / _texts_name(table), columns)
-    found = columns.add_column(0, "key", keys)
-    found = found.replace_schema_metadata({_IDENTITY: made_of})
+    lines: list[bytes] = []
+    if texts:
+        lines = [json.dumps({"captions": captions}, ensure_ascii=False).encode() for captions in columns.column("captions").to_pylist()]
+        columns = _with_places(columns, lines=lines)
+        with store.publish(texts) as stream:
+            stream.writelines(line + b"\n" for line in lines)
     buffer = io.BytesIO()
-    pq.write_table(found, buffer, compression="zstd", row_group_size=max(1, found.num_rows))
-    with publish(corpus.path / table) as stream:
+    columns = columns.replace_schema_metadata({_IDENTITY: made_of})
+    pq.write_table(columns, buffer, compression="zstd", row_group_size=max(1, columns.num_rows))
+    with store.publish(table) as stream:
         stream.write(buffer.getbuffer())
+    return _Files(buffer.getvalue(), b"".join(line + b"\n" for line in lines))
 
 
-def _write_texts(path: Path, columns: pa.Table) -> pa.Table:
-    """The captions as lines of JSON, and the table with where they lie."""
-    offsets: list[int] = []
-    lengths: list[int] = []
-    with publish(path) as stream:
-        for captions in columns.column("captions").to_pylist():
-            line = json.dumps({"captions": captions}, ensure_ascii=False).encode("utf-8")
-            offsets.append(stream.tell())
-            lengths.append(len(line))
-            stream.write(line + b"\n")
-    places = {"json_offset": pa.array(offsets, pa.int64()), "json_length": pa.array(lengths, pa.int64())}
-    nowhere = pa.nulls(len(offsets), pa.int64())
+def _with_places(columns: pa.Table, *, lines: Sequence[bytes]) -> pa.Table:
+    """The table with where its captions lie in a file of these lines."""
+    starts = [0, *accumulate(len(line) + 1 for line in lines)][:-1]
+    nowhere = pa.nulls(len(lines), pa.int64())
+    places = {"json_offset": pa.array(starts, pa.int64()), "json_length": pa.array([len(line) for line in lines], pa.int64())}
     for name, values in {"text_offset": nowhere, "text_length": nowhere, **places}.items():
         columns = columns.append_column(name, values)
     return columns
 
 
-def _is_made_of(table: Path, made_of: str) -> bool:
-    try:
-        return (pq.read_schema(table).metadata or {}).get(_IDENTITY) == made_of.encode()
-    except (OSError, pa.ArrowException):
-        return False
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _texts_name(table: str) -> str:
-    return table.removesuffix(".parquet") + ".jsonl"
-
-
-def _publish_list(corpus: Path, sidecars: Sequence[Sidecar]) -> None:
+def _publish_list(store: Store, sidecars: Sequence[Sidecar]) -> None:
     listed = [{**asdict(sidecar), "shards": {of: asdict(shard) for of, shard in sidecar.shards.items()}} for sidecar in sidecars]
-    publish_text(corpus / SIDECARS, json.dumps({"format": FORMAT, "sidecars": listed}, indent=1, ensure_ascii=False) + "\n")
+    store.publish_text(SIDECARS, json.dumps({"format": FORMAT, "sidecars": listed}, indent=1, ensure_ascii=False) + "\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from dataprep.files import WORK, publish
+from dataprep.files import TEMPORARY_SUFFIX, WORK, publish
 from pipeline.remote import file_sizes, filesystem, is_remote, read_file, remove_file, write_file
 
 
@@ -50,7 +50,7 @@ class Store:
             with publish(Path(self.place, name)) as stream:
                 yield stream
             return
-        local = self.scratch / f"upload-{name}"
+        local = self.scratch / f"upload-{name}{TEMPORARY_SUFFIX}"
         try:
             with publish(local) as stream:
                 yield stream

@@ -39,14 +39,13 @@ def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return _one(arguments, what="CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides")
 
 
-def one_corpus(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+def one_corpus(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """(corpus, overrides) of a command that takes `CORPUS [KEY=VALUE …]`.
 
     Raises:
         ValueError: no corpus, or more than one.
     """
-    corpus, overrides = _one(arguments, what="CORPUS (a folder that `tim prepare` or `tim index` wrote) and KEY=VALUE settings")
-    return Path(corpus), overrides
+    return _one(arguments, what="CORPUS (a folder or URL that `tim prepare` or `tim index` wrote) and KEY=VALUE settings")
 
 
 def _one(arguments: Sequence[str], *, what: str) -> tuple[str, list[str]]:

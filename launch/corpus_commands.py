@@ -234,7 +234,8 @@ def report(
 
 def score(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="CORPUS|KEY=VALUE", help="A local corpus, and values of the config: model, weights, aesthetic, …")
+        list[str],
+        typer.Argument(metavar="CORPUS|KEY=VALUE", help="Folder or URL of a corpus, and values of the config: model, aesthetic, …"),
     ],
     config: Annotated[Path | None, typer.Option(help="YAML file that says what to score, and with which model.")] = None,
     name: Annotated[str, typer.Option(help="Of the sidecar table; an earlier one of this name is replaced.")] = "scores",
@@ -266,9 +267,9 @@ def score(
 
 
 def annotate(
-    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` or `tim index` wrote.")],
-    table: Annotated[Path, typer.Option(metavar="F.parquet", help="Columns to add; caption and captions are new captions.")],
-    on: Annotated[str, typer.Option(metavar="key|sha256|url", help="The column of both by which rows find their samples.")],
+    corpus: Annotated[str, typer.Argument(help="Folder or URL that `tim prepare` or `tim index` wrote.")],
+    table: Annotated[Path | None, typer.Option(metavar="F.parquet", help="Columns to add; caption and captions are new captions.")] = None,
+    on: Annotated[str | None, typer.Option(metavar="key|sha256|url", help="The column of both by which rows find their samples.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the sidecar table; one of this name is replaced. Default: the table's name.")] = None,
     captions: Annotated[
         str, typer.Option(metavar="first|last|only", help="New captions come before the old ones, after them, or in their place.")
@@ -277,6 +278,7 @@ def annotate(
         str | None,
         typer.Option(metavar="COLUMN", help="Set this column to true for what the table names. What is marked takedown is not planned."),
     ] = None,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Take this sidecar table away again, instead.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -287,10 +289,21 @@ def annotate(
     Example: tim annotate corpus --table recaptioned.parquet --on key
 
     Example: tim annotate corpus --table requests.parquet --on url --mark takedown
+
+    Example: tim annotate corpus --remove recaptioned
     """
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.annotate import annotate as annotate_corpus
+        from dataprep.sidecars import remove_sidecar
 
+        if remove is not None:
+            if any(given is not None for given in (table, on, name, mark)):
+                raise ValueError(f"--remove {remove}: adds nothing; leave --table, --on, --name and --mark out")
+            remove_sidecar(corpus, name=remove)
+            console.result(f"{corpus}: has no sidecar '{remove}' any more", data={"corpus": corpus, "removed": remove})
+            return
+        if table is None or on is None:
+            raise ValueError("give --table F.parquet and --on key|sha256|url, or --remove NAME")
         with console.progress() as progress:
             done = annotate_corpus(
                 corpus,

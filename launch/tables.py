@@ -28,7 +28,7 @@ def describe_features(out: Path, facts: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def describe_scores(corpus: Path, facts: Mapping[str, Any]) -> str:
+def describe_scores(corpus: str, facts: Mapping[str, Any]) -> str:
     """How many samples `tim score` scored, and their mean scores."""
     known = facts["samples"] - facts["computed"]
     lines = [f"{corpus}: {count(facts['samples'], 'sample')} scored{f', {known} of them before' if known else ''}"]

@@ -234,14 +234,14 @@ def test_killed_it_goes_on_where_it_was(corpus: Path, tmp_path: Path) -> None:
     command = f"""
 import os, signal
 from pathlib import Path
-import dataprep.sidecars as sidecars
+import dataprep.store as store
 from dataprep.annotate import annotate
-publish = sidecars.publish
+publish = store.publish
 def dying(path):
     if path.name == "000002.s.jsonl":
         os.kill(os.getpid(), signal.SIGKILL)
     return publish(path)
-sidecars.publish = dying
+store.publish = dying
 annotate({str(corpus)!r}, table=Path({str(table)!r}), on="key")
 """
     process = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], env=os.environ, check=False)

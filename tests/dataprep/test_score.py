@@ -252,7 +252,50 @@ def test_the_commands(clip: Path, corpus: Path, tmp_path: Path, capsys: pytest.C
     assert main(["annotate", str(corpus), "--table", str(tmp_path / "notes.parquet"), "--on", "key", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["matched"], told["columns"], told["sidecar"]) == (1, ["note"], "notes")
-    for wrong in (["--on", "name"], ["--on", "key", "--captions", "some"]):
+    table = ["--table", str(tmp_path / "notes.parquet")]
+    for wrong in (
+        [*table, "--on", "name"],
+        [*table, "--on", "key", "--captions", "some"],
+        table,
+        ["--remove", "no"],
+        ["--remove", "notes", *table],
+    ):
         with pytest.raises(SystemExit) as left:
-            main(["annotate", str(corpus), "--table", str(tmp_path / "notes.parquet"), *wrong])
+            main(["annotate", str(corpus), *wrong])
         assert left.value.code == 2
+    assert "note" in Corpus.open(corpus).schema.names
+    assert main(["annotate", str(corpus), "--remove", "notes"]) == 0
+    assert "note" not in Corpus.open(corpus).schema.names
+    assert not list(corpus.glob("*.notes.parquet"))
+
+
+def test_a_corpus_at_a_url_gets_the_same_tables(
+    clip: Path, corpus: Path, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import s3fs
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files, url = s3fs.S3FileSystem(), f"{bucket}/sets/C"
+    files.put(f"{corpus}/", f"{url}/", recursive=True)
+    keys = [row["key"] for row in table_rows(corpus)]
+    pq.write_table(pa.table({"key": keys[:3], "caption": ["new ☕", "newer", "newest"]}), tmp_path / "recaption.parquet")
+    pq.write_table(pa.table({"key": keys[3:5]}), tmp_path / "requests.parquet")
+    for place in (url, str(corpus)):
+        assert main(["annotate", place, "--table", str(tmp_path / "recaption.parquet"), "--on", "key"]) == 0
+        assert main(["annotate", place, "--table", str(tmp_path / "requests.parquet"), "--on", "key", "--mark", "takedown"]) == 0
+        assert main(["score", place, f"model={clip}", "device=cpu", "duplicates=0.9999"]) == 0
+    files.invalidate_cache()
+    files.get(f"{url}/", f"{tmp_path / 'D'}/", recursive=True)
+    assert digests(tmp_path / "D") == digests(corpus)
+    assert not list((tmp_path / "cache" / "tim" / "prepare").iterdir())
+
+    chosen = Source(Corpus.open(url), where="similarity > -1")
+    left_out = [chosen.select(shard, rule=_rule())[1].left_out for shard in range(2)]
+    assert sum((each == 0).sum() for each in left_out) == 10
+    assert score(url, config=settings(clip, duplicates=0.9999)).computed == 0
+    assert main(["annotate", url, "--remove", "recaption"]) == 0
+    files.invalidate_cache()
+    assert not files.glob(f"{url}/*.recaption.*")
+    assert [sidecar.name for sidecar in Corpus.open(url).sidecars] == ["requests", "scores", "scores-duplicates"]
