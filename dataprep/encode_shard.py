@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from dataprep.encoders import EncodeConfig, Encoders, View
 from dataprep.files import publish, publish_text
+from dataprep.lookahead import ahead
 from dataprep.shards import shard_name
 from pipeline.digests import file_digest
 from pipeline.feature_members import text_name
@@ -149,27 +150,18 @@ class _Decoder:
         self._tar = tar
         self._flip = flip
         self._shards = ShardReader()
-        self._reading = ThreadPoolExecutor(1)
         self._decoding = ThreadPoolExecutor(threads)
 
     def __enter__(self) -> _Decoder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._reading.shutdown(cancel_futures=True)
         self._decoding.shutdown(cancel_futures=True)
         self._shards.close()
 
     def ahead(self, pieces: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], list[list[View] | str]]]:
         """Every piece with the views of its samples, or why one has none."""
-        before: tuple[list[Sample], Future[list[list[View] | str]]] | None = None
-        for piece in pieces:
-            following = piece, self._reading.submit(self._read, piece)
-            if before is not None:
-                yield before[0], before[1].result()
-            before = following
-        if before is not None:
-            yield before[0], before[1].result()
+        return ahead(lambda piece: (piece, self._read(piece)), pieces)
 
     def _read(self, piece: list[Sample]) -> list[list[View] | str]:
         wanted = [sample for sample in piece if sample.crops]

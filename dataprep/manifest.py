@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataprep.lookahead import ahead
 from dataprep.plan import ColumnKind, Columns
 from dataprep.shards import Shard, table_schema
 from dataprep.store import Store
@@ -133,14 +132,7 @@ def read_tables(store: Store, *, shards: Sequence[Shard], columns: Sequence[str]
     def read(shard: Shard) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=columns)
 
-    with ThreadPoolExecutor(_READ_AHEAD) as threads:
-        waiting = deque()
-        for shard in shards:
-            waiting.append(threads.submit(read, shard))
-            if len(waiting) > _READ_AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return ahead(read, shards, by=_READ_AHEAD)
 
 
 def kept_rows(table: pa.Table) -> pa.Table:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dataprep.clip import Clip, Head, Precision, model_file, probability
+from dataprep.lookahead import ahead
 from dataprep.semantic import DUPLICATES, EMBEDDING, mark_duplicates
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.digests import file_digest
@@ -175,6 +176,7 @@ class _Scorer:
     def shard(self, number: int) -> pa.Table:
         """The scores of a shard's samples; null where a picture cannot be read."""
         table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
+        self._result.computed += table.num_rows
         columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
         for start, pictures in self._batches(number, table=table):
             there = [start + place for place, picture in enumerate(pictures) if picture is not None]
@@ -219,14 +221,7 @@ class _Scorer:
             found = self._reader.read_parts(parts[start:end])
             return start, list(self._decoders.map(self._preprocessed, found, sizes[start:end]))
 
-        with ThreadPoolExecutor(1) as reader:
-            ahead: Future[tuple[int, list[Tensor | None]]] | None = None
-            for start in range(0, len(parts), self._config.batch):
-                ready, ahead = ahead, reader.submit(load, start)
-                if ready is not None:
-                    yield ready.result()
-            if ahead is not None:
-                yield ahead.result()
+        return ahead(load, range(0, len(parts), self._config.batch))
 
     def _preprocessed(self, data: memoryview | OSError, size: tuple[int, int]) -> Tensor | None:
         """Raises BadShard where the whole tar cannot be read."""
@@ -240,7 +235,6 @@ class _Scorer:
             return None
 
     def _add_up(self, columns: dict[str, list[Any]]) -> None:
-        self._result.computed += len(next(iter(columns.values()), []))
         for name in self.schema.names:
             known = [value for value in columns[name] if value is not None]
             if name != EMBEDDING and known:

@@ -1,0 +1,26 @@
+"""Work that is done in threads while the caller is busy with what came before."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Iterator[Result]:
+    """What `work` makes of each item, in their order; up to `by` of them are being made while the caller works on another."""
+    threads = ThreadPoolExecutor(by)
+    try:
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(threads.submit(work, item))
+            if len(waiting) > by:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        threads.shutdown(cancel_futures=True)
