@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataprep.decoding import Decoders
 from dataprep.encode_shard import EncodedShard, encode_shard, finished_shard, read_samples
 from dataprep.encoders import EncodeConfig, Encoders, identity
 from dataprep.files import JOB, WORK, claimed, publish, publish_text, size_in_words
@@ -100,7 +101,7 @@ def _help(corpus: Corpus, *, out: Path, config: EncodeConfig, team: PartialState
     team.wait_for_everyone()
     if not (out / MANIFEST).is_file():
         encoders, tally = Encoders(config, device=device), _Tally(corpus, out=out, team=team)
-        _encode_missing(corpus, out=out, config=config, encoders=encoders, threads=_threads(team), tally=tally)
+        _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
     team.wait_for_everyone()
 
 
@@ -129,7 +130,7 @@ def _lead(
         team.wait_for_everyone()
         if encoders is not None:
             tally = _Tally(corpus, out=out, team=team, progress=progress)
-            _encode_missing(corpus, out=out, config=config, encoders=encoders, threads=_threads(team), tally=tally)
+            _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
             manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, tally=tally))
             publish_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         team.wait_for_everyone()
@@ -157,8 +158,8 @@ def _reproducible(team: PartialState) -> Iterator[torch.device]:
         torch.set_num_threads(threads)
 
 
-def _threads(team: PartialState) -> int:
-    """How many threads of a process decode pictures."""
+def _workers(team: PartialState) -> int:
+    """How many processes decode pictures for one that encodes."""
     return max(1, len(os.sched_getaffinity(0)) // team.num_processes)
 
 
@@ -220,12 +221,13 @@ def _begin(out: Path, *, corpus: Corpus, settings: dict[str, Any], encoders: Enc
             stream.write(pack({text_name(0): encoders.captions([""])[0]}))
 
 
-def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, threads: int, tally: _Tally) -> None:
+def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, tally: _Tally) -> None:
     """Encode shards until every one is finished or in the hands of another process."""
-    for number, shard in enumerate(corpus.shards):
-        with _taken(out / WORK / f"{shard_name(number)}.lock") as mine:
-            if mine and finished_shard(out, number=number, of=shard.digest) is None:
-                encode_shard(corpus, number, out=out, config=config, encoders=encoders, threads=threads, report=tally.add)
+    with Decoders(workers) as decoders:
+        for number, shard in enumerate(corpus.shards):
+            with _taken(out / WORK / f"{shard_name(number)}.lock") as mine:
+                if mine and finished_shard(out, number=number, of=shard.digest) is None:
+                    encode_shard(corpus, number, out=out, config=config, encoders=encoders, decoders=decoders, report=tally.add)
 
 
 @contextmanager

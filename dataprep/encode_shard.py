@@ -5,24 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from dataprep.decoding import Decoders, Picture
 from dataprep.encoders import EncodeConfig, Encoders, View
 from dataprep.files import publish, publish_text
 from dataprep.lookahead import ahead
 from dataprep.shards import shard_name
 from pipeline.digests import file_digest
 from pipeline.feature_members import text_name
-from pipeline.feature_writing import Crop, FeatureWriter
+from pipeline.feature_writing import FeatureWriter
 from pipeline.features import FORMAT
-from pipeline.images import Rejection, load_image
+from pipeline.images import Pixels
 from pipeline.index import Corpus
-from pipeline.resolution import target_sizes
+from pipeline.resolution import Crop, target_sizes
 from pipeline.source import integers
 from pipeline.storage import Part, ShardReader
 
@@ -68,7 +69,7 @@ def finished_shard(out: Path, *, number: int, of: str) -> EncodedShard | None:
 
 
 def encode_shard(
-    corpus: Corpus, number: int, *, out: Path, config: EncodeConfig, encoders: Encoders, threads: int, report: Callable[[int], None]
+    corpus: Corpus, number: int, *, out: Path, config: EncodeConfig, encoders: Encoders, decoders: Decoders, report: Callable[[int], None]
 ) -> EncodedShard:
     """Write tar, table and stats of one shard, in this order. `report` is told how many samples more are done.
 
@@ -78,9 +79,10 @@ def encode_shard(
     samples = read_samples(corpus, number, config=config)
     stem = shard_name(number)
     rejected: Counter[str] = Counter()
-    with publish(out / f"{stem}.tar") as stream, _Decoder(corpus.shards[number].path, threads=threads, flip=config.flip) as decoder:
+    in_pieces = _decoded(corpus.shards[number].path, pieces(samples, flip=config.flip), decoders=decoders, flip=config.flip)
+    with publish(out / f"{stem}.tar") as stream, closing(in_pieces):
         writer = FeatureWriter(stream, zstd=config.zstd)
-        for piece, decoded in decoder.ahead(pieces(samples, flip=config.flip)):
+        for piece, decoded in in_pieces:
             views = [view for found in decoded if not isinstance(found, str) for view in found]
             pictures = iter(encoders.pictures(views))
             captions = iter(encoders.captions([text for sample in piece for text in sample.captions]) if encoders.text else ())
@@ -143,46 +145,37 @@ def pieces(samples: Sequence[Sample], *, flip: bool) -> Iterator[list[Sample]]:
         yield piece
 
 
-class _Decoder:
-    """Reads and decodes pieces, one ahead of the one that is being encoded."""
+def _decoded(
+    tar: str, pieces: Iterator[list[Sample]], *, decoders: Decoders, flip: bool
+) -> Generator[tuple[list[Sample], list[list[View] | str]], None, None]:
+    """Every piece with the views of its samples, or why one has none; the next one is read and decoded meanwhile."""
+    shards = ShardReader()
 
-    def __init__(self, tar: str, *, threads: int, flip: bool) -> None:
-        self._tar = tar
-        self._flip = flip
-        self._shards = ShardReader()
-        self._decoding = ThreadPoolExecutor(threads)
-
-    def __enter__(self) -> _Decoder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._decoding.shutdown(cancel_futures=True)
-        self._shards.close()
-
-    def ahead(self, pieces: Iterator[list[Sample]]) -> Iterator[tuple[list[Sample], list[list[View] | str]]]:
-        """Every piece with the views of its samples, or why one has none."""
-        return ahead(lambda piece: (piece, self._read(piece)), pieces)
-
-    def _read(self, piece: list[Sample]) -> list[list[View] | str]:
+    def read(piece: list[Sample]) -> tuple[list[Sample], list[list[View] | str]]:
         wanted = [sample for sample in piece if sample.crops]
-        found = self._shards.read_parts([Part(self._tar, *sample.image) for sample in wanted])
-        data = dict(zip((sample.key for sample in wanted), found, strict=True))
-        return [*self._decoding.map(lambda sample: self._views(sample, data.get(sample.key)), piece)]
+        pictures: list[Picture] = []
+        for sample, data in zip(wanted, shards.read_parts([Part(tar, *sample.image) for sample in wanted]), strict=True):
+            if isinstance(data, OSError):
+                raise data
+            pictures.append(Picture(bytes(data), sample.crops))
+        views: dict[str, list[View] | str] = {}
+        for sample, found in zip(wanted, decoders.decode(pictures), strict=True):
+            views[sample.key] = found if isinstance(found, str) else _views(sample, found, flip=flip)
+        return piece, [views.get(sample.key, []) for sample in piece]
 
-    def _views(self, sample: Sample, data: memoryview | OSError | None) -> list[View] | str:
-        import torch
+    try:
+        yield from ahead(read, pieces)
+    finally:
+        shards.close()
 
-        if isinstance(data, OSError):
-            raise data
-        views: list[View] = []
-        try:
-            for crop in sample.crops:
-                assert data is not None
-                pixels = load_image(data, resize=crop[:2], crop=crop[2:])
-                image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
-                views.append(View(crop, False, image))
-                if self._flip:
-                    views.append(View(crop, True, image.flip(-1)))
-        except Rejection as rejection:
-            return rejection.reason
-        return views
+
+def _views(sample: Sample, pictures: Sequence[Pixels], *, flip: bool) -> list[View]:
+    import torch
+
+    views: list[View] = []
+    for crop, pixels in zip(sample.crops, pictures, strict=True):
+        image = torch.from_numpy(pixels)
+        views.append(View(crop, False, image))
+        if flip:
+            views.append(View(crop, True, image.flip(-1)))
+    return views

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.resolution import SizeRule
+from pipeline.resolution import Crop, SizeRule
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from pipeline.feature_writing import Crop
     from tim.alignment import AlignmentTeacher
     from tim.codecs import Codec
     from tim.text import TextEncoder

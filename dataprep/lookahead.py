@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Iterator[Result]:
+def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Generator[Result, None, None]:
     """What `work` makes of each item, in their order; up to `by` of them are being made while the caller works on another."""
     threads = ThreadPoolExecutor(by)
     try:

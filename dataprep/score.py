@@ -7,23 +7,25 @@ lack a table.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dataprep.clip import Clip, Head, Precision, model_file, probability
+from dataprep.decoding import Decoded, Decoders, Picture
 from dataprep.lookahead import ahead
 from dataprep.semantic import DUPLICATES, EMBEDDING, mark_duplicates
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.digests import file_digest
-from pipeline.images import Pixels, Rejection, load_image
 from pipeline.index import Corpus
 from pipeline.progress import Progress, unseen
+from pipeline.resolution import Crop
 from pipeline.source import integers
 from pipeline.storage import BadShard, Part, ShardReader
 
@@ -110,17 +112,23 @@ def score(
     """Score all pictures of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
 
     `against`: corpora that were scored with the same model; with `duplicates`, pictures that these have are duplicates, too. `workers`:
-    threads that decode. `progress` is called with ("score", samples, samples in all).
+    processes that decode. `progress` is called with ("score", samples, samples in all).
 
     Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
     """
     if against and config.duplicates is None:
         raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
     model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
-    with opened_for_sidecars(corpus, name=name) as (opened, store), ThreadPoolExecutor(workers) as decoders:
+    with opened_for_sidecars(corpus, name=name) as (opened, store), Decoders(workers) as decoders, ThreadPoolExecutor(workers) as threads:
         result = Scored(sidecar=name, samples=opened.count)
         scorer = _Scorer(
-            opened, model=model, config=config, decoders=decoders, result=result, progress=lambda n: progress("score", n, opened.count)
+            opened,
+            model=model,
+            config=config,
+            decoders=decoders,
+            threads=threads,
+            result=result,
+            progress=lambda n: progress("score", n, opened.count),
         )
         identity = _identity(config)
         scores = write_sidecar(
@@ -148,7 +156,8 @@ class _Scorer:
         *,
         model: Clip,
         config: ScoreConfig,
-        decoders: ThreadPoolExecutor,
+        decoders: Decoders,
+        threads: ThreadPoolExecutor,
         result: Scored,
         progress: Callable[[int], None],
     ) -> None:
@@ -156,6 +165,7 @@ class _Scorer:
         self._model = model
         self._config = config
         self._decoders = decoders
+        self._threads = threads
         self._result = result
         self._progress = progress
         self._done = 0
@@ -178,16 +188,17 @@ class _Scorer:
         table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
         self._result.computed += table.num_rows
         columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
-        for start, pictures in self._batches(number, table=table):
-            there = [start + place for place, picture in enumerate(pictures) if picture is not None]
-            self._result.unreadable += len(pictures) - len(there)
-            if there:
-                seen = [picture for picture in pictures if picture is not None]
-                captions = [table.column("caption")[row].as_py() or "" for row in there]
-                for name, values in self._scores(seen, captions=captions).items():
-                    for row, value in zip(there, values, strict=True):
-                        columns[name][row] = value
-            self._progress(self._done + start + len(pictures))
+        with closing(self._batches(number, table=table)) as batches:
+            for start, pictures in batches:
+                there = [start + place for place, picture in enumerate(pictures) if picture is not None]
+                self._result.unreadable += len(pictures) - len(there)
+                if there:
+                    seen = [picture for picture in pictures if picture is not None]
+                    captions = [table.column("caption")[row].as_py() or "" for row in there]
+                    for name, values in self._scores(seen, captions=captions).items():
+                        for row, value in zip(there, values, strict=True):
+                            columns[name][row] = value
+                self._progress(self._done + start + len(pictures))
         self._add_up(columns)
         return pa.Table.from_pydict(columns, schema=self.schema)
 
@@ -209,30 +220,28 @@ class _Scorer:
             scores[EMBEDDING] = list(seen.half().cpu().numpy())
         return scores
 
-    def _batches(self, number: int, *, table: pa.Table) -> Iterator[tuple[int, list[Tensor | None]]]:
-        """The pictures of a shard in batches, preprocessed; the next batch is read while the caller works on one."""
-        heights, widths, offsets, lengths = (integers(table, name) for name in ("height", "width", "image_offset", "image_length"))
+    def _batches(self, number: int, *, table: pa.Table) -> Generator[tuple[int, list[Tensor | None]], None, None]:
+        """The pictures of a shard in batches, preprocessed, None for one that cannot be read; the next batch is read meanwhile."""
+        heights, widths, offsets, lengths = (integers(table, name).tolist() for name in ("height", "width", "image_offset", "image_length"))
         path = self._corpus.shards[number].path
-        sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
-        parts = [Part(path, offset, length) for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+        crops = [_crop(height, width=width, side=self._model.size) for height, width in zip(heights, widths, strict=True)]
+        parts = [Part(path, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
 
         def load(start: int) -> tuple[int, list[Tensor | None]]:
             end = start + self._config.batch
             found = self._reader.read_parts(parts[start:end])
-            return start, list(self._decoders.map(self._preprocessed, found, sizes[start:end]))
+            for data in found:
+                if isinstance(data, BadShard):
+                    raise data
+            there = [place for place, data in enumerate(found) if not isinstance(data, OSError)]
+            pictures = [Picture(bytes(cast(memoryview, found[place])), [crops[start + place]]) for place in there]
+            decoded = dict(zip(there, self._threads.map(self._preprocessed, self._decoders.decode(pictures)), strict=True))
+            return start, [decoded.get(place) for place in range(len(found))]
 
         return ahead(load, range(0, len(parts), self._config.batch))
 
-    def _preprocessed(self, data: memoryview | OSError, size: tuple[int, int]) -> Tensor | None:
-        """Raises BadShard where the whole tar cannot be read."""
-        if isinstance(data, BadShard):
-            raise data
-        if isinstance(data, OSError):
-            return None
-        try:
-            return self._model.preprocess(_decoded(data, height=size[0], width=size[1], side=self._model.size))
-        except Rejection:
-            return None
+    def _preprocessed(self, decoded: Decoded) -> Tensor | None:
+        return None if isinstance(decoded, str) else self._model.preprocess(decoded[0].transpose(1, 2, 0))
 
     def _add_up(self, columns: dict[str, list[Any]]) -> None:
         for name in self.schema.names:
@@ -243,11 +252,11 @@ class _Scorer:
                 self._result.means[name] = self._sums[name] / self._counts[name]
 
 
-def _decoded(data: memoryview, *, height: int, width: int, side: int) -> Pixels:
-    """A picture no larger than it needs to be. Raises Rejection."""
+def _crop(height: int, *, width: int, side: int) -> Crop:
+    """A picture no larger than it needs to be."""
     factor = min(1.0, _DECODED_SIDE * side / max(min(height, width), 1))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
-    return load_image(data, resize=size, crop=size)
+    return (*size, *size)
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:

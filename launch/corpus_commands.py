@@ -235,7 +235,7 @@ def report(
 def score(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="CORPUS|KEY=VALUE", help="Folder or URL of a corpus, and values of the config: model, aesthetic, …"),
+        typer.Argument(metavar="CORPUS|KEY=VALUE", help="Folder or URL of a corpus; values of the config: model, aesthetic, …"),
     ],
     config: Annotated[Path | None, typer.Option(help="YAML file that says what to score, and with which model.")] = None,
     name: Annotated[str, typer.Option(help="Of the sidecar table; an earlier one of this name is replaced.")] = "scores",

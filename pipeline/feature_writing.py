@@ -15,9 +15,8 @@ from torch import Tensor
 
 from pipeline.feature_members import EXTENSION, pack
 from pipeline.features import EMPTY, FORMAT, KIND, TABLE
-from pipeline.resolution import SizeRule
+from pipeline.resolution import Crop, SizeRule
 
-Crop = tuple[int, int, int, int]  # resize_height, resize_width, height, width
 _LONGEST_NAME = 80  # bytes; a key that is longer is named by its digest in the tar, the table has it whole
 
 

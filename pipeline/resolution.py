@@ -19,6 +19,10 @@ KEPT = ""
 LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude", "takedown")  # position = code in `Targets.left_out`
 
 
+Crop = tuple[int, int, int, int]
+"""What an image is scaled to, and what is cut out of the middle of that: resize_height, resize_width, height, width."""
+
+
 @dataclass(frozen=True, slots=True)
 class SizeRule:
     """Limits of the native-size rule; `stride` is pixels per token side, `max_aspect` is of the original image (long side / short)."""

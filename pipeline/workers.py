@@ -52,11 +52,15 @@ def start_fork_server() -> None:
     forkserver.ensure_running()
 
 
+class WorkerDied(RuntimeError):
+    """A worker process ended without an answer."""
+
+
 class WorkerPool(Generic[Item, Result]):
     """`workers` processes that apply `fetch`, then `decode`, both picklable, to items. Tensors come back through shared memory.
 
-    A result that takes longer than `timeout` seconds, or a worker that dies, is a RuntimeError in `get`. `close()` ends all workers, also
-    those that are stuck; so does the end of the pool or of this process.
+    A result that takes longer than `timeout` seconds is a RuntimeError in `get`, a worker's death is WorkerDied in `put` or `get`.
+    `close()` ends all workers, also those that are stuck; so does the end of the pool or of this process.
     """
 
     def __init__(self, fetch: Callable[[Item], Fetched], decode: Callable[[Fetched], Result], *, workers: int, timeout: float) -> None:
@@ -81,7 +85,7 @@ class WorkerPool(Generic[Item, Result]):
         try:
             worker.pipe.send(item)
         except OSError as error:
-            raise RuntimeError(_death(worker)) from error
+            raise WorkerDied(_death(worker)) from error
         worker.unanswered += 1
         self._order.append(worker)
 
@@ -95,7 +99,7 @@ class WorkerPool(Generic[Item, Result]):
         try:
             succeeded, result = worker.pipe.recv()
         except (EOFError, OSError) as error:  # it died while it sent this, or before we could open what it sent
-            raise RuntimeError(_death(worker)) from error
+            raise WorkerDied(_death(worker)) from error
         worker.unanswered -= 1
         if not succeeded:
             raise RuntimeError(f"{worker.process.name} failed: {result}")

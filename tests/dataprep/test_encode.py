@@ -210,6 +210,28 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus
     assert [id for id, weight in weights.items() if not weight] == [bad]
 
 
+def test_a_decoder_that_takes_its_process_down_costs_one_picture(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os, simplejpeg\n"
+        "decode = simplejpeg.decode_jpeg\n"
+        "simplejpeg.decode_jpeg = lambda data, **options: os.abort() if b'BOOM' in bytes(data) else decode(data, **options)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{ROOT}")
+    row = corpus.read(1, columns=("key", "image_offset", "image_length")).to_pylist()[1]
+    with open(corpus.shards[1].path, "r+b") as tar:
+        tar.seek(row["image_offset"] + row["image_length"] - 12)
+        tar.write(b"BOOM")
+    out, log = tmp_path / "features", tmp_path / "log"
+    job = start("encode", corpus.folder, "--out", str(out), "--codec", "pixel", "patch_size=8", "--processes", "1", "--json", log=log)
+    told, _ = job.communicate(timeout=120)
+    assert job.returncode == 0, log.read_text()
+    assert (json.loads(told)["samples"], json.loads(told)["rejected"]) == (17, {"crashed": 1})
+    rows = pq.read_table(out / "000001.parquet").to_pylist()
+    assert [each["key"] for each in rows if each["reason"] == "crashed"] == [row["key"]]
+    assert len(members(out, 1)) == len(rows) - 1
+
+
 def test_numbers_that_do_not_fit_are_an_error(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codecs.PixelCodec, "latents", lambda self, images: codecs.Latents([image.float() * 1e6 for image in images], None))
     with pytest.raises(ValueError, match=r"does not fit into float16: use dtype=bfloat16"):
@@ -223,9 +245,9 @@ def start(*arguments: str, log: Path, launcher: tuple[str, ...] = ("launch.cli",
         return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=output)
 
 
-def kill_after(shards: int, job: subprocess.Popen[bytes], *, out: Path, log: Path) -> dict[str, int]:
-    """Kill a job with -9 as soon as so many shards are finished; which are by then, and when they were."""
-    while len([*out.glob("*_stats.json")]) < shards:
+def kill_after(shards: set[str], job: subprocess.Popen[bytes], *, out: Path, log: Path) -> dict[str, int]:
+    """Kill a job with -9 as soon as these shards are finished; which are by then, and when they were."""
+    while not all((out / f"{shard}_stats.json").exists() for shard in shards):
         assert job.poll() is None, log.read_text()
         time.sleep(0.002)
     job.send_signal(signal.SIGKILL)
@@ -241,8 +263,7 @@ def test_two_processes_killed_and_one_that_goes_on_make_what_one_makes_alone(tmp
     out, log = tmp_path / "features", tmp_path / "log"
     typed = [*(f"{key}={value}" for key, value in (("patch_size", 4), ("flip", "true"), ("max_tokens", "[9,16,30]"), ("zstd", "true")))]
     job = start("encode", corpus.folder, "--out", str(out), "--codec", "pixel", *typed, "--processes", "2", log=log)
-    kept = kill_after(3, job, out=out, log=log)
-    assert {"000000_stats.json", "000001_stats.json"} <= set(kept)  # one of each process
+    kept = kill_after({"000000", "000001"}, job, out=out, log=log)  # each process begins with one of them
     wait_until_free(out)
     encoded(corpus, out, **settings)
     assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
@@ -271,7 +292,7 @@ def test_real_models_in_two_processes_of_accelerate(models: dict[str, Any], tmp_
     chosen = ["--codec", f"kl={models['codec']['path']}", "--text", f"hf={models['text']['path']}"]
     typed = ["encode", corpus.folder, "--out", str(out), *chosen, "text.max_tokens=12"]
     typed += ["max_tokens=[16,30]", "patch_size=2", "flip=true", "dtype=float32"]
-    kept = kill_after(1, start(*typed, "--processes", "2", log=log), out=out, log=log)
+    kept = kill_after({"000000"}, start(*typed, "--processes", "2", log=log), out=out, log=log)
     wait_until_free(out)
     layout = ("--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0")
     again = start(*layout, "-m", "launch.cli", *typed, "--json", log=log, launcher=("accelerate.commands.launch",))

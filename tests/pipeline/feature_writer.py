@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from pipeline.feature_members import latent_name, pack, text_name
-from pipeline.feature_writing import Crop, FeatureWriter, features_manifest
+from pipeline.feature_writing import FeatureWriter, features_manifest
 from pipeline.features import EMPTY
 from pipeline.images import load_image
 from pipeline.index import Corpus
-from pipeline.resolution import SizeRule, target_size
+from pipeline.resolution import Crop, SizeRule, target_size
 
 Encode = Callable[[Sequence[Any]], Sequence[Tensor]]
 
