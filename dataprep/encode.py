@@ -200,8 +200,8 @@ def _check_settings(out: Path, *, settings: dict[str, Any]) -> None:
 
 def _is_finished(out: Path, *, corpus: Corpus) -> bool:
     """Whether `out` has a manifest, and all shards of the corpus as it is now."""
-    shards = [finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards)]
-    return (out / MANIFEST).is_file() and all(shards) and not _beyond(out, shards=len(shards))
+    shards = (finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards))
+    return (out / MANIFEST).is_file() and all(shards) and not _beyond(out, shards=len(corpus.shards))
 
 
 def _beyond(out: Path, *, shards: int) -> list[Path]:

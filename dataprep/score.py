@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -230,13 +230,15 @@ class _Scorer:
         def load(start: int) -> tuple[int, list[Tensor | None]]:
             end = start + self._config.batch
             found = self._reader.read_parts(parts[start:end])
-            for data in found:
+            pictures: dict[int, Picture] = {}
+            for place, data in enumerate(found):
                 if isinstance(data, BadShard):
                     raise data
-            there = [place for place, data in enumerate(found) if not isinstance(data, OSError)]
-            pictures = [Picture(bytes(cast(memoryview, found[place])), [crops[start + place]]) for place in there]
-            decoded = dict(zip(there, self._threads.map(self._preprocessed, self._decoders.decode(pictures)), strict=True))
-            return start, [decoded.get(place) for place in range(len(found))]
+                if not isinstance(data, OSError):
+                    pictures[place] = Picture(bytes(data), [crops[start + place]])
+            decoded = self._decoders.decode([*pictures.values()])
+            seen = dict(zip(pictures, self._threads.map(self._preprocessed, decoded), strict=True))
+            return start, [seen.get(place) for place in range(len(found))]
 
         return ahead(load, range(0, len(parts), self._config.batch))
 

@@ -148,7 +148,8 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
     if kind == "pixel":
         return PixelCodec()
     folder = weights_folder(kind, path)
-    found, wanted = _described(folder, kind=kind), geometry(kind, path)
+    found = _described(folder, kind=kind)
+    wanted = GEOMETRIES.get(kind, found)
     if found != wanted:
         said, known = (f"{each.factor} pixels per cell and {each.channels} channels" for each in (found, wanted))
         raise ValueError(f"{folder}: has {said}, codec {kind} has {known}: use codec kl for other autoencoders of that class")
