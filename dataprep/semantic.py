@@ -52,7 +52,8 @@ def mark_duplicates(
         corpora = [*others, corpus]
         count = sum(each.count for each in corpora)
         fixed = count - corpus.count
-        rank = _ranks(corpora, fixed=fixed)
+        position = _order(corpora, fixed=fixed)
+        rank = np.argsort(position)
         file = store.scratch / f"{name}.f16"
         try:
             stored = np.memmap(file, dtype=np.float16, mode="w+", shape=(max(count, 1), width))
@@ -62,7 +63,6 @@ def mark_duplicates(
             del stored
         finally:
             file.unlink(missing_ok=True)
-        position = np.argsort(rank)  # of a rank
         original = np.full(count, -1, dtype=np.int64)
         original[position] = np.where(best >= 0, position[best], -1)
         ids = _ids(corpora, wanted=set(original[original >= 0].tolist()))
@@ -99,18 +99,15 @@ def _digest(corpus: Corpus) -> str:
     return found.digest
 
 
-def _ranks(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
-    """(n,): when each picture is visited."""
+def _order(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
+    """(n,): positions of the pictures in the order in which they are visited."""
     parts = []
     for corpus in corpora:
         for shard in range(len(corpus.shards)):
             table = corpus.read(shard, columns=("width", "height", "image_length"))
             parts.append(np.stack([-integers(table, "width") * integers(table, "height"), -integers(table, "image_length")]))
     pixels, size = np.concatenate([np.zeros((2, 0), dtype=np.int64), *parts], axis=1)
-    order = np.lexsort((size, pixels, np.arange(len(size)) >= fixed))
-    rank = np.empty(len(order), dtype=np.int64)
-    rank[order] = np.arange(len(order))
-    return rank
+    return np.lexsort((size, pixels, np.arange(len(size)) >= fixed))
 
 
 def _embeddings(corpora: Sequence[Corpus]) -> Iterator[tuple[int, NDArray[np.float16]]]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.files import LOCK, claimed_work
+from dataprep.shards import MEMBERS
 from dataprep.store import Store, open_store
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
@@ -31,20 +32,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _IDENTITY = b"tim_sidecar"
 # What a corpus's tables say of where and what its samples are; the rest may be said anew.
 RESERVED = {
-    "key",
-    "source",
-    "path",
-    "status",
-    "reason",
-    "detail",
-    "width",
-    "height",
-    "original_width",
-    "original_height",
-    "sha256",
-    "phash",
+    *("key", "source", "path", "status", "reason", "detail", "width", "height", "original_width", "original_height", "sha256", "phash"),
+    *(f"{member}_{what}" for member in MEMBERS for what in ("offset", "length")),
 }
-RESERVED |= {f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")}
 
 
 @contextmanager
