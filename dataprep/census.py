@@ -27,7 +27,9 @@ KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
 MOST_SCORES = 24  # further columns of numbers that are drawn
 MOST_STEPS, RANKS = 20, 8  # that are planned
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
-LOOKALIKES = ("near_duplicate_of", DUPLICATES)  # columns that name the picture which is kept in the place of another
+LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", DUPLICATES: "semantic"}
+"""Columns that name the picture which is kept in the place of another, and of which kind its duplicates are."""
+
 _LOG_FINEST = -2  # a quarter of an octave
 _SHOWN = (
     *("key", "source", "path", "reason", "detail", "caption", "captions", "label", "width", "height"),

@@ -29,7 +29,6 @@ from pipeline.sidecars import Sidecar, read_sidecars
 
 _LONGEST_TEXT = 300  # characters of a caption, path or message that are shown
 _MOST_SOURCES = 40
-_KINDS = dict(zip(LOOKALIKES, ("near", "semantic"), strict=True))
 _ASPECTS = {-2: "1:4", -1: "1:2", 0: "1:1", 1: "2:1", 2: "4:1"}
 
 
@@ -129,7 +128,7 @@ def render(found: Sequence[Census], *, config: ReportConfig) -> str:
             parts.append(_section("rejected", f"Rejected{of}", _rejected(each)))
         for column, alike in each.lookalikes.items():
             if alike.pairs:
-                kind = _KINDS[column]
+                kind = LOOKALIKES[column]
                 parts.append(_section("duplicates", f"{kind.capitalize()} duplicates{of}, beside what they look like", _pairs(alike)))
     style = files("dataprep").joinpath("report.css").read_text("utf-8")
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -180,7 +179,7 @@ def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
     for name, each in zip(names, found, strict=True):
         for column, alike in each.lookalikes.items():
             if alike.kept:
-                what = f"{alike.kept:,} of the kept are marked as {_KINDS[column]} duplicates of others"
+                what = f"{alike.kept:,} of the kept are marked as {LOOKALIKES[column]} duplicates of others"
                 parts.append(f"<p>{_of(name, found)}{what}; a plan with <code>where: \"{column} == ''\"</code> leaves them out.</p>")
         if len(each.by_source) > 1:
             parts.append(_by_source(each))
