@@ -102,7 +102,6 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
     named: dict[str, list[tuple[Example, str]]] = {column: [] for column in LOOKALIKES}  # with the key of the one that stays
     seen = 0
     for number, shard in enumerate(corpus.shards):
-        progress("report", number, len(corpus.shards))
         kept = corpus.read(number, columns=columns)
         _count_kept(census, kept, plan=plan)
         census.kept += [_example(kept, place - seen, tar=shard.path) for place in sorted(wanted) if seen <= place < seen + shard.count]
@@ -114,6 +113,7 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
             census.lookalikes[column].kept += len(found)
             for rows, pairs in ((kept, found), (rejected, _named(rejected, column))):
                 examples += [(_example(rows, row, tar=shard.path), key) for row, key in pairs[: PAIRS - len(examples)]]
+        progress("report", number + 1, len(corpus.shards))
     originals = _find(corpus, keys={key for examples in named.values() for _, key in examples})
     for column, examples in named.items():
         census.lookalikes[column].pairs = [(example, originals.get(key)) for example, key in examples]

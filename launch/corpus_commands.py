@@ -62,7 +62,7 @@ def prepare(
 
     Example: tim prepare photos "more/{00000..00009}.tar" --out corpus filters.min_side=64
 
-    Example: tim prepare web=list.parquet art=s3://bucket/art --out corpus sources.web.tags=[crawl] columns.caption=[synthetic,alt]
+    Example: tim prepare web=list.parquet art=s3://bucket/art --out corpus "sources.web.columns.caption=[synthetic,alt]"
 
     Example: tim prepare more --out corpus --append
 

@@ -45,6 +45,7 @@ def test_every_input_is_in_the_account_and_in_a_table(tmp_path: Path) -> None:
     assert {row["tags"] for row in found} == {'["x", 1]', "[]", ""}
     assert [row["detail"] for row in found if row["reason"] == "duplicate"] == ["same bytes as mixed/0.jpg"]
     assert ("write", account.kept, account.kept) in stages
+    assert stages[-1] == ("report", account.shards, account.shards)
     assert verify(tmp_path / "C").problems == []
 
 
