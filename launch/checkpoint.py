@@ -7,8 +7,11 @@ A folder without a manifest that checks out is never resumed from. Its parts:
 
     manifest.json                 what is here
     trainer.json                  step, counters, the planner's position
-    deepspeed/                    weights, masters and moments (pickles: read only after their digests were checked)
     weights-00000.safetensors     float32 masters of rank 0, see `launch.fragments`; ema-….safetensors: their average
+    exp_avg-00000.safetensors     the optimizer's moments of the same pieces, a file for each kind
+    replica.safetensors           only where guidance has begun, see `launch.replica`
+
+Any number of ranks can go on from it, each with pieces of its own. DeepSpeed writes nothing here, and nothing is a pickle.
 """
 
 from __future__ import annotations
@@ -26,9 +29,10 @@ from torch import Tensor
 
 from launch import fragments
 from launch.engine import Ranks
+from launch.fragments import Fragment, Scattered, Shapes
 from pipeline.digests import file_digest
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -38,12 +42,15 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a checkpoint says of the run that wrote it: `step` updates were done by `world_size` ranks."""
+    """What a checkpoint says of the run that wrote it: `step` steps were done, the last ones by `world_size` ranks.
+
+    Format 1 had the optimizer's moments in files of DeepSpeed: its weights can still be exported, but no run goes on from it.
+    """
 
     step: int
     world_size: int
-    zero: int
     config_hash: str
+    format: int = FORMAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +60,10 @@ class Checkpoint:
     folder: Path
     facts: Facts
     passed_over: tuple[str, ...] = ()
+
+    def pieces(self, kind: str) -> Scattered:
+        """What all ranks wrote of a kind: "weights", "ema" or one of the optimizer's moments. Raises ValueError."""
+        return Scattered([self.folder / fragment_file(kind, rank) for rank in range(self.facts.world_size)])
 
 
 def save(run_dir: Path, facts: Facts, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
@@ -108,9 +119,9 @@ def check(folder: Path) -> Facts:
         raise CheckpointError(f"{folder} is not a checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{manifest}: cannot be read: {error}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") not in (1, FORMAT):
         version = content.get("format") if isinstance(content, dict) else None
-        raise CheckpointError(f"{manifest}: unknown format {version!r}; this version reads {FORMAT}")
+        raise CheckpointError(f"{manifest}: unknown format {version!r}; this version reads 1 and {FORMAT}")
     try:
         facts = Facts(**{name: content[name] for name in Facts.__dataclass_fields__})
         files: dict[str, dict[str, Any]] = content["files"]
@@ -133,14 +144,20 @@ def consolidate(folder: Path, *, ema: bool) -> dict[str, Tensor]:
 
     Digests are checked first; DeepSpeed is not needed. Raises CheckpointError.
     """
-    facts = check(folder)
-    kind = "ema" if ema else "weights"
-    loaded = [fragments.load(folder / fragment_file(kind, rank)) for rank in range(facts.world_size)]
-    return fragments.assemble([pieces for pieces, _ in loaded], shapes=loaded[0][1])
+    pieces = Checkpoint(folder, check(folder)).pieces("ema" if ema else "weights")
+    return {name: pieces.whole(name) for name in pieces.shapes}
 
 
 def fragment_file(kind: str, rank: int) -> str:
     return f"{kind}-{rank:05d}.safetensors"
+
+
+def write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Fragment]], *, rank: int, shapes: Shapes) -> list[Path]:
+    """Write what a rank has of every kind, for `Checkpoint.pieces` to read. shapes: those of all of the network's parameters."""
+    paths = [folder / fragment_file(kind, rank) for kind in pieces]
+    for path, own in zip(paths, pieces.values(), strict=True):
+        fragments.save(path, own, shapes=shapes)
+    return paths
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
@@ -180,7 +197,7 @@ def _publish(run_dir: Path, partial: Path, final: Path, facts: Facts, everyone: 
     files = {name: entry for part in everyone for name, entry in sorted(part.items())}
     written = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()}
     assert written == set(files), f"files without an owner: {written ^ set(files)}"
-    write_whole(partial / MANIFEST, json.dumps({"format": FORMAT, **asdict(facts), "files": files}, indent=1))
+    write_whole(partial / MANIFEST, json.dumps({**asdict(facts), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
         _sync(folder)
     if final.exists():  # a broken one that was passed over on resume

@@ -265,7 +265,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast; weights and gradient sums stay in float32."""
     zero: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage; a run can go on with another, as with another number of processes."""
     clip: float = Field(default=1.0, ge=0)
     """Largest norm of a step's gradient; 0: no limit."""
     ema: float = Field(default=0.9999, ge=0, lt=1)

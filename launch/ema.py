@@ -6,9 +6,8 @@ No communication and no second copy of the network: 4 bytes per parameter, divid
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-from launch.fragments import Fragment, Shapes, load, save
+from launch.fragments import Fragment
 
 
 def decay_at(updates: int, *, decay: float) -> float:
@@ -19,9 +18,8 @@ def decay_at(updates: int, *, decay: float) -> float:
 class ShardedEMA:
     """The average of this rank's fragments; `decay` 0 makes it a copy of the weights."""
 
-    def __init__(self, fragments: Mapping[str, Fragment], *, shapes: Shapes, decay: float) -> None:
+    def __init__(self, fragments: Mapping[str, Fragment], *, decay: float) -> None:
         self.decay = decay
-        self.shapes = shapes
         self.average = {name: Fragment(fragment.start, fragment.values.clone()) for name, fragment in fragments.items()}
 
     def update(self, fragments: Mapping[str, Fragment], *, updates: int) -> None:
@@ -29,15 +27,3 @@ class ShardedEMA:
         rate = 1 - decay_at(updates, decay=self.decay)
         for name, fragment in fragments.items():
             self.average[name].values.lerp_(fragment.values, rate)
-
-    def save(self, path: Path) -> None:
-        save(path, self.average, shapes=self.shapes)
-
-    def load(self, path: Path) -> None:
-        """Raises ValueError where the file's fragments are not this rank's."""
-        loaded, _ = load(path)
-        own = {name: (fragment.start, fragment.values.shape) for name, fragment in self.average.items()}
-        if {name: (fragment.start, fragment.values.shape) for name, fragment in loaded.items()} != own:
-            raise ValueError(f"{path}: these fragments belong to another network, rank or ZeRO stage")
-        for name, fragment in loaded.items():
-            self.average[name].values.copy_(fragment.values)

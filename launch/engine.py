@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,13 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from launch.device import choose_device
-from launch.fragments import Fragment
+from launch.fragments import Fragment, Scattered, Shapes
 from launch.muon import Muon, hidden_matrices
 
 Result = TypeVar("Result")
 
 ADAM_EPSILON = 1e-6  # as TiM was trained
-TAG = "deepspeed"  # name of DeepSpeed's folder inside a checkpoint
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # torch's names, and Muon's
 PATIENCE = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
 
 
@@ -138,6 +137,20 @@ class StepResult:
     applied: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What this rank owns of a parameter: `count` elements from `start` on, which lie from `offset` on in a vector of its weights."""
+
+    start: int
+    weights: Tensor
+    offset: int
+    count: int
+
+    def of(self, vector: Tensor) -> Fragment:
+        """The same piece of the weights, or of a vector of moments beside them, as a view."""
+        return Fragment(self.start, vector.detach()[self.offset : self.offset + self.count])
+
+
 class Engine:
     """A network under DeepSpeed ZeRO, with torch's AdamW or Muon. Call it like the network; weights stay in float32."""
 
@@ -160,9 +173,12 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
         make = Muon if optimizer == "muon" else torch.optim.AdamW
-        stepper = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        self._kinds = MOMENTS[optimizer]
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=stepper, config=config, dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
+        self._shares = dict(_shares(self._engine, shapes=self.shapes, stage=stage, rank=ranks.rank))
+        self.updates = 0  # steps that were applied
 
     def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
         return self._engine(*inputs, return_alignment=True) if return_alignment else self._engine(*inputs)
@@ -183,51 +199,73 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=self._engine.was_step_applied())
+        applied = self._engine.was_step_applied()
+        self.updates += applied
+        return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=applied)
 
     def fragments(self) -> dict[str, Fragment]:
-        """The float32 master weights that this rank owns, as views: together, the ranks' fragments are the whole network.
+        """The float32 master weights that this rank owns, as views: together, the ranks' fragments are the whole network."""
+        return {name: share.of(share.weights) for name, share in self._shares.items()}
 
-        Stages 1 and 2 keep them behind a private attribute of each parameter (deepspeed 0.19), stage 3 behind its local API.
-        """
-        found = {}
-        for name, parameter in self._engine.module.named_parameters():
-            if self.stage == 3:
-                from deepspeed.utils import safe_get_local_fp32_param
-
-                values = safe_get_local_fp32_param(parameter)
-                start = self.ranks.rank * values.numel()
-                values = values[: max(0, math.prod(self.shapes[name]) - start)]  # the last rank's share is padded
-            elif parameter._hp_mapping is not None:
-                start, values = parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.hp_fragment
-            else:
-                continue
-            if values.numel():
-                found[name] = Fragment(start, values.detach())
+    def moments(self) -> dict[str, dict[str, Fragment]]:
+        """What the optimizer remembers of gradients, by kind and parameter, as views like `fragments`; empty before the first update."""
+        found: dict[str, dict[str, Fragment]] = {kind: {} for kind in self._kinds}
+        for name, share in self._shares.items():
+            state = self._optimizer.state.get(share.weights, {})
+            for kind in self._kinds:
+                if kind in state:
+                    found[kind][name] = share.of(state[kind])
         return found
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write weights, masters and moments into a folder. Returns the files that this rank wrote."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        if self.ranks.is_main:
-            for script in folder.glob("zero_to_*.py"):  # DeepSpeed's converters; `tim export` does their work
-                script.unlink()
-        return [path for path in sorted((folder / TAG).iterdir()) if _writer(path.name) == self.ranks.rank]
+    def load(self, pieces: Callable[[str], Scattered], *, updates: int) -> None:
+        """Continue with the weights and moments that other ranks had, however many, after so many updates; all ranks call it.
 
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote. The files are pickles: check their digests first."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise RuntimeError(f"{folder}: DeepSpeed found nothing to load in {TAG}/")
+        pieces: what they wrote of "weights" and of each kind of moments. Every rank reads only what it owns now.
+        """
+        zero = self._engine.optimizer
+        if self.stage == 3:
+            zero.checkpoint_event_prologue()  # small parameters, too, lie in shares only
+        pieces("weights").fill(self.fragments())
+        if self.stage == 3:  # as after an update: the network takes over the masters
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.checkpoint_event_epilogue()
+        else:
+            zero.update_lp_params()
+        for kind in self._kinds:
+            saved = pieces(kind)
+            saved.fill({name: share.of(self._moment(kind, share)) for name, share in self._shares.items() if name in saved})
+        for state in self._optimizer.state.values():
+            state["step"] = torch.tensor(float(updates), device=self.ranks.device)
+        self.updates = updates
+
+    def _moment(self, kind: str, share: _Share) -> Tensor:
+        """The vector of moments beside a vector of weights; zero where there was none."""
+        state = self._optimizer.state[share.weights]
+        if kind not in state:
+            state[kind] = torch.zeros_like(share.weights)
+        return state[kind]
 
     def close(self) -> None:
         self._engine.destroy()
 
 
-def _writer(name: str) -> int:
-    """The rank that wrote a DeepSpeed file: `zero_pp_rank_3_mp_rank_00_optim_states.pt` → 3, `mp_rank_00_model_states.pt` → 0."""
-    _, _, rest = name.partition("zero_pp_rank_")
-    return int(rest.split("_")[0]) if rest else 0
+def _shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tuple[str, _Share]]:
+    """What this rank owns, by parameter. DeepSpeed (0.19) has no public name for it in stages 1 and 2, nor before the first update in 3."""
+    zero = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if stage == 3:
+            group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
+            weights, start = zero.fp32_partitioned_groups_flat[group], rank * count
+            count = min(count, math.prod(shapes[name]) - start)  # the last rank's share is padded
+        elif parameter._hp_mapping is not None:
+            mapping = parameter._hp_mapping
+            weights = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            start, offset, count = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        else:
+            continue
+        if count > 0:
+            yield name, _Share(start, weights, offset, count)
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
@@ -259,7 +297,6 @@ def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, A
         "bf16": {"enabled": False},
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "checkpoint": {"load_universal": False},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }

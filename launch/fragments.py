@@ -1,7 +1,7 @@
 """Pieces of parameters: how a network's float32 weights lie scattered over the ranks, on disk and in memory.
 
-Each rank writes one safetensors file with its pieces; the files together hold the network, and can be put together by anybody, without
-DeepSpeed and whatever the number of ranks was.
+Each rank writes one safetensors file with its pieces; the files together hold the network, and can be read by anybody, without DeepSpeed
+and by any number of ranks, however these cut the parameters. So lie the weights' average and the optimizer's moments, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,8 +36,50 @@ def save(path: Path, fragments: Mapping[str, Fragment], *, shapes: Shapes) -> No
     save_file({name: fragment.values.cpu().contiguous() for name, fragment in fragments.items()}, path, metadata=metadata)
 
 
-def load(path: Path) -> tuple[dict[str, Fragment], dict[str, tuple[int, ...]]]:
-    """Read one rank's fragments and the network's shapes. Raises ValueError where the file is not one of ours."""
+class Scattered:
+    """Parameters as a checkpoint's files hold them, one file from each rank. Only what is asked for is read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Raises ValueError where a file is not one of ours."""
+        self.shapes: Shapes = {}
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+        for path in paths:
+            starts, self.shapes, slices = _open(path)
+            for name, start in starts.items():
+                self._pieces.setdefault(name, []).append((start, slices[name]))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def read(self, name: str, *, start: int, stop: int) -> Tensor:
+        """Elements start … stop of a flattened parameter. Raises ValueError where the files do not cover the parameter exactly once."""
+        size, position, parts = math.prod(self.shapes[name]), 0, []
+        for first, values in sorted(self._pieces.get(name, []), key=lambda piece: piece[0]):
+            if first != position:
+                break
+            (count,) = values.get_shape()
+            low, high = max(start - first, 0), min(stop - first, count)
+            if low < high:
+                parts.append(values[low:high])
+            position += count
+        if position != size:
+            raise ValueError(f"{name}: the ranks' fragments cover {position} of {size} elements")
+        return torch.cat(parts)
+
+    def whole(self, name: str) -> Tensor:
+        """A parameter in its shape. Raises ValueError as `read`."""
+        shape = self.shapes[name]
+        return self.read(name, start=0, stop=math.prod(shape)).view(shape)
+
+    @torch.no_grad()
+    def fill(self, fragments: Mapping[str, Fragment]) -> None:
+        """Set fragments, cut however they are, to what lies there in the files. Raises ValueError as `read`."""
+        for name, fragment in fragments.items():
+            fragment.values.copy_(self.read(name, start=fragment.start, stop=fragment.start + len(fragment.values)))
+
+
+def _open(path: Path) -> tuple[dict[str, int], Shapes, dict[str, Any]]:
+    """Where a rank's pieces begin, the network's shapes, and the pieces, not yet read."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -44,23 +87,6 @@ def load(path: Path) -> tuple[dict[str, Fragment], dict[str, tuple[int, ...]]]:
                 raise ValueError(f"{path}: unknown format {metadata.get('format')!r}; this version reads 1")
             starts: dict[str, int] = json.loads(metadata["starts"])
             shapes = {name: tuple(shape) for name, shape in json.loads(metadata["shapes"]).items()}
-            return {name: Fragment(start, file.get_tensor(name)) for name, start in starts.items()}, shapes
+            return starts, shapes, {name: file.get_slice(name) for name in starts}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file: {error}") from None
-
-
-def assemble(pieces: Sequence[Mapping[str, Fragment]], *, shapes: Shapes) -> dict[str, Tensor]:
-    """Whole parameters from all ranks' fragments. Raises ValueError naming a parameter that they do not cover exactly once."""
-    whole = {}
-    for name, shape in shapes.items():
-        flat = torch.empty(math.prod(shape), dtype=torch.float32)
-        position = 0
-        for fragment in sorted((piece[name] for piece in pieces if name in piece), key=lambda fragment: fragment.start):
-            if fragment.start != position:
-                break
-            flat[position : position + fragment.values.numel()] = fragment.values
-            position += fragment.values.numel()
-        if position != flat.numel():
-            raise ValueError(f"{name}: the ranks' fragments cover {position} of {flat.numel()} elements")
-        whole[name] = flat.view(shape)
-    return whole

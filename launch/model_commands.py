@@ -119,7 +119,7 @@ def plan(
 def train(config: ConfigArgument, as_json: Json = False, debug: Debug = False) -> None:
     """Train in this process.
 
-    A run that run_dir holds already is continued.
+    A run that run_dir holds already is continued, with however many processes it was begun.
 
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
@@ -146,7 +146,8 @@ def launch(
 ) -> None:
     """Train with several processes.
 
-    They run under torchrun and end with this command, however it ends.
+    They run under torchrun and end with this command, however it ends. A run that run_dir holds already is continued, also by more or fewer
+    processes than before: the samples and draws of every step stay the same.
 
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """

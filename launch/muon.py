@@ -44,7 +44,6 @@ class Muon(torch.optim.AdamW):
         state = self.state[share]
         if not state:
             state["momentum"] = torch.zeros_like(share)
-            state["step"] = torch.zeros(())  # AdamW looks for it when a state is loaded
         momentum = state["momentum"].lerp_(share.grad, 1 - MOMENTUM)
         ahead = share.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
         share.mul_(1 - group["lr"] * group["weight_decay"])

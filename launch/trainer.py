@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch import checkpoint, fragments, replica, runs
+from launch import checkpoint, replica, runs
 from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
@@ -173,7 +173,7 @@ class Trainer:
             clip=config.train.clip,
         )
         cleanup.callback(self.engine.close)
-        self.ema = ShardedEMA(self.engine.fragments(), shapes=self.engine.shapes, decay=config.train.ema)
+        self.ema = ShardedEMA(self.engine.fragments(), decay=config.train.ema)
         self.replica: Replica | None = None  # from the first step that is guided
         self.meter = Meter()
         self.step = 0
@@ -284,16 +284,16 @@ class Trainer:
 
     def save(self, run_dir: Path) -> Path:
         """Write a checkpoint of this step."""
-        facts = checkpoint.Facts(step=self.step, world_size=self.ranks.size, zero=self.config.train.zero, config_hash=digest(self.config))
+        facts = checkpoint.Facts(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
         folder = checkpoint.save(run_dir, facts, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
         self.meter.pause()
         return folder
 
     def resume(self, found: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint. Raises ValueError if it was written by another number of ranks, ZeRO stage or plan."""
+        """Continue from a checkpoint, of however many ranks. Raises ValueError if it is of another network, optimizer or plan."""
         state = self.ranks.together(lambda: self._accept(found))
-        self.engine.load(found.folder)
-        self.ema.load(found.folder / checkpoint.fragment_file("ema", self.ranks.rank))
+        self.engine.load(found.pieces, updates=state["updates"])
+        found.pieces("ema").fill(self.ema.average)
         if (found.folder / replica.FILE).is_file():
             self.replica = self._empty_replica()
             self.replica.load(found.folder)
@@ -302,29 +302,27 @@ class Trainer:
 
     def _accept(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
         """The trainer's part of a checkpoint, if this run can continue from it; the loader is set to its place."""
-        facts, folder = found.facts, found.folder
-        if facts.world_size != self.ranks.size:
-            counts = f"{facts.world_size} process{'es' if facts.world_size > 1 else ''} and there are {self.ranks.size} now"
-            raise ConfigError(f"{folder} was written by {counts}: start as many as before to resume it")
-        if facts.zero != self.config.train.zero:
-            raise ConfigError(f"{folder} was written with train.zero={facts.zero}, not {self.config.train.zero}: keep it to resume")
+        folder = found.folder
+        if found.facts.format != checkpoint.FORMAT:
+            remedy = "go on with that version, or start another run; `tim export` reads its weights"
+            raise ConfigError(f"{folder} was written by an earlier version, which left the optimizer's state to DeepSpeed: {remedy}")
         state = checkpoint.read_trainer_state(folder)
         if state["optimizer"] != self.config.train.optimizer:
             raise ConfigError(f"{folder} was written with train.optimizer={state['optimizer']}, not {self.config.train.optimizer}: keep it")
+        if found.pieces("weights").shapes != self.engine.shapes:
+            raise ConfigError(f"{folder} holds another network than the config describes: go on as before, or give another run_dir")
         self.loader.load_state_dict(state["data"])
         return state
 
     def _write_part(self, folder: Path) -> list[Path]:
         """This rank's part of a checkpoint."""
-        written = self.engine.save(folder)
-        weights, average = (folder / checkpoint.fragment_file(kind, self.ranks.rank) for kind in ("weights", "ema"))
-        fragments.save(weights, self.engine.fragments(), shapes=self.engine.shapes)
-        self.ema.save(average)
-        written += [weights, average]
+        pieces = {"weights": self.engine.fragments(), "ema": self.ema.average, **self.engine.moments()}
+        written = checkpoint.write_pieces(folder, pieces, rank=self.ranks.rank, shapes=self.engine.shapes)
         if self.ranks.is_main:
             state = {
                 "format": checkpoint.FORMAT,
                 "step": self.step,
+                "updates": self.engine.updates,
                 "optimizer": self.config.train.optimizer,
                 "data": self.loader.state_dict(),
                 "meter": self.meter.state_dict(),
@@ -391,12 +389,22 @@ def _introduction(
 ) -> Iterator[str]:
     """What a log should say before the first step."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
-    processes = f"{ranks.size} process{'es' if ranks.size > 1 else ''} on {device}"
-    step = f"{config.plan.packs_per_step} packs of {config.plan.tokens_per_pack} tokens a step"
-    yield f"{trainer.parameters / 1e6:.2f}M parameters · {processes} · ZeRO-{config.train.zero} · {config.train.precision} · {step}"
+    processes, packs = _processes(ranks.size), config.plan.at(trainer.step).packs_per_step
+    step = f"{packs} packs of {config.plan.tokens_per_pack} tokens a step"
+    settings = f"ZeRO-{config.train.zero} · {config.train.precision} · {step}"
+    yield f"{trainer.parameters / 1e6:.2f}M parameters · {processes} on {device} · {settings}"
+    if empty := -packs % ranks.size:
+        waiting = f"up to {empty / (packs + empty):.0%} of their time may be waiting"
+        yield f"warning: {packs} packs a step do not divide among {processes}: {waiting}; `tim plan --ranks {ranks.size}` says how much"
     if found is not None:
         for passed_over in found.passed_over:
             yield f"passed over: {passed_over}"
-        yield f"continuing from {found.folder}"
+        before = found.facts.world_size
+        others = "" if before == ranks.size else f", which {_processes(before)} wrote: samples and draws of a step stay the same"
+        yield f"continuing from {found.folder}{others}"
         for change in changes:
             yield f"changed since: {change}"
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch import checkpoint, fragments
-from launch.checkpoint import Facts
+from launch import checkpoint
+from launch.checkpoint import Checkpoint, Facts
 from launch.ema import ShardedEMA
 from launch.engine import ADAM_EPSILON, Engine, Ranks, process_group
 from launch.muon import orthogonalise
@@ -111,10 +111,19 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+def resume(ranks: Ranks, saved: Path, case: str) -> list[float]:
+    """Norms of the gradients of two steps from a checkpoint on; that of the second tells whether the moments were there in the first."""
+    engine = make_engine(ranks, case)
+    engine.load(Checkpoint(saved, checkpoint.check(saved)).pieces, updates=STEPS)
+    norms = [take_step(engine, ranks, step)[1] for step in (91, 92)]
+    engine.close()
+    return norms
+
+
 def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
     gradients, norms, weights, average = alone(case.split("-")[2])
     engine = make_engine(ranks, case)
-    ema = ShardedEMA(engine.fragments(), shapes=engine.shapes, decay=DECAY)
+    ema = ShardedEMA(engine.fragments(), decay=DECAY)
     gradient_error, norm_error = 0.0, 0.0
     for step in range(STEPS):
         found, norm, _ = take_step(engine, ranks, step)
@@ -123,13 +132,10 @@ def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
         ema.update(engine.fragments(), updates=step)
 
     def write(part: Path) -> list[Path]:
-        files = engine.save(part)
-        own = [part / checkpoint.fragment_file(kind, ranks.rank) for kind in ("weights", "ema")]
-        fragments.save(own[0], engine.fragments(), shapes=engine.shapes)
-        ema.save(own[1])
-        return [*files, *own]
+        pieces = {"weights": engine.fragments(), "ema": ema.average, **engine.moments()}
+        return checkpoint.write_pieces(part, pieces, rank=ranks.rank, shapes=engine.shapes)
 
-    facts = Facts(step=STEPS, world_size=ranks.size, zero=engine.stage, config_hash="")
+    facts = Facts(step=STEPS, world_size=ranks.size, config_hash="")
     saved = checkpoint.save(folder, facts, ranks=ranks, write=write, keep_last=1)
     weight_error = distance(checkpoint.consolidate(saved, ema=False), weights)
     average_error = distance(checkpoint.consolidate(saved, ema=True), average)
@@ -139,12 +145,7 @@ def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
     unbroken = [take_step(engine, ranks, step)[1] for step in (91, 92)]
     engine.close()
 
-    again = make_engine(ranks, case)
-    again.load(saved)
-    resumed_ema = ShardedEMA(again.fragments(), shapes=again.shapes, decay=DECAY)
-    resumed_ema.load(saved / checkpoint.fragment_file("ema", ranks.rank))
-    resumed = [take_step(again, ranks, step)[1] for step in (91, 92)]
-    again.close()
+    resumed = resume(ranks, saved, case)
     return {
         "gradient_error": gradient_error,
         "norm_error": norm_error,

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed import jobs
+from launch import checkpoint
+from launch.engine import Ranks, process_group
+from tests.distributed import engine_worker, jobs
 
 CASES = ("1-fp32-adamw", "2-fp32-adamw", "3-fp32-adamw", "2-bf16-adamw", "1-fp32-muon", "2-fp32-muon")
+ELSEWHERE = {  # where one process goes on with what two ranks left
+    "1-fp32-adamw": "3-fp32-adamw",
+    "2-fp32-adamw": "2-fp32-adamw",
+    "3-fp32-adamw": "1-fp32-adamw",
+    "2-bf16-adamw": "3-bf16-adamw",
+    "1-fp32-muon": "1-fp32-muon",
+    "2-fp32-muon": "1-fp32-muon",
+}
 PARAMETERS = 7 * 33 + 33 + 33 * 33 + 33 + 33 * 20 + 20 + 20 * 5
 
 
@@ -17,10 +29,16 @@ Reports = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """By case, what each rank measured."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks have left reports and checkpoints of all cases."""
     folder = tmp_path_factory.mktemp("engine")
     jobs.run_ranks("tests.distributed.engine_worker", str(folder), *CASES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> Reports:
+    """By case, what each rank measured."""
     return {case: [json.loads((folder / f"{case}-{rank}.json").read_text()) for rank in (0, 1)] for case in CASES}
 
 
@@ -51,3 +69,15 @@ def test_a_gradient_that_is_not_finite_is_dropped_on_all_ranks(reports: Reports,
 def test_what_is_loaded_goes_on_bit_by_bit(reports: Reports, case: str) -> None:
     for report in reports[case]:
         assert report["resumed"] == report["unbroken"]
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Ranks]:
+    with process_group() as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_goes_on_where_two_have_been_also_under_another_stage(reports: Reports, folder: Path, alone: Ranks, case: str) -> None:
+    norms = engine_worker.resume(alone, checkpoint.find(folder / case).folder, ELSEWHERE[case])
+    assert norms == pytest.approx(reports[case][0]["unbroken"], rel=1e-5 if "fp32" in case else 2e-2)

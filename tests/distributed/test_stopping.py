@@ -63,12 +63,6 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> Non
     assert (run / "latest").read_text() == f"step-{stopped_at:06d}\n"
     assert not (run / "lock").exists()
 
-    before = (run / "metrics.jsonl").read_bytes()
-    alone = tmp_path / "alone"
-    assert jobs.run("train", str(config), log=alone) == 2
-    assert "was written by 2 processes and there are 1 now" in alone.read_text()
-    assert (run / "metrics.jsonl").read_bytes() == before
-
     assert jobs.run(*command, log=log) == 0, log.read_text()
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 41))
@@ -78,12 +72,9 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(1500)
-def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_line(config: Path, tmp_path: Path) -> None:
-    short = ["train", str(config), "train.zero=1", "train.precision=fp32", "train.steps=2"]
-    assert jobs.run(*short, log=tmp_path / "first") == 0, (tmp_path / "first").read_text()
-    for number, (override, said) in enumerate({"train.optimizer=muon": "train.optimizer=adamw", "train.zero=2": "train.zero=1"}.items()):
-        log = tmp_path / f"log{number}"
-        assert jobs.run(*short, "train.steps=3", override, log=log) == 2
-        assert said in log.read_text()
-        assert "keep it" in log.read_text()
-        assert "Traceback" not in log.read_text()
+def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(config: Path, tmp_path: Path) -> None:
+    short, log = ["train", str(config), "train.zero=1", "train.precision=fp32"], tmp_path / "log"
+    assert jobs.run(*short, "train.steps=2", log=log) == 0, log.read_text()
+    assert jobs.run(*short, "train.steps=3", "train.optimizer=muon", log=log) == 2
+    assert "was written with train.optimizer=adamw, not muon: keep it" in log.read_text()
+    assert "Traceback" not in log.read_text()

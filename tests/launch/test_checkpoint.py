@@ -10,17 +10,16 @@ from launch import checkpoint
 from launch.checkpoint import CheckpointError, Facts, check, find, newest
 from launch.engine import Ranks
 
-PART = "deepspeed/shard.pt"
+PART = "weights-00000.safetensors"
 
 
 def save(run: Path, step: int, ranks: Ranks, *, keep_last: int = 9) -> Path:
     def write(folder: Path) -> list[Path]:
         path = folder / PART
-        path.parent.mkdir()
         path.write_bytes(bytes(range(256)) * step)
         return [path, checkpoint.write_trainer_state(folder, {"step": step})]
 
-    return checkpoint.save(run, Facts(step=step, world_size=1, zero=2, config_hash="c"), ranks=ranks, write=write, keep_last=keep_last)
+    return checkpoint.save(run, Facts(step=step, world_size=1, config_hash="c"), ranks=ranks, write=write, keep_last=keep_last)
 
 
 def cut_off(folder: Path) -> None:
@@ -47,16 +46,16 @@ def cut_off_the_manifest(folder: Path) -> None:
 
 def come_from_the_future(folder: Path) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
 
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
-    (cut_off, "shard.pt has 511 bytes, the manifest says 512"),
-    (flip_a_bit, "shard.pt does not have the digest of the manifest"),
+    (cut_off, "weights-00000.safetensors has 511 bytes, the manifest says 512"),
+    (flip_a_bit, "weights-00000.safetensors does not have the digest of the manifest"),
     (lose_a_file, "trainer.json is missing"),
     (lose_the_manifest, "is not a checkpoint: it has no manifest.json"),
     (cut_off_the_manifest, "manifest.json: cannot be read"),
-    (come_from_the_future, "unknown format 2; this version reads 1"),
+    (come_from_the_future, "unknown format 3; this version reads 1 and 2"),
 ]
 
 
@@ -124,5 +123,5 @@ def test_a_file_that_nobody_owns_is_a_mistake(tmp_path: Path, alone: Ranks) -> N
         return []
 
     with pytest.raises(AssertionError, match="stray"):
-        checkpoint.save(tmp_path, Facts(step=1, world_size=1, zero=1, config_hash=""), ranks=alone, write=write, keep_last=1)
+        checkpoint.save(tmp_path, Facts(step=1, world_size=1, config_hash=""), ranks=alone, write=write, keep_last=1)
     assert newest(tmp_path) is None

@@ -10,7 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from launch import checkpoint, fragments
+from launch import checkpoint
 from launch.config import load_config
 from launch.engine import Ranks
 from launch.export import export, model_folder, spec_of
@@ -45,14 +45,14 @@ def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
     }
 
     def write(part: Path) -> list[Path]:
-        paths = []
-        for kind, value in (("ema", float(step)), ("weights", 10.0 * step)):
-            pieces = {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()}
-            paths.append(part / checkpoint.fragment_file(kind, 0))
-            fragments.save(paths[-1], pieces, shapes=shapes)
-        return paths
+        values = {"ema": float(step), "weights": 10.0 * step}
+        pieces = {
+            kind: {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()}
+            for kind, value in values.items()
+        }
+        return checkpoint.write_pieces(part, pieces, rank=0, shapes=shapes)
 
-    facts = checkpoint.Facts(step=step, world_size=1, zero=1, config_hash="")
+    facts = checkpoint.Facts(step=step, world_size=1, config_hash="")
     checkpoint.save(run, facts, ranks=ranks, write=write, keep_last=9)
 
 
