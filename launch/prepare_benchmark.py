@@ -49,10 +49,10 @@ def bench_prepare(
     for name in prepare_peers.TOOLS:
         package = name.split(" ")[0]
         python, absent = Path(sys.executable), {}
-        if package != "datasets":  # which is one of our own dependencies
-            python, absent = environment(work / f"{package}-environment", packages=[package], install=install)
+        if package in prepare_peers.PACKAGES:
+            python, absent = environment(work / f"{package}-environment", packages=prepare_peers.PACKAGES[package], install=install)
         if absent:
-            missing[name] = absent[package]
+            missing[name] = next(iter(absent.values()))
         else:
             runs[name] = partial(_tool, python, name, folder=folder, workers=workers)
     kept: dict[str, int] = {}

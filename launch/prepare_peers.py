@@ -123,12 +123,17 @@ def data_juicer(listed: Listed, out: str, workers: int) -> int:
         {"image_deduplicator": {"method": "phash"}},
     ]
     recipe = os.path.join(out, "recipe.yaml")
+    paths = {"dataset_path": table, "export_path": result, "ds_cache_dir": os.path.join(out, "cache")}
     with open(recipe, "w", encoding="utf-8") as stream:  # JSON is YAML
-        json.dump({"project_name": "bench", "dataset_path": table, "export_path": result, "np": workers, "process": process}, stream)
+        json.dump({"project_name": "bench", **paths, "np": workers, "process": process}, stream)
     DefaultExecutor(init_configs(["--config", recipe])).run()
     with open(result, encoding="utf-8") as stream:
         return sum(1 for _ in stream)
 
+
+# What has to be installed for those that are not among our own dependencies. Data-Juicer's operator for duplicates needs imagededup,
+# which it would otherwise install while it is measured.
+PACKAGES = {"img2dataset": ["img2dataset"], "py-data-juicer": ["py-data-juicer", "imagededup"]}
 
 # By the name that a table of results has; the package that each needs stands before the first blank.
 TOOLS: dict[str, Callable[[Listed, str, int], int]] = {
