@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from dataprep.lookahead import ahead
 from dataprep.plan import ColumnKind, Columns
 from dataprep.shards import Shard, table_schema
 from dataprep.store import Store
-from pipeline.digests import file_digest
+from pipeline.digests import file_digest, json_digest
 
 FORMAT = 1
 MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
@@ -34,10 +33,6 @@ class Account:
     rejected: dict[str, int]
     notes: list[str]
     shards: int
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def read_manifest(corpus: Path | Store) -> dict[str, Any]:
@@ -109,7 +104,7 @@ def write_corpus_files(
             "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
             "has_classes": columns.has_classes,
             **identity,
-            "config_hash": config_hash(identity["config"]),
+            "config_hash": json_digest(identity["config"]),
             **({"growth": list(growth)} if growth else {}),
         }
         manifest_file.write(_pretty(manifest))

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from dataprep.files import LOCK, claimed_work
 from dataprep.shards import MEMBERS
 from dataprep.store import Store, open_store
-from pipeline.digests import file_digest
+from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.index import Corpus
 from pipeline.sidecars import FORMAT, SIDECARS, TEXT_COLUMNS, Sidecar, SidecarShard, read_sidecars
@@ -85,7 +85,7 @@ def write_sidecar(
     done = 0
     for number, shard in enumerate(corpus.shards):
         table = f"{shard.table.removesuffix('.parquet')}.{name}.parquet"
-        made_of = _digest(json.dumps([FORMAT, shard.digest, identity], sort_keys=True).encode())
+        made_of = json_digest([FORMAT, shard.digest, identity])
         texts = f"{table.removesuffix('.parquet')}.jsonl" if "captions" in schema.names else ""
         files = _finished(store, table=table, texts=texts, made_of=made_of)
         if files is None:

@@ -1,10 +1,11 @@
-"""Digests of files, as manifests hold them."""
+"""Digests of files and of values, as manifests hold them."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 def file_digest(path: Path) -> str:
@@ -19,3 +20,8 @@ def stream_digest(stream: BinaryIO) -> str:
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """sha256 in hexadecimal of a value's JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

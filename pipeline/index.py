@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.cost import Ints
+from pipeline.digests import json_digest
 from pipeline.errors import one_line
 from pipeline.features import Features
 from pipeline.remote import is_remote, read_file
@@ -137,7 +138,7 @@ class Corpus:
                 shard if partial and shard.table not in texts.shards else _with_texts(shard, texts, folder=folder) for shard in shards
             )
             contents["texts"] = [shard.digest for shard in shards]
-        digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+        digest = json_digest(contents)
         joined = None if features is None else Features.open(features)
         return cls(
             folder=folder,

@@ -6,8 +6,6 @@ them. Nothing here knows of ranks: `pipeline.dealing` does, after the fact.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 
 from pipeline.account import take_account
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.digests import json_digest
 from pipeline.group import Group
 from pipeline.index import Corpus
 from pipeline.mixture import Mixture, mixture_shares
@@ -113,7 +112,7 @@ class Planner:
             "shuffle_tags": None if shuffle_tags is None else asdict(shuffle_tags),
             **{f"plan.{key}": value for key, value in plan.model_dump(mode="json").items()},
         }
-        self.plan_hash = hashlib.sha256(json.dumps([FORMAT, self._inputs], sort_keys=True).encode()).hexdigest()
+        self.plan_hash = json_digest([FORMAT, self._inputs])
 
     def next_step(self) -> Step:
         """Plan one step more. Raises ValueError if a table cannot be read, or if the plan leaves every sample of a corpus out."""
