@@ -6,93 +6,33 @@ Every file appears whole or not at all, so that a run that was killed goes on wh
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from dataprep.captions import CaptionConfig, check_languages
 from dataprep.chunks import ChunkTables, chunk_path
-from dataprep.columns import ColumnConfig
-from dataprep.dedup import DedupConfig
-from dataprep.examine import ImageConfig, Rules
+from dataprep.examine import Rules
 from dataprep.executor import LocalPool, Pool
-from dataprep.files import JOB, LOCK, claimed_work, publish_text
-from dataprep.filters import FilterConfig
 from dataprep.grouping import group_rows
 from dataprep.growing import Base, Growth, Selection, read_base
-from dataprep.identity import differences
 from dataprep.inputs import Examined, Part, examine_all, examined_before
-from dataprep.known import Known, open_known, read_known
-from dataprep.manifest import MANIFEST, Account, read_account, read_manifest, write_corpus_files
-from dataprep.plan import Plan, ShardConfig, make_plan
-from dataprep.report import ReportConfig, census, render
-from dataprep.shards import Shard, ShardTask, finished_shards, shard_number, stats_name, write_shard
-from dataprep.sources import Source, SourceConfig, SourceName, all_samples, open_sources
-from dataprep.store import Store, open_store
-from pipeline.index import Corpus
+from dataprep.job import Job, PrepareConfig, claimed_job, finished_account, open_job
+from dataprep.known import Known, read_known
+from dataprep.manifest import Account, write_corpus_files
+from dataprep.plan import Plan, make_plan
+from dataprep.report import census, render
+from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
+from dataprep.sources import all_samples
+from dataprep.store import Store
 from pipeline.progress import Progress, unseen
 
 __all__ = ["Account", "Growth", "Part", "PrepareConfig", "prepare", "prepare_part"]
 
 MANY_SHARDS = 10_000
 Announce = Callable[[str], None]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class PrepareConfig(BaseModel):
-    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None.
-
-    `sources`: by name, what is read beside the sources of the command line, or what there is to say of those. `columns`: for all of them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str | None = Field(default=None, min_length=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    images: ImageConfig = ImageConfig()
-    captions: CaptionConfig = CaptionConfig()
-    filters: FilterConfig = FilterConfig()
-    dedup: DedupConfig = DedupConfig()
-    shards: ShardConfig = ShardConfig()
-    report: ReportConfig = ReportConfig()
-    columns: ColumnConfig = ColumnConfig()
-    sources: dict[SourceName, SourceConfig] = Field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What is to be done, and where. `identity`: what makes two preparations the same, as it stands in the manifest: no path, time or
-    worker count. `base`: the manifest of the corpus that is to grow, {} for a new one."""
-
-    store: Store
-    work: Path
-    config: PrepareConfig
-    sources: Sequence[Source]
-    against: Sequence[Corpus]
-    growth: Growth | None
-    base: Mapping[str, Any]
-    identity: Mapping[str, Any]
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """What the work folder says of the job that it belongs to."""
-        growth = {"append": self.growth.append, "retry": self.growth.retry, "grows": _digest(self.base)} if self.growth else {}
-        return {**self.identity, **growth, "version": version("tim")}
-
-    @property
-    def digest(self) -> str:
-        """What the shards of this job have in common, and those of no other."""
-        return _digest(self.said)[:32]
 
 
 def prepare(
@@ -122,12 +62,12 @@ def prepare(
     full.
     """
     pool = pool or LocalPool(workers)
-    job = _open_job(sources, out=out, config=config, against=against, growth=growth, work=work)
-    finished = None if growth else _check_output(job)
+    job = open_job(sources, out=out, config=config, against=against, growth=growth, work=work)
+    finished = None if growth else finished_account(job)
     if finished:
         return finished
 
-    with _claimed(job), pool:
+    with claimed_job(job), pool:
         base, selection = read_base(job.store, manifest=job.base, growth=growth) if growth else (None, None)
         examined = examined_before(job.work) if merge or (job.work / Part().marker).exists() else None
         if merge and examined is None:
@@ -146,13 +86,7 @@ def prepare(
         account = _account(plan, examined=examined, base=base)
         if plan.kept:
             shards = _write_all(job, plan=plan, tables=tables, pool=pool, progress=progress)
-            shards = [*(base.shards if base else ()), *shards]
-
-            def report(manifest: dict[str, Any]) -> str:
-                found = census(job.store.place, manifest=manifest, config=config.report, pool=pool, progress=progress)
-                return render([found], config=config.report)
-
-            _finish(job, shards=shards, account=account, plan=plan, base=base, examined=examined, report=report)
+            _finish(job, shards=shards, account=account, plan=plan, base=base, examined=examined, pool=pool, progress=progress)
     shutil.rmtree(job.work)
     if not plan.kept and base is None:
         _leave_nothing(job.store)
@@ -176,129 +110,15 @@ def prepare_part(
     """One task of a job array: examine the inputs of a part, for `prepare(…, merge=True)` to make the corpus of. The arguments are those
     of `prepare`, the same for all parts; `work` (or `out`, a folder) lies where all see it. Returns the account of a finished corpus."""
     pool = pool or LocalPool(workers)
-    job = _open_job(sources, out=out, config=config, against=against, growth=None, work=work)
-    finished = _check_output(job)
+    job = open_job(sources, out=out, config=config, against=against, growth=None, work=work)
+    finished = finished_account(job)
     if finished:
         return finished
-    with _claimed(job, part=part), pool:
+    with claimed_job(job, part=part), pool:
         return _examine(job, part=part, selection=None, pool=pool, progress=progress, announce=announce)
 
 
-def _open_job(
-    sources: Sequence[str],
-    *,
-    out: str | Path,
-    config: PrepareConfig,
-    against: Sequence[str | Path],
-    growth: Growth | None,
-    work: str | Path | None,
-) -> _Job:
-    check_languages(config.captions)
-    store, folder = open_store(out, work=work)
-    opened = open_sources(sources, named=config.sources, columns=config.columns)
-    for source in opened:
-        for place in [folder.resolve(), *([] if store.is_remote else [Path(store.place).resolve()])]:
-            if source.root in (place, *place.parents):
-                raise ValueError(f"{place}: lies inside the source {source.root}; give a folder elsewhere")
-    others = open_known(against)
-    identity = {
-        "config": config.model_dump(mode="json", exclude={"sources"}),
-        "sources": [
-            {"name": source.name, "layout": source.layout, "digest": source.digest(), "tags": list(source.tags), "reads": source.reads()}
-            for source in opened
-        ],
-        "against": [{"name": corpus.name, "digest": corpus.digest} for corpus in others],
-    }
-    job = _Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base={}, identity=identity)
-    return replace(job, base=_read_base_manifest(job)) if growth else job
-
-
-def _read_base_manifest(job: _Job) -> Mapping[str, Any]:
-    """The manifest of the corpus that is to grow. Raises ValueError unless it was prepared with the same settings."""
-    place = job.store.place
-    manifest = read_manifest(job.store)
-    if "columns" not in manifest:
-        raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
-    changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
-    if changed:
-        raise ValueError(f"{place}: was prepared with another {changed}; a corpus grows with the settings that it has (see its {MANIFEST})")
-    begun = _begun(job.work)
-    if begun and begun.get("grows") == _digest(manifest):
-        changed = differences(begun, replace(job, base=manifest).said)
-        if changed:
-            raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
-    return manifest
-
-
-def _check_output(job: _Job) -> Account | None:
-    """The account if `out` already holds this very corpus, None if it is free or holds an unfinished run of it; ValueError otherwise."""
-    place, begun = job.store.place, _begun(job.work)
-    found = job.store.sizes()
-    if MANIFEST in found:
-        manifest = read_manifest(job.store)
-        changed = differences(manifest, job.identity)
-        if changed:
-            remedy = "add inputs with --append, give another folder, or delete this one"
-            raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
-        if begun and "grows" not in begun:
-            shutil.rmtree(job.work)
-        return read_account(manifest)
-    if begun:
-        changed = differences(begun, job.said)
-        if changed:
-            raise ValueError(f"{place}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
-        return None
-    if found and not any(_is_of_job(job, name=name) for name in found):
-        raise ValueError(f"{place}: not empty ({min(found)} is in it) and not a corpus; give a new or empty folder")
-    return None
-
-
-def _is_of_job(job: _Job, *, name: str) -> bool:
-    """Whether a file is a stats file of this job: its work folder was lost, or lies on another machine."""
-    number = shard_number(name)
-    return number is not None and name == stats_name(number) and json.loads(job.store.read(name)).get("job") == job.digest
-
-
-def _begun(work: Path) -> dict[str, Any] | None:
-    """What the work folder says of an unfinished job, None if there is none."""
-    job = work / JOB
-    return json.loads(job.read_text("utf-8")) if job.is_file() else None
-
-
-@contextmanager
-def _claimed(job: _Job, *, part: Part | None = None) -> Iterator[None]:
-    """The work folder, locked, with the job written down. A full disk is told as such."""
-    folder = None if job.store.is_remote else Path(job.store.place)
-    name = f"part-{part.number}-of-{part.of}" if part else ""
-    try:
-        with claimed_work(job.work, place=job.store.place, folder=folder, part=name):
-            begun = _begun(job.work)
-            if begun is None or (job.growth and begun.get("grows") != job.said["grows"]):
-                _begin(job, anew=begun is not None)
-            yield
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        where = error.filename or job.store.place
-        raise RuntimeError(f"{where}: the disk is full; what is finished is kept: make room, and run the same command again") from error
-
-
-def _begin(job: _Job, *, anew: bool) -> None:
-    """Write the job down. `anew`: forget the work of another one, which came to its end or belongs to an older state of the corpus."""
-    if anew:
-        for path in job.work.iterdir():
-            if not path.name.startswith(LOCK):
-                path.unlink()
-    if job.growth:  # shards of an addition that was given up
-        first = len(job.base["shards"])
-        for name in job.store.sizes():
-            number = shard_number(name)
-            if number is not None and number >= first:
-                job.store.remove(name)
-    publish_text(job.work / JOB, json.dumps(job.said, indent=1))
-
-
-def _examine(job: _Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None) -> Examined:
+def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None) -> Examined:
     """Pass 1."""
     if announce:
         for source in job.sources:
@@ -364,7 +184,7 @@ def _leave_nothing(store: Store) -> None:
         Path(store.place).rmdir()
 
 
-def _write_all(job: _Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[Shard]:
+def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[Shard]:
     """Pass 2. Shards that are complete are not written again."""
     first = plan.first_shard
     shards = finished_shards(job.store, first=first, count=plan.shards, job=job.digest)
@@ -396,16 +216,17 @@ def _write_all(job: _Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progre
 
 
 def _finish(
-    job: _Job,
+    job: Job,
     *,
     shards: Sequence[Shard],
     account: Account,
     plan: Plan,
     base: Base | None,
     examined: Examined,
-    report: Callable[[dict[str, Any]], str],
+    pool: Pool,
+    progress: Progress,
 ) -> None:
-    """The files that make shards a corpus."""
+    """The files that make the old shards and the new ones a corpus."""
     identity = dict(job.identity)
     growth: list[Mapping[str, Any]] = []
     if base:
@@ -413,10 +234,15 @@ def _finish(
             old = base.manifest[section]
             identity[section] = [*old, *(entry for entry in identity[section] if entry not in old)]
         growth = [*base.manifest.get("growth", ()), {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))}]
+
+    def report(manifest: dict[str, Any]) -> str:
+        found = census(job.store.place, manifest=manifest, config=job.config.report, pool=pool, progress=progress)
+        return render([found], config=job.config.report)
+
     write_corpus_files(
         job.store,
         name=base.manifest["name"] if base else job.config.name or job.sources[0].name,
-        shards=shards,
+        shards=[*(base.shards if base else ()), *shards],
         account=account,
         columns=plan.columns,
         identity=identity,
@@ -424,7 +250,3 @@ def _finish(
         report=report,
         growth=growth,
     )
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8")).hexdigest()

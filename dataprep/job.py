@@ -1,0 +1,200 @@
+"""One preparation: what it is to do, where, and what it finds there: nothing, an unfinished run of its own, or a finished corpus."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dataprep.captions import CaptionConfig, check_languages
+from dataprep.columns import ColumnConfig
+from dataprep.dedup import DedupConfig
+from dataprep.examine import ImageConfig
+from dataprep.files import JOB, LOCK, claimed_work, publish_text
+from dataprep.filters import FilterConfig
+from dataprep.growing import Growth
+from dataprep.identity import differences
+from dataprep.inputs import Part
+from dataprep.known import open_known
+from dataprep.manifest import MANIFEST, Account, read_account, read_manifest
+from dataprep.plan import ShardConfig
+from dataprep.report import ReportConfig
+from dataprep.shards import shard_number, stats_name
+from dataprep.sources import Source, SourceConfig, SourceName, open_sources
+from dataprep.store import Store, open_store
+from pipeline.digests import json_digest
+from pipeline.index import Corpus
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class PrepareConfig(BaseModel):
+    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None.
+
+    `sources`: by name, what is read beside the sources of the command line, or what there is to say of those. `columns`: for all of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str | None = Field(default=None, min_length=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    images: ImageConfig = ImageConfig()
+    captions: CaptionConfig = CaptionConfig()
+    filters: FilterConfig = FilterConfig()
+    dedup: DedupConfig = DedupConfig()
+    shards: ShardConfig = ShardConfig()
+    report: ReportConfig = ReportConfig()
+    columns: ColumnConfig = ColumnConfig()
+    sources: dict[SourceName, SourceConfig] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done, and where.
+
+    `work`: the folder for what is unfinished. `identity`: what makes two preparations the same, as it stands in the manifest: no path, time
+    or worker count. `base`: the manifest of the corpus that is to grow, {} for a new one.
+    """
+
+    store: Store
+    work: Path
+    config: PrepareConfig
+    sources: Sequence[Source]
+    against: Sequence[Corpus]
+    growth: Growth | None
+    base: Mapping[str, Any]
+    identity: Mapping[str, Any]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is written into the work folder, so that no other job takes it for its own."""
+        growth = {"append": self.growth.append, "retry": self.growth.retry, "grows": json_digest(self.base)} if self.growth else {}
+        return {**self.identity, **growth, "version": version("tim")}
+
+    @property
+    def digest(self) -> str:
+        """What the shards of this job have in common, and those of no other."""
+        return json_digest(self.record)[:32]
+
+
+def open_job(
+    sources: Sequence[str],
+    *,
+    out: str | Path,
+    config: PrepareConfig,
+    against: Sequence[str | Path],
+    growth: Growth | None,
+    work: str | Path | None,
+) -> Job:
+    """The arguments are those of `prepare`. Raises ValueError if the sources, `out` or the corpora cannot be used."""
+    check_languages(config.captions)
+    store, folder = open_store(out, work=work)
+    opened = open_sources(sources, named=config.sources, columns=config.columns)
+    for source in opened:
+        for place in [folder.resolve(), *([] if store.is_remote else [Path(store.place).resolve()])]:
+            if source.root in (place, *place.parents):
+                raise ValueError(f"{place}: lies inside the source {source.root}; give a folder elsewhere")
+    others = open_known(against)
+    identity = {
+        "config": config.model_dump(mode="json", exclude={"sources"}),
+        "sources": [
+            {"name": source.name, "layout": source.layout, "digest": source.digest(), "tags": list(source.tags), "reads": source.reads()}
+            for source in opened
+        ],
+        "against": [{"name": corpus.name, "digest": corpus.digest} for corpus in others],
+    }
+    job = Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base={}, identity=identity)
+    return replace(job, base=_read_base_manifest(job)) if growth else job
+
+
+def _read_base_manifest(job: Job) -> Mapping[str, Any]:
+    """The manifest of the corpus that is to grow. Raises ValueError unless it was prepared with the same settings."""
+    place = job.store.place
+    manifest = read_manifest(job.store)
+    if "columns" not in manifest:
+        raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
+    changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
+    if changed:
+        raise ValueError(f"{place}: was prepared with another {changed}; a corpus grows with the settings that it has (see its {MANIFEST})")
+    begun = _begun(job.work)
+    if begun and begun.get("grows") == json_digest(manifest):
+        changed = differences(begun, replace(job, base=manifest).record)
+        if changed:
+            raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
+    return manifest
+
+
+def finished_account(job: Job) -> Account | None:
+    """The account if the place holds this very corpus, None if it is free or holds an unfinished run of it. Raises ValueError otherwise."""
+    place, begun = job.store.place, _begun(job.work)
+    found = job.store.sizes()
+    if MANIFEST in found:
+        manifest = read_manifest(job.store)
+        changed = differences(manifest, job.identity)
+        if changed:
+            remedy = "add inputs with --append, give another folder, or delete this one"
+            raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
+        if begun and "grows" not in begun:
+            shutil.rmtree(job.work)
+        return read_account(manifest)
+    if begun:
+        changed = differences(begun, job.record)
+        if changed:
+            raise ValueError(f"{place}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
+        return None
+    if found and not any(_is_of_job(job, name=name) for name in found):
+        raise ValueError(f"{place}: not empty ({min(found)} is in it) and not a corpus; give a new or empty folder")
+    return None
+
+
+def _is_of_job(job: Job, *, name: str) -> bool:
+    """Whether a file is a stats file of this job: its work folder was lost, or lies on another machine."""
+    number = shard_number(name)
+    return number is not None and name == stats_name(number) and json.loads(job.store.read(name)).get("job") == job.digest
+
+
+def _begun(work: Path) -> dict[str, Any] | None:
+    """The record of an unfinished job, None if there is none."""
+    job = work / JOB
+    return json.loads(job.read_text("utf-8")) if job.is_file() else None
+
+
+@contextmanager
+def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
+    """Hold the work folder, locked, with the job's record in it. A full disk is told as such."""
+    folder = None if job.store.is_remote else Path(job.store.place)
+    name = f"part-{part.number}-of-{part.of}" if part else ""
+    try:
+        with claimed_work(job.work, place=job.store.place, folder=folder, part=name):
+            begun = _begun(job.work)
+            if begun is None or (job.growth and begun.get("grows") != job.record["grows"]):
+                _begin(job, anew=begun is not None)
+            yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        where = error.filename or job.store.place
+        raise RuntimeError(f"{where}: the disk is full; what is finished is kept: make room, and run the same command again") from error
+
+
+def _begin(job: Job, *, anew: bool) -> None:
+    """Write the job's record. `anew`: forget the work of another one, which came to its end or belongs to an older state of the corpus."""
+    if anew:
+        for path in job.work.iterdir():
+            if not path.name.startswith(LOCK):
+                path.unlink()
+    if job.growth:  # shards of an addition that was given up
+        first = len(job.base["shards"])
+        for name in job.store.sizes():
+            number = shard_number(name)
+            if number is not None and number >= first:
+                job.store.remove(name)
+    publish_text(job.work / JOB, json.dumps(job.record, indent=1))
