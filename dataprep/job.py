@@ -14,12 +14,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dataprep.captions import CaptionConfig, check_languages
+from dataprep.captions import LANGUAGE, CaptionConfig, check_languages
 from dataprep.columns import ColumnConfig
 from dataprep.dedup import DedupConfig
 from dataprep.examine import ImageConfig
 from dataprep.files import JOB, LOCK, claimed_work, publish_text
-from dataprep.filters import FilterConfig
+from dataprep.filters import FilterConfig, Filters
 from dataprep.growing import Growth
 from dataprep.identity import differences
 from dataprep.inputs import Part
@@ -28,7 +28,7 @@ from dataprep.manifest import MANIFEST, Account, read_account, read_manifest
 from dataprep.plan import ShardConfig
 from dataprep.report import ReportConfig
 from dataprep.shards import shard_number, stats_name
-from dataprep.sources import Source, SourceConfig, SourceName, open_sources
+from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, open_sources
 from dataprep.store import Store, open_store
 from pipeline.digests import json_digest
 from pipeline.index import Corpus
@@ -169,7 +169,10 @@ def _begun(work: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
-    """Hold the work folder, locked, with the job's record in it. A full disk is told as such."""
+    """Hold the work folder, locked, with the job's record in it. A full disk is told as such. Raises ValueError if a new job's filters ask
+    for columns that no source has."""
+    if _begun(job.work) is None:
+        _check_filters(job)
     folder = None if job.store.is_remote else Path(job.store.place)
     name = f"part-{part.number}-of-{part.of}" if part else ""
     try:
@@ -183,6 +186,15 @@ def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
             raise
         where = error.filename or job.store.place
         raise RuntimeError(f"{where}: the disk is full; what is finished is kept: make room, and run the same command again") from error
+
+
+def _check_filters(job: Job) -> None:
+    """A mistyped column would reject every input."""
+    filters = Filters(job.config.filters)
+    made = {LANGUAGE} if job.config.captions.languages else set()
+    if filters.wanted - made:
+        found = column_names(job.sources, wanted=filters.wanted - made)
+        filters.check(found | made, place=f"the first {FIRST_INPUTS:,} inputs of the sources")
 
 
 def _begin(job: Job, *, anew: bool) -> None:

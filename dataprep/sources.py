@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -26,6 +27,7 @@ from pipeline.remote import is_remote
 _NAME = r"[A-Za-z_][\w-]*"
 _NAMED = re.compile(rf"({_NAME})=(.+)", re.ASCII | re.DOTALL)
 SourceName = Annotated[str, Field(pattern=rf"^{_NAME}$")]
+FIRST_INPUTS = 1000
 _KINDS = "an image folder, .tar shards, a list (.csv, .tsv, .jsonl, .parquet, .arrow) or hf:NAME"
 
 
@@ -141,6 +143,18 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
         tags = ", ".join(source.tags)
         for sample in source.samples():
             yield replace(sample, extra={**sample.extra, "source_tags": tags}) if is_tagged else sample
+
+
+def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[str]:
+    """Names of the further columns that the first thousand inputs of each source have. No more is read than it takes to find those that are
+    wanted: mostly the first input."""
+    found: set[str] = set()
+    for source in sources:
+        for sample in islice(all_samples([source]), FIRST_INPUTS):
+            found |= sample.extra.keys()
+            if found.issuperset(wanted):
+                return found
+    return found
 
 
 def _free_name(spec: str, *, taken: set[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import reduce
 from typing import Any
 
@@ -36,7 +36,10 @@ _COMPARISONS = {
 
 
 class Where:
-    """An expression over a table's columns. Raises ValueError, in one line, if `text` is none; so do its methods."""
+    """An expression over a table's columns. Raises ValueError, in one line, if `text` is none; so do its methods.
+
+    `columns` are those that it names, `optional` those of them of which it asks whether they are missing (`is None`).
+    """
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -54,15 +57,22 @@ class Where:
         self.columns = tuple(sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}))
         if not self.columns:
             raise ValueError(f"where {_short(text)} names no column")
+        asking = (node.left for node in ast.walk(tree) if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is))
+        self.optional = frozenset(left.id for left in asking if isinstance(left, ast.Name))
 
     def check(self, schema: pa.Schema) -> None:
         """Raises ValueError if tables of this schema lack a column, naming the nearest, or have one of a type that does not fit."""
-        for column in self.columns:
-            if column not in schema.names:
-                close = difflib.get_close_matches(column, schema.names, n=1)
-                there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(schema.names)}"
-                raise ValueError(f"where {_short(self.text)}: there is no column {column}; {there}")
+        strange = self.unknown(schema.names)
+        if strange:
+            raise ValueError(f"where {_short(self.text)}: there is no column {strange}")
         self.rows(schema.empty_table())
+
+    def unknown(self, names: Collection[str]) -> str:
+        """The first column that is none of `names`, with the nearest one or with all that there are; "" if none is unknown."""
+        column = next((column for column in self.columns if column not in names), "")
+        close = difflib.get_close_matches(column, names, n=1)
+        there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
+        return column and f"{column}; {there}"
 
     def rows(self, table: pa.Table) -> NDArray[np.bool_]:
         """Whether each of the table's n rows is meant: (n,)."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,27 @@ def test_scores_of_the_sources_are_filtered_by_name(extra: dict[str, Any], kept:
 def test_impossible_expressions_are_refused_at_once(where: dict[str, str], wrong: str) -> None:
     with pytest.raises(ValidationError, match=wrong):
         FilterConfig(where=where)
+
+
+def test_a_mistyped_column_is_one_error_and_not_the_end_of_every_input(tmp_path: Path) -> None:
+    files = {f"{number}.jpg": photo(number) for number in range(4)}
+    rows = [{"file_name": name, "text": name, "licence": "cc0"} for name in files]
+    rows[3]["score"] = 0.9
+    first = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
+    sources = [str(first), str(write_folder(tmp_path / "g", {name: photo(9 + int(name[0])) for name in files}, rows=rows))]
+
+    def kept(where: dict[str, str]) -> int:
+        filters = {"filters": {"where": where}, "sources": {"g": {"path": sources[1], "tags": ["art"]}}}
+        return prepare(sources[:1], out=tmp_path / "-".join(where), config=PrepareConfig.model_validate(filters)).kept
+
+    known = "height, licence, score, source_tags, width"
+    for column, remedy in (("scor", "did you mean score?"), ("zzz", f"there are: {known}")):
+        wrong = f"filters.where.good: the first 1,000 inputs of the sources have no column {column}; {remedy}"
+        with pytest.raises(ValueError, match=f"^{re.escape(wrong)}$"):
+            kept({"good": f"{column} > 0.5", "sides": "width > 3"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
+    assert kept({"good": "score > 0.5", "sides": "width > 3"}) == 1
+    assert kept({"live": "takedown is None and width > 3", "art": "source_tags == 'art'"}) == 4
 
 
 def test_every_rule_is_a_key_of_the_config() -> None:
