@@ -124,7 +124,7 @@ def _read_base_manifest(job: Job) -> Mapping[str, Any]:
     changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
     if changed:
         raise ValueError(f"{place}: was prepared with another {changed}; a corpus grows with the settings that it has (see its {MANIFEST})")
-    begun = _begun(job.work)
+    begun = begun_in(job.work)
     if begun and begun.get("grows") == json_digest(manifest):
         changed = differences(begun, replace(job, base=manifest).record)
         if changed:
@@ -134,7 +134,7 @@ def _read_base_manifest(job: Job) -> Mapping[str, Any]:
 
 def finished_account(job: Job) -> Account | None:
     """The account if the place holds this very corpus, None if it is free or holds an unfinished run of it. Raises ValueError otherwise."""
-    place, begun = job.store.place, _begun(job.work)
+    place, begun = job.store.place, begun_in(job.work)
     found = job.store.sizes()
     if MANIFEST in found:
         manifest = read_manifest(job.store)
@@ -161,25 +161,28 @@ def _is_of_job(job: Job, *, name: str) -> bool:
     return number is not None and name == stats_name(number) and json.loads(job.store.read(name)).get("job") == job.digest
 
 
-def _begun(work: Path) -> dict[str, Any] | None:
-    """The record of an unfinished job, None if there is none."""
+def begun_in(work: Path) -> dict[str, Any]:
+    """The record of the unfinished job in a work folder, {} if there is none."""
     job = work / JOB
-    return json.loads(job.read_text("utf-8")) if job.is_file() else None
+    return json.loads(job.read_text("utf-8")) if job.is_file() else {}
 
 
 @contextmanager
 def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
-    """Hold the work folder, locked, with the job's record in it. A full disk is told as such. Raises ValueError if a new job's filters ask
-    for columns that no source has."""
-    if _begun(job.work) is None:
+    """Hold the work folder, locked, with the job's record in it.
+
+    Raises ValueError if the filters of a new job ask for columns that no source has, RuntimeError if another run writes here or the disk is
+    full.
+    """
+    if not begun_in(job.work):
         _check_filters(job)
     folder = None if job.store.is_remote else Path(job.store.place)
     name = f"part-{part.number}-of-{part.of}" if part else ""
     try:
         with claimed_work(job.work, place=job.store.place, folder=folder, part=name):
-            begun = _begun(job.work)
-            if begun is None or (job.growth and begun.get("grows") != job.record["grows"]):
-                _begin(job, anew=begun is not None)
+            begun = begun_in(job.work)
+            if not begun or (job.growth and begun.get("grows") != job.record["grows"]):
+                _begin(job, anew=bool(begun))
             yield
     except OSError as error:
         if error.errno not in _FULL:

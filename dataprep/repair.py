@@ -24,8 +24,9 @@ import pyarrow.parquet as pq
 
 from dataprep.dedup import perceptual_hash
 from dataprep.executor import LocalPool, Pool
-from dataprep.files import claimed, publish, publish_text
+from dataprep.files import WORK, claimed, publish, publish_text
 from dataprep.indexing import KIND
+from dataprep.job import begun_in
 from dataprep.manifest import (
     INDEX,
     MANIFEST,
@@ -73,12 +74,14 @@ class TableTask:
 def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Repaired:
     """Make again what is missing or damaged and can be derived; what is sound keeps its bytes. `progress`: ("repair", shards, in all).
 
-    Raises ValueError if it is no corpus, is one that `tim index` wrote, or is not in a local folder.
+    Raises ValueError if it is no corpus, is unfinished, is one that `tim index` wrote, or is not in a local folder.
     """
     store, _ = open_store(corpus, work=None)
     folder = Path(store.place)
     if store.is_remote or not folder.is_dir():
         raise ValueError(f"{corpus}: not a local folder; copy the corpus to one to repair it")
+    if begun_in(folder / WORK):
+        raise ValueError(f"{corpus}: a preparation has not come to its end: run its command again, or delete {folder / WORK}")
     done: list[str] = []
     lost: list[str] = []
     manifest = _manifest(folder, lost=lost)

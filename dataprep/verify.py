@@ -17,12 +17,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
+from dataprep.files import TEMPORARY_SUFFIX, WORK
 from dataprep.indexing import KIND, read_foreign
+from dataprep.job import begun_in
 from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account, read_manifest
-from dataprep.shards import MEMBERS
+from dataprep.shards import MEMBERS, shard_number
 from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
-from pipeline.digests import file_digest
+from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
 from pipeline.progress import Progress, unseen
@@ -53,7 +55,8 @@ def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen)
     corpus = Path(corpus)
     manifest = read_manifest(corpus)
     total = manifest["totals"]["kept"]
-    problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest)
+    is_growing = begun_in(corpus / WORK).get("grows") == json_digest(manifest)
+    problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest, is_growing=is_growing)
 
     def show(done: int) -> None:
         progress("verify", min(done, total), total)
@@ -65,7 +68,7 @@ def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen)
             problems += found
     show(total)
     if not is_index:
-        problems += _check_index(corpus, manifest=manifest)
+        problems += _check_index(corpus, manifest=manifest, is_growing=is_growing)
     problems += check_sidecars(corpus)
     return Report(problems=problems, shards=len(checks), samples=total)
 
@@ -139,13 +142,17 @@ def _check_account(manifest: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _check_strangers(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
-    """Shards that the manifest does not know, and marker files that are gone."""
+def _check_strangers(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
+    """Shards that the manifest does not know, and marker files that are gone. What an addition has written so far is no part of the corpus
+    yet."""
     is_index = manifest.get("kind") == KIND
     known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | (set() if is_index else {INDEX})
     known |= sidecar_files(corpus)
-    found = {path.name for pattern in ("*.tar", "*.parquet", "*.tmp") for path in corpus.glob(pattern)}
-    problems = [f"{name}: not in the manifest" for name in sorted(found - known)]
+    found = {path.name for pattern in ("*.tar", "*.parquet", f"*{TEMPORARY_SUFFIX}") for path in corpus.glob(pattern)}
+    problems = [f"{WORK}: an addition has not come to its end: run its command again; its shards were not checked"] if is_growing else []
+    first = len(manifest["shards"])
+    added = {name for name in found if name.endswith(TEMPORARY_SUFFIX) or (shard_number(name) or 0) >= first} if is_growing else set()
+    problems += [f"{name}: not in the manifest" for name in sorted(found - known - added)]
     markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]
     markers += [] if is_index else [WIDS_INDEX, README, REPORT]
     problems += [f"{name}: is missing" for name in markers if not (corpus / name).is_file()]
@@ -217,8 +224,11 @@ def _check_picture(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
         yield f"its picture cannot be read: {rejection}"
 
 
-def _check_index(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
-    """index.parquet: the manifest's digest, one row group a shard with the shard's kept rows, keys unique over the corpus."""
+def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
+    """index.parquet: the manifest's digest, one row group a shard with the shard's kept rows, keys unique over the corpus.
+
+    That of an addition takes its place just before the manifest does. It begins with the row groups of the corpus as it was.
+    """
     path = corpus / manifest["index"]["name"]
     if not path.is_file():
         return [f"{path.name}: is missing"]
@@ -227,7 +237,9 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any]) -> list[str]:
         problems.append(f"{path.name}: its digest is not the manifest's: the file was changed or damaged")
     try:
         index = pq.ParquetFile(path)
-        if index.num_row_groups != len(manifest["shards"]):
+        if is_growing and index.num_row_groups > len(manifest["shards"]):
+            problems = []
+        elif index.num_row_groups != len(manifest["shards"]):
             return [*problems, f"{path.name}: {index.num_row_groups} row groups for {len(manifest['shards'])} shards"]
         for group, shard in enumerate(manifest["shards"]):
             rows = index.read_row_group(group)
