@@ -24,11 +24,12 @@ import pyarrow.parquet as pq
 
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import JOB, WORK, claimed, publish, publish_text
-from dataprep.manifest import FORMAT, MANIFEST, Account, read_manifest
+from dataprep.manifest import MANIFEST, Account, account_entries
 from dataprep.places import expand_braces, is_pattern
 from dataprep.shards import Shard, shard_name
 from dataprep.tars import open_tar, sidecar_table
 from pipeline.foreign import ForeignShard, index_tar, unreadable
+from pipeline.index import FORMAT, read_manifest
 from pipeline.progress import Progress, unseen
 from pipeline.remote import is_remote
 
@@ -194,7 +195,7 @@ def _check_output(out: Path) -> None:
         raise ValueError(f"{out}: is a file; give a folder")
     if not out.is_dir():
         return
-    if ((out / MANIFEST).is_file() and read_manifest(out).get("kind") != KIND) or (out / WORK / JOB).is_file():
+    if ((out / MANIFEST).is_file() and read_manifest(str(out)).get("kind") != KIND) or (out / WORK / JOB).is_file():
         raise ValueError(f"{out}: holds a corpus that `tim prepare` made; give another folder")
     ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\..+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
     strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
@@ -256,14 +257,7 @@ def _write_manifest(out: Path, *, name: str, found: Sequence[IndexedShard], acco
         "kind": KIND,
         "name": name,
         "qualified_keys": _QUALIFIED in account.notes,
-        "totals": {
-            "inputs": account.inputs,
-            "kept": account.kept,
-            "rejected": sum(account.rejected.values()),
-            "bytes": sum(shard.shard.bytes for shard in found),
-        },
-        "rejected": account.rejected,
-        "notes": account.notes,
-        "shards": [asdict(shard.shard) for shard in found],
+        **account_entries(account, shards=[each.shard for each in found]),
+        "shards": [asdict(each.shard) for each in found],
     }
     publish_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

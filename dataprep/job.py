@@ -24,14 +24,14 @@ from dataprep.growing import Growth
 from dataprep.identity import differences
 from dataprep.inputs import Part
 from dataprep.known import open_known
-from dataprep.manifest import MANIFEST, Account, read_account, read_manifest
+from dataprep.manifest import MANIFEST, Account, read_account
 from dataprep.plan import ShardConfig
 from dataprep.report import ReportConfig
 from dataprep.shards import shard_number, stats_name
 from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, open_sources
 from dataprep.store import Store, open_store
 from pipeline.digests import json_digest
-from pipeline.index import Corpus
+from pipeline.index import Corpus, read_manifest
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -118,7 +118,7 @@ def open_job(
 def _read_base_manifest(job: Job) -> Mapping[str, Any]:
     """The manifest of the corpus that is to grow. Raises ValueError unless it was prepared with the same settings."""
     place = job.store.place
-    manifest = read_manifest(job.store)
+    manifest = read_manifest(job.store.place)
     if "columns" not in manifest:
         raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
     changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
@@ -137,7 +137,7 @@ def finished_account(job: Job) -> Account | None:
     place, begun = job.store.place, begun_in(job.work)
     found = job.store.sizes()
     if MANIFEST in found:
-        manifest = read_manifest(job.store)
+        manifest = read_manifest(job.store.place)
         changed = differences(manifest, job.identity)
         if changed:
             remedy = "add inputs with --append, give another folder, or delete this one"

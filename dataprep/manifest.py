@@ -18,8 +18,8 @@ from dataprep.plan import ColumnKind, Columns
 from dataprep.shards import Shard, table_schema
 from dataprep.store import Store
 from pipeline.digests import file_digest, json_digest
+from pipeline.index import FORMAT
 
-FORMAT = 1
 MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
 _READ_AHEAD = 4
 
@@ -35,20 +35,11 @@ class Account:
     shards: int
 
 
-def read_manifest(corpus: Path | Store) -> dict[str, Any]:
-    """The manifest of a corpus. Raises ValueError, in one line, for anything else."""
-    store = corpus if isinstance(corpus, Store) else Store(str(corpus), scratch=corpus)
-    path = f"{store.place}/{MANIFEST}"
-    try:
-        manifest = json.loads(store.read(MANIFEST))
-    except FileNotFoundError as error:
-        raise ValueError(f"{store.place}: not a corpus (it has no {MANIFEST}); `tim prepare` makes one") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); prepare the corpus again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{path}: format {found} where this version reads format {FORMAT}")
-    return manifest
+def account_entries(account: Account, *, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What a manifest says of the account, for `read_account` to read."""
+    totals = {"inputs": account.inputs, "kept": account.kept, "rejected": sum(account.rejected.values())}
+    totals["bytes"] = sum(shard.bytes for shard in shards)
+    return {"totals": totals, "rejected": account.rejected, "notes": account.notes}
 
 
 def read_account(manifest: Mapping[str, Any]) -> Account:
@@ -93,14 +84,7 @@ def write_corpus_files(
             "name": name,
             "shards": [asdict(shard) for shard in shards],
             "index": {"name": INDEX, "sha256": file_digest(Path(index_file.name))},
-            "totals": {
-                "inputs": account.inputs,
-                "kept": account.kept,
-                "rejected": sum(account.rejected.values()),
-                "bytes": sum(shard.bytes for shard in shards),
-            },
-            "rejected": account.rejected,
-            "notes": account.notes,
+            **account_entries(account, shards=shards),
             "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
             "has_classes": columns.has_classes,
             **identity,

@@ -33,9 +33,10 @@ from dataprep.manifest import (
     README,
     REPORT,
     WIDS_INDEX,
+    Account,
+    account_entries,
     read_account,
     read_columns,
-    read_manifest,
     write_corpus_files,
 )
 from dataprep.plan import ColumnKind, Columns
@@ -46,6 +47,7 @@ from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.fields import IMAGE_EXTENSIONS
 from pipeline.images import Rejection, read_image
+from pipeline.index import FORMAT, read_manifest
 from pipeline.progress import Progress, unseen
 from pipeline.tar import BlockReader, Member, members
 
@@ -222,32 +224,25 @@ def _repair_stats(folder: Path, *, shard: Shard) -> Iterator[str]:
 def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
     """The manifest, or what the stats files, or the tables, say of all shards. Raises ValueError if it is no corpus."""
     if _read_json(folder / MANIFEST):
-        return read_manifest(folder)
+        return read_manifest(str(folder))
     numbers = sorted({number for path in folder.iterdir() if (number := shard_number(path.name)) is not None})
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{folder}: not a corpus: it has no {MANIFEST}, and no shards from 000000 on without a gap")
     shards: list[Shard] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for number in numbers:
         shard, reasons = _shard(folder, number=number)
         shards.append(shard)
-        for reason, count in reasons.items():
-            counts[reason] = counts.get(reason, 0) + count
+        counts.update(reasons)
     kept = counts.pop("success", 0)
+    account = Account(inputs=kept + counts.total(), kept=kept, rejected=dict(sorted(counts.items())), notes=[], shards=len(shards))
     lost.append(f"{MANIFEST}: which settings and sources the corpus was prepared with, and notes: it can be used, but not added to")
     columns, image_format = _seen_columns(folder, shards=shards)
     return {
-        "format": 1,
+        "format": FORMAT,
         "name": _read_json(folder / WIDS_INDEX).get("name") or folder.resolve().name,
         "shards": [asdict(shard) for shard in shards],
-        "totals": {
-            "inputs": kept + sum(counts.values()),
-            "kept": kept,
-            "rejected": sum(counts.values()),
-            "bytes": sum(shard.bytes for shard in shards),
-        },
-        "rejected": dict(sorted(counts.items())),
-        "notes": [],
+        **account_entries(account, shards=shards),
         **columns,
         "config": {"images": {"format": image_format}},
         "sources": [],

@@ -21,9 +21,9 @@ from dataprep.census import LOOKALIKES, Census, Example, Lookalikes, plan_of, ta
 from dataprep.charts import Histogram, data_table, histogram, sizes
 from dataprep.executor import LocalPool, Pool
 from dataprep.files import publish_text, size_in_words
-from dataprep.manifest import REPORT, read_manifest
+from dataprep.manifest import REPORT
 from dataprep.thumbnails import thumbnails
-from pipeline.index import Corpus
+from pipeline.index import Corpus, read_manifest
 from pipeline.progress import Progress, unseen
 from pipeline.sidecars import Sidecar, read_sidecars
 
@@ -56,7 +56,7 @@ def report(
     """
     assert 1 <= len(corpora) <= 2, corpora
     folders = [Path(corpus).absolute() for corpus in corpora]
-    manifests = [read_manifest(folder) for folder in folders]
+    manifests = [read_manifest(str(folder)) for folder in folders]
     page = folders[0] / REPORT if out is None else Path(out)
     if not page.parent.is_dir():
         raise ValueError(f"{page}: there is no folder {page.parent}")

@@ -20,13 +20,14 @@ from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import TEMPORARY_SUFFIX, WORK
 from dataprep.indexing import KIND, read_foreign
 from dataprep.job import begun_in
-from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account, read_manifest
+from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account
 from dataprep.shards import MEMBERS, shard_number
 from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
+from pipeline.index import read_manifest
 from pipeline.progress import Progress, unseen
 
 _MANY = 20  # problems per shard that are told one by one
@@ -53,7 +54,7 @@ class ShardCheck:
 def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Report:
     """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
     corpus = Path(corpus)
-    manifest = read_manifest(corpus)
+    manifest = read_manifest(str(corpus))
     total = manifest["totals"]["kept"]
     is_growing = begun_in(corpus / WORK).get("grows") == json_digest(manifest)
     problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest, is_growing=is_growing)

@@ -100,7 +100,7 @@ class Corpus:
         Raises ValueError, in one line, if it is no corpus, is of an unknown format, or lacks or mismatches one of its files.
         """
         folder = str(path).rstrip("/") if is_remote(path) else os.fspath(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         sidecars = tuple(sidecar for sidecar in read_sidecars(folder) if sidecar.name != without)
         return cls.of_manifest(
             manifest,
@@ -268,6 +268,27 @@ class Corpus:
         return table
 
 
+def read_manifest(folder: str) -> dict[str, Any]:
+    """The manifest of the corpus in a folder or at a URL. Raises ValueError, in one line, for anything else."""
+    file = os.path.join(folder, "manifest.json")
+    if not is_remote(folder) and not os.path.isdir(folder):
+        raise ValueError(f"{folder} is not a corpus: there is no such folder")
+    try:
+        text = read_file(file) if is_remote(file) else Path(file).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} is not a corpus: it has no manifest.json; `tim prepare SOURCE --out CORPUS` makes one") from error
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read ({one_line(error)}): is the storage alive?") from error
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}): run `tim prepare` again") from error
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{file} is of format {found!r}, this version of tim reads format {FORMAT}: use the version that wrote it")
+    return manifest
+
+
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
@@ -303,26 +324,6 @@ def _with_texts(shard: Shard, sidecar: Sidecar, *, folder: str) -> Shard:
         texts_bytes=beside.texts_bytes,
         texts_sha256=beside.texts_sha256,
     )
-
-
-def _read_manifest(folder: str) -> dict:
-    file = os.path.join(folder, "manifest.json")
-    if not is_remote(folder) and not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a corpus: there is no such folder")
-    try:
-        text = read_file(file) if is_remote(file) else Path(file).read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} is not a corpus: it has no manifest.json; `tim prepare SOURCE --out CORPUS` makes one") from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read ({one_line(error)}): is the storage alive?") from error
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}): run `tim prepare` again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{file} is of format {found!r}, this version of tim reads format {FORMAT}: use the version that wrote it")
-    return manifest
 
 
 def _expect_size(path: str, *, size: int) -> None:
