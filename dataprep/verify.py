@@ -80,10 +80,7 @@ def check_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
     missing = [f"{path.name}: is missing" for path in (tar_path, table_path) if not path.is_file()]
     if missing:
         return missing
-    problems: list[str] = []
-    for path, expected in ((tar_path, check.entry["sha256"]), (table_path, check.entry["table_sha256"])):
-        if file_digest(path) != expected:
-            problems.append(f"{path.name}: its digest is not the manifest's: the file was changed or damaged")
+    problems = _check_digest(tar_path, check.entry["sha256"]) + _check_digest(table_path, check.entry["table_sha256"])
     try:
         table = pq.read_table(table_path)
         kept = kept_rows(table).to_pylist()
@@ -92,9 +89,7 @@ def check_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
     if len(kept) != check.entry["count"] or table.num_rows != check.entry["rows"]:
         problems.append(f"{table_path.name}: {len(kept)} of {table.num_rows} rows are kept, the manifest says {check.entry['count']}")
     details = [*_check_layout(tar_path, rows=kept), *_check_samples(tar_path, rows=kept, crashes_at=check.crashes_at, report=report)]
-    if len(details) > _MANY:
-        details[_MANY:] = [f"{tar_path.name}: and {len(details) - _MANY} more problems"]
-    return problems + details
+    return problems + _first(details, of=tar_path.name)
 
 
 def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
@@ -102,8 +97,9 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
     name, table_path = check.entry["name"], check.corpus / check.entry["table"]
     if not table_path.is_file():
         return [f"{table_path.name}: is missing"]
-    if file_digest(table_path) != check.entry["table_sha256"]:
-        return [f"{table_path.name}: its digest is not the manifest's: the file was changed or damaged"]
+    changed = _check_digest(table_path, check.entry["table_sha256"])
+    if changed:
+        return changed
     table = pq.read_table(table_path)
     crashed = frozenset(table.filter(pc.call_function("equal", [table["reason"], "crashed"]))["image_offset"].to_pylist())
     found, size = read_foreign(name, crashed=crashed)
@@ -119,9 +115,17 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
                 break
             picture = tar.at(row["image_offset"], row["image_length"])
             problems += [f"{name}: {row['key']}: {problem}" for problem in _check_picture(picture, row=row)]
-    if len(problems) > _MANY:
-        problems[_MANY:] = [f"{name}: and {len(problems) - _MANY} more problems"]
-    return problems
+    return _first(problems, of=name)
+
+
+def _first(problems: list[str], *, of: str) -> list[str]:
+    """As many as a reader wants to see, and how many more there are."""
+    more = len(problems) - _MANY
+    return problems if more <= 0 else [*problems[:_MANY], f"{of}: and {more} more problems"]
+
+
+def _check_digest(path: Path, expected: str) -> list[str]:
+    return [] if file_digest(path) == expected else [f"{path.name}: its digest is not the manifest's: the file was changed or damaged"]
 
 
 def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
@@ -233,9 +237,7 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) ->
     path = corpus / manifest["index"]["name"]
     if not path.is_file():
         return [f"{path.name}: is missing"]
-    problems = []
-    if file_digest(path) != manifest["index"]["sha256"]:
-        problems.append(f"{path.name}: its digest is not the manifest's: the file was changed or damaged")
+    problems = _check_digest(path, manifest["index"]["sha256"])
     try:
         index = pq.ParquetFile(path)
         if is_growing and index.num_row_groups > len(manifest["shards"]):
