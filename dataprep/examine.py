@@ -86,7 +86,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
+class ExaminedPiece:
     """The rows of a piece, by `chunks.CHUNK_SCHEMA`."""
 
     rows: list[dict[str, Any]]
@@ -94,7 +94,7 @@ class Examined:
     ends_chunk: bool
 
 
-def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
+def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
     """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
@@ -119,7 +119,7 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> Examined:
         if any(row["is_spooled"] for row in rows):
             spool.flush()
             os.fsync(spool.fileno())
-    return Examined(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
+    return ExaminedPiece(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
 
 
 def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
