@@ -9,7 +9,7 @@ common, so that the hashes are sorted by each of the six pairs of blocks, and th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import combinations
@@ -57,27 +57,23 @@ class Fingerprints:
         return len(self.digest)
 
     @classmethod
-    def read(cls, tables: Iterable[pa.Table]) -> Fingerprints:
-        """Of tables with the columns sha256, phash (hexadecimal, "" where there is none), width, height and bytes."""
-        return cls.join([_EMPTY, *map(_read_table, tables)])
+    def read(cls, table: pa.Table, *, size: str) -> Fingerprints:
+        """Of a table with the columns sha256, phash (hexadecimal, "" where there is none), width, height, and `size` with the bytes."""
+        digests = "".join((digest or "").ljust(64, "0")[:32] for digest in table.column("sha256").to_pylist())
+        phashes = [phash or "" for phash in table.column("phash").to_pylist()]
+        height, width, length = [pc.fill_null(table.column(name), 0).to_numpy().astype(np.int64) for name in ("height", "width", size)]
+        return cls(
+            digest=np.frombuffer(bytes.fromhex(digests), ">u8").astype(np.uint64).reshape(-1, 2),
+            phash=np.frombuffer(bytes.fromhex("".join(phash.zfill(16) for phash in phashes)), ">u8").astype(np.uint64),
+            has_phash=np.array([bool(phash) for phash in phashes], dtype=bool),
+            pixels=height * width,
+            bytes=length,
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Fingerprints]) -> Fingerprints:
         """One after the other."""
-        return cls(*[np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)])
-
-
-def _read_table(table: pa.Table) -> Fingerprints:
-    digests = "".join((digest or "").ljust(64, "0")[:32] for digest in table.column("sha256").to_pylist())
-    phashes = [phash or "" for phash in table.column("phash").to_pylist()]
-    height, width, size = [pc.fill_null(table.column(name), 0).to_numpy().astype(np.int64) for name in ("height", "width", "bytes")]
-    return Fingerprints(
-        digest=np.frombuffer(bytes.fromhex(digests), ">u8").astype(np.uint64).reshape(-1, 2),
-        phash=np.frombuffer(bytes.fromhex("".join(phash.zfill(16) for phash in phashes)), ">u8").astype(np.uint64),
-        has_phash=np.array([bool(phash) for phash in phashes], dtype=bool),
-        pixels=height * width,
-        bytes=size,
-    )
+        return cls(*[np.concatenate([getattr(part, field.name) for part in (_EMPTY, *parts)]) for field in fields(cls)])
 
 
 _EMPTY = Fingerprints(

@@ -87,37 +87,41 @@ class Selection:
 def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> tuple[Base, Selection]:
     """What has to be known of a corpus: one pass over its tables."""
     shards = [Shard(**shard) for shard in manifest["shards"]]
-    starts = {step["first_shard"] for step in manifest.get("growth", ())}
+    first_added = {step["first_shard"] for step in manifest.get("growth", ())}
     ids: list[np.ndarray] = [np.zeros(0, dtype="S16")]
     keys: list[pa.Array] = []
+    prints: list[Fingerprints] = []
     failed: dict[bytes, list[str]] = {}
-    fresh: list[tuple[bytes, str]] = []  # rejected rows of the shards that were added together with the one at hand
-
-    def tables() -> Iterator[pa.Table]:
-        for number, table in enumerate(read_tables(store, shards=shards, columns=_COLUMNS)):
-            if number in starts:
-                settle()
-            sources, paths = (table.column(name).to_pylist() for name in ("source", "path"))
-            names = [input_id(source, path) for source, path in zip(sources, paths, strict=True)]
-            ids.append(np.array(names, dtype="S16"))
-            for name, reason in zip(names, table.column("reason").to_pylist(), strict=True):
-                if failed.get(name):
-                    failed[name].pop()  # it had another chance
-                if reason in RETRIED:
-                    fresh.append((name, reason))
-            kept = kept_rows(table)
-            keys.extend(kept.column("key").chunks)
-            yield kept.rename_columns({"image_length": "bytes"})
-
-    def settle() -> None:
-        for name, reason in fresh:
-            failed.setdefault(name, []).append(reason)
-        fresh.clear()
-
-    pictures = Known(fingerprints=Fingerprints.read(tables()), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),))
-    settle()
-    base = Base(manifest=manifest, shards=shards, account=read_account(manifest), columns=read_columns(manifest), pictures=pictures)
+    fresh: list[tuple[bytes, str]] = []  # what failed among the inputs that came in together with those at hand
+    for number, table in enumerate(read_tables(store, shards=shards, columns=_COLUMNS)):
+        if number in first_added:
+            _join(failed, fresh)
+            fresh = []
+        sources, paths = (table.column(name).to_pylist() for name in ("source", "path"))
+        names = [input_id(source, path) for source, path in zip(sources, paths, strict=True)]
+        ids.append(np.array(names, dtype="S16"))
+        for name, reason in zip(names, table.column("reason").to_pylist(), strict=True):
+            if failed.get(name):
+                failed[name].pop()  # it had another chance
+            if reason in RETRIED:
+                fresh.append((name, reason))
+        kept = kept_rows(table)
+        keys.extend(kept.column("key").chunks)
+        prints.append(Fingerprints.read(kept, size="image_length"))
+    _join(failed, fresh)
+    base = Base(
+        manifest=manifest,
+        shards=shards,
+        account=read_account(manifest),
+        columns=read_columns(manifest),
+        pictures=Known(fingerprints=Fingerprints.join(prints), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)),
+    )
     return base, Selection(growth, ids=np.unique(np.concatenate(ids)), failed=failed)
+
+
+def _join(failed: dict[bytes, list[str]], fresh: Iterable[tuple[bytes, str]]) -> None:
+    for name, reason in fresh:
+        failed.setdefault(name, []).append(reason)
 
 
 def input_id(source: str, path: str) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Known:
         """The pictures of all of them."""
         keys = [own for part in parts for own in part.keys]
         return cls(
-            fingerprints=Fingerprints.join([Fingerprints.read([]), *(part.fingerprints for part in parts)]),
+            fingerprints=Fingerprints.join([part.fingerprints for part in parts]),
             names=tuple(name for part in parts for name in part.names),
             starts=tuple(np.cumsum([0, *map(len, keys)])[:-1].tolist()),
             keys=tuple(keys),
@@ -64,14 +64,12 @@ def read_known(corpora: Sequence[Corpus]) -> Known:
     """Read the tables of corpora, one shard at a time: about 50 bytes a picture stay in memory."""
     parts: list[Known] = []
     for corpus in corpora:
-        chunks: list[pa.Array] = []
-        fingerprints = Fingerprints.read(_tables(corpus, chunks))
-        parts.append(Known(fingerprints=fingerprints, names=(corpus.name,), starts=(0,), keys=(pa.chunked_array(chunks, pa.string()),)))
+        keys: list[pa.Array] = []
+        prints: list[Fingerprints] = []
+        for shard in range(len(corpus.shards)):
+            table = corpus.read(shard, columns=("key", *_COLUMNS))
+            keys += table.column("key").cast(pa.string()).chunks
+            prints.append(Fingerprints.read(table, size="image_length"))
+        own = Fingerprints.join(prints)
+        parts.append(Known(fingerprints=own, names=(corpus.name,), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)))
     return Known.join(parts)
-
-
-def _tables(corpus: Corpus, keys: list[pa.Array]) -> Iterator[pa.Table]:
-    for shard in range(len(corpus.shards)):
-        table = corpus.read(shard, columns=("key", *_COLUMNS))
-        keys += table.column("key").cast(pa.string()).chunks
-        yield table.rename_columns({"image_length": "bytes"})

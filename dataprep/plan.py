@@ -24,7 +24,6 @@ Ints = NDArray[np.int64]
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
 MISFIT = "bad-record"
-_COMPARED = ["sha256", "phash", "width", "height", "input_bytes"]
 
 
 class ShardConfig(BaseModel):
@@ -187,13 +186,13 @@ def _read_facts(tables: ChunkTables) -> _Facts:
     codes: dict[str, int] = {"": 0}
     weights = np.zeros(tables.count, dtype=np.int64)
     has_label = np.zeros(tables.count, dtype=bool)
-    prints = [NOTHING_KNOWN.fingerprints]
+    prints: list[Fingerprints] = []
     for number, table in enumerate(tables):
         here = slice(number * CHUNK_SIZE, number * CHUNK_SIZE + table.num_rows)
         reason[here] = [codes.setdefault(name, len(codes)) for name in table.column("reason").to_pylist()]
         weights[here] = _numbers(table, "length") + _numbers(table, "text_bytes")
         has_label[here] = table.column("label").is_valid().to_numpy()
-        prints.append(Fingerprints.read([table.select(_COMPARED).rename_columns([*_COMPARED[:-1], "bytes"])]))
+        prints.append(Fingerprints.read(table, size="input_bytes"))
     return _Facts(reason=reason, names=list(codes)[1:], prints=Fingerprints.join(prints), weights=weights, has_label=has_label)
 
 
