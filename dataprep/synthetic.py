@@ -58,14 +58,6 @@ class Figure:
         return f"a {self.colour} {self.shape} on {self.ground}"
 
 
-def parse_caption(caption: str) -> Figure:
-    """The figure that a caption of this corpus asks for. Raises ValueError for any other text."""
-    words = caption.split()
-    if len(words) != 5 or words[1] not in COLOURS or words[2] not in SHAPES or words[4] not in COLOURS:
-        raise ValueError(f"{caption!r} is no caption of the embedded corpus: expected e.g. 'a red circle on blue'")
-    return Figure(shape=words[2], colour=words[1], ground=words[4])
-
-
 def figures(shapes: Sequence[str] = tuple(SHAPES)) -> list[Figure]:
     """Every figure that the corpus draws: each shape in each colour on each other colour."""
     return [Figure(shape, colour, ground) for shape in shapes for colour in COLOURS for ground in COLOURS if colour != ground]
