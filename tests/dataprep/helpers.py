@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,24 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
+
+from dataprep.prepare import PrepareConfig
+
+PREPARE = """
+import json, sys
+from dataprep.prepare import PrepareConfig, prepare
+told = json.load(sys.stdin)
+prepare(told.pop("sources"), config=PrepareConfig.model_validate(told.pop("config")), **told)
+"""
+
+
+def start_prepare(sources: Sequence[Path | str], *, config: PrepareConfig, **told: Any) -> subprocess.Popen[str]:
+    """`prepare` in a process of its own, which can be killed. `told`: its further arguments."""
+    process = subprocess.Popen([sys.executable, "-c", PREPARE], cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    with process.stdin:
+        json.dump({"sources": sources, "config": config.model_dump(mode="json"), **told}, process.stdin, default=str)
+    return process
 
 
 def photo(seed: int, *, height: int = 40, width: int = 48, format: str = "JPEG", **options: Any) -> bytes:

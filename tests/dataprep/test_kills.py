@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dataprep.prepare import PrepareConfig, prepare
-from tests.dataprep.helpers import digests, photo, write_folder, write_tar
+from tests.dataprep.helpers import digests, photo, start_prepare, write_folder, write_tar
 
-REPOSITORY = Path(__file__).parents[2]
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 100}, "dedup": {"near": "drop"}})
-COMMAND = """
-import sys
-from dataprep.prepare import PrepareConfig, prepare
-prepare(sys.argv[2:], out=sys.argv[1], config=PrepareConfig.model_validate_json(sys.stdin.read()), workers=2)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -39,14 +32,14 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_kills_at_random_times_change_no_byte(sources: list[str], tmp_path: Path, kills: int) -> None:
     began = time.monotonic()
-    start(sources, tmp_path / "whole").wait()
+    start_prepare(sources, out=tmp_path / "whole", config=CONFIG, workers=2).wait()
     seconds = time.monotonic() - began
     reference = digests(tmp_path / "whole")
     moments, done = random.Random(kills), 0
     for attempt in range(10 * kills):
         out = tmp_path / f"killed-{attempt}"
         while done < kills:
-            process = start(sources, out)
+            process = start_prepare(sources, out=out, config=CONFIG, workers=2)
             try:
                 process.wait(timeout=moments.uniform(0.2, 1.0) * seconds)
             except subprocess.TimeoutExpired:
@@ -61,11 +54,3 @@ def test_kills_at_random_times_change_no_byte(sources: list[str], tmp_path: Path
         if done == kills:
             return
     raise AssertionError("it was finished each time before it could be killed")
-
-
-def start(sources: list[str], out: Path) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", COMMAND, str(out), *sources], cwd=REPOSITORY, stdin=subprocess.PIPE)
-    assert process.stdin is not None
-    process.stdin.write(CONFIG.model_dump_json().encode())
-    process.stdin.close()
-    return process

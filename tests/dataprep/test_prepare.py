@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -20,7 +18,7 @@ from PIL import Image
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.verify import verify
 from pipeline.images import read_image
-from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder, write_tar
+from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, start_prepare, table_rows, write_folder, write_tar
 
 CONFIG = PrepareConfig()
 SMALL_SHARDS = PrepareConfig.model_validate({"shards": {"max_samples": 150}})
@@ -205,11 +203,7 @@ def test_two_workers_write_what_one_writes(many: Path, reference: dict[str, str]
 @pytest.mark.parametrize("moment", [".work/chunk-000000.arrow", "000001_stats.json"])
 def test_killed_and_called_again_it_ends_the_same(many: Path, reference: dict[str, str], tmp_path: Path, moment: str) -> None:
     out = tmp_path / "C"
-    command = f"""
-from dataprep.prepare import PrepareConfig, prepare
-prepare([{str(many)!r}], out={str(out)!r}, config=PrepareConfig.model_validate({SMALL_SHARDS.model_dump()!r}), workers=2)
-"""
-    process = subprocess.Popen([sys.executable, "-c", command], cwd=Path(__file__).parents[2])
+    process = start_prepare([many], out=out, config=SMALL_SHARDS, workers=2)
     deadline = time.monotonic() + 120
     while not (out / moment).exists() and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -14,7 +14,7 @@ from dataprep.executor import LocalPool, WorkerDied
 from dataprep.inputs import Part
 from dataprep.prepare import Growth, PrepareConfig, prepare, prepare_part
 from launch.cli import main
-from tests.dataprep.helpers import digests, photo, photo_folder, row_of, write_folder
+from tests.dataprep.helpers import digests, photo, photo_folder, row_of, start_prepare, write_folder
 from tests.dataprep.test_executor import Job, square, walk
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 500}})
@@ -93,11 +93,7 @@ def test_a_corpus_at_a_url_is_the_local_one(
 
     files = s3fs.S3FileSystem()
     out, work = f"{bucket}/sets/C", tmp_path / "work"
-    command = f"""
-from dataprep.prepare import PrepareConfig, prepare
-prepare([{str(many)!r}], out={out!r}, config=PrepareConfig.model_validate({CONFIG.model_dump()!r}), work={str(work)!r})
-"""
-    with subprocess.Popen([sys.executable, "-c", command], cwd=Path(__file__).parents[2]) as process:
+    with start_prepare([many], out=out, config=CONFIG, work=work) as process:
         while process.poll() is None and not files.exists(f"{out}/000000.parquet"):
             files.invalidate_cache()
         process.kill()
