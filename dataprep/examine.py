@@ -233,11 +233,11 @@ def _read(sample: RawSample) -> bytes:
         return sample.data
     if sample.data is not None:
         raise Rejection("too-large", detail=f"a file of {len(sample.data)} bytes")
-    size = os.stat(sample.file)
-    if not stat.S_ISREG(size.st_mode):
+    status = os.stat(sample.file)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a file")  # opening a pipe might wait for ever
     with open(sample.file, "rb") as stream:
-        length = size.st_size if sample.length is None else sample.length
+        length = status.st_size if sample.length is None else sample.length
         if length > MAX_IMAGE_BYTES:
             raise Rejection("too-large", detail=f"a file of {length} bytes")
         stream.seek(sample.offset)
