@@ -42,6 +42,11 @@ class CaptionConfig(BaseModel):
     language_column: str | None = Field(default=None, min_length=1)
     min_language_probability: float = Field(default=0.05, gt=0, le=1)
 
+    @property
+    def detects(self) -> bool:
+        """Whether languages are detected, for no column states them."""
+        return bool(self.languages) and self.language_column is None
+
 
 @dataclass(frozen=True, slots=True)
 class Captions:
@@ -79,7 +84,7 @@ def check_languages(config: CaptionConfig) -> None:
     odd = next((code for code in config.languages if not re.fullmatch(r"[a-z]{2}", code)), None)
     if odd is not None:
         raise ValueError(f"captions.languages: {odd!r} is not a two-letter code such as en")
-    if config.languages and config.language_column is None:
+    if config.detects:
         unknown = sorted({*config.languages} - {*_identifier().nb_classes})
         if unknown:
             raise ValueError(f"captions.languages: {', '.join(unknown)} cannot be detected; name a captions.language_column that states it")

@@ -8,7 +8,7 @@ first, and the first that objects gives the reason. Scores and other columns tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -22,7 +22,6 @@ from dataprep.records import FILTER_PREFIX
 from pipeline.fields import Value
 from pipeline.where import Where
 
-_SIDES = ("height", "width")  # columns that no source has to bring
 _MEASURED_PIXELS = 1 << 20  # larger pictures are measured at a whole fraction of their sides, so that thresholds mean the same for all
 
 
@@ -33,7 +32,7 @@ class FilterConfig(BaseModel):
     captions are measured after cleaning, and of several the first. `min_sharpness`: variance of the Laplacian of the luma, in levels²
     (blurred photographs have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat picture has 0.
     `where`: names and expressions over the sources' columns (`pipeline.where`), such as {clip: similarity >= 0.28}.
-    An input that lacks a column that is asked for is rejected; one that no source has at all is taken for a mistake (`Filters.check`).
+    An input that lacks a column that is asked for is rejected; one that no source has at all is taken for a mistake.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -159,24 +158,14 @@ RULES = (
 
 
 class Filters:
-    """The rules that a config switches on. `wanted` are the columns that sources, or the reading of captions, must bring for `where`."""
+    """The rules that a config switches on. `wanted`: by name in `where`, the columns that sources must bring."""
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
         limits = ((rule, getattr(config, rule.key)) for rule in RULES)
         self._limits = [(rule, float(limit)) for rule, limit in limits if limit is not None]
         self._wheres = [(name, Where(expression)) for name, expression in config.where.items()]
-        self.wanted = frozenset(column for _, where in self._wheres for column in where.columns if column not in (*_SIDES, *where.optional))
-
-    def check(self, names: Collection[str], *, place: str) -> None:
-        """Raises ValueError for an expression over a column that is none of `names`, unless it asks whether that is missing.
-
-        place: what errors call that which has these columns.
-        """
-        for name, where in self._wheres:
-            strange = where.unknown(sorted({*_SIDES, *names, *where.optional}))
-            if strange:
-                raise ValueError(f"filters.where.{name}: {place} have no column {strange}")
+        self.wanted = {name: set(where.columns) - {"height", "width", *where.optional} for name, where in self._wheres}
 
     def rejection(self, subject: Subject) -> tuple[str, str] | None:
         """The (reason, detail) of the first rule that objects, None if none does."""

@@ -32,6 +32,7 @@ from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, col
 from dataprep.store import Store, open_store
 from pipeline.digests import json_digest
 from pipeline.index import Corpus, read_manifest
+from pipeline.where import unknown_column
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -171,11 +172,10 @@ def begun_in(work: Path) -> dict[str, Any]:
 def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
     """Hold the work folder, locked, with the job's record in it.
 
-    Raises ValueError if the filters of a new job ask for columns that no source has, RuntimeError if another run writes here or the disk is
-    full.
+    Raises ValueError if a new job asks for columns that no source has, RuntimeError if another run writes here or the disk is full.
     """
     if not begun_in(job.work):
-        _check_filters(job)
+        _check_columns(job)
     folder = None if job.store.is_remote else Path(job.store.place)
     name = f"part-{part.number}-of-{part.of}" if part else ""
     try:
@@ -191,13 +191,18 @@ def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
         raise RuntimeError(f"{where}: the disk is full; what is finished is kept: make room, and run the same command again") from error
 
 
-def _check_filters(job: Job) -> None:
-    """A mistyped column would reject every input."""
-    filters = Filters(job.config.filters)
-    made = {LANGUAGE} if job.config.captions.languages else set()
-    if filters.wanted - made:
-        found = column_names(job.sources, wanted=filters.wanted - made)
-        filters.check(found | made, place=f"the first {FIRST_INPUTS:,} inputs of the sources")
+def _check_columns(job: Job) -> None:
+    """A mistyped column would reject every input. Raises ValueError for one that no source has."""
+    captions = job.config.captions
+    wanted = {f"filters.where.{name}": columns for name, columns in Filters(job.config.filters).wanted.items()}
+    if captions.languages and captions.language_column:
+        wanted["captions.language_column"] = {captions.language_column}
+    made = {LANGUAGE} if captions.detects else set()
+    names = sorted(column_names(job.sources, wanted=set().union(*wanted.values()) - made) | made)
+    for key, columns in wanted.items():
+        strange = unknown_column(sorted(columns), names=names)
+        if strange:
+            raise ValueError(f"{key}: the first {FIRST_INPUTS:,} inputs of the sources have no column {strange}")
 
 
 def _begin(job: Job, *, anew: bool) -> None:

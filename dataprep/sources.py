@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -147,13 +147,11 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
 
 def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[str]:
     """Names of the further columns that the first thousand inputs of each source have. No more is read than it takes to find those that are
-    wanted: mostly the first input."""
+    wanted: mostly one input."""
     found: set[str] = set()
-    for source in sources:
-        for sample in islice(all_samples([source]), FIRST_INPUTS):
-            found |= sample.extra.keys()
-            if found.issuperset(wanted):
-                return found
+    samples = chain.from_iterable(islice(all_samples([source]), FIRST_INPUTS) for source in sources)
+    while not found.issuperset(wanted) and (sample := next(samples, None)):
+        found |= sample.extra.keys()
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import reduce
 from typing import Any
 
@@ -62,17 +62,10 @@ class Where:
 
     def check(self, schema: pa.Schema) -> None:
         """Raises ValueError if tables of this schema lack a column, naming the nearest, or have one of a type that does not fit."""
-        strange = self.unknown(schema.names)
+        strange = unknown_column(self.columns, names=schema.names)
         if strange:
             raise ValueError(f"where {_short(self.text)}: there is no column {strange}")
         self.rows(schema.empty_table())
-
-    def unknown(self, names: Collection[str]) -> str:
-        """The first column that is none of `names`, with the nearest one or with all that there are; "" if none is unknown."""
-        column = next((column for column in self.columns if column not in names), "")
-        close = difflib.get_close_matches(column, names, n=1)
-        there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names)}"
-        return column and f"{column}; {there}"
 
     def rows(self, table: pa.Table) -> NDArray[np.bool_]:
         """Whether each of the table's n rows is meant: (n,)."""
@@ -83,6 +76,14 @@ class Where:
         except ValueError as error:
             raise ValueError(f"where {_short(self.text)}: {error}") from None
         return pc.fill_null(meant, False).to_numpy()
+
+
+def unknown_column(columns: Iterable[str], *, names: Collection[str]) -> str:
+    """The first of the columns that is none of `names`, and the nearest of these, or all; "" if there is none."""
+    column = next((column for column in columns if column not in names), "")
+    close = difflib.get_close_matches(column, names, n=1)
+    there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names) or 'none'}"
+    return column and f"{column}; {there}"
 
 
 def _compile(node: ast.expr) -> Computation:

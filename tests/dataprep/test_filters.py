@@ -107,11 +107,14 @@ def test_a_mistyped_column_is_one_error_and_not_the_end_of_every_input(tmp_path:
         filters = {"filters": {"where": where}, "sources": {"g": {"path": sources[1], "tags": ["art"]}}}
         return prepare(sources[:1], out=tmp_path / "-".join(where), config=PrepareConfig.model_validate(filters)).kept
 
-    known = "height, licence, score, source_tags, width"
+    known = "licence, score, source_tags"
     for column, remedy in (("scor", "did you mean score?"), ("zzz", f"there are: {known}")):
         wrong = f"filters.where.good: the first 1,000 inputs of the sources have no column {column}; {remedy}"
         with pytest.raises(ValueError, match=f"^{re.escape(wrong)}$"):
             kept({"good": f"{column} > 0.5", "sides": "width > 3"})
+    languages = PrepareConfig.model_validate({"captions": {"languages": ["en"], "language_column": "licens"}})
+    with pytest.raises(ValueError, match=r"^captions\.language_column: .* have no column licens; did you mean licence\?$"):
+        prepare(sources, out=tmp_path / "C", config=languages)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f", "g"]
     assert kept({"good": "score > 0.5", "sides": "width > 3"}) == 1
     assert kept({"live": "takedown is None and width > 3", "art": "source_tags == 'art'"}) == 4
