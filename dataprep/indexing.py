@@ -16,7 +16,6 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from glob import glob
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.files import JOB, WORK, claimed, publish, publish_text
 from dataprep.manifest import MANIFEST, Account, account_entries
-from dataprep.places import expand_braces, is_pattern
+from dataprep.places import is_pattern, named_files
 from dataprep.shards import Shard, shard_name
 from dataprep.tars import open_tar, sidecar_table
 from pipeline.foreign import ForeignShard, index_tar, unreadable
@@ -144,10 +143,9 @@ def read_foreign(
 
 def _find_tars(spec: str) -> list[str]:
     """All tars that a pattern names, those that are missing included: holes in a download are rows of the account. Raises ValueError."""
-    names = expand_braces(spec)
+    names = named_files(spec)
     if not is_remote(spec):
-        paths = [os.path.abspath(os.path.expanduser(name)) for name in names]
-        names = [found for path in paths for found in (sorted(glob(path)) if is_pattern(path) else [path])]
+        names = [os.path.abspath(name) for name in names]
         if not any(map(os.path.exists, names)):
             raise ValueError(f"{spec}: no file matches")
     strange = next((name for name in names if not name.lower().endswith(".tar") or os.path.isdir(name)), None)

@@ -52,16 +52,21 @@ def names_many(spec: str) -> bool:
     return bool(_BRACES.search(spec)) or (not is_remote(spec) and is_pattern(spec))
 
 
-def expand(spec: str) -> list[str]:
-    """The files that a path or URL with braces, and a path with wildcards, stand for; raises ValueError where a path is none."""
+def named_files(spec: str) -> list[str]:
+    """The files that a path or URL with braces, and a path with wildcards, stand for; what has no wildcards need not be there."""
     names = expand_braces(spec)
     if is_remote(spec):
         return names
-    patterns = [os.path.expanduser(name) for name in names]
-    found = [file for pattern in patterns for file in (sorted(glob(pattern)) if is_pattern(pattern) else [pattern])]
+    patterns = map(os.path.expanduser, names)
+    return [file for pattern in patterns for file in (sorted(glob(pattern)) if is_pattern(pattern) else [pattern])]
+
+
+def expand(spec: str) -> list[str]:
+    """The same, where all that is on this machine must be there. Raises ValueError."""
+    found = named_files(spec)
     if not found:
         raise ValueError(f"{spec}: no file matches")
-    gone = next((file for file in found if not os.path.exists(file)), None)
+    gone = next((file for file in found if not is_remote(file) and not os.path.exists(file)), None)
     if gone:
         raise ValueError(f"{gone}: no such file or folder")
     return found
