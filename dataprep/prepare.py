@@ -186,8 +186,8 @@ def _leave_nothing(store: Store) -> None:
 
 def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[Shard]:
     """Pass 2. Shards that are complete are not written again."""
-    first = plan.first_shard
-    shards = finished_shards(job.store, first=first, count=plan.shards, job=job.digest)
+    first, digest = plan.first_shard, job.digest
+    shards = finished_shards(job.store, first=first, count=plan.shards, job=digest)
     missing = [place for place, shard in enumerate(shards) if shard is None]
     known = sum(shard.count for shard in shards if shard)
     groups = group_rows(tables, plan=plan, work=job.work) if missing else ()
@@ -200,7 +200,7 @@ def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progres
             store=job.store,
             columns=plan.columns,
             image_format=job.config.images.format,
-            job=job.digest,
+            job=digest,
         )
         for place in missing
     )
