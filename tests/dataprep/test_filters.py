@@ -98,7 +98,7 @@ def test_impossible_expressions_are_refused_at_once(where: dict[str, str], wrong
 
 def test_a_mistyped_column_is_one_error_and_not_the_end_of_every_input(tmp_path: Path) -> None:
     files = {f"{number}.jpg": photo(number) for number in range(4)}
-    rows = [{"file_name": name, "text": name, "licence": "cc0"} for name in files]
+    rows: list[dict[str, Any]] = [{"file_name": name, "text": name, "licence": "cc0"} for name in files]
     rows[3]["score"] = 0.9
     first = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     sources = [str(first), str(write_folder(tmp_path / "g", {name: photo(9 + int(name[0])) for name in files}, rows=rows))]
