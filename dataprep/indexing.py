@@ -193,7 +193,7 @@ def _check_output(out: Path) -> None:
         raise ValueError(f"{out}: is a file; give a folder")
     if not out.is_dir():
         return
-    if ((out / MANIFEST).is_file() and read_manifest(str(out)).get("kind") != KIND) or (out / WORK / JOB).is_file():
+    if ((out / MANIFEST).is_file() and read_manifest(out).get("kind") != KIND) or (out / WORK / JOB).is_file():
         raise ValueError(f"{out}: holds a corpus that `tim prepare` made; give another folder")
     ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\..+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
     strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))

@@ -224,7 +224,7 @@ def _repair_stats(folder: Path, *, shard: Shard) -> Iterator[str]:
 def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
     """The manifest, or what the stats files, or the tables, say of all shards. Raises ValueError if it is no corpus."""
     if _read_json(folder / MANIFEST):
-        return read_manifest(str(folder))
+        return read_manifest(folder)
     numbers = sorted({number for path in folder.iterdir() if (number := shard_number(path.name)) is not None})
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{folder}: not a corpus: it has no {MANIFEST}, and no shards from 000000 on without a gap")

@@ -56,7 +56,7 @@ def report(
     """
     assert 1 <= len(corpora) <= 2, corpora
     folders = [Path(corpus).absolute() for corpus in corpora]
-    manifests = [read_manifest(str(folder)) for folder in folders]
+    manifests = [read_manifest(folder) for folder in folders]
     page = folders[0] / REPORT if out is None else Path(out)
     if not page.parent.is_dir():
         raise ValueError(f"{page}: there is no folder {page.parent}")

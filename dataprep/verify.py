@@ -54,7 +54,7 @@ class ShardCheck:
 def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Report:
     """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
     corpus = Path(corpus)
-    manifest = read_manifest(str(corpus))
+    manifest = read_manifest(corpus)
     total = manifest["totals"]["kept"]
     is_growing = begun_in(corpus / WORK).get("grows") == json_digest(manifest)
     problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest, is_growing=is_growing)

@@ -268,8 +268,9 @@ class Corpus:
         return table
 
 
-def read_manifest(folder: str) -> dict[str, Any]:
+def read_manifest(corpus: str | Path) -> dict[str, Any]:
     """The manifest of the corpus in a folder or at a URL. Raises ValueError, in one line, for anything else."""
+    folder = str(corpus)
     file = os.path.join(folder, "manifest.json")
     if not is_remote(folder) and not os.path.isdir(folder):
         raise ValueError(f"{folder} is not a corpus: there is no such folder")

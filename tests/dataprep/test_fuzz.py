@@ -27,7 +27,6 @@ from dataprep.census import plan_of, take_census
 from dataprep.examine import ImageConfig, Piece, Rules, examine_piece
 from dataprep.filters import FilterConfig
 from dataprep.indexing import read_foreign
-from dataprep.manifest import read_manifest
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import FILTER_PREFIX, REASONS, RawSample
 from dataprep.report import ReportConfig, render
@@ -35,7 +34,7 @@ from dataprep.sources import open_sources
 from dataprep.verify import ShardCheck, check_shard, verify
 from pipeline.headers import careful_size, quick_size
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
-from pipeline.index import Corpus
+from pipeline.index import Corpus, read_manifest
 from tests.dataprep.helpers import photo, write_folder
 from tests.dataprep.mutations import damaged, parquets, pictures, tables, tars
 

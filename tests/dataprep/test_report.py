@@ -22,10 +22,9 @@ from dataprep.annotate import annotate
 from dataprep.census import plan_of, take_census
 from dataprep.charts import MOST_BINS, Histogram, histogram
 from dataprep.indexing import index
-from dataprep.manifest import read_manifest
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report import ReportConfig, report
-from pipeline.index import Corpus
+from pipeline.index import Corpus, read_manifest
 from pipeline.planner import Planner
 from pipeline.summary import plan_summary
 from tests.dataprep.helpers import digests, photo, photo_folder, table_rows, write_folder
