@@ -314,7 +314,7 @@ def _import_deepspeed() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise
-        raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8'") from None
+        raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8,<0.20'") from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
