@@ -88,12 +88,7 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, backg
 
     Raises `Rejection`; the pixel limit is checked before anything is decoded.
     """
-    image, size = None, _plain_jpeg_size(data)
-    if size is None:
-        image = open_image(data, max_decode_pixels=max_decode_pixels)
-        size = image.height, image.width
-    height, width = size
-    check_size(height, width, max_decode_pixels=max_decode_pixels)
+    (height, width), image = _read_header(data, max_decode_pixels=max_decode_pixels)
     if height * width > max(_BOMB_PIXELS, len(data) * _BOMB_PIXELS_PER_BYTE):
         raise Rejection("too-large", detail=f"{len(data)} bytes claim to be {width}x{height} pixels")
     if image is None or _is_clean_jpeg(image):
@@ -365,12 +360,18 @@ def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) of a JPEG which every reader shows as the decoder gives it; None for all else."""
     if bytes(data[:3]) != _JPEG_MAGIC:
         return None
+    size, image = _read_header(data, max_decode_pixels=MAX_DECODE_PIXELS)
+    return size if image is None or _is_clean_jpeg(image) else None
+
+
+def _read_header(data: bytes | memoryview, *, max_decode_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
+    """(height, width), within the limit, and the image as Pillow opened it: None for a plain JPEG, which is clean. Raises `Rejection`."""
     size = _plain_jpeg_size(data)
-    if size is not None:
-        check_size(*size, max_decode_pixels=MAX_DECODE_PIXELS)
-        return size
-    image = open_image(data, max_decode_pixels=MAX_DECODE_PIXELS)
-    return (image.height, image.width) if _is_clean_jpeg(image) else None
+    if size is None:
+        image = open_image(data, max_decode_pixels=max_decode_pixels)
+        return (image.height, image.width), image
+    check_size(*size, max_decode_pixels=max_decode_pixels)
+    return size, None
 
 
 def _plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
