@@ -92,14 +92,9 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
     rows = _sums(pixels.reshape(height, width * 3), of=strip).astype(np.float64)
     luma = (_cosines(height, step=strip) @ rows).reshape(_LOW, width, 3) @ _LUMA
     low = luma @ _cosines(width, step=1).T * (2 * _SIDE / (height * width))
-    if _median(np.abs(low)) < _NOISE:
+    if np.median(np.abs(low)) < _NOISE:
         return None
-    return int.from_bytes(np.packbits(low > _median(low)).tobytes(), "big")
-
-
-def _median(values: NDArray[np.float64]) -> float:
-    """Of 64 values; NumPy's own takes twenty times as long."""
-    return sum(sorted(values.ravel().tolist())[31:33]) / 2
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 def _sums(rows: NDArray[np.uint8], *, of: int) -> NDArray[np.unsignedinteger]:
