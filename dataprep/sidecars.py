@@ -167,18 +167,19 @@ def _finished(store: Store, *, table: str, texts: str, made_of: str) -> _Files |
 
 def _write(store: Store, columns: pa.Table, *, table: str, texts: str, made_of: str) -> _Files:
     """A shard's table, after its file of captions if it has some."""
-    lines: list[bytes] = []
+    told = b""
     if texts:
         lines = [json.dumps({"captions": captions}, ensure_ascii=False).encode() for captions in columns.column("captions").to_pylist()]
         columns = _with_places(columns, lines=lines)
+        told = b"".join(line + b"\n" for line in lines)
         with store.publish(texts) as stream:
-            stream.writelines(line + b"\n" for line in lines)
+            stream.write(told)
     buffer = io.BytesIO()
     columns = columns.replace_schema_metadata({_IDENTITY: made_of})
     pq.write_table(columns, buffer, compression="zstd", row_group_size=max(1, columns.num_rows))
     with store.publish(table) as stream:
         stream.write(buffer.getbuffer())
-    return _Files(buffer.getvalue(), b"".join(line + b"\n" for line in lines))
+    return _Files(buffer.getvalue(), told)
 
 
 def _with_places(columns: pa.Table, *, lines: Sequence[bytes]) -> pa.Table:
