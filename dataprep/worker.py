@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from pipeline.foreign_warnings import hide_if_asked
+
 Report = Callable[[int], None]
 WORKER_MEMORY = 8 << 30
 """Bytes that a worker may take by default: three times what the largest picture of the default limits needs."""
@@ -87,6 +89,7 @@ def serve(parent: int, *, memory: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
+    hide_if_asked()
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
     answers = os.fdopen(os.dup(1), "wb")

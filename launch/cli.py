@@ -16,6 +16,7 @@ from launch.bench import bench
 from launch.console import session
 from launch.corpus_commands import annotate, encode, index, prepare, report, score, verify
 from launch.model_commands import demo, export, launch, plan, recipes, sample, train
+from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
 # In the order of the help.
 COMMANDS = (demo, prepare, index, encode, verify, report, score, annotate, recipes, plan, train, launch, sample, export)
@@ -35,6 +36,10 @@ app.add_typer(bench, name="bench")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tim`; returns the exit code, or raises SystemExit with it (see `launch.console`). Wrong usage is one line, too."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if "--debug" in arguments:
+        show_all_warnings()
+    else:
+        hide_foreign_warnings()
     try:
         return app(arguments, prog_name="tim", standalone_mode=False) or 0
     except USAGE_ERROR as error:

@@ -119,7 +119,7 @@ def cores() -> int:
 def worker_environment(nproc_per_node: int) -> dict[str, str]:
     """What the workers find in their environment. Threads: processes × threads must not exceed the cores."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // nproc_per_node))
-    return {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    return {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads}
 
 
 def die_with_launcher() -> None:

@@ -20,6 +20,7 @@ from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
 from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
+from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
 from pipeline.index import Corpus
 from pipeline.loader import Loader
@@ -101,7 +102,7 @@ def _loader_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
 def _decoder_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
     """As many processes that do nothing but decode and resize bytes that they hold."""
     samples = [sample for pack in planner.next_step().packs for sample in pack.samples]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=hide_if_asked) as pool:
         futures = [pool.submit(decode_for, samples, seconds) for _ in range(workers)]
         rates = [future.result() for future in futures]
     by_cpu = workers / sum(1 / rate["images_per_cpu_second"] for rate in rates)

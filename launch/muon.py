@@ -18,6 +18,7 @@ from torch import Tensor, nn
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic that lifts singular values fastest into 0.7 … 1.2
 ITERATIONS = 5
+_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor  # renamed in torch 2.14
 
 
 class Muon(torch.optim.AdamW):
@@ -52,7 +53,7 @@ class Muon(torch.optim.AdamW):
     def _orthogonal(self, share: Tensor, shapes: Iterable[tuple[int, int]]) -> Tensor:
         """This rank's share of the orthogonalised matrices, from its share of the matrices."""
         whole = share.new_empty(dist.get_world_size() * len(share), dtype=torch.bfloat16 if share.is_cuda else torch.float32)
-        dist.all_gather_into_tensor(whole, share.to(whole.dtype))
+        _gather(whole, share.to(whole.dtype))
         first = dist.get_rank() * len(share)
         result = torch.zeros_like(share)
         start = 0

@@ -27,6 +27,7 @@ from launch import prepare_peers
 from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
 from pipeline.fields import IMAGE_EXTENSIONS
+from pipeline.foreign_warnings import hide_if_asked
 from pipeline.progress import Progress
 
 Data = dict[str, Any]
@@ -110,7 +111,7 @@ def _timed(command: Sequence[object]) -> Data:
 
 
 def _decode(files: Sequence[Path], *, workers: int) -> Data:
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=hide_if_asked) as pool:
         done = list(pool.map(decode_all, [files[first::workers] for first in range(workers)]))
     rates = sum(count / seconds for count, seconds, _ in done)
     return {"kept": len(files), "seconds": len(files) / rates, "cpu_seconds": sum(used for _, _, used in done)}

@@ -48,7 +48,7 @@ class _Worker:
 
 def start_fork_server() -> None:
     """Have the fork server import what workers need. It takes a second or two, so call this early; a second call does nothing."""
-    multiprocessing.set_forkserver_preload(["pipeline.reading"])
+    multiprocessing.set_forkserver_preload(["pipeline.fork_server"])
     forkserver.ensure_running()
 
 
