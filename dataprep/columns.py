@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,14 +13,16 @@ _PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "f
 _URLS = ("url", "image_url", "img_url", "image_link", "link", "contenturl")
 _CAPTIONS = ("txt", "prompt", "alt_text", "alt", "description", "top_caption", "title")
 _LABELS = (*STANDARD.labels, "cls", "labels")
+FILE_NAME = "filename"  # as the name of a column of captions: the name of the image's file
 Column = Field(default=None, min_length=1)
 
 
 class ColumnConfig(BaseModel):
     """Names of columns; one that is not given is guessed, and the guess is told.
 
-    `image`: bytes, a path or a URL. `caption`: one column, or several in order of preference; a column may hold lists. `label`: an
-    integer class. `folders`: the folder that a picture lies in is its class (by default: if nothing else is said of any picture).
+    `image`: bytes, a path or a URL. `caption`: one column, or several in order of preference; a column may hold lists; `filename` is the
+    name of the image's file without its extension, with spaces for underscores and dashes. `label`: an integer class. `folders`: the
+    folder that a picture lies in is its class (by default: if nothing else is said of any picture).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,7 +51,7 @@ def choose(
     Raises ValueError, naming the columns that there are, for a column that is not there or cannot be guessed.
     """
     for asked in (config.image, config.label, *(config.captions or ())):
-        if asked is not None and asked not in names:
+        if asked is not None and asked not in names and (asked != FILE_NAME or asked in (config.image, config.label)):
             raise ValueError(f"{place}: has no column {asked}; there are {_listed(names)}")
     image = (
         config.image or _first((*_PATHS, *_URLS), among=pictures) or next(iter(pictures), None) or _first((*_PATHS, *_URLS), among=names)
@@ -66,6 +69,16 @@ def choose(
 def of_json(config: ColumnConfig) -> Columns:
     """What to read from JSON files beside pictures: what the user says, or else the usual columns, wherever they are there."""
     return Columns(captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels)
+
+
+def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) -> Mapping[str, Any]:
+    """The record, with a caption from the name of the image's file where that is asked for: "a/red_fox-2.jpg" → "red fox 2"."""
+    if FILE_NAME not in columns.captions:
+        return record
+    base = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+    stem, dot, extension = base.rpartition(".")
+    base = stem if dot and extension.lower() in IMAGE_EXTENSIONS else base
+    return {**record, FILE_NAME: " ".join(base.replace("_", " ").replace("-", " ").split())}
 
 
 def describe(columns: Columns) -> str:

@@ -15,7 +15,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,16 +26,16 @@ from dataprep.files import JOB, WORK, claimed, publish, publish_text
 from dataprep.manifest import MANIFEST, Account, account_entries
 from dataprep.places import is_pattern, named_files
 from dataprep.shards import Shard, shard_name
-from dataprep.tars import open_tar, sidecar_table
+from dataprep.tars import DOTTED_TAKEN, members_left_out, open_tar, sidecar_table
 from pipeline.foreign import ForeignShard, index_tar, unreadable
 from pipeline.index import FORMAT, read_manifest
 from pipeline.progress import Progress, unseen
 from pipeline.remote import is_remote
+from pipeline.tally import MOST_NAMES, Tally
 
 __all__ = ["index"]
 
 KIND = "index"
-_MOST_NOTES = 20
 _QUALIFIED = "keys of different tars may be equal: in ids of samples the number of the tar stands before them"
 
 
@@ -51,13 +51,16 @@ class IndexTask:
 
 @dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """A finished shard: its entry in the manifest, its rejected rows by reason, its least and greatest key, and what there is to say."""
+    """A finished shard: its entry in the manifest, its rejected rows by reason, its least and greatest key, what there is to say, and
+    how many members were left out, by extension (`has_dotted`: some of them for the dots in their names)."""
 
     shard: Shard
     rejected: dict[str, int]
     first_key: str
     last_key: str
     notes: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
+    has_dotted: bool = False
 
 
 def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = unseen) -> Account:
@@ -89,7 +92,8 @@ def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress:
         if not any(out.iterdir()):
             out.rmdir()
         reasons = ", ".join(f"{reason} {count}" for reason, count in account.rejected.items()) or "they are empty"
-        raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written")
+        said = "".join(f"; {note}" for note in account.notes)
+        raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written{said}")
     return account
 
 
@@ -114,14 +118,14 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
     )
     rejected = found.table.filter(found.table.column("key").is_null()).select(["path", "reason", "detail"]).to_pylist()
     notes = [f"{task.tar}: {row['reason']}: {row['detail']}" for row in rejected if row["path"] == os.path.basename(task.tar)]
-    if found.others:
-        notes.append(f"{task.tar}: members with other extensions were left out ({', '.join(found.others)})")
     done = IndexedShard(
         shard=shard,
         rejected=dict(sorted(Counter(row["reason"] for row in rejected).items())),
         first_key=min(keys, default=""),
         last_key=max(keys, default=""),
         notes=notes,
+        left_out=dict(found.left_out),
+        has_dotted=found.has_dotted,
     )
     publish_text(task.out / stats, json.dumps({"format": FORMAT, **asdict(done)}, indent=1, ensure_ascii=False) + "\n")
     return done
@@ -230,12 +234,19 @@ def _without_culprit(task: IndexTask, death: WorkerDied) -> IndexTask:
 
 def _account(found: Sequence[IndexedShard]) -> Account:
     rejected: Counter[str] = Counter()
-    notes: list[str] = []
+    notes = [note for shard in found for note in shard.notes]
+    if len(notes) > MOST_NAMES:
+        notes[MOST_NAMES:] = [f"there are {len(notes) - MOST_NAMES} more notes on tars: their stats files have them"]
+    left_out = Tally()
     for shard in found:
         rejected.update(shard.rejected)
-        notes += shard.notes[: _MOST_NOTES + 1 - len(notes)]
-    if len(notes) > _MOST_NOTES:
-        notes[_MOST_NOTES:] = ["there is more to say about other tars: their stats files do"]
+        for extension, count in shard.left_out.items():
+            left_out.add(extension, count)
+    has_dotted = any(shard.has_dotted for shard in found)
+    if left_out.total():
+        notes.append(members_left_out(left_out, has_dotted=has_dotted))
+    elif has_dotted:
+        notes.append(DOTTED_TAKEN)
     if _keys_may_repeat(found):
         notes.append(_QUALIFIED)
     kept = sum(shard.shard.count for shard in found)

@@ -1,4 +1,4 @@
-"""WebDataset shards as sources: adjacent members of one name are one sample (img2dataset's layout, webdataset's convention)."""
+"""WebDataset shards as sources: members of one key are one sample, in whatever order they come (`pipeline.tar_samples`)."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from dataprep.columns import ColumnConfig, of_json
+from dataprep.columns import ColumnConfig, of_json, with_file_name
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.errors import one_line
-from pipeline.fields import IMAGE_EXTENSIONS, Value, parse_json, read_fields
+from pipeline.fields import Value, parse_json, read_fields
 from pipeline.remote import is_remote, read_file, read_ranges, size_of
-from pipeline.tar import BlockReader, Member, members
+from pipeline.tally import Tally, listed
+from pipeline.tar import BlockReader, members, split_name
+from pipeline.tar_samples import TarSample, TarSamples
 
 TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
-_TEXTS = ("txt", "text", "caption")
-_USED = {*IMAGE_EXTENSIONS, *_TEXTS, "json", "cls"}
+DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"
+DOTTED_TAKEN = f"members whose names have several dots were taken by their last part ({DOTTED})"
 _REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
 _MOST_IN_HAND = 256 << 20  # bytes of a picture in a tar behind a URL
 
@@ -42,14 +44,18 @@ class Shards:
     layout = "webdataset"
     tags: tuple[str, ...] = ()
 
-    def __init__(self, paths: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None) -> None:
+    def __init__(
+        self, paths: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None, notes: Sequence[str] = ()
+    ) -> None:
         self.paths = tuple(paths)
         self.root = root
         self.name = name
         self._columns = of_json(columns)
         self._text_is_first = columns.captions is None
+        self._folder_notes = tuple(notes)
         self._empty: list[str] = []
-        self._other: set[str] = set()
+        self._left_out = Tally()
+        self._has_dotted = False
         self._failed = 0
 
     def reads(self) -> str:
@@ -68,15 +74,16 @@ class Shards:
         return facts(self.paths)
 
     def samples(self) -> Iterator[RawSample]:
-        """All samples of all tars, in the order of their members."""
+        """All samples of all tars, each tar's in the order of the first member of each key."""
         self._empty.clear()
-        self._other.clear()
+        self._left_out = Tally()
+        self._has_dotted = False
         self._failed = 0
         for path in self.paths:
             name = base_name(path)
             is_empty = True
             try:
-                with open_tar(path) as file:
+                with open_tar(path, keep=True) as file:
                     for sample in self._samples_of(file, tar=path):
                         is_empty = False
                         yield sample
@@ -91,57 +98,60 @@ class Shards:
 
     def notes(self) -> list[str]:
         """What lies in the tars and is no input, in sentences. Complete once `samples()` has been read to its end."""
-        notes = [f"{self.name}: {name} holds no samples" for name in self._empty]
-        if self._other:
-            notes.append(f"{self.name}: members with other extensions were left out ({', '.join(sorted(self._other))})")
+        notes = [*self._folder_notes]
+        if self._empty:
+            count = len(self._empty)
+            notes.append(f"{listed(self._empty, count=count)} {'holds' if count == 1 else 'hold'} no samples")
+        if self._left_out.total():
+            notes.append(members_left_out(self._left_out, has_dotted=self._has_dotted))
+        elif self._has_dotted:
+            notes.append(DOTTED_TAKEN)
         if self._failed:
-            notes.append(f"{self.name}: {self._failed} row(s) of img2dataset's tables have no picture: their download had failed")
-        return notes
+            notes.append(f"{self._failed} row(s) of img2dataset's tables have no picture: their download had failed")
+        return [f"{self.name}: {note}" for note in notes]
 
     def _samples_of(self, file: BlockReader, *, tar: str) -> Iterator[RawSample]:
         told = _told(tar)
-        group: list[Member] = []
-        for member in members(file, tar=base_name(tar)):
-            if member.extension not in _USED and member.problem is None:
-                self._other.add(member.extension)
-                continue
-            ends_group = group and (member.key != group[0].key or any(member.extension == other.extension for other in group))
-            if ends_group:
-                yield self._sample(group, file=file, tar=tar, told=told.pop(group[0].key, {}))
-                group = []
-            group.append(member)
-        if group:
-            yield self._sample(group, file=file, tar=tar, told=told.pop(group[0].key, {}))
+        joined = TarSamples(members(file, tar=base_name(tar)), tar=base_name(tar))
+        try:
+            for found in joined:
+                yield self._sample(found, file=file, tar=tar, told=told.pop(found.key, {}))
+        finally:
+            self._has_dotted |= joined.has_dotted
+            for extension, count in joined.left_out.counts().items():
+                self._left_out.add(extension, count)
         self._failed += sum(row.get("status", "success") != "success" for row in told.values())
 
-    def _sample(self, group: list[Member], *, file: BlockReader, tar: str, told: Mapping[str, Value]) -> RawSample:
-        image = next((member for member in group if member.extension in IMAGE_EXTENSIONS), None)
-        named = image or group[0]
-        path = f"{base_name(tar)}/{named.name}" if named.name else base_name(tar)
-        problem = next((member.problem for member in group if member.problem), None)
+    def _sample(self, found: TarSample, *, file: BlockReader, tar: str, told: Mapping[str, Value]) -> RawSample:
+        path, image = f"{base_name(tar)}/{found.name}" if found.name else base_name(tar), found.image
+        is_compressed = tar.lower().endswith(COMPRESSED)
+        problem = found.problem
+        if image and is_compressed and image.length > _MOST_IN_HAND:
+            problem = problem or ("too-large", f"{image.length} bytes in a compressed tar: unpack it to read images of this size")
         if problem:
             return RawSample(source=self.name, path=path, reason=problem[0], detail=problem[1])
 
-        record: dict[str, Value] = {}
         texts: dict[str, str] = {}
-        data: bytes | None = None
-        for member in group:
-            if member is image:
-                is_in_hand = is_remote(tar) or tar.lower().endswith(COMPRESSED)
-                data = file.at(member.offset, member.length) if is_in_hand and member.length <= _MOST_IN_HAND else None
-            else:
-                payload = file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
-                if member.extension in _TEXTS:
-                    texts[member.extension] = payload.decode("utf-8-sig", "replace")
-                elif member.extension == "cls":
-                    record = {**record, "label": payload.decode("ascii", "replace").strip()}
-                elif member.extension == "json":
-                    parsed = parse_json(payload)
-                    if parsed is None:
-                        return RawSample(source=self.name, path=path, reason="bad-record", detail=f"{member.name} is not a JSON object")
-                    record = {**parsed, **record}
-        fields = read_fields({**told, **record}, columns=self._columns)
-        captions = tuple(texts[extension] for extension in _TEXTS if extension in texts)
+        for member in found.texts:
+            payload = file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
+            texts[member.name] = payload.decode("utf-8-sig", "replace")
+        record: dict[str, Value] = {}
+        if found.json:
+            parsed = parse_json(file.at(found.json.offset, min(found.json.length, MAX_TEXT_BYTES)))
+            if parsed is None and not any(texts.values()):
+                return RawSample(source=self.name, path=path, reason="bad-record", detail=f"{found.json.name} is not a JSON object")
+            if parsed is None:
+                self._left_out.add(".json")
+            record = parsed or {}
+        if found.cls:
+            payload = file.at(found.cls.offset, min(found.cls.length, MAX_TEXT_BYTES))
+            record = {**record, "label": payload.decode("ascii", "replace").strip()}
+        record = with_file_name({**told, **record}, columns=self._columns, name=split_name(found.name)[0])
+        fields = read_fields(record, columns=self._columns)
+        captions = tuple(texts.values())
+        data = None
+        if image and (is_remote(tar) or is_compressed) and image.length <= _MOST_IN_HAND:
+            data = file.at(image.offset, image.length)
         return RawSample(
             source=self.name,
             path=path,
@@ -153,14 +163,19 @@ class Shards:
             label=fields.label,
             extra=fields.extra,
             reason="" if image else "missing",
-            detail="" if image else f"no image beside {named.name}",
+            detail="" if image else f"no image beside {found.name}",
         )
 
 
+def members_left_out(left_out: Tally, *, has_dotted: bool) -> str:
+    """A note on members that are no part of a sample, by extension."""
+    return f"members left out, by extension: {left_out}{f' ({DOTTED})' if has_dotted else ''}"
+
+
 @contextmanager
-def open_tar(tar: str) -> Iterator[BlockReader]:
-    """A tar at a path or URL; a compressed one is unpacked into a temporary file. Raises OSError, and at the end EOFError where that was
-    not possible to its end."""
+def open_tar(tar: str, *, keep: bool = False) -> Iterator[BlockReader]:
+    """A tar at a path or URL; a compressed one is unpacked into a temporary file. With `keep`, so is what is read from a URL, so that
+    nothing is asked for twice. Raises OSError, and at the end EOFError where unpacking was not possible to the end."""
     if tar.lower().endswith(COMPRESSED):
         with TemporaryFile(prefix="tim-") as unpacked:
             damage = _unpack(tar, into=unpacked)
@@ -185,7 +200,31 @@ def open_tar(tar: str) -> Iterator[BlockReader]:
                 raise part
         return b"".join(part for part in parts if isinstance(part, bytes))
 
-    yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
+    if not keep:
+        yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
+        return
+    with TemporaryFile(prefix="tim-") as kept:
+        yield BlockReader(_Kept(read, file=kept, size=size).at, size=size)
+
+
+class _Kept:
+    """What was read from a URL, in blocks, kept in a file."""
+
+    def __init__(self, read: Callable[[int, int], bytes], *, file: BinaryIO, size: int) -> None:
+        self._read = read
+        self._file = file
+        self._size = size
+        self._blocks: set[int] = set()
+
+    def at(self, offset: int, length: int) -> bytes:
+        for block in range(offset // _REMOTE_BLOCK, -(-(offset + length) // _REMOTE_BLOCK)):
+            if block not in self._blocks:
+                start = block * _REMOTE_BLOCK
+                self._file.seek(start)
+                self._file.write(self._read(start, min(_REMOTE_BLOCK, self._size - start)))
+                self._blocks.add(block)
+        self._file.seek(offset)
+        return self._file.read(length)
 
 
 def _unpack(tar: str, *, into: BinaryIO) -> str:

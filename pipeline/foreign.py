@@ -1,23 +1,25 @@
 """A tar that somebody else wrote → its table, in the columns of a prepared corpus (DESIGN §4), without changing or copying a byte of it.
 
-Members of one key are one sample, in whatever order they come: an image, `.txt`, `.json` (img2dataset's names) and `.cls`. What cannot
-be used is a row with its reason. One pass over the headers; of the payloads only texts and the heads of images are read.
+Members of one key are one sample, in whatever order they come (`pipeline.tar_samples`): an image, a text, `.json` (img2dataset's names)
+and `.cls`. What cannot be used is a row with its reason. One pass over the tar; of the payloads only texts and the heads of images are
+read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions
-from pipeline.fields import IMAGE_EXTENSIONS, RECOMPUTED, TAKEN, Value, parse_json, read_fields
+from pipeline.fields import RECOMPUTED, TAKEN, Value, parse_json, read_fields
 from pipeline.headers import Size, careful_size, quick_size
 from pipeline.images import Rejection
 from pipeline.tar import BlockReader, Member, members
+from pipeline.tar_samples import TarSample, TarSamples, is_used, key_of, kind_of
 
 _MEMBERS = [f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")]
 SCHEMA = pa.schema(
@@ -30,31 +32,40 @@ SCHEMA = pa.schema(
         *((name, pa.int64()) for name in _MEMBERS),
     ]
 )
-_KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
 _CAPTIONS = {"caption", "captions", "text"}
 _NO_FIELDS = read_fields({})
 _MOST_COLUMNS = 256  # further columns that are taken from JSON files
-_MOST_OTHERS = 10  # other extensions that are named
 
 
 @dataclass(frozen=True, slots=True)
 class ForeignShard:
-    """The table of a tar, one row per sample, `key` null where it is rejected; and the other extensions that lie in it."""
+    """The table of a tar, one row per sample, `key` null where it is rejected; and how many members were left out, by extension.
+
+    `has_dotted`: whether names with several dots are among those that were left out or taken by their last part.
+    """
 
     table: pa.Table
-    others: tuple[str, ...]
+    left_out: Mapping[str, int]
+    has_dotted: bool = False
+
+
+class _Seen(NamedTuple):
+    """What a member says: the size of an image, or a text's payload; and what is wrong with it."""
+
+    size: Size | None = None
+    payload: bytes = b""
+    problem: tuple[str, str] | None = None
 
 
 class _Sample:
-    """What the members of one key have said so far."""
+    """What the members of one key say together."""
 
-    __slots__ = ("extensions", "label", "path", "places", "problem", "record", "size", "text")
+    __slots__ = ("label", "path", "places", "problem", "record", "size", "text")
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, problem: tuple[str, str] | None = None) -> None:
         self.path = path
-        self.extensions: set[str] = set()
         self.places: dict[str, tuple[int, int]] = {}
-        self.problem: tuple[str, str] | None = None
+        self.problem = problem
         self.size: Size | None = None
         self.text: str | None = None
         self.record: dict[str, Value] | None = None
@@ -83,69 +94,80 @@ def index_tar(
     """
     told = {} if sidecar is None else {key: row for row, key in enumerate(sidecar.column("key").to_pylist())}
     speaks = sidecar is not None and not _CAPTIONS.isdisjoint(sidecar.column_names)
-    samples: dict[str, _Sample] = {}
-    others: dict[str, None] = {}
-    for member in members(file, tar=tar):
-        kind = _KINDS.get(member.extension)
-        if kind is None and member.problem is None:
-            others[member.extension] = None
-            continue
-        key = member.key.removeprefix("./")
-        sample = samples.get(key)
-        if sample is None:
-            sample = samples[key] = _Sample(member.name or tar)
-        if member.problem is not None or kind is None:
-            sample.problem = sample.problem or member.problem
-            continue
-        if member.extension in sample.extensions:
-            sample.problem = sample.problem or ("bad-record", f"{tar} has two members of the name {member.name}")
-            continue
-        sample.extensions.add(member.extension)
-        if kind in sample.places:  # a second image
-            others[member.extension] = None
-            continue
-        sample.places[kind] = (member.offset, member.length)
-        if kind == "image":
-            sample.path = member.name
-            _measure(sample, file=file, member=member, crashed=crashed, on_risk=on_risk)
-        elif kind == "cls" or not (speaks and key in told):
-            _read(sample, kind, file.at(member.offset, min(member.length, MAX_TEXT_BYTES)), name=member.name)
-    return ForeignShard(table=_table(samples, told=told, sidecar=sidecar), others=tuple(others)[:_MOST_OTHERS])
+    seen: dict[int, _Seen] = {}
+
+    def look() -> Iterator[Member]:
+        """All members, each looked into as it passes."""
+        for member in members(file, tar=tar):
+            if not is_used(member) or member.problem:
+                pass
+            elif kind_of(member) == "image":
+                seen[member.offset] = _measure(member, file=file, crashed=crashed, on_risk=on_risk)
+            elif kind_of(member) == "cls" or not (speaks and key_of(member) in told):
+                seen[member.offset] = _Seen(payload=file.at(member.offset, min(member.length, MAX_TEXT_BYTES)))
+            yield member
+
+    joined = TarSamples(look(), tar=tar)
+    samples = {found.key: _read(found, seen=seen, joined=joined, tar=tar) for found in joined}
+    table = _table(samples, told=told, sidecar=sidecar)
+    return ForeignShard(table=table, left_out=joined.left_out.counts(), has_dotted=joined.has_dotted)
 
 
 def unreadable(tar: str, *, reason: str, detail: str) -> ForeignShard:
     """A tar of which nothing can be read: one rejected row in its name."""
-    sample = _Sample(tar)
-    sample.problem = (reason, detail)
-    return ForeignShard(table=_table({tar: sample}, told={}, sidecar=None), others=())
+    return ForeignShard(table=_table({tar: _Sample(tar, problem=(reason, detail))}, told={}, sidecar=None), left_out={})
 
 
-def _measure(sample: _Sample, *, file: BlockReader, member: Member, crashed: Collection[int], on_risk: Callable[[int], None]) -> None:
+def _measure(member: Member, *, file: BlockReader, crashed: Collection[int], on_risk: Callable[[int], None]) -> _Seen:
     offset, length = member.offset, member.length
 
     def peek(start: int, count: int) -> bytes:
         return file.at(offset + start, min(count, length - start)) if start < length else b""
 
     if offset in crashed:
-        sample.problem = ("crashed", "its header takes the decoder down")
-        return
+        return _Seen(problem=("crashed", "its header takes the decoder down"))
     try:
-        sample.size = quick_size(peek, length=length)
-        if sample.size is None:
+        size = quick_size(peek, length=length)
+        if size is None:
             on_risk(offset)
-            sample.size = careful_size(peek, length=length)
+            size = careful_size(peek, length=length)
     except Rejection as rejection:
-        sample.problem = sample.problem or (rejection.reason, rejection.detail)
+        return _Seen(problem=(rejection.reason, rejection.detail))
+    return _Seen(size=size)
 
 
-def _read(sample: _Sample, kind: str, payload: bytes, *, name: str) -> None:
+def _read(found: TarSample, *, seen: dict[int, _Seen], joined: TarSamples, tar: str) -> _Sample:
+    """A sample from what its members say. A table has one place for texts: the preferred one is used, further ones are left out."""
+    sample = _Sample(found.name or tar, problem=found.problem)
+    joined.leave_out(found.texts[1:])
+    if found.problem:
+        return sample
+    text = found.texts[0] if found.texts else None
+    for kind, member in (("image", found.image), ("text", text), ("cls", found.cls), ("json", found.json)):
+        if member is None:
+            continue
+        sample.places[kind] = (member.offset, member.length)
+        said = seen.pop(member.offset, None)
+        if said is None:  # img2dataset's table speaks for the sample
+            continue
+        sample.size = said.size or sample.size
+        sample.problem = sample.problem or said.problem
+        if kind != "image":
+            _read_payload(sample, kind, said.payload, name=member.name)
+        if kind == "json" and sample.record is None and sample.problem is None:  # a text says what there is to say
+            del sample.places[kind]
+            joined.leave_out([member])
+    return sample
+
+
+def _read_payload(sample: _Sample, kind: str, payload: bytes, *, name: str) -> None:
     if kind == "text":
         sample.text = payload.decode("utf-8-sig", "replace")
     elif kind == "cls":
         sample.label = payload.decode("ascii", "replace").strip()
     else:
         sample.record = parse_json(payload)
-        if sample.record is None:
+        if sample.record is None and not sample.text:
             sample.problem = sample.problem or ("bad-record", f"{name} is not a JSON object")
 
 

@@ -84,7 +84,7 @@ def test_members_may_come_in_any_order_and_format(files: list[tuple[str, bytes]]
     data = write(files, format=FORMATS[format])
     found = index(data)
     assert facts(found, data) == EXPECTED
-    assert found.others == ("seg.png",)
+    assert found.left_out == {".seg.png": 1}
 
 
 def test_what_webdataset_writes(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ def test_whatever_cannot_be_used_is_named() -> None:
     }  # fmt: skip
     assert [row["key"] for row in found if row["status"] == "success"] == ["good"]
     assert all((row["key"] is None) == (row["status"] == "rejected") == bool(row["detail"]) for row in found)
-    assert shard.others == ("png", "md")
+    assert shard.left_out == {".md": 1, ".png": 1}
 
 
 def test_further_columns_may_be_of_any_kind() -> None:

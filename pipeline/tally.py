@@ -1,0 +1,53 @@
+"""Counts of what was left out, by name, for notes: at most ten names and a count of the rest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+MOST_NAMES = 10  # in a note
+_MOST_HELD = 1000  # different names that are counted one by one
+_MOST_CHARACTERS = 60  # of a name in a note
+_REST = ""
+
+
+class Tally:
+    """A counter whose memory is bounded whatever the names are: beyond a thousand different ones, further names are counted together."""
+
+    __slots__ = ("_counts",)
+
+    def __init__(self, counts: Mapping[str, int] | None = None) -> None:
+        self._counts: Counter[str] = Counter(counts or {})
+
+    def add(self, name: str, count: int = 1) -> None:
+        known = name in self._counts or len(self._counts) < _MOST_HELD
+        self._counts[name if known else _REST] += count
+
+    def total(self) -> int:
+        return self._counts.total()
+
+    def counts(self) -> dict[str, int]:
+        """Name → count, the most frequent first; what has no name of its own under ""."""
+        return dict(sorted(self._counts.items(), key=lambda item: (item[0] == _REST, -item[1], item[0])))
+
+    def __str__(self) -> str:
+        """ "12 .svg, 3 .zip and 7 of 4 other kinds": the most frequent first, at most ten names."""
+        counts = self.counts()
+        named = [(name, count) for name, count in counts.items() if name != _REST][:MOST_NAMES]
+        text = ", ".join(f"{count} {printable(name)}" for name, count in named)
+        rest = self.total() - sum(count for _, count in named)
+        kinds = len(counts) - len(named)
+        return f"{text} and {rest} of {kinds} other kind(s)" if rest else text
+
+
+def listed(names: Iterable[str], *, count: int) -> str:
+    """ "a, b, … (12)": the first ten of `count` names, in one line."""
+    named = [printable(name) for name, _ in zip(names, range(MOST_NAMES), strict=False)]
+    return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
+
+
+def printable(name: str) -> str:
+    """A name as one line of text that UTF-8 can hold, cut where it is long."""
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
