@@ -73,7 +73,7 @@ def of_json(config: ColumnConfig) -> Columns:
 
 def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) -> Mapping[str, Any]:
     """The record, with a caption from the name of the image's file where that is asked for: "a/red_fox-2.jpg" → "red fox 2"."""
-    if FILE_NAME not in columns.captions:
+    if FILE_NAME not in columns.captions or not name:
         return record
     base = name.replace("\\", "/").rstrip("/").rpartition("/")[2]
     stem, dot, extension = base.rpartition(".")

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import tee
+from itertools import islice, tee
 from pathlib import Path, PurePosixPath
 
-from dataprep.columns import ColumnConfig, choose, describe, of_json
-from dataprep.listing import Listing
+from dataprep.columns import FILE_NAME, ColumnConfig, choose, describe, of_json, with_file_name
+from dataprep.listing import Listing, folded
 from dataprep.lists import sample_of
 from dataprep.places import base_name, join, read_texts
 from dataprep.records import RawSample
 from dataprep.tables import Table
+from dataprep.unread import Unread
 from pipeline.errors import one_line
 from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Fields, Value, parse_json, read_fields
 from pipeline.remote import is_remote
+from pipeline.tally import listed, printable
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_SIDECARS = (".txt", ".caption", ".json")  # in order of preference
+_TEXTS = (".txt", ".caption")
+_SIDECARS = (*_TEXTS, ".json")  # in order of preference
+_DRIVE = re.compile(r"[A-Za-z]:/")
 CLASS_NAME = "class_name"
 
 
@@ -30,10 +36,11 @@ def holds_images(files: Listing) -> bool:
 
 
 class ImageFolder:
-    """A folder of pictures, read recursively in sorted order; hidden files and links to folders are passed over.
+    """A folder of pictures, read recursively in sorted order, linked folders last; hidden files are passed over.
 
     A metadata file speaks for its folder and all below it: pictures that it does not list are no inputs, and are counted in `notes()`.
-    `files` are all files below `path`, a folder or its URL.
+    Elsewhere a text belongs to the image of its name: `a.txt` or `a.jpg.txt` to `a.jpg`, with the suffix in any case; where no text has
+    the very name of an image, one that differs in case belongs to it. `files` are all files below `path`, a folder or its URL.
     """
 
     layout = "folder"
@@ -50,7 +57,12 @@ class ImageFolder:
             folder: choose(columns, names=table.names, place=table.file, defaults=STANDARD) for folder, table in self._tables.items()
         }
         self._sidecar_columns = of_json(columns)
+        self._columns_are_said = columns.captions is not None
+        self._suffixes = self._find_suffixes()
         self._classes = self._find_classes(columns.folders)
+        self._matched: Counter[str] = Counter()
+        self._borrowed: set[str] = set()  # texts of a name that differs from their image's in case
+        self._useless_json = 0
         self._listed = bytearray(len(files))  # of each file, whether its metadata has a row for it
 
     def reads(self) -> str:
@@ -60,8 +72,10 @@ class ImageFolder:
             first, last = min(self._classes), max(self._classes)
             read.append(f"the names of {len(self._classes)} folders as classes ({first} is 0, {last} is {len(self._classes) - 1})")
         elif not read or any(True for _ in self._own_images()):
-            found = [suffix for suffix in _SIDECARS if any(file.endswith(suffix) for file in self._files)]
-            read.append(f"captions from {', '.join(found)} beside the images" if found else "images without captions or classes")
+            found = [suffix for suffix in _SIDECARS if suffix in self._suffixes]
+            origins = [f"{', '.join(found)} beside the images"] if found else []
+            origins += ["the names of the files"] if FILE_NAME in self._sidecar_columns.captions else []
+            read.append(f"captions from {' and '.join(origins)}" if origins else "images without captions or classes")
         return f"{self.name}: {'; '.join(read)}"
 
     def expected(self) -> int | None:
@@ -78,6 +92,9 @@ class ImageFolder:
     def samples(self) -> Iterator[RawSample]:
         """All inputs in a fixed order: the rows of the metadata files, then the pictures that no metadata speaks for."""
         self._listed = bytearray(len(self._files))
+        self._matched.clear()
+        self._borrowed.clear()
+        self._useless_json = 0
         for folder, table in self._tables.items():
             for line, record in table.rows():
                 yield self._from_metadata(record, folder=folder, where=f"{self._metadata[folder]}:{line}")
@@ -85,21 +102,28 @@ class ImageFolder:
 
     def notes(self) -> list[str]:
         """What lies in the folder and is no input, in sentences. Complete once `samples()` has been read to its end."""
-        unlisted = texts = 0
+        unlisted = 0
+        unread = Unread(self.path)
+        used = {*self._metadata.values(), *self._borrowed}  # apart from images and the texts of their very names
         for folder, names in self._files.folders():
-            if self._is_governed(folder):
-                numbers = (self._files.number(folder + name) for name in names if _is_image(name))
-                unlisted += sum(number is not None and not self._listed[number] for number in numbers)
-            else:
-                stems = {os.path.splitext(name)[0] for name in names if _is_image(name)}
-                texts += sum(name.endswith((".txt", ".caption")) and os.path.splitext(name)[0] not in stems for name in names)
-        tars = sum(file.lower().endswith((".tar", ".tgz", ".tar.gz")) for file in self._files)
-        counted = (
-            (unlisted, "image(s) not listed by its metadata were left out"),
-            (tars, "tar file(s) inside the folder are no part of it: name them as sources of their own"),
-            (texts, "text file(s) without an image of the same name were left out"),
-        )
-        return [f"{self.name}: {count} {what}" for count, what in counted if count]
+            governed = self._is_governed(folder)
+            images = set() if governed else {_stem(name) for name in names if _is_image(name)}
+            for name in names:
+                file = folder + name
+                if _is_image(name):
+                    number = self._files.number(file) if governed else None
+                    unlisted += number is not None and not self._listed[number]
+                elif file in used or (not governed and self._belongs(folder, name, stems=images)):
+                    continue
+                elif not governed and name.lower().endswith(_TEXTS):
+                    unread.add_text(file)
+                else:
+                    unread.add(file)
+        notes = [f"{unlisted} image(s) not listed by its metadata were left out"] if unlisted else []
+        notes += [f"{count} file name(s) of the metadata were taken {how}" for how, count in sorted(self._matched.items())]
+        if self._useless_json:
+            notes.append(f"{self._useless_json} .json file(s) beside images and their texts are not JSON objects and were not used")
+        return [f"{self.name}: {note}" for note in (*notes, *unread.notes(), *self._files.notes)]
 
     def _images(self) -> Iterator[str]:
         return (file for file in self._files if _is_image(file))
@@ -120,10 +144,50 @@ class ImageFolder:
             return {}
         names = {PurePosixPath(folder).name for folder, names in self._files.folders() if any(map(_is_image, names))}
         if asked is None:
-            has_texts = any(file.endswith(_SIDECARS) for file in self._files)
-            if self._metadata or has_texts or "" in names or len(names) < 2:
+            is_said = self._metadata or self._suffixes or FILE_NAME in self._sidecar_columns.captions
+            if is_said or "" in names or len(names) < 2:
                 return {}
         return {name: number for number, name in enumerate(sorted(names - {""}))}
+
+    def _find_suffixes(self) -> set[str]:
+        """The suffixes of texts that belong to an image."""
+        found: set[str] = set()
+        for folder, names in self._files.folders():
+            if self._is_governed(folder) or not any(name.lower().endswith(_SIDECARS) for name in names):
+                continue
+            stems = {_stem(name) for name in names if _is_image(name)}
+            alike = {folded(stem) for stem in stems}
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in _SIDECARS and suffix not in found:
+                    found |= {suffix} if self._belongs(folder, name, stems=stems) or folded(_stem(name)) in alike else set()
+            if len(found) == len(_SIDECARS):
+                break
+        return found
+
+    def _belongs(self, folder: str, name: str, *, stems: Collection[str]) -> bool:
+        """Whether a text has the name of an image in its folder, `stems` being those of all of them."""
+        if not name.lower().endswith(_SIDECARS):
+            return False
+        stem = _stem(name)
+        return stem in stems or (_is_image(stem) and folder + stem in self._files)
+
+    def _beside(self, file: str) -> list[str]:
+        """The texts that belong to an image, in their order of preference."""
+        if not self._suffixes:
+            return []
+        stem = _stem(file)
+        found = [text for text in self._files.starting(f"{stem}.") if _is_text_of(text, image=file)]
+        if not found:
+            alike = [text for text in self._files.starting(f"{stem}.", folds=True) if _is_text_of(folded(text), image=folded(file))]
+            found = [text for text in alike if not self._has_own_image(text)]
+            self._borrowed.update(found)
+        return sorted(found, key=lambda text: (_SIDECARS.index(os.path.splitext(text)[1].lower()), len(text), text))
+
+    def _has_own_image(self, text: str) -> bool:
+        stem = _stem(text)
+        own = (file for file in self._files.starting(f"{stem}.") if _is_image(file) and _stem(file) == stem)
+        return next(own, None) is not None or (_is_image(stem) and stem in self._files)
 
     def _from_metadata(self, record: Mapping[str, Value] | str, *, folder: str, where: str) -> RawSample:
         columns = self._columns[folder]
@@ -132,38 +196,77 @@ class ImageFolder:
         file_name = record.get(columns.image)
         if not isinstance(file_name, str) or not file_name:
             return RawSample(source=self.name, path=where, reason="bad-record", detail=f"{where} has no {columns.image}")
-        inside = os.path.normpath(os.path.join(folder, file_name)).replace(os.sep, "/")
-        if os.path.isabs(file_name) or inside.startswith("../") or "\0" in file_name:
-            return RawSample(source=self.name, path=where, reason="bad-record", detail=f"{where} names a file outside its folder")
+        inside = self._find(file_name, folder=folder)
+        if inside is None:
+            detail = f"{where} names a file outside its folder: {printable(file_name)}; paths start from the folder of the metadata"
+            return RawSample(source=self.name, path=where, reason="bad-record", detail=detail)
         number = self._files.number(inside)
         if number is not None:
             self._listed[number] = True
-        sample = sample_of(record, source=self.name, columns=columns, where=where, folder=self.path)
+        sample = sample_of({**record, columns.image: inside}, source=self.name, columns=columns, where=where, folder=self.path)
         sample = replace(sample, path=inside, file=join(self.path, inside))
         if number is None:
-            sample = replace(sample, reason="missing", detail="no such file in the folder")
+            sample = replace(sample, reason="missing", detail=f"no such file in the folder{self._hint(inside)}")
         return self._with_class(sample)
 
-    def _from_sidecars(self) -> Iterator[RawSample]:
-        images, ahead = tee(self._own_images())
-        beside = (os.path.splitext(file)[0] + suffix for file in ahead for suffix in _SIDECARS)
-        texts = read_texts(join(self.path, text) if text in self._files else None for text in beside)
-        for file, plain, caption, told in zip(images, texts, texts, texts, strict=False):
-            yield self._with_class(self._from_texts(file, texts=(plain, caption), told=told))
+    def _find(self, file_name: str, *, folder: str) -> str | None:
+        """The file that a row of metadata means, by its name in the source; None for one outside of it."""
+        inside = _normal(os.path.join(folder, file_name))
+        if inside in self._files or "\0" in file_name:
+            return None if "\0" in file_name else inside
+        name, how = file_name, []
+        if "\\" in name:
+            name, how = name.replace("\\", "/"), ["with backslashes"]
+        roots = [self.path.rstrip("/"), *([os.path.abspath(self.path), str(self.root)] if self.root else [])]
+        root = next((root for root in roots if name.startswith(f"{root}/")), None)
+        if root is not None:
+            how.append("by a path from the root")
+        inside = _normal(name[len(root) + 1 :] if root is not None else os.path.join(folder, name))
+        if os.path.isabs(inside) or inside.startswith("../") or inside == ".." or _DRIVE.match(name):
+            return None
+        if inside not in self._files:
+            alike = [file for file in self._files.alike(inside) if _is_image(file)]
+            if len(alike) != 1:
+                return inside
+            inside, how = alike[0], [*how, "in another case or Unicode form"]
+        if how:
+            self._matched[" and ".join(how)] += 1
+        return inside
 
-    def _from_texts(self, file: str, *, texts: tuple[bytes | OSError | None, ...], told: bytes | OSError | None) -> RawSample:
-        unread = next((text for text in (*texts, told) if isinstance(text, OSError)), None)
-        record = parse_json(told) if isinstance(told, bytes) else {}
-        if unread is not None or record is None:
+    def _hint(self, inside: str) -> str:
+        """What there is in place of a file that a row of metadata names."""
+        alike = self._files.alike(inside)
+        if len(alike) > 1:
+            return f"; {listed(alike, count=len(alike))} differ from it in case only"
+        longer = [file for file in self._files.starting(f"{inside}.") if _is_image(file) and _stem(file) == inside]
+        return f"; there is {printable(longer[0])}" if longer else ""
+
+    def _from_sidecars(self) -> Iterator[RawSample]:
+        images, ahead = tee((file, self._beside(file)) for file in self._own_images())
+        contents = read_texts(join(self.path, text) for _, texts in ahead for text in texts)
+        for file, names in images:
+            yield self._with_class(self._from_texts(file, texts=list(zip(names, islice(contents, len(names)), strict=True))))
+
+    def _from_texts(self, file: str, *, texts: Sequence[tuple[str, bytes | OSError | None]]) -> RawSample:
+        unread = next((content for _, content in texts if isinstance(content, OSError)), None)
+        plain = [content for name, content in texts if isinstance(content, bytes) and not name.lower().endswith(".json")]
+        told = [content for name, content in texts if isinstance(content, bytes) and name.lower().endswith(".json")]
+        records = [parse_json(content) for content in told]
+        if unread is not None or (None in records and not any(plain)):
             detail = f"its text cannot be read: {one_line(unread)}" if unread else "the .json beside it is not a JSON object"
             return RawSample(source=self.name, path=file, reason="bad-record", detail=detail)
+        self._useless_json += records.count(None)
+        record: Mapping[str, Value] = {}
+        for more in reversed(records):
+            record = {**record, **(more or {})}
+        record = with_file_name(record, columns=self._sidecar_columns, name=file)
         fields = read_fields(record, columns=self._sidecar_columns) if record else Fields(captions=(), label=None, extra={})
-        captions = tuple(text.decode("utf-8-sig", "replace") for text in texts if isinstance(text, bytes))
+        captions = tuple(text.decode("utf-8-sig", "replace") for text in plain)
         return RawSample(
             source=self.name,
             path=file,
             file=join(self.path, file),
-            captions=captions + fields.captions,
+            captions=fields.captions + captions if self._columns_are_said else captions + fields.captions,
             label=fields.label,
             extra=fields.extra,
         )
@@ -173,6 +276,20 @@ class ImageFolder:
         if name not in self._classes:
             return sample
         return replace(sample, label=self._classes[name], extra={**sample.extra, CLASS_NAME: name})
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(file)[0]
+
+
+def _is_text_of(text: str, *, image: str) -> bool:
+    """`a.txt` and `a.jpg.txt` are texts of `a.jpg`."""
+    stem, suffix = os.path.splitext(text)
+    return suffix.lower() in _SIDECARS and stem in (image, _stem(image))
+
+
+def _normal(path: str) -> str:
+    return os.path.normpath(path).replace(os.sep, "/")
 
 
 def _is_image(file: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import unicodedata
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,10 +13,14 @@ class Listing:
     """All files below a folder by their names in it, with forward slashes: those of a folder in order, then the folders in it in order.
 
     `folders`: each folder with files, as `a/b/` ("" for the root), and the sizes in bytes (None: unknown) of the files in it by name.
+    `notes`: what else there is to say of the folder, in phrases.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(self, folders: Iterable[tuple[str, Mapping[str, int | None]]]) -> None:
         self._folders: dict[str, _Names] = {}
+        self._alike: dict[str, list[str]] | None = None  # folders by their names without case
         self._digest = hashlib.sha256()
         for folder, sizes in folders:
             names = sorted(sizes)
@@ -54,6 +59,25 @@ class Listing:
         place = None if names is None else names.find(name)
         return None if names is None or place is None else names.before + place
 
+    def starting(self, prefix: str, *, folds: bool = False) -> Iterator[str]:
+        """The files of a folder whose names start with those letters; with `folds`, in any case and Unicode form."""
+        name = prefix.rpartition("/")[2]
+        folder = prefix[: len(prefix) - len(name)]
+        names = self._folders.get(folder)
+        if names is not None:
+            yield from (folder + found for found in (names.starting_alike(name) if folds else names.starting(name)))
+
+    def alike(self, file: str) -> list[str]:
+        """The files whose names are the same but for case and Unicode form, in this folder and in those of a name alike."""
+        if self._alike is None:
+            self._alike = {}
+            for folder in self._folders:
+                self._alike.setdefault(folded(folder), []).append(folder)
+        name = file.rpartition("/")[2]
+        folders = self._alike.get(folded(file[: len(file) - len(name)]), [])
+        wanted = folded(file)
+        return [found for folder in folders for found in self.starting(folder + name, folds=True) if folded(found) == wanted]
+
     def digest(self) -> hashlib._Hash:
         """sha256 of all names and sizes, for others to add to."""
         return self._digest.copy()
@@ -62,13 +86,14 @@ class Listing:
 class _Names:
     """The names of a folder's files in order, one behind the other; `before`: how many files the folders before it have."""
 
-    __slots__ = ("_bytes", "_ends", "before")
+    __slots__ = ("_bytes", "_ends", "_order", "before")
 
     def __init__(self, names: list[str], *, before: int) -> None:
         self.before = before
         encoded = [name.encode("utf-8", "surrogateescape") for name in names]
         self._bytes = b"".join(encoded)
         self._ends = array("Q", [0])
+        self._order: array[int] | None = None  # the places of the names in the order of their folded forms, once it is asked for
         for name in encoded:
             self._ends.append(self._ends[-1] + len(name))
 
@@ -82,5 +107,25 @@ class _Names:
         place = bisect_left(range(len(self)), name, key=self._name)
         return place if place < len(self) and self._name(place) == name else None
 
+    def starting(self, prefix: str) -> Iterator[str]:
+        for place in range(bisect_left(range(len(self)), prefix, key=self._name), len(self)):
+            if not (name := self._name(place)).startswith(prefix):
+                return
+            yield name
+
+    def starting_alike(self, prefix: str) -> Iterator[str]:
+        if self._order is None:
+            self._order = array("I", sorted(range(len(self)), key=lambda place: folded(self._name(place))))
+        wanted = folded(prefix)
+        for at in range(bisect_left(self._order, wanted, key=lambda place: folded(self._name(place))), len(self)):
+            if not folded(name := self._name(self._order[at])).startswith(wanted):
+                return
+            yield name
+
     def _name(self, place: int) -> str:
         return self._bytes[self._ends[place] : self._ends[place + 1]].decode("utf-8", "surrogateescape")
+
+
+def folded(name: str) -> str:
+    """The same for names that differ only in case or in how Unicode composes their letters."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name.casefold())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataprep.columns import ColumnConfig, choose, describe
+from dataprep.columns import ColumnConfig, choose, describe, with_file_name
 from dataprep.places import join
 from dataprep.records import RawSample
 from dataprep.tables import Table, plain
@@ -28,8 +28,11 @@ class ImageList:
     layout = "list"
     tags: tuple[str, ...] = ()
 
-    def __init__(self, files: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None) -> None:
+    def __init__(
+        self, files: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None, notes: Sequence[str] = ()
+    ) -> None:
         self.name = name
+        self._folder_notes = tuple(notes)
         self.root = root
         self.tables = [Table(file) for file in files]
         filled = next((table for table in self.tables if table.names), None)
@@ -60,8 +63,8 @@ class ImageList:
                 yield sample_of(record, source=self.name, columns=self.columns, where=f"{table.name}:{number}", folder=folder)
 
     def notes(self) -> list[str]:
-        """Nothing is left out."""
-        return []
+        """What lies in the folder of the tables and is not read, in sentences."""
+        return [f"{self.name}: {note}" for note in self._folder_notes]
 
 
 def sample_of(record: Mapping[str, Any] | str, *, source: str, columns: Columns, where: str, folder: str | None) -> RawSample:
@@ -80,7 +83,8 @@ def sample_of(record: Mapping[str, Any] | str, *, source: str, columns: Columns,
         named = value.get("path") or ""
         value = value.get("bytes") or named
     rest = {name: plain(item) for name, item in record.items() if name != columns.image and not isinstance(item, bytes)}
-    fields = read_fields(rest, columns=columns)
+    stated = value if isinstance(value, str) else named if isinstance(named, str) else ""
+    fields = read_fields(with_file_name(rest, columns=columns, name=stated), columns=columns)
     if isinstance(value, (bytes, bytearray)):
         if named and f"{columns.image}_path" not in rest:
             fields.extra[f"{columns.image}_path"] = str(named)

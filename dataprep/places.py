@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 from dataprep.listing import Listing
+from dataprep.walk import Walk, is_hidden, is_hidden_image
 from pipeline import remote
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.remote import is_remote
@@ -78,11 +77,17 @@ def join(folder: str, name: str) -> str:
 
 
 def list_files(folder: str) -> Listing:
-    """Every visible file below a folder. Links to folders are not followed. Raises OSError."""
+    """Every visible file below a folder; linked folders are followed once. Raises OSError."""
     if is_remote(folder):
         found = remote.list_files(folder)
-        return Listing.of_files({name: size for name, size in found.items() if not any(map(_is_hidden, name.split("/")))})
-    return Listing(_walk(folder))
+        hidden = sum(is_hidden_image(base_name(name)) for name in found if is_hidden(base_name(name)))
+        listing = Listing.of_files({name: size for name, size in found.items() if not any(map(is_hidden, name.split("/")))})
+        listing.notes = (f"{hidden} hidden image(s) were left out",) if hidden else ()
+        return listing
+    walk = Walk(folder)
+    listing = Listing(walk.folders())
+    listing.notes = tuple(walk.notes())
+    return listing
 
 
 def open_file(file: str) -> BinaryIO:
@@ -124,23 +129,3 @@ def _read_head(file: str) -> bytes | OSError:
             return stream.read(MAX_TEXT_BYTES)
     except OSError as error:
         return error
-
-
-def _walk(root: str) -> Iterator[tuple[str, dict[str, int | None]]]:
-    """Each folder with the sizes of the files in it, as a `Listing` wants them."""
-    for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        sizes: dict[str, int | None] = {}
-        for name in names:
-            path = os.path.join(folder, name)
-            with suppress(OSError):  # a link to nothing
-                found = os.stat(path)
-                if not _is_hidden(name) and stat.S_ISREG(found.st_mode):
-                    sizes[name] = found.st_size
-        if sizes:
-            inner = os.path.relpath(folder, root)
-            yield "" if inner == os.curdir else f"{inner}/", sizes
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")

@@ -21,6 +21,7 @@ from dataprep.places import base_name, expand, join, list_files, names_many
 from dataprep.records import RawSample
 from dataprep.tables import kind_of
 from dataprep.tars import TAR_SUFFIXES, Shards
+from dataprep.unread import unread_notes
 from pipeline.errors import one_line
 from pipeline.remote import is_remote
 
@@ -197,11 +198,14 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
         return ImageFolder(folder, files=files, name=name, columns=columns)
     tars = [join(folder, file) for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if tars:
-        return Shards(sorted(tars), name=name, columns=columns, root=root)
+        told = ("_stats.json", ".parquet", *TAR_SUFFIXES)  # what img2dataset writes beside a tar
+        notes = [*unread_notes(folder, (file for file in files if not file.lower().endswith(told))), *files.notes]
+        return Shards(sorted(tars), name=name, columns=columns, root=root, notes=notes)
     tables = [join(folder, file) for file in files if kind_of(file)]
+    notes = [*unread_notes(folder, (file for file in files if not kind_of(file))), *files.notes]
     if not tables:
-        raise ValueError(f"{folder}: no pictures, no shards and no lists in this folder")
-    return ImageList(sorted(tables), name=name, columns=columns, root=root)
+        raise ValueError("; ".join([f"{folder}: no pictures, no shards and no lists in this folder", *notes]))
+    return ImageList(sorted(tables), name=name, columns=columns, root=root, notes=notes)
 
 
 def _is_file(url: str) -> bool:
