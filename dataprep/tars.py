@@ -146,8 +146,8 @@ class Shards:
         if found.cls:
             payload = file.at(found.cls.offset, min(found.cls.length, MAX_TEXT_BYTES))
             record = {**record, "label": payload.decode("ascii", "replace").strip()}
-        record = with_file_name({**told, **record}, columns=self._columns, name=split_name(found.name)[0])
-        fields = read_fields(record, columns=self._columns)
+        stated = with_file_name({**told, **record}, columns=self._columns, name=split_name(found.name)[0])
+        fields = read_fields(stated, columns=self._columns)
         captions = tuple(texts.values())
         data = None
         if image and (is_remote(tar) or is_compressed) and image.length <= _MOST_IN_HAND:
