@@ -12,12 +12,12 @@ import yaml
 
 from launch.config import Config, TextConfig, load_config
 from tim import transports
-from tim.official import published_config
+from tim.official import NETWORK_FILE, published_config
 from tim.pretrained import HUB
 from tim.weights import ModelSpec, save_model, write_folder
 
 MODEL_FILES = ("config.json", "model.safetensors")
-OFFICIAL_FILES = ("network.yaml", "model.safetensors")
+OFFICIAL_FILES = (NETWORK_FILE, "model.safetensors")
 PUBLISHED_GUIDANCE = 2.5
 
 

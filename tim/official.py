@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-NESTS = ("ema", "state_dict", "model")  # where a training checkpoint keeps its weights, the averaged ones first
+# Where training checkpoints keep their weights, the averaged ones first.
+NESTS = ("ema", "ema_model", "state_dict_ema", "model_ema", "state_dict", "model", "module")
+PREFIXES = ("module.", "model.", "ema_model.")  # in front of every name: of DDP, Lightning and averaging
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
+COUNTERS = ("n_averaged", "initted", "step")  # tensors of averaging, beside its weights
 PICKLES = (".bin", ".pt", ".pth")
+WEIGHTS = (".safetensors", *PICKLES)
 TRANSPORTS = {"ot_fm": "OT_FM", "trigflow": "TrigFlow", "vp": "VP_SDE", "ve": "VE_SDE"}  # their EDM step is wrong
 SETTINGS = {"mean": "P_mean", "std": "P_std", "sigma_d": "sigma_d"}
+NETWORK_FILE = "network.yaml"  # the description of a network in the published form, beside its weights
+OURS = "tim"  # the key of NETWORK_FILE that holds what the published form has no place for: rope, codec, text encoder, sampling defaults
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -26,28 +34,49 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix not in (".safetensors", *PICKLES):
-        raise ValueError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)} files")
+    if path.suffix not in WEIGHTS:
+        raise ValueError(f"{path}: weights are read from {', '.join(WEIGHTS)} files")
     try:
-        content = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+        content = _loaded(path)
+    except Exception as error:  # damaged files raise almost anything
+        raise ValueError(f"{path}: no weights can be read from it ({unreadable(error)})") from error
+    try:
         return unnested(content)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: no weights can be read from it ({first_line(error)})") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: no weights can be read from it ({error})") from error
+
+
+def _loaded(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of kinds of files that it then refuses
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unnested(content: Any) -> dict[str, Tensor]:
-    """The mapping of names to tensors in what a checkpoint holds: itself, or under `ema`, `state_dict` or `model`, in this order.
+    """The weights in the content of a checkpoint: itself, or under one of `NESTS`, in this order; without the prefixes of wrappers.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there are none.
     """
     if isinstance(content, Mapping):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return dict(content)
-        nest = next((name for name in NESTS if isinstance(content.get(name), Mapping)), None)
+        if content and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+            return unprefixed(content)
+        nest = next((name for name in NESTS if isinstance(content.get(name), Mapping) and content[name]), None)
         if nest is not None:
             return unnested(content[nest])
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
     raise ValueError(f"expected names and tensors, by themselves or under {', '.join(NESTS)}; found {found or 'nothing'}")
+
+
+def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the network's own names: without what DDP, FSDP, Lightning, torch.compile and averaging put in front or between."""
+    averaged = {name: value for name, value in weights.items() if name.startswith("ema_model.")}
+    kept = averaged or {name: value for name, value in weights.items() if name not in COUNTERS} or dict(weights)
+    kept = {re.sub(rf"(^|\.)(?:(?:{'|'.join(WRAPPERS)})\.)+", r"\1", name): value for name, value in kept.items()}
+    while prefix := next((each for each in PREFIXES if all(name.startswith(each) for name in kept)), None):
+        kept = {name.removeprefix(prefix): value for name, value in kept.items()}
+    return kept
 
 
 def published_config(params: Mapping[str, Any], *, rope: str, transport: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +102,36 @@ def published_config(params: Mapping[str, Any], *, rope: str, transport: Mapping
     }
 
 
+def network_description(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(network.params, transport {kind, settings}) of a parsed published YAML file. Raises ValueError naming what is missing."""
+    model = content.get("model") if isinstance(content, Mapping) else None
+    network = model.get("network") if isinstance(model, Mapping) else None
+    params = network.get("params") if isinstance(network, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(params, Mapping):
+        raise ValueError("has no model.network.params: give a file as `tim export --official` or the published code writes it")
+    described = model.get("transport") or {}
+    target = str(described.get("target", "OT_FM")).rpartition(".")[2]
+    kinds = {theirs: ours for ours, theirs in TRANSPORTS.items()}
+    if target not in kinds:
+        raise ValueError(f"model.transport.target {target}: expected one of {', '.join(kinds)}")
+    theirs = described.get("params") or {}
+    settings = {ours: theirs[name] for ours, name in SETTINGS.items() if name in theirs}
+    return dict(params), {"kind": kinds[target], **settings}
+
+
 def first_line(error: BaseException) -> str:
-    """What torch says of a file, without the advice and the traces that follow."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The first line of another library's message, without its terminal colours."""
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
+    return (plain.splitlines() or [type(error).__name__])[0][:200]
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file of weights cannot be loaded, and the remedy, in one line. torch's advice to run unknown code is left out."""
+    text = first_line(error)
+    if found := re.search(r"GLOBAL ([\w.]+)|Trying to (?:call|load|set|use)\D*? ([A-Za-z_]\w*\.[\w.]+)", str(error)):
+        return f"it holds {found[1] or found[2]}, which could run code: save its weights alone with torch.save, or as .safetensors"
+    if "TorchScript" in text:
+        return "it is a TorchScript archive: save the state_dict of the module alone"
+    if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.strerror):
+        return text
+    return "it is cut off, damaged, or not a file of torch.save: fetch it again, or save its weights as .safetensors"

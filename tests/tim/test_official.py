@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.tim.tiny import TINY
 from tim import TransitionTransformer
-from tim.official import read_weights
+from tim.official import NESTS, read_weights
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -34,6 +35,27 @@ def test_every_kind_of_file_and_nesting(tiny: TransitionTransformer, tmp_path: P
     assert equal(network.to_official(), weights)
 
 
+@pytest.mark.parametrize("nest", NESTS)
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."])
+def test_wrappers_leave_their_names(nest: str, prefix: str, tiny: TransitionTransformer) -> None:
+    weights = tiny.to_official()
+    network = TransitionTransformer.from_official(TINY)
+    network.load_official({"step": 3, nest: {prefix + name: value for name, value in weights.items()}})
+    assert equal(network.to_official(), weights)
+
+
+def test_names_of_averaging_and_of_compiled_and_sharded_blocks(tiny: TransitionTransformer) -> None:
+    weights = tiny.to_official()
+    blocks = {name.replace("blocks.0.", "blocks.0._fsdp_wrapped_module._orig_mod."): value for name, value in weights.items()}
+    averaged = {"n_averaged": torch.tensor(3), **{f"module.{name}": value for name, value in weights.items()}}
+    both = {f"online_model.{name}": value + 1 for name, value in weights.items()}
+    both |= {"initted": torch.tensor(1), **{f"ema_model.{name}": value for name, value in weights.items()}}
+    for given in (blocks, averaged, both):
+        network = TransitionTransformer.from_official(TINY)
+        network.load_official(given)
+        assert equal(network.to_official(), weights)
+
+
 def test_a_copy_is_a_copy(tiny: TransitionTransformer) -> None:
     weights = tiny.to_official()
     weights["final_layer.linear.bias"] += 1
@@ -49,11 +71,21 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     torch.save({"weight": Bomb()}, tmp_path / "bomb.pt")
     torch.save({"step": 3, "optimizer": [1]}, tmp_path / "empty.pt")
+    torch.save({"ema": {"x": torch.zeros(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "values.pt")
+    torch.save(torch.nn.Linear(1, 1), tmp_path / "network.pt")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html>")
+    (tmp_path / "nothing.pt").touch()
+    (tmp_path / "half.pt").write_bytes((tmp_path / "network.pt").read_bytes()[:500])
     (tmp_path / "text.bin").write_text("no pickle")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     refusals = {
         "bomb.pt": "no weights can be read",
-        "empty.pt": "under ema, state_dict, model; found step, optimizer",
+        "empty.pt": "or under ema, .*, module; found step, optimizer",
+        "values.pt": r"it holds argparse\.Namespace, which could run code: save its weights alone",
+        "network.pt": r"it holds torch\.nn\.modules\.linear\.Linear, which could run code",
+        "page.pt": "it is cut off, damaged, or not a file of torch.save",
+        "nothing.pt": "it is cut off, damaged, or not a file of torch.save",
+        "half.pt": "it is cut off, damaged, or not a file of torch.save",
         "text.bin": "no weights can be read",
         "cut.safetensors": "no weights can be read",
         "none.pt": "no such file",
@@ -63,6 +95,7 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path, monke
             read_weights(tmp_path / name)
         assert str(refusal.value).startswith(str(tmp_path / name))
         assert "\n" not in str(refusal.value)
+        assert "\x1b" not in str(refusal.value)
     assert not (tmp_path / "exploded").exists()
     (tmp_path / "weights.npz").touch()
     with pytest.raises(ValueError, match=r"are read from \.safetensors, \.bin"):
