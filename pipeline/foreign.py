@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions
 from pipeline.fields import RECOMPUTED, TAKEN, Value, parse_json, read_fields
-from pipeline.headers import Size, careful_size, quick_size
 from pipeline.images import Rejection
+from pipeline.images.headers import Size, careful_size, quick_size
 from pipeline.tar import BlockReader, Member, members
 from pipeline.tar_samples import TarSample, TarSamples, is_used, key_of, kind_of
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.headers import careful_size, quick_size
 from pipeline.images import Rejection, read_image
+from pipeline.images.headers import careful_size, quick_size
 
 XMP = b'<x:xmpmeta><rdf:Description tiff:Orientation="8"/></x:xmpmeta>'
 

@@ -206,7 +206,7 @@ def test_pictures_of_phones_end_upright_and_on_white(format: str) -> None:
 
 
 def test_heif_without_its_plugin_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.images._heif_plugin", lambda: False)
+    monkeypatch.setattr("pipeline.images.opening._heif_plugin", lambda: False)
     with pytest.raises(Rejection, match=r"not-an-image: HEIF is read with pillow-heif alone: pip install 'tim\[heif\]'"):
         read_image(b"\0\0\0\x18ftypheic" + bytes(100))
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from pipeline.images import MAX_DECODE_PIXELS, Rejection, check_size, exif_orientation, open_image, read_image, webp_size
+from pipeline.images.decode import read_image
+from pipeline.images.opening import exif_orientation, open_image, webp_size
+from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_size
 
 Peek = Callable[[int, int], bytes]
 """(offset in the file, length) → that many bytes, or fewer where the file ends."""
