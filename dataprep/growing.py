@@ -23,8 +23,9 @@ from dataprep.records import RawSample
 from dataprep.shards import Shard
 from dataprep.store import Store
 
-RETRIED = ("missing", "empty", "not-an-image", "truncated", "no-caption", "bad-record", "crashed")
-"""Reasons that a file that came back, was repaired or got its caption takes away; what was decided by a rule stays decided."""
+RETRIED = ("missing", "empty", "not-an-image", "damaged", "truncated", "unsupported", "no-caption", "bad-record", "crashed")
+"""Reasons that a file that came back, was repaired or got its caption, or a decoder that was installed takes away; what was decided by a
+rule stays decided. `truncated` is what tables of earlier versions say for `damaged`."""
 
 
 _COLUMNS = ("key", "source", "path", "reason", "sha256", "phash", "width", "height", "image_length")

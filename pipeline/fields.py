@@ -9,7 +9,25 @@ from dataclasses import dataclass
 
 Value = str | int | float | bool | list | dict | None
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "heic", "heif", "jp2", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    "jpg",
+    "jpeg",
+    "jpe",
+    "jfif",
+    "png",
+    "webp",
+    "gif",
+    "bmp",
+    "tif",
+    "tiff",
+    "avif",
+    "heic",
+    "heif",
+    "jp2",
+    "jxl",
+    "ppm",
+    "pgm",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
             return
         if len(header) < BLOCK:
             cut = _text(header[:100]) if len(header) >= 100 else ""
-            yield broken(tar, reason="truncated", detail=f"the tar is cut off at byte {file.size}", name=cut)
+            yield broken(tar, reason="damaged", detail=f"the tar is cut off at byte {file.size}", name=cut)
             return
         name_field, size_field, sum_field, kind, magic, prefix = _FIELDS.unpack(header)
         try:
@@ -145,7 +145,7 @@ def _problem(name: str, *, kind: bytes, sparse: bool, is_cut: bool, tar: str) ->
     if kind not in _FILES or sparse:
         return "bad-record", "the member is a link, a device or a sparse file"
     if is_cut:  # even if only padding is lost: nobody knows which members the sample would have had
-        return "truncated", f"{tar} is cut off in {name}"
+        return "damaged", f"{tar} is cut off in {name}"
     return None
 
 

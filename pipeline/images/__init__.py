@@ -1,13 +1,14 @@
 """Bytes → upright 8-bit sRGB pixels, or a named rejection: the one normaliser of the project.
 
 `read_image` decodes every pixel, which is how corpora are prepared; `load_image` decodes no more than its target size needs, which is
-how training reads them. JPEG goes through libjpeg-turbo without Pillow's copies (simplejpeg), all else through Pillow; resizing is torch's.
+how training reads them. The header of every file is checked before a decoder sees it. JPEG goes through libjpeg-turbo without Pillow's
+copies (simplejpeg), all else through Pillow; resizing is torch's.
 """
 
 from pipeline.images.decode import WHITE, Picture, read_image
 from pipeline.images.encode import ImageFormat, Pixels, encode_image
-from pipeline.images.opening import exif_orientation, open_image, webp_size
-from pipeline.images.rejection import MAX_DECODE_PIXELS, REASONS, Rejection, check_size
+from pipeline.images.opening import exif_orientation
+from pipeline.images.rejection import MAX_DECODE_PIXELS, REASONS, Rejection
 from pipeline.images.target_size import load_image
 
 __all__ = [
@@ -18,11 +19,8 @@ __all__ = [
     "Picture",
     "Pixels",
     "Rejection",
-    "check_size",
     "encode_image",
     "exif_orientation",
     "load_image",
-    "open_image",
     "read_image",
-    "webp_size",
 ]

@@ -9,53 +9,68 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms
 
-from pipeline.images.rejection import Rejection
+from pipeline.images.cicp import to_srgb_levels
+from pipeline.images.prepared import Encoding
+from pipeline.images.rejection import unsupported
 
 _SRGB_TOLERANCE = 3  # levels of 255 by which a profile may differ from sRGB and still count as sRGB
 
 
-def to_rgb(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, Image.Image | None, list[str]]:
-    """Any mode → RGB in sRGB, and the alpha channel if there is one: image, alpha, names of the changes made."""
-    changes: list[str] = []
-    alpha: Image.Image | None = None
-    if image.mode.startswith("I"):
-        image, alpha = _from_sixteen_bits(image)
-        changes.append("16-bit")
-    elif image.has_transparency_data:
-        if image.mode == "P":
-            changes.append("palette")
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        alpha = rgba.getchannel("A")
-        image = rgba.convert("RGB")
-    elif image.mode in ("P", "PA"):
-        image = image.convert("RGB")
-        changes.append("palette")
-    elif image.mode == "1":
-        image = image.convert("L")
+def to_rgb(image: Image.Image, *, profile: bytes, encoding: Encoding | None) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """Any mode → RGB in sRGB, and the alpha channel if there is one: image, alpha, names of the changes made.
 
+    `encoding` counts where there is no profile. Raises `Rejection`.
+    """
+    image, alpha, changes = _split(image)
+    if image.mode == "LAB":
+        return _lab_transform().apply(image), alpha, [*changes, "colour-space"]
     if image.mode in ("L", "CMYK"):
         changes.append("grayscale" if image.mode == "L" else "cmyk")
-    elif image.mode == "F":
-        raise Rejection("not-an-image", detail="its levels are floating-point numbers, which say nothing of black and white")
     elif image.mode != "RGB":
         try:
             image = image.convert("RGB")
         except ValueError as error:
-            raise Rejection("not-an-image", detail=f"colour mode {image.mode} has no sRGB equivalent") from error
+            raise unsupported(f"colour mode {image.mode} has no sRGB equivalent") from error
         changes.append("colour-space")
-    if not profile:
-        return _as_rgb(image), alpha, changes
+    if profile:
+        image, applied = _apply_profile(image, profile=profile)
+        return image, alpha, [*changes, *applied]
+    image = _as_rgb(image)
+    if encoding is not None:
+        image = Image.fromarray(to_srgb_levels(np.asarray(image), encoding))
+        changes.append("colours-to-srgb")
+    return image, alpha, changes
 
-    transform = to_srgb(profile, mode=image.mode)
-    if transform == "unusable" and image.mode == "L":  # an RGB profile on a gray image
-        image = image.convert("RGB")
-        transform = to_srgb(profile, mode="RGB")
-    if isinstance(transform, ImageCms.ImageCmsTransform):
-        image = transform.apply(image)
-        changes.append("icc-to-srgb")
-    elif transform == "unusable":
-        changes.append("icc-ignored")
-    return _as_rgb(image), alpha, changes
+
+def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """An image of a mode without alpha, its alpha, and names of the changes made. Gray stays gray, for its profile's sake."""
+    if image.mode == "F":
+        raise unsupported("its levels are floating-point numbers, which say nothing of black and white")
+    if image.mode.startswith("I"):
+        gray, alpha = _from_sixteen_bits(image)
+        return gray, alpha, ["16-bit"]
+    if image.mode in ("La", "RGBa"):
+        image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode in ("P", "PA"):
+        has_alpha = image.mode == "PA" or "transparency" in image.info
+        image = image.convert("RGBA" if has_alpha else "RGB")
+        return (image.convert("RGB"), image.getchannel("A"), ["palette"]) if has_alpha else (image, None, ["palette"])
+    if image.mode == "LA":
+        return image.getchannel("L"), image.getchannel("A"), []
+    if image.mode == "RGBA":
+        return image.convert("RGB"), image.getchannel("A"), []
+    transparent = image.info.get("transparency")
+    if image.mode in ("L", "RGB") and isinstance(transparent, int | tuple):
+        return image, _alpha_of(np.asarray(image), transparent), []
+    return image, None, []
+
+
+def _alpha_of(levels: np.ndarray, transparent: int | tuple[int, ...]) -> Image.Image:
+    """(H, W) or (H, W, 3) levels of which one is transparent → alpha."""
+    hit = levels == np.asarray(transparent)
+    return Image.fromarray(np.where(hit if hit.ndim == 2 else hit.all(axis=-1), 0, 255).astype(np.uint8))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -66,11 +81,20 @@ def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | N
     """16-bit gray → 8-bit gray by v / 257, rounded; the one transparent level of a PNG → alpha. (16-bit RGB arrives as its high bytes.)"""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise Rejection("not-an-image", detail=f"its levels go from {levels.min()} to {levels.max()}, which is no picture's range")
+        raise unsupported(f"its levels go from {levels.min()} to {levels.max()}, which is no image's range")
     scaled = (levels * 255 + 32895) >> 16
     transparent = image.info.get("transparency")
-    alpha = Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)) if isinstance(transparent, int) else None
-    return Image.fromarray(scaled.astype(np.uint8)), alpha
+    return Image.fromarray(scaled.astype(np.uint8)), _alpha_of(levels, transparent) if isinstance(transparent, int) else None
+
+
+def _apply_profile(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, list[str]]:
+    transform = to_srgb(profile, mode=image.mode)
+    if transform == "unusable" and image.mode == "L":  # an RGB profile on a gray image
+        image = image.convert("RGB")
+        transform = to_srgb(profile, mode="RGB")
+    if isinstance(transform, ImageCms.ImageCmsTransform):
+        return transform.apply(image), ["icc-to-srgb"]
+    return _as_rgb(image), ["icc-ignored"] if transform == "unusable" else []
 
 
 @lru_cache(maxsize=64)
@@ -88,3 +112,8 @@ def to_srgb(profile: bytes, *, mode: str) -> ImageCms.ImageCmsTransform | Litera
         if np.abs(seen.astype(int) - grid.astype(int)).max() <= _SRGB_TOLERANCE:
             return "srgb"
     return transform
+
+
+@lru_cache(maxsize=1)
+def _lab_transform() -> ImageCms.ImageCmsTransform:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")

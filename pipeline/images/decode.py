@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pipeline.images.colour import to_rgb, to_srgb
 from pipeline.images.encode import Pixels
-from pipeline.images.jpeg import decode_jpeg, plain_jpeg_size
-from pipeline.images.opening import animated, exif_orientation, open_image
-from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_size, damage_rejected
+from pipeline.images.jpeg import decode_whole_jpeg, plain_jpeg_size
+from pipeline.images.opening import Opened, animated, exif_orientation, open_again, open_image
+from pipeline.images.rejection import MAX_DECODE_PIXELS, check_claim, check_size, damage_rejected, damaged
 
 WHITE = (255, 255, 255)
-# No image of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
-_BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,6 +23,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ENDS_EARLY = ("GIF", "BMP", "PPM")  # formats whose decoder may stop before the last pixel without a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,56 +47,104 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, backg
 
     Raises `Rejection`; the pixel limit is checked before anything is decoded.
     """
-    (height, width), image = read_header(data, max_decode_pixels=max_decode_pixels)
-    if height * width > max(_BOMB_PIXELS, len(data) * _BOMB_PIXELS_PER_BYTE):
-        raise Rejection("too-large", detail=f"{len(data)} bytes claim to be {width}x{height} pixels")
-    if image is None or is_clean_jpeg(image):
-        pixels = decode_jpeg(data)
-        height, width = pixels.shape[:2]
-        return Picture(pixels=pixels, clean=True, format="JPEG", original_height=height, original_width=width, changes=())
+    size = plain_jpeg_size(data)
+    if size is not None:
+        check_size(*size, max_decode_pixels=max_decode_pixels)
+        check_claim(*size, length=len(data))
+        pixels, is_sound = decode_whole_jpeg(data, header=None)
+        return _finished(Image.fromarray(pixels), is_clean=is_sound, format="JPEG", size=size, changes=[] if is_sound else ["odd-jpeg"])
 
-    format_name = "JPEG" if image.format == "MPO" else str(image.format)
-    orientation = exif_orientation(image)
-    if format_name == "TIFF" and orientation >= 5:  # Pillow turns TIFFs, and only those, by itself
-        width, height = height, width
-    changes = [] if format_name == "JPEG" else [f"from-{format_name.lower()}"]
+    opened = open_image(data, max_decode_pixels=max_decode_pixels)
+    changes = [] if opened.jpeg else [f"from-{opened.format.lower()}"]
+    size = opened.prepared.size or (opened.image.height, opened.image.width)
+    is_clean = is_clean_jpeg(opened)
     with damage_rejected():
-        decoded = Image.fromarray(decode_jpeg(data)) if format_name == "JPEG" and image.mode == "RGB" else image
-        decoded.load()
-        orientation = exif_orientation(image)  # once more: a PNG may keep it behind its pixels
-    if format_name != "JPEG" and animated(image):
-        changes.append("first-frame")
-    decoded, alpha, colour_changes = to_rgb(decoded, profile=image.info.get("icc_profile") or b"")
-    changes += colour_changes
-    if alpha is not None:
-        decoded = Image.composite(decoded, Image.new("RGB", decoded.size, background), alpha)
-        changes.append("alpha-on-white" if background == WHITE else "alpha-on-colour")
-    if orientation in UPRIGHT:
-        decoded = decoded.transpose(UPRIGHT[orientation])
-        changes.append(f"orientation-{orientation}")
+        decoded, is_sound = _decode_jpeg(opened) if opened.jpeg else (_decode(opened), True)
+        if opened.jpeg and not (is_sound and opened.jpeg.is_plain):
+            changes.append("odd-jpeg")
+        if is_clean:
+            return _finished(decoded, is_clean=is_sound, format="JPEG", size=size, changes=changes)
+        orientation = exif_orientation(opened.image)
+        if not opened.jpeg and animated(opened):
+            changes.append("first-frame")
+        decoded = _normalised(decoded, opened=opened, changes=changes, background=background)
+        if orientation in UPRIGHT:
+            decoded = decoded.transpose(UPRIGHT[orientation])
+            changes.append(f"orientation-{orientation}")
+    return _finished(decoded, is_clean=False, format=opened.format, size=size, changes=changes)
+
+
+def _finished(image: Image.Image, *, is_clean: bool, format: str, size: tuple[int, int], changes: list[str]) -> Picture:
     return Picture(
-        pixels=np.asarray(decoded),
-        clean=False,
-        format=format_name,
-        original_height=height,
-        original_width=width,
-        changes=tuple(changes),
+        pixels=np.asarray(image), clean=is_clean, format=format, original_height=size[0], original_width=size[1], changes=tuple(changes)
     )
 
 
-def is_clean_jpeg(image: Image.Image) -> bool:
-    """Three components, upright, sRGB: every reader shows what the decoder gives."""
-    if image.format not in ("JPEG", "MPO") or image.mode != "RGB" or exif_orientation(image) in UPRIGHT:
+def _normalised(decoded: Image.Image, *, opened: Opened, changes: list[str], background: tuple[int, int, int]) -> Image.Image:
+    """RGB in sRGB, what is transparent on the background, the part that is shown; `changes` grows."""
+    prepared = opened.prepared
+    profile = b"" if prepared.overrides_profile else opened.image.info.get("icc_profile") or b""
+    decoded, alpha, colour_changes = to_rgb(decoded, profile=profile, encoding=prepared.encoding)
+    changes += colour_changes
+    if "transparent_colour" in prepared.info:
+        alpha = _sixteen_bit_alpha(opened, transparent=prepared.info["transparent_colour"])
+    if alpha is not None:
+        decoded = Image.composite(decoded, Image.new("RGB", decoded.size, background), alpha)
+        changes.append("alpha-on-white" if background == WHITE else "alpha-on-colour")
+    if prepared.aperture is not None:
+        left, top, width, height = prepared.aperture
+        decoded = decoded.crop((left, top, left + width, top + height))
+        changes.append("clean-aperture")
+    return decoded
+
+
+def _decode_jpeg(opened: Opened) -> tuple[Image.Image, bool]:
+    """The image as stored, and whether the file is sound as it is."""
+    assert opened.jpeg is not None
+    pixels, is_sound = decode_whole_jpeg(opened.prepared.data, header=opened.jpeg)
+    if opened.jpeg.components == 4:  # libjpeg-turbo has found it sound; Pillow knows when its inks are inverted
+        opened.image.load()
+        return opened.image, is_sound
+    return Image.fromarray(pixels[..., 0] if opened.jpeg.components == 1 else pixels), is_sound and not opened.jpeg.has_junk
+
+
+def _decode(opened: Opened) -> Image.Image:
+    """Decode once. Where a decoder may stop early, a second decode onto another ground shows which pixels it left out."""
+    image = opened.image
+    if image.format not in _ENDS_EARLY:
+        image.load()
+        return image
+    extents = image.tile[0][1] if image.tile else None
+    other = open_again(opened.prepared.data, format=str(image.format))
+    image.load()
+    _load_onto(other, level=255)
+    if extents is not None and image.crop(extents).tobytes() != other.crop(extents).tobytes():
+        raise damaged("its pixel data ends early")
+    return image
+
+
+def _load_onto(image: ImageFile.ImageFile, *, level: int) -> None:
+    """Decode onto a ground of one level instead of 0 or, in a GIF, of its transparent one."""
+    if getattr(image, "_frame_transparency", None) is not None:
+        vars(image)["_frame_transparency"] ^= 0xFF
+    else:
+        image.im = Image.core.fill(image.mode, image.size, (level,) * Image.getmodebands(image.mode))
+    image.load()
+
+
+def _sixteen_bit_alpha(opened: Opened, *, transparent: tuple[int, int, int]) -> Image.Image:
+    """Of a 16-bit RGB PNG: Pillow gives the high bytes, and the low ones if it is told that they come first."""
+    low = open_again(opened.prepared.data, format="PNG")
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+    low.load()
+    levels = np.asarray(opened.image).astype(np.uint16) << 8 | np.asarray(low)
+    return Image.fromarray(np.where((levels == np.array(transparent, np.uint16)).all(axis=-1), 0, 255).astype(np.uint8))
+
+
+def is_clean_jpeg(opened: Opened) -> bool:
+    """Three components, upright, sRGB, nothing odd in its header: every reader shows what the decoder gives."""
+    header, image = opened.jpeg, opened.image
+    if header is None or not header.is_plain or header.components != 3 or header.has_junk or exif_orientation(image) in UPRIGHT:
         return False
     profile = image.info.get("icc_profile")
     return not profile or to_srgb(profile, mode="RGB") == "srgb"
-
-
-def read_header(data: bytes | memoryview, *, max_decode_pixels: int) -> tuple[tuple[int, int], Image.Image | None]:
-    """(height, width), within the limit, and the image as Pillow opened it: None for a plain JPEG, which is clean. Raises `Rejection`."""
-    size = plain_jpeg_size(data)
-    if size is None:
-        image = open_image(data, max_decode_pixels=max_decode_pixels)
-        return (image.height, image.width), image
-    check_size(*size, max_decode_pixels=max_decode_pixels)
-    return size, None

@@ -9,16 +9,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
+from pipeline.images.containers import webp_size
 from pipeline.images.decode import read_image
-from pipeline.images.opening import exif_orientation, open_image, webp_size
-from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_size
+from pipeline.images.opening import exif_orientation, open_image
+from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_claim, check_size
 
 Peek = Callable[[int, int], bytes]
 """(offset in the file, length) → that many bytes, or fewer where the file ends."""
 Size = tuple[int, int]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif")  # where a PNG may keep an orientation
+_TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif", b"cICP")  # where a PNG may keep an orientation, or HDR colours
 _TAIL = 1 << 16  # bytes of a PNG that are searched for them from its end
 _LARGEST_FILE = 1 << 30
 _SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, of a frame, bits, height, width
@@ -39,6 +40,7 @@ def quick_size(peek: Peek, *, length: int) -> Size | None:
     if size is None or not size[0] * size[1]:
         return None
     check_size(*size, max_decode_pixels=MAX_DECODE_PIXELS)
+    check_claim(*size, length=length)
     return size
 
 
@@ -48,8 +50,9 @@ def careful_size(peek: Peek, *, length: int) -> Size:
         raise Rejection("too-large", detail=f"{length / 1e9:.1f} GB")
     head = peek(0, 2048)
     end = _walk_jpeg(peek, head=head)[2] if head.startswith(b"\xff\xd8\xff") else None
-    image = open_image(peek(0, end or length), max_decode_pixels=MAX_DECODE_PIXELS)
-    if image.format not in ("JPEG", "MPO", "PNG", "WEBP"):
+    opened = open_image(peek(0, end or length), length=length, max_decode_pixels=MAX_DECODE_PIXELS)
+    image = opened.image
+    if opened.format not in ("JPEG", "PNG", "WEBP"):
         height, width = read_image(peek(0, length)).pixels.shape[:2]
         return height, width
     return (image.width, image.height) if exif_orientation(image) >= 5 else (image.height, image.width)
@@ -60,14 +63,14 @@ def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | Non
     size, is_plain, position = None, True, 2
     for _ in range(_MOST_SEGMENTS):
         if position + _SEGMENT.size <= len(head):
-            mark, kind, length, _, height, width = _SEGMENT.unpack_from(head, position)
+            mark, kind, length, bits, height, width = _SEGMENT.unpack_from(head, position)
         else:
-            mark, kind, length, _, height, width = _SEGMENT.unpack(peek(position, _SEGMENT.size).ljust(_SEGMENT.size, b"\0"))
+            mark, kind, length, bits, height, width = _SEGMENT.unpack(peek(position, _SEGMENT.size).ljust(_SEGMENT.size, b"\0"))
         if mark != 0xFF or not 0xC0 <= kind <= 0xFE or 0xD0 <= kind <= 0xD9:
             break
         position += 2 + length
         if kind in (0xC0, 0xC1, 0xC2) and size is None:
-            size = (height, width)
+            size, is_plain = (height, width), is_plain and bits == 8
         elif kind == 0xE1 or (0xC3 <= kind <= 0xCF and kind not in (0xC4, 0xCC)):
             is_plain = False
         elif kind == 0xDA:

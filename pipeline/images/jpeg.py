@@ -1,26 +1,47 @@
-"""JPEG through libjpeg-turbo, without Pillow's copies."""
+"""JPEG through libjpeg-turbo, without Pillow's copies; its header is walked first, so that nothing else reaches a scaled decode."""
 
 from __future__ import annotations
+
+import io
+from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from PIL import Image
 
-from pipeline.images.rejection import damage_rejected
+from pipeline.images.rejection import damage_rejected, damaged, unsupported
 
 JPEG_MAGIC = b"\xff\xd8\xff"
-_JPEG_DAMAGE = ("premature end", "bad huffman code", "corrupt arithmetic code", "instead of rst")
-_MOST_SEGMENTS = 64  # of a JPEG's header; one with more is left to Pillow
+_MOST_PLAIN_SEGMENTS = 64  # of a header that is worth the quick look
+_MOST_SEGMENTS = 100_000
+_PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded
+_CAREFUL_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded progressive"}
+_REFUSED_FRAMES = {
+    **dict.fromkeys((0xC5, 0xC6, 0xC7, 0xCD, 0xCE, 0xCF), "hierarchical"),
+    0xCB: "lossless arithmetic-coded",
+    0xF7: "JPEG-LS",
+}
+_ODD_SCANS = "invalid sos parameters"  # of several scans: libjpeg says nothing of what else it finds
+_LACKING = ("subsampling", "unsupported", "not supported", "not implemented", "not compiled")
 
 
-def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
-    with damage_rejected():
-        try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
-        except ValueError as error:
-            if any(sign in str(error).lower() for sign in _JPEG_DAMAGE):
-                raise
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=False)  # odd, but all pixels are there
+@dataclass(frozen=True, slots=True)
+class JpegHeader:
+    """What stands before the first scan. `segments`: (kind, first byte, behind the last) of each; `scan`: where the first scan begins."""
+
+    height: int
+    width: int
+    frame: int
+    components: int
+    segments: tuple[tuple[int, int, int], ...]
+    has_junk: bool
+    scan: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it may be decoded at a fraction of its size."""
+        return self.frame in _PLAIN_FRAMES
 
 
 def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
@@ -28,12 +49,12 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
     position, is_jfif = 2, False
-    for _ in range(_MOST_SEGMENTS):
+    for _ in range(_MOST_PLAIN_SEGMENTS):
         head = bytes(data[position : position + 10])
         if len(head) < 10 or head[0] != 0xFF:
             return None
         kind = head[1]
-        if kind in (0xC0, 0xC1, 0xC2):  # sequential or progressive
+        if kind in _PLAIN_FRAMES:
             is_plain = is_jfif and head[4] == 8 and head[9] == 3
             size = (head[5] << 8 | head[6], head[7] << 8 | head[8])
             return size if is_plain and size[0] * size[1] else None
@@ -42,3 +63,115 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
             return None
         position += 2 + (head[2] << 8 | head[3])
     return None
+
+
+def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
+    """Walk the segments up to the first scan as libjpeg does, which passes over what lies between them.
+
+    Raises `Rejection` where there is no frame of a kind that can be decoded.
+    """
+    data = bytes(data)
+    segments: list[tuple[int, int, int]] = []
+    position, has_junk, frame = 2, False, None
+    for _ in range(_MOST_SEGMENTS):
+        start = data.find(b"\xff", position)
+        if start < 0:
+            break
+        has_junk = has_junk or start > position
+        while data[start + 1 : start + 2] == b"\xff":
+            start += 1
+        kind = data[start + 1] if start + 1 < len(data) else 0xD9
+        if kind == 0:  # no marker
+            has_junk, position = True, start + 2
+            continue
+        if kind in (0xD8, 0xD9) or 0xD0 <= kind <= 0xD7 or kind == 0x01:
+            break
+        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
+        if end < start + 4 or end > len(data):
+            break
+        segments.append((kind, start, end))
+        if kind == 0xDA:
+            if frame is None:
+                break
+            return _checked(data, frame=frame, segments=tuple(segments), has_junk=has_junk, scan=start)
+        if (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)) or kind == 0xF7:
+            if frame is not None:
+                raise damaged("it has two frames")
+            frame = (kind, start)
+        position = end
+    raise damaged("its header is cut off or broken")
+
+
+def _checked(data: bytes, *, frame: tuple[int, int], segments: tuple[tuple[int, int, int], ...], has_junk: bool, scan: int) -> JpegHeader:
+    kind, start = frame
+    body = data[start + 4 : start + 10].ljust(6, b"\0")
+    precision, height, width, components = body[0], body[1] << 8 | body[2], body[3] << 8 | body[4], body[5]
+    if kind in _REFUSED_FRAMES:
+        raise unsupported(f"{_REFUSED_FRAMES[kind]} JPEG")
+    if precision != 8:
+        raise unsupported(f"JPEG of {precision} bits")
+    if components not in (1, 3, 4):
+        raise unsupported(f"JPEG of {components} components")
+    if not height:
+        raise unsupported("its height stands behind its first scan (DNL)")
+    return JpegHeader(height=height, width=width, frame=kind, components=components, segments=segments, has_junk=has_junk, scan=scan)
+
+
+def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
+    """(H, W, 3) RGB of an intact JPEG with three components. Raises `Rejection`."""
+    return decode_whole_jpeg(data, header=None)[0]
+
+
+def decode_whole_jpeg(data: bytes | memoryview, *, header: JpegHeader | None) -> tuple[NDArray[np.uint8], bool]:
+    """(H, W, 3) RGB of a JPEG of three components, or (H, W, 1) of gray, or (H, W, 4) of CMYK as stored; and whether it is sound as it is.
+
+    What libjpeg warns of in a scan is damage; junk between header segments and odd values in them are not: the scan is then read behind
+    a header without them. Raises `Rejection`.
+    """
+    space = {1: "GRAY", 4: "CMYK"}.get(header.components, "RGB") if header else "RGB"
+    with damage_rejected():
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace=space, strict=True), True
+        except ValueError as error:
+            first = error
+        if any(sign in str(first).lower() for sign in _LACKING):
+            return _decode_by_pillow(data, header=header), False
+        tidy = tidy_jpeg(data, header=header or read_jpeg_header(data))
+        try:
+            return simplejpeg.decode_jpeg(tidy, colorspace=space, strict=True), False
+        except ValueError as error:
+            if any(sign in str(error).lower() for sign in _LACKING):
+                return _decode_by_pillow(tidy, header=header), False
+            if _ODD_SCANS not in str(error).lower():
+                raise
+        return simplejpeg.decode_jpeg(tidy, colorspace=space, strict=False), False
+
+
+def _decode_by_pillow(data: bytes | memoryview, *, header: JpegHeader | None) -> NDArray[np.uint8]:
+    """For what turbojpeg's own interface lacks, such as unusual subsampling. It is silent about damage that is not a cut."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        pixels = np.asarray(image)
+    assert header is None or pixels.shape[:2] == (header.height, header.width)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def tidy_jpeg(data: bytes | memoryview, *, header: JpegHeader) -> bytes:
+    """The same image with nothing between its header segments, and with the values in them that libjpeg corrects while it warns."""
+    data = bytes(data)
+    parts = [data[:2]]
+    for kind, start, end in header.segments[:-1]:
+        segment = bytearray(data[start:end])
+        if kind == 0xE0 and segment[4:8] == b"JFIF" and len(segment) > 10 and segment[9] not in (1, 2):
+            segment[9] = 1
+        if kind == 0xEE and segment[4:9] == b"Adobe" and len(segment) >= 16 and segment[15] > 2:
+            segment[15] = 1 if header.components == 3 else 2
+        parts.append(bytes(segment))
+    return b"".join(parts) + _tidy_scans(data[header.scan :], is_sequential=header.frame in (0xC0, 0xC1))
+
+
+def _tidy_scans(rest: bytes, *, is_sequential: bool) -> bytes:
+    """Sequential JPEG has no spectral selection: whatever its only scan says of it is corrected."""
+    if not is_sequential or rest.count(b"\xff\xda") > 1:
+        return rest
+    end = 2 + int.from_bytes(rest[2:4], "big")
+    return rest[: end - 3] + b"\x00\x3f\x00" + rest[end:]

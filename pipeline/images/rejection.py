@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 from pipeline.errors import one_line
 
-REASONS: tuple[str, ...] = ("empty", "not-an-image", "truncated", "too-large")
+REASONS: tuple[str, ...] = ("empty", "not-an-image", "damaged", "unsupported", "too-large")
 MAX_DECODE_PIXELS = 180_000_000
+# No image of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
+_BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
 
 
 class Rejection(ValueError):
@@ -22,9 +24,27 @@ class Rejection(ValueError):
         self.detail = detail
 
 
+def damaged(detail: str) -> Rejection:
+    return Rejection("damaged", detail=detail)
+
+
+def unsupported(detail: str) -> Rejection:
+    """Of an intact image that no decoder here can read."""
+    return Rejection("unsupported", detail=detail)
+
+
 def check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
+    """Raises `Rejection` where the image has no pixels, or more than the limit."""
+    if height <= 0 or width <= 0:
+        raise damaged(f"its header says {width}x{height} pixels")
     if height * width > max_decode_pixels:
         raise Rejection("too-large", detail=f"{width}x{height} pixels, the limit is {max_decode_pixels / 1e6:g} megapixels")
+
+
+def check_claim(height: int, width: int, *, length: int) -> None:
+    """Raises `Rejection` where a file of `length` bytes cannot hold an image of this size."""
+    if height * width > max(_BOMB_PIXELS, length * _BOMB_PIXELS_PER_BYTE):
+        raise Rejection("too-large", detail=f"{length} bytes claim to be {width}x{height} pixels")
 
 
 @contextmanager
@@ -39,4 +59,4 @@ def damage_rejected() -> Iterator[None]:
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to decode it") from error
     except Exception as error:
-        raise Rejection("truncated", detail=one_line(error)) from error
+        raise damaged(one_line(error)) from error

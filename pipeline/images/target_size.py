@@ -6,10 +6,11 @@ import math
 
 import simplejpeg
 
-from pipeline.images.decode import is_clean_jpeg, read_header, read_image
+from pipeline.images.decode import is_clean_jpeg, read_image
 from pipeline.images.encode import Pixels
-from pipeline.images.jpeg import JPEG_MAGIC, decode_jpeg
-from pipeline.images.rejection import MAX_DECODE_PIXELS
+from pipeline.images.jpeg import JPEG_MAGIC, decode_jpeg, plain_jpeg_size
+from pipeline.images.opening import open_image
+from pipeline.images.rejection import MAX_DECODE_PIXELS, check_size
 
 # At how many eighths of its size the decoder may scale a JPEG if that leaves so many times the target size for the final resampling:
 # measured over photographs as the least that keeps every one within 38 dB of a full decode. The other eighths are no faster.
@@ -25,7 +26,7 @@ def load_image(data: bytes | memoryview, *, resize: tuple[int, int], crop: tuple
     (target_height, target_width), (height, width) = resize, crop
     assert 0 < height <= target_height, (resize, crop)
     assert 0 < width <= target_width, (resize, crop)
-    stored = clean_jpeg_size(data)
+    stored = _clean_jpeg_size(data)
     if stored is None:
         pixels = read_image(bytes(data)).pixels
         covered = pixels.shape[:2]
@@ -38,12 +39,16 @@ def load_image(data: bytes | memoryview, *, resize: tuple[int, int], crop: tuple
     return pixels[:, ::-1] if flip else pixels
 
 
-def clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JPEG which every reader shows as the decoder gives it; None for all else."""
+def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """(height, width) of a JPEG which every reader shows as the decoder gives it; None for all else. Raises `Rejection`."""
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
-    size, image = read_header(data, max_decode_pixels=MAX_DECODE_PIXELS)
-    return size if image is None or is_clean_jpeg(image) else None
+    size = plain_jpeg_size(data)
+    if size is None:
+        opened = open_image(data, max_decode_pixels=MAX_DECODE_PIXELS)
+        return (opened.image.height, opened.image.width) if is_clean_jpeg(opened) else None
+    check_size(*size, max_decode_pixels=MAX_DECODE_PIXELS)
+    return size
 
 
 def _decode_shrunk(data: bytes | memoryview, *, stored: tuple[int, int], target: tuple[int, int]) -> tuple[Pixels, tuple[float, float]]:

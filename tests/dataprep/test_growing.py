@@ -70,7 +70,7 @@ def test_rejected_inputs_get_a_second_look(tmp_path: Path) -> None:
     (folder / "00003.jpg").write_bytes(whole["00003.jpg"][:200])
     (folder / "00004.jpg").write_bytes(photo(4, height=8, width=9))
     account = prepare([str(folder)], out=out, config=CONFIG)
-    assert account.rejected == {"missing": 1, "too-small": 1, "truncated": 1}
+    assert account.rejected == {"missing": 1, "too-small": 1, "damaged": 1}
 
     for name, kept, rejected in (("00003.jpg", 3, {"missing": 1, "too-small": 1}), ("00001.jpg", 4, {"too-small": 1})):
         (folder / name).write_bytes(whole[name])

@@ -69,7 +69,7 @@ def test_an_index_of_prepared_shards_plans_and_reads_as_they_do(tmp_path: Path) 
     data[row["image_offset"] + row["image_length"] // 2 : row["image_offset"] + row["image_length"]] = bytes(-(-row["image_length"] // 2))
     damaged.write_bytes(data)
     (problem,) = verify(tmp_path / "I").problems
-    assert f"{damaged}: {row['key']}: its picture cannot be read: truncated" in problem
+    assert f"{damaged}: {row['key']}: its picture cannot be read: damaged" in problem
     damaged.write_bytes(data[:-2000])
     (problem,) = verify(tmp_path / "I").problems
     assert f"{damaged}: is not what 000001.parquet says" in problem

@@ -35,7 +35,7 @@ def test_every_input_is_in_the_account_and_in_a_table(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "mixed", files, rows=rows)
     stages: list[tuple[str, int, int | None]] = []
     account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step, note="": stages.append(step))
-    assert account.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "truncated": 1}
+    assert account.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "damaged": 1}
     assert account.inputs == account.kept + sum(account.rejected.values()) == len(rows)
     found = table_rows(tmp_path / "C")
     assert sorted(row["path"] for row in found) == sorted(str(row["file_name"]) for row in rows)
@@ -190,7 +190,7 @@ def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     out = tmp_path_factory.mktemp("reference") / "C"
     account = prepare([str(many)], out=out, config=SMALL_SHARDS, workers=1)
     assert account.shards > 5
-    assert set(account.rejected) == {"duplicate", "truncated"}
+    assert set(account.rejected) == {"duplicate", "damaged"}
     return digests(out)
 
 

@@ -41,7 +41,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_folder(folder / "set", files, rows=rows)
     account = prepare([str(folder / "set")], out=folder / "C", config=CONFIG)
-    assert (account.kept, account.rejected, account.shards) == (10, {"aspect": 1, "truncated": 1}, 3)
+    assert (account.kept, account.rejected, account.shards) == (10, {"aspect": 1, "damaged": 1}, 3)
     return folder / "C"
 
 
@@ -80,7 +80,7 @@ def test_what_follows_from_tables_and_tars_comes_back_with_its_bytes(corpus: Pat
 @pytest.mark.parametrize("with_index", [True, False])
 @pytest.mark.parametrize("how", ["missing", "damaged"])
 def test_a_table_comes_back_but_for_what_was_rejected(corpus: Path, sound: Path, with_index: bool, how: str) -> None:
-    rejecting = next(path for path in sorted(corpus.glob("0*.parquet")) if "truncated" in pq.read_table(path)["reason"].to_pylist())
+    rejecting = next(path for path in sorted(corpus.glob("0*.parquet")) if "damaged" in pq.read_table(path)["reason"].to_pylist())
     if how == "missing":
         rejecting.unlink()
     else:
@@ -98,7 +98,7 @@ def test_a_table_comes_back_but_for_what_was_rejected(corpus: Path, sound: Path,
     assert len(found.lost) == (1 if with_index else 2)
     manifest = json.loads((corpus / "manifest.json").read_text())
     assert manifest["lost"] == {rejecting.name: lost}
-    assert manifest["rejected"] == {"aspect": 1, "truncated": 1}
+    assert manifest["rejected"] == {"aspect": 1, "damaged": 1}
     assert Corpus.open(corpus).count == 10
     again = digests(corpus)
     assert repair(corpus).done == []

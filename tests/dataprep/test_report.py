@@ -102,9 +102,9 @@ def test_nothing_in_the_data_becomes_part_of_the_page(page: Page, corpus: Path) 
 
 def test_it_shows_what_there_is(page: Page, corpus: Path) -> None:
     manifest = read_manifest(corpus)
-    for said in ("14 of 18 inputs kept in 1 shard", "no-caption", "aspect", "truncated", "duplicate", "thin.jpg", "looks like", "clip"):
+    for said in ("14 of 18 inputs kept in 1 shard", "no-caption", "aspect", "damaged", "duplicate", "thin.jpg", "looks like", "clip"):
         assert said in page.text or said == "looks like"
-    assert manifest["rejected"] == {"aspect": 1, "duplicate": 1, "no-caption": 1, "truncated": 1}
+    assert manifest["rejected"] == {"aspect": 1, "duplicate": 1, "no-caption": 1, "damaged": 1}
     # 14 kept, the pair once more, and of the rejected those that could be decoded
     assert len(page.pictures) == 14 + 2 + 2
     assert all(max(picture.size) <= 160 for picture in page.pictures)

@@ -159,9 +159,9 @@ def test_where_a_tar_ends_too_early_something_says_so(tmp_path: Path, cut: str) 
     if cut == "damaged header":
         assert found == [*whole, ("t.tar/2.jpg", ""), ("t.tar", "bad-record")]
     elif cut == "stub of a header":
-        assert found == [*whole, ("t.tar/2.jpg", ""), ("t.tar", "truncated")]
+        assert found == [*whole, ("t.tar/2.jpg", ""), ("t.tar", "damaged")]
     else:
-        assert found == [*whole, ("t.tar/2.jpg", "truncated")]
+        assert found == [*whole, ("t.tar/2.jpg", "damaged")]
 
 
 def test_a_tar_without_its_closing_blocks_is_whole(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_whatever_cannot_be_used_is_named() -> None:
     shard = index(write(files, format=tarfile.GNU_FORMAT))
     found = rows(shard)
     assert {row["path"]: row["reason"] for row in found} == {
-        "good.jpg": "", "text.txt": "missing", "mute.jpg": "no-caption", "empty.jpg": "empty", "cut.jpg": "truncated",
+        "good.jpg": "", "text.txt": "missing", "mute.jpg": "no-caption", "empty.jpg": "empty", "cut.jpg": "damaged",
         "page.jpg": "not-an-image", "json.jpg": "bad-record", "../up.jpg": "bad-record", "twice.jpg": "bad-record",
     }  # fmt: skip
     assert [row["key"] for row in found if row["status"] == "success"] == ["good"]
