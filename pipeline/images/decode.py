@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,7 +116,8 @@ def _decode(opened: Opened) -> Image.Image:
     """Decode once. Where a decoder may stop early, a second decode onto another ground shows which pixels it left out."""
     image = opened.image
     if image.format not in _ENDS_EARLY:
-        image.load()
+        with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
+            image.load()
         return image
     extents = image.tile[0][1] if image.tile else None
     other = open_again(opened.prepared.data, format=str(image.format))
@@ -121,6 +126,25 @@ def _decode(opened: Opened) -> Image.Image:
     if extents is not None and image.crop(extents).tobytes() != other.crop(extents).tobytes():
         raise damaged("its pixel data ends early")
     return image
+
+
+@contextmanager
+def _quiet_libtiff() -> Iterator[None]:
+    """libtiff writes what it finds wrong to the standard error of the process, where nobody can act on it: Pillow raises it as well."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        sys.stderr.flush()
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _load_onto(image: ImageFile.ImageFile, *, level: int) -> None:

@@ -39,6 +39,7 @@ _READ_RIGHT: set[tuple[int, int, tuple[int, ...]]] = {
     (6, 8, ()),
     (8, 8, ()),
 }
+_PLANES = ((2, ()), (2, (2,)), (5, ()))  # photometric and extra samples that Pillow reads right from separate planes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,18 @@ def prepare_tiff(data: bytes, *, max_decode_pixels: int) -> Prepared:
     if layout.photometric == 3 and len(colour_map) != 3 << layout.bits:
         raise damaged(f"its palette has {len(colour_map)} values, not {3 << layout.bits}")
     info = {"eight_bit_palette": bytes(colour_map)} if layout.photometric == 3 and max(colour_map) < 256 else {}
-    return Prepared(data=data, info=info, size=(height, width))
+    return Prepared(data=_contiguous(data) if tags.get(_PLANAR) == (2,) and not layout.planar else data, info=info, size=(height, width))
+
+
+def _contiguous(data: bytes) -> bytes:
+    """The same page of one sample without the word that its samples lie in planes, which Pillow takes for another kind of pixel."""
+    order, is_big = "<" if data[:2] == b"II" else ">", 43 in (data[2], data[3])
+    (place,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
+    position, entry = place + (8 if is_big else 2), 20 if is_big else 12
+    while struct.unpack_from(order + "H", data, position)[0] != _PLANAR:
+        position += entry
+    value = position + entry - (8 if is_big else 4)
+    return data[:value] + struct.pack(order + "H", 1) + data[value + 2 :]
 
 
 def _first_directory(data: bytes) -> dict[int, tuple[int, ...]]:
@@ -142,7 +154,7 @@ def _check_kind(layout: _Layout, *, tags: dict[int, tuple[int, ...]]) -> None:
         raise unsupported(kind)
     if layout.compression not in _COMPRESSIONS:
         raise unsupported(f"TIFF of compression {layout.compression}")
-    if layout.planar and (layout.bits != 8 or layout.photometric not in (2, 5) or layout.compression in (_JPEG,)):
+    if layout.planar and (layout.bits != 8 or (layout.photometric, layout.extra) not in _PLANES or layout.compression == _JPEG):
         raise unsupported(f"{kind} in separate planes")
     if layout.photometric == 6 and layout.compression != _JPEG and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
         raise unsupported(f"{kind} with subsampled colour and without JPEG compression")
