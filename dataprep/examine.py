@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -16,14 +17,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from PIL import ImageColor
+import numpy as np
+from PIL import Image, ImageColor
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataprep.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.dedup import perceptual_hash
 from dataprep.files import process_name
 from dataprep.filters import FilterConfig, Filters, Subject
-from dataprep.records import RawSample
+from dataprep.records import SCALED_DOWN, RawSample
 from dataprep.thumbnails import thumbnail
 from pipeline.errors import one_line
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
@@ -40,7 +42,8 @@ _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 class ImageConfig(BaseModel):
     """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header.
 
-    `background`: what is transparent lies on this colour, a name or "#rrggbb".
+    `background`: what is transparent lies on this colour, a name or "#rrggbb". `max_pixels`, `max_side`: larger images are scaled down to
+    fit, aspect ratio kept; filters see the size before. By default none is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,8 @@ class ImageConfig(BaseModel):
     format: Literal["jpg", "png", "webp"] = "jpg"
     max_decode_pixels: int = Field(default=MAX_DECODE_PIXELS, ge=1)
     background: str = "white"
+    max_pixels: int | None = Field(default=None, ge=1)
+    max_side: int | None = Field(default=None, ge=1)
 
     @field_validator("background")
     @classmethod
@@ -61,6 +66,17 @@ class ImageConfig(BaseModel):
         """Red, green and blue, 0 to 255."""
         red, green, blue = ImageColor.getrgb(self.background)[:3]
         return red, green, blue
+
+    def stored_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in which an image of this size is stored."""
+        rows, columns = height, width
+        if self.max_side is not None and max(height, width) > self.max_side:
+            rows, columns = (max(1, side * self.max_side // max(height, width)) for side in (height, width))
+        if self.max_pixels is not None and rows * columns > self.max_pixels:
+            rows = max(1, math.isqrt(self.max_pixels * height // width))
+            columns = max(1, min(math.isqrt(self.max_pixels * width // height), self.max_pixels // rows))
+            rows = min(rows, self.max_pixels // columns)
+        return rows, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,14 +167,17 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
 
     height, width = picture.pixels.shape[:2]
+    stored_height, stored_width = rules.images.stored_size(height, width)
+    is_scaled = (stored_height, stored_width) != (height, width)
+    original_height, original_width = sample.original_size or (picture.original_height, picture.original_width)
     row.update(
         width=width,
         height=height,
-        original_width=picture.original_width,
-        original_height=picture.original_height,
-        detail=", ".join([*picture.changes, *(["caption-cut"] if was_cut else [])]),
+        original_width=original_width,
+        original_height=original_height,
+        detail=", ".join([*picture.changes, *([SCALED_DOWN] if is_scaled else []), *(["caption-cut"] if was_cut else [])]),
     )
-    subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra=sample.extra)
+    subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra={**sample.filter_only, **sample.extra})
     rejection = found.rejection or _rejection(subject, has_class=row["label"] is not None, rules=rules, filters=filters)
     if subject.measured:
         row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
@@ -172,6 +191,9 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
     if rules.hashes:
         value = perceptual_hash(picture.pixels)
         row["phash"] = "" if value is None else f"{value:016x}"
+    if is_scaled:
+        picture = _scaled(picture, size=(stored_height, stored_width))
+        row.update(width=stored_width, height=stored_height)
     return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
 
 
@@ -185,15 +207,24 @@ def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
 
 def _rejection(subject: Subject, *, has_class: bool, rules: Rules, filters: Filters) -> tuple[str, str] | None:
     limit = _MAX_STORED_SIDE[rules.images.format]
-    if max(subject.height, subject.width) > limit:
-        return "too-large", f"{subject.width}x{subject.height}, a .{rules.images.format} file holds at most {limit} px a side"
+    height, width = rules.images.stored_size(subject.height, subject.width)
+    if max(height, width) > limit:
+        return "too-large", f"{width}x{height}, a .{rules.images.format} file holds at most {limit} px a side"
     if rules.captions.required and not subject.caption and not has_class:
         return "no-caption", "no caption and no class"
     return filters.rejection(subject)
 
 
+def _scaled(picture: Picture, *, size: tuple[int, int]) -> Picture:
+    """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
+    pixels = np.asarray(Image.fromarray(picture.pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+    return replace(picture, pixels=pixels, clean=False)
+
+
 def _weigh_texts(row: dict[str, Any]) -> None:
-    row["text_bytes"] = len(json.dumps([row["caption"], row["captions"], row["caption"], row["path"], row["path"], row["extra"]]))
+    row["text_bytes"] = len(
+        json.dumps([row["caption"], row["captions"], row["caption"], row["path"], row["path"], row["source"], row["extra"]])
+    )
 
 
 def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:

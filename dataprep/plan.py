@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.dedup import DedupConfig, Fingerprints, exact_duplicates, near_duplicates
 from dataprep.known import NOTHING_KNOWN, Known
+from dataprep.records import SCALED_DOWN
 
 Ints = NDArray[np.int64]
 
@@ -85,6 +86,7 @@ class Plan:
     rejected: Mapping[str, int]
     columns: Columns
     labelled: int
+    scaled_down: int
     left_out: tuple[str, ...]
 
     def key(self, position: int) -> str:
@@ -109,6 +111,7 @@ class _Facts:
     prints: Fingerprints
     weights: Ints
     has_label: NDArray[np.bool_]
+    is_scaled: NDArray[np.bool_]
 
 
 def make_plan(
@@ -162,6 +165,7 @@ def make_plan(
         rejected={reason: count for reason, count in sorted(counts.items()) if count},
         columns=columns,
         labelled=labelled,
+        scaled_down=int((facts.is_scaled & is_kept).sum()),
         left_out=left_out,
     )
 
@@ -185,15 +189,17 @@ def _read_facts(tables: ChunkTables) -> _Facts:
     reason = np.zeros(tables.count, dtype=np.uint8)
     codes: dict[str, int] = {"": 0}
     weights = np.zeros(tables.count, dtype=np.int64)
-    has_label = np.zeros(tables.count, dtype=bool)
+    has_label, is_scaled = np.zeros(tables.count, dtype=bool), np.zeros(tables.count, dtype=bool)
     prints: list[Fingerprints] = []
     for number, table in enumerate(tables):
         here = slice(number * CHUNK_SIZE, number * CHUNK_SIZE + table.num_rows)
         reason[here] = [codes.setdefault(name, len(codes)) for name in table.column("reason").to_pylist()]
         weights[here] = _numbers(table, "length") + _numbers(table, "text_bytes")
         has_label[here] = table.column("label").is_valid().to_numpy()
+        is_scaled[here] = pc.call_function("match_substring", [table.column("detail")], pc.MatchSubstringOptions(SCALED_DOWN)).to_numpy()
         prints.append(Fingerprints.read(table, size="input_bytes"))
-    return _Facts(reason=reason, names=list(codes)[1:], prints=Fingerprints.join(prints), weights=weights, has_label=has_label)
+    prints_of_all = Fingerprints.join(prints)
+    return _Facts(reason=reason, names=list(codes)[1:], prints=prints_of_all, weights=weights, has_label=has_label, is_scaled=is_scaled)
 
 
 def _numbers(table: pa.Table, name: str) -> Ints:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dataprep.chunks import ChunkTables, chunk_path
-from dataprep.examine import Rules
+from dataprep.examine import ImageConfig, Rules
 from dataprep.executor import LocalPool, Pool
 from dataprep.grouping import group_rows
 from dataprep.growing import Base, Growth, Selection, read_base
@@ -83,7 +83,7 @@ def prepare(
             columns=base.columns if base else None,
             first_shard=len(base.shards) if base else 0,
         )
-        account = _account(plan, examined=examined, base=base)
+        account = _account(plan, examined=examined, base=base, images=config.images)
         if plan.kept:
             shards = _write_all(job, plan=plan, tables=tables, pool=pool, progress=progress)
             _finish(job, shards=shards, account=account, plan=plan, base=base, examined=examined, pool=pool, progress=progress)
@@ -147,11 +147,16 @@ def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, p
     return examined
 
 
-def _account(plan: Plan, *, examined: Examined, base: Base | None) -> Account:
+def _account(plan: Plan, *, examined: Examined, base: Base | None, images: ImageConfig) -> Account:
     """Of the corpus as it will be."""
     notes = list(examined.notes)
     if plan.left_out:
         notes.append(f"columns that the corpus does not have were left out: {', '.join(plan.left_out)}")
+    if plan.scaled_down:
+        limits = {"images.max_side": images.max_side, "images.max_pixels": images.max_pixels}
+        said = ", ".join(f"{key}={limit}" for key, limit in limits.items() if limit is not None)
+        number = f"{plan.scaled_down} added images were" if base else f"{plan.scaled_down} images were"
+        notes.append(f"{number} scaled down ({said})")
     if base is None and 0 < plan.labelled < plan.kept:
         notes.append(f"only {plan.labelled} of {plan.kept} samples have a class, so the shards have no .cls members")
     shards = plan.shards + (len(base.shards) if base else 0)

@@ -22,16 +22,21 @@ REASONS: tuple[str, ...] = (
     "takedown",
     "bad-record",
     "crashed",
+    "takedown",
 )
 FILTER_PREFIX = "filter:"
+SCALED_DOWN = "scaled-down"
+"""What `detail` says of a kept image that is stored smaller than it came."""
 
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """One input before anybody looked at its picture.
+    """One input before its image is examined.
 
     The picture's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
     `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
+    `filter_only`: further values that `filters.where` may ask for, and that are not stored. `original_size`: (height, width) of the image
+    before an earlier preparation, if there was one.
     """
 
     source: str
@@ -43,5 +48,7 @@ class RawSample:
     captions: tuple[str, ...] = ()
     label: int | None = None
     extra: Mapping[str, Value] = field(default_factory=dict)
+    filter_only: Mapping[str, Value] = field(default_factory=dict)
+    original_size: tuple[int, int] | None = None
     reason: str = ""
     detail: str = ""

@@ -52,7 +52,7 @@ from pipeline.progress import Progress, unseen
 from pipeline.tar import BlockReader, Member, members
 
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
-_MADE_ELSEWHERE = ("source", "detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar
+_MADE_ELSEWHERE = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar
 _KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
 
 
@@ -137,6 +137,7 @@ def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes]
     return {
         **dict.fromkeys(_MADE_ELSEWHERE, ""),
         **{name: record[name] for name in copied},
+        "source": record.get("source", ""),  # older shards do not name it
         "key": key,
         "path": record.get("path") or record["url"],
         "status": "success",
@@ -179,7 +180,7 @@ def _repair_tables(
         found = pool.map(read_table, tasks, retry=lambda task, death: replace(task, skip=task.skip | {death.at}))
         for place, (number, table) in enumerate(zip(whole, found, strict=True)):
             tables[number] = (table, shards[number].name)
-            lost.append(f"{shards[number].table}: where its samples come from, and which of them look like others")
+            lost.append(f"{shards[number].table}: details of its samples, and which of them look like others")
             progress("repair", place + 1, len(whole))
     for number in broken:
         shard = shards[number]

@@ -148,7 +148,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
 
 
 def sample_record(row: Mapping[str, Any], *, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
-    """The content of KEY.json: img2dataset's names, then the sources' further columns; the same names and types in every sample."""
+    """The content of KEY.json: img2dataset's names, the source, then its further columns; the same names and types in every sample."""
     extra = json.loads(row["extra"])
     record: dict[str, Any] = {
         "key": row["key"],
@@ -161,6 +161,7 @@ def sample_record(row: Mapping[str, Any], *, columns: Mapping[str, ColumnKind]) 
         "original_height": row["original_height"],
         "sha256": row["sha256"],
         "status": "success",
+        "source": row["source"],
     }
     for name, kind in columns.items():
         if name not in record:

@@ -152,7 +152,7 @@ def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[s
     found: set[str] = set()
     samples = chain.from_iterable(islice(all_samples([source]), FIRST_INPUTS) for source in sources)
     while not found.issuperset(wanted) and (sample := next(samples, None)):
-        found |= sample.extra.keys()
+        found |= sample.extra.keys() | sample.filter_only.keys()
     return found
 
 

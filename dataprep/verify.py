@@ -215,7 +215,8 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
     except ValueError:
         yield "its JSON cannot be read"
         return
-    different = [name for name in ("key", "caption", "captions", "width", "height", "sha256") if record.get(name) != row[name]]
+    compared = ("key", "caption", "captions", "width", "height", "sha256", *(["source"] if "source" in record else []))
+    different = [name for name in compared if record.get(name) != row[name]]
     if different:
         yield f"its JSON differs from the table in {', '.join(different)}"
 

@@ -317,3 +317,11 @@ def test_a_run_in_progress_is_not_joined(tmp_path: Path) -> None:
     account = prepare([str(folder)], out=out, config=CONFIG, progress=call_again)
     assert calls
     assert account.kept == 2
+
+
+def test_the_json_of_every_sample_names_its_source(tmp_path: Path) -> None:
+    folders = [photo_folder(tmp_path / name, count=2, first=first) for name, first in (("one", 0), ("two", 10))]
+    prepare([str(folder) for folder in folders], out=tmp_path / "C", config=PrepareConfig())
+    records = [json.loads(member(tmp_path / "C", row, "json")) for row in table_rows(tmp_path / "C")]
+    assert sorted(record["source"] for record in records) == ["one", "one", "two", "two"]
+    assert len({tuple((name, type(value)) for name, value in record.items()) for record in records}) == 1
