@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns
+from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, names_column
+from pipeline.text import check_encoding
 
 _PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file", "img", *IMAGE_EXTENSIONS)
 _URLS = ("url", "image_url", "img_url", "image_link", "link", "contenturl")
@@ -21,8 +22,10 @@ class ColumnConfig(BaseModel):
     """Names of columns; one that is not given is guessed, and the guess is told.
 
     `image`: bytes, a path or a URL. `caption`: one column, or several in order of preference; a column may hold lists; `filename` is the
-    name of the image's file without its extension, with spaces for underscores and dashes. `label`: an integer class. `folders`: the
-    folder that a picture lies in is its class (by default: if nothing else is said of any picture).
+    name of the image's file without its extension, with spaces for underscores and dashes. `label`: an integer class, or text, whose
+    values become classes in sorted order. A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value`
+    for all elements of a list. `folders`: the folder that an image lies in is its class (by default: if nothing else is said of any image).
+    `encoding`: of texts that are neither UTF-8 nor have a byte order mark.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +34,12 @@ class ColumnConfig(BaseModel):
     caption: str | tuple[str, ...] | None = Column
     label: str | None = Column
     folders: bool | None = None
+    encoding: str | None = Column
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, encoding: str | None) -> str | None:
+        return encoding if encoding is None else check_encoding(encoding)
 
     @property
     def captions(self) -> tuple[str, ...] | None:
@@ -51,7 +60,7 @@ def choose(
     Raises ValueError, naming the columns that there are, for a column that is not there or cannot be guessed.
     """
     for asked in (config.image, config.label, *(config.captions or ())):
-        if asked is not None and asked not in names and (asked != FILE_NAME or asked in (config.image, config.label)):
+        if asked is not None and not names_column(asked, among=names) and (asked != FILE_NAME or asked in (config.image, config.label)):
             raise ValueError(f"{place}: has no column {asked}; there are {_listed(names)}")
     image = (
         config.image or _first((*_PATHS, *_URLS), among=pictures) or next(iter(pictures), None) or _first((*_PATHS, *_URLS), among=names)
@@ -63,12 +72,14 @@ def choose(
     others = [name for name in names if name != image]
     captions = config.captions or _standard(others) or _one(_first(_CAPTIONS, among=others))
     labels = _one(config.label) or tuple(name for label in _LABELS for name in others if name.lower() == label)
-    return Columns(captions=captions, labels=labels, image=image)
+    return Columns(captions=captions, labels=labels, image=image, encoding=config.encoding or "")
 
 
 def of_json(config: ColumnConfig) -> Columns:
     """What to read from JSON files beside pictures: what the user says, or else the usual columns, wherever they are there."""
-    return Columns(captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels)
+    return Columns(
+        captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels, encoding=config.encoding or ""
+    )
 
 
 def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) -> Mapping[str, Any]:
@@ -84,7 +95,12 @@ def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) ->
 def describe(columns: Columns) -> str:
     """In words, what is read from which column."""
     parts = [f"images from {columns.image}", f"captions from {', '.join(columns.captions) or 'nowhere'}"]
-    return ", ".join([*parts, *(f"classes from {label}" for label in columns.labels[:1])])
+    return ", ".join([*parts, *(f"classes from {label}" for label in columns.labels[:1])]) + describe_encoding(columns)
+
+
+def describe_encoding(columns: Columns) -> str:
+    """The encoding of texts as the end of a sentence, "" for the default."""
+    return f", decoded as {columns.encoding}" if columns.encoding else ""
 
 
 def _standard(names: Sequence[str]) -> tuple[str, ...]:

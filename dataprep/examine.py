@@ -178,7 +178,7 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         detail=", ".join([*picture.changes, *([SCALED_DOWN] if is_scaled else []), *(["caption-cut"] if was_cut else [])]),
     )
     subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra={**sample.filter_only, **sample.extra})
-    rejection = found.rejection or _rejection(subject, has_class=row["label"] is not None, rules=rules, filters=filters)
+    rejection = found.rejection or _rejection(subject, sample=sample, rules=rules, filters=filters)
     if subject.measured:
         row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
         _weigh_texts(row)
@@ -205,13 +205,13 @@ def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
     return dict(zip(remote, read_ranges(ranges), strict=True))
 
 
-def _rejection(subject: Subject, *, has_class: bool, rules: Rules, filters: Filters) -> tuple[str, str] | None:
+def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Filters) -> tuple[str, str] | None:
     limit = _MAX_STORED_SIDE[rules.images.format]
     height, width = rules.images.stored_size(subject.height, subject.width)
     if max(height, width) > limit:
         return "too-large", f"{width}x{height}, a .{rules.images.format} file holds at most {limit} px a side"
-    if rules.captions.required and not subject.caption and not has_class:
-        return "no-caption", "no caption and no class"
+    if rules.captions.required and not subject.caption and sample.label is None:
+        return "no-caption", sample.detail or "no caption and no class"
     return filters.rejection(subject)
 
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 from itertools import islice, tee
 from pathlib import Path, PurePosixPath
 
-from dataprep.columns import FILE_NAME, ColumnConfig, choose, describe, of_json, with_file_name
+from dataprep.columns import FILE_NAME, ColumnConfig, choose, describe, describe_encoding, of_json, with_file_name
+from dataprep.labels import text_labels
 from dataprep.listing import Listing, folded
 from dataprep.lists import sample_of
 from dataprep.places import base_name, join, read_texts
@@ -18,16 +19,16 @@ from dataprep.records import RawSample
 from dataprep.tables import Table
 from dataprep.unread import Unread
 from pipeline.errors import one_line
-from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Fields, Value, parse_json, read_fields
+from pipeline.fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, parse_json, read_fields
 from pipeline.remote import is_remote
 from pipeline.tally import listed, printable
+from pipeline.text import UndecodableText, decode_text
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _TEXTS = (".txt", ".caption")
 _SIDECARS = (*_TEXTS, ".json")  # in order of preference
 _DRIVE = re.compile(r"[A-Za-z]:/")
-CLASS_NAME = "class_name"
 
 
 def holds_images(files: Listing) -> bool:
@@ -52,7 +53,7 @@ class ImageFolder:
         self.name = name
         self._files = files
         self._metadata = _metadata_files(files)
-        self._tables = {folder: Table(join(path, file)) for folder, file in self._metadata.items()}
+        self._tables = {folder: Table(join(path, file), encoding=columns.encoding or "") for folder, file in self._metadata.items()}
         self._columns = {
             folder: choose(columns, names=table.names, place=table.file, defaults=STANDARD) for folder, table in self._tables.items()
         }
@@ -63,6 +64,7 @@ class ImageFolder:
         self._matched: Counter[str] = Counter()
         self._borrowed: set[str] = set()  # texts of a name that differs from their image's in case
         self._useless_json = 0
+        self.classes: Mapping[str, int] = {}  # of text labels in the metadata
         self._listed = bytearray(len(files))  # of each file, whether its metadata has a row for it
 
     def reads(self) -> str:
@@ -75,7 +77,8 @@ class ImageFolder:
             found = [suffix for suffix in _SIDECARS if suffix in self._suffixes]
             origins = [f"{', '.join(found)} beside the images"] if found else []
             origins += ["the names of the files"] if FILE_NAME in self._sidecar_columns.captions else []
-            read.append(f"captions from {' and '.join(origins)}" if origins else "images without captions or classes")
+            encoding = describe_encoding(self._sidecar_columns) if found else ""
+            read.append(f"captions from {' and '.join(origins)}{encoding}" if origins else "images without captions or classes")
         return f"{self.name}: {'; '.join(read)}"
 
     def expected(self) -> int | None:
@@ -88,6 +91,10 @@ class ImageFolder:
         for folder, table in self._tables.items():
             digest.update(f"{folder}\0{table.digest()}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def class_names(self) -> set[str]:
+        """The classes that the metadata has as text."""
+        return {name for folder, table in self._tables.items() for name in text_labels([table], columns=self._columns[folder])}
 
     def samples(self) -> Iterator[RawSample]:
         """All inputs in a fixed order: the rows of the metadata files, then the pictures that no metadata speaks for."""
@@ -203,7 +210,8 @@ class ImageFolder:
         number = self._files.number(inside)
         if number is not None:
             self._listed[number] = True
-        sample = sample_of({**record, columns.image: inside}, source=self.name, columns=columns, where=where, folder=self.path)
+        record = {**record, columns.image: inside}
+        sample = sample_of(record, source=self.name, columns=columns, where=where, folder=self.path, classes=self.classes)
         sample = replace(sample, path=inside, file=join(self.path, inside))
         if number is None:
             sample = replace(sample, reason="missing", detail=f"no such file in the folder{self._hint(inside)}")
@@ -249,9 +257,14 @@ class ImageFolder:
 
     def _from_texts(self, file: str, *, texts: Sequence[tuple[str, bytes | OSError | None]]) -> RawSample:
         unread = next((content for _, content in texts if isinstance(content, OSError)), None)
-        plain = [content for name, content in texts if isinstance(content, bytes) and not name.lower().endswith(".json")]
-        told = [content for name, content in texts if isinstance(content, bytes) and name.lower().endswith(".json")]
-        records = [parse_json(content) for content in told]
+        encoding = self._sidecar_columns.encoding
+        try:
+            plain = [
+                decode_text(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and not _is_json(name)
+            ]
+            records = [parse_json(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and _is_json(name)]
+        except UndecodableText as error:
+            return RawSample(source=self.name, path=file, reason="bad-record", detail=f"the text beside it is {error}")
         if unread is not None or (None in records and not any(plain)):
             detail = f"its text cannot be read: {one_line(unread)}" if unread else "the .json beside it is not a JSON object"
             return RawSample(source=self.name, path=file, reason="bad-record", detail=detail)
@@ -261,7 +274,7 @@ class ImageFolder:
             record = {**record, **(more or {})}
         record = with_file_name(record, columns=self._sidecar_columns, name=file)
         fields = read_fields(record, columns=self._sidecar_columns) if record else Fields(captions=(), label=None, extra={})
-        captions = tuple(text.decode("utf-8-sig", "replace") for text in plain)
+        captions = tuple(plain)
         return RawSample(
             source=self.name,
             path=file,
@@ -286,6 +299,10 @@ def _is_text_of(text: str, *, image: str) -> bool:
     """`a.txt` and `a.jpg.txt` are texts of `a.jpg`."""
     stem, suffix = os.path.splitext(text)
     return suffix.lower() in _SIDECARS and stem in (image, _stem(image))
+
+
+def _is_json(file: str) -> bool:
+    return file.lower().endswith(".json")
 
 
 def _normal(path: str) -> str:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataprep.columns import ColumnConfig, choose, describe
-from dataprep.folders import CLASS_NAME
 from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import base_name, facts
 from dataprep.records import RawSample
 from pipeline.errors import one_line
+from pipeline.fields import CLASS_NAME
 from pipeline.remote import is_remote
 
 if TYPE_CHECKING:

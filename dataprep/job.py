@@ -28,7 +28,7 @@ from dataprep.manifest import MANIFEST, Account, read_account
 from dataprep.plan import ShardConfig
 from dataprep.report import ReportConfig
 from dataprep.shards import shard_number, stats_name
-from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, open_sources
+from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
 from dataprep.store import Store, open_store
 from pipeline.digests import json_digest
 from pipeline.index import Corpus, read_manifest
@@ -104,13 +104,16 @@ def open_job(
             if source.root in (place, *place.parents):
                 raise ValueError(f"{place}: lies inside the source {source.root}; give a folder elsewhere")
     others = open_known(against)
-    identity = {
+    base = read_manifest(store.place) if growth else None
+    classes = number_classes(opened, known=None if base is None else base.get("classes", {}))
+    identity: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"sources"}),
         "sources": [
             {"name": source.name, "layout": source.layout, "digest": source.digest(), "tags": list(source.tags), "reads": source.reads()}
             for source in opened
         ],
         "against": [{"name": corpus.name, "digest": corpus.digest} for corpus in others],
+        **({"classes": classes} if classes else {}),
     }
     job = Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base={}, identity=identity)
     return replace(job, base=_read_base_manifest(job)) if growth else job

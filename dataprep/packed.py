@@ -32,6 +32,7 @@ from dataprep.places import facts, is_unreachable, join, open_file
 from dataprep.records import RawSample
 from pipeline.errors import kind_and_line, one_line
 from pipeline.remote import is_remote
+from pipeline.text import decode_text
 
 INDEX = "index.json"
 _PICTURES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
@@ -122,7 +123,7 @@ class PackedSamples:
             try:
                 places = _places(data, begin=begin, end=end, file=file)
                 values = {
-                    name: _value(data[start:stop], kind=kind)
+                    name: _value(data[start:stop], kind=kind, encoding=self.columns.encoding)
                     for name, kind, (start, stop) in zip(file.names, file.formats, places, strict=True)
                     if kind not in _PICKLES and not (mapped and name == self.columns.image and kind not in _TEXTS and kind != "pil")
                 }
@@ -242,11 +243,11 @@ def _places(data: memoryview, *, begin: int, end: int, file: PackedFile) -> list
     return places
 
 
-def _value(data: memoryview, *, kind: str) -> Any:
-    """A value by its format; None for formats that no table holds, pickles among them."""
+def _value(data: memoryview, *, kind: str, encoding: str) -> Any:
+    """A value by its format; None for formats that no table holds, pickles among them. Raises ValueError for one that cannot be read."""
     base = kind.partition(":")[0]
     if base in _TEXTS:
-        return bytes(data).decode("utf-8", "replace")
+        return decode_text(data, encoding=encoding)
     if base in ("jpeg", "png", "image", "bytes", "file"):
         return bytes(data)
     if base == "pil":

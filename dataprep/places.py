@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -47,17 +47,38 @@ def is_pattern(spec: str) -> bool:
 
 
 def names_many(spec: str) -> bool:
-    """Whether a name stands for several files: by braces or wildcards."""
-    return bool(_BRACES.search(spec)) or (not is_remote(spec) and is_pattern(spec))
+    """Whether a name stands for several files: by braces or wildcards. A name that exists never does."""
+    if is_remote(spec):
+        return bool(_BRACES.search(spec))
+    return not os.path.exists(os.path.expanduser(spec)) and bool(_BRACES.search(spec) or has_magic(spec))
 
 
 def named_files(spec: str) -> list[str]:
-    """The files that a path or URL with braces, and a path with wildcards, stand for; what has no wildcards need not be there."""
-    names = expand_braces(spec)
+    """The files that a path or URL with braces, and a path with wildcards, stand for; what has no wildcards need not be there.
+
+    A file or folder that exists under the very name, or under a first part of it, is meant as it is.
+    """
     if is_remote(spec):
-        return names
-    patterns = map(os.path.expanduser, names)
-    return [file for pattern in patterns for file in (sorted(glob(pattern)) if is_pattern(pattern) else [pattern])]
+        return expand_braces(spec)
+    path = os.path.expanduser(spec)
+    if os.path.exists(path):
+        return [path]
+    folder = _existing_folder(path)
+    found: list[str] = []
+    for name in expand_braces(path[len(folder) :]):
+        inner = _existing_folder(folder + name)
+        is_literal = os.path.exists(folder + name) or not has_magic(name)
+        found += [folder + name] if is_literal else sorted(glob(escape(inner) + (folder + name)[len(inner) :]))
+    return found
+
+
+def _existing_folder(path: str) -> str:
+    """The longest first part of a path that is a folder, with its slash; "" if there is none."""
+    end = len(path)
+    while (end := path.rfind("/", 0, end)) >= 0:
+        if os.path.isdir(path[: end + 1]):
+            return path[: end + 1]
+    return ""
 
 
 def expand(spec: str) -> list[str]:

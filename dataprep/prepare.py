@@ -21,6 +21,7 @@ from dataprep.growing import Base, Growth, Selection, read_base
 from dataprep.inputs import Examined, Part, examine_all, examined_before
 from dataprep.job import Job, PrepareConfig, claimed_job, finished_account, open_job
 from dataprep.known import Known, read_known
+from dataprep.labels import describe_classes
 from dataprep.manifest import Account, write_corpus_files
 from dataprep.plan import Plan, make_plan
 from dataprep.report import census, render
@@ -120,9 +121,10 @@ def prepare_part(
 
 def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None) -> Examined:
     """Pass 1."""
+    classes = [describe_classes(job.identity["classes"])] if "classes" in job.identity else []
     if announce:
-        for source in job.sources:
-            announce(source.reads())
+        for sentence in [*(source.reads() for source in job.sources), *classes]:
+            announce(sentence)
     config = job.config
     rules = Rules(images=config.images, captions=config.captions, filters=config.filters, hashes=config.dedup.near != "off")
     samples = all_samples(job.sources)
@@ -140,7 +142,7 @@ def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, p
     examined = Examined(
         inputs=inputs,
         chunks=chunks,
-        notes=[*notes, *(selection.notes() if selection else ())],
+        notes=[*notes, *classes, *(selection.notes() if selection else ())],
         replaced=dict(selection.replaced) if selection else {},
     )
     examined.save(job.work, part=part)

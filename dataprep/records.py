@@ -36,7 +36,7 @@ class RawSample:
     The picture's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
     `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
     `filter_only`: further values that `filters.where` may ask for, and that are not stored. `original_size`: (height, width) of the image
-    before an earlier preparation, if there was one.
+    before an earlier preparation, if there was one. `detail` without a `reason` says why there is no caption.
     """
 
     source: str

@@ -15,11 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dataprep.columns import ColumnConfig
 from dataprep.folders import ImageFolder, holds_images
 from dataprep.hub import HubDataset, is_on_hub, is_saved
+from dataprep.labels import class_numbers
 from dataprep.lists import ImageList
 from dataprep.packed import PackedSamples, is_packed
 from dataprep.places import base_name, expand, join, list_files, names_many
 from dataprep.records import RawSample
-from dataprep.tables import kind_of
+from dataprep.tables import kind_of, kind_of_list
 from dataprep.tars import TAR_SUFFIXES, Shards
 from dataprep.unread import unread_notes
 from pipeline.errors import one_line
@@ -29,7 +30,7 @@ _NAME = r"[A-Za-z_][\w-]*"
 _NAMED = re.compile(rf"({_NAME})=(.+)", re.ASCII | re.DOTALL)
 SourceName = Annotated[str, Field(pattern=rf"^{_NAME}$")]
 FIRST_INPUTS = 1000
-_KINDS = "an image folder, .tar shards, a list (.csv, .tsv, .jsonl, .parquet, .arrow) or hf:NAME"
+_KINDS = "an image folder, .tar shards, a list (.csv, .tsv, .jsonl, .json, .parquet, .arrow) or hf:NAME"
 
 
 class SourceConfig(BaseModel):
@@ -146,6 +147,18 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
             yield replace(sample, extra={**sample.extra, "source_tags": tags}) if is_tagged else sample
 
 
+def number_classes(sources: Sequence[Source], *, known: Mapping[str, int] | None) -> dict[str, int]:
+    """Number the classes that sources name by texts, all of them together, in sorted order: name → class.
+
+    `known`: the classes of the corpus that is to grow, which stay as they are; None for a new corpus.
+    """
+    named = [source for source in sources if isinstance(source, (ImageList, ImageFolder))]
+    classes = class_numbers(set().union(*(source.class_names() for source in named))) if known is None else dict(known)
+    for source in named:
+        source.classes = classes
+    return classes
+
+
 def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[str]:
     """Names of the further columns that the first thousand inputs of each source have. No more is read than it takes to find those that are
     wanted: mostly one input."""
@@ -159,7 +172,7 @@ def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[s
 def _free_name(spec: str, *, taken: set[str]) -> str:
     path = spec.rstrip("/") if is_remote(spec) or is_on_hub(spec) else str(Path(spec).expanduser().absolute())
     folder, _, base = path.rpartition("/")
-    is_file = kind_of(base) is not None or base.lower().endswith(TAR_SUFFIXES)
+    is_file = kind_of(base) is not None or base.lower().endswith((*TAR_SUFFIXES, ".txt"))
     base = base.partition("@")[0].removeprefix("hf:") if is_on_hub(spec) else base
     name = root = base_name(folder) if names_many(spec) else base.partition(".")[0] or base if is_file else base or "data"
     number = 2
@@ -177,7 +190,7 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
         return _open_folder(files[0], name=name, said=said)
     if all(file.lower().endswith(TAR_SUFFIXES) for file in files):
         return Shards(files, name=name, columns=said.columns)
-    strange = next((file for file in files if not kind_of(file) or os.path.isdir(file)), None)
+    strange = next((file for file in files if os.path.isdir(file) or not kind_of_list(file)), None)
     if strange:
         raise ValueError(f"{strange}: not a source that can be read; give {_KINDS}")
     return ImageList(files, name=name, columns=said.columns)
@@ -201,8 +214,11 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
         told = ("_stats.json", ".parquet", *TAR_SUFFIXES)  # what img2dataset writes beside a tar
         notes = [*unread_notes(folder, (file for file in files if not file.lower().endswith(told))), *files.notes]
         return Shards(sorted(tars), name=name, columns=columns, root=root, notes=notes)
-    tables = [join(folder, file) for file in files if kind_of(file)]
-    notes = [*unread_notes(folder, (file for file in files if not kind_of(file))), *files.notes]
+    kinds = {file: kind for file in files if (kind := kind_of(file))}
+    of_rows = [file for file, kind in kinds.items() if kind != "json"]  # what else lies beside tables is often JSON
+    used = of_rows or list(kinds)
+    tables = [join(folder, file) for file in used]
+    notes = [*unread_notes(folder, (file for file in files if file not in {*used})), *files.notes]
     if not tables:
         raise ValueError("; ".join([f"{folder}: no pictures, no shards and no lists in this folder", *notes]))
     return ImageList(sorted(tables), name=name, columns=columns, root=root, notes=notes)

@@ -1,19 +1,17 @@
-"""Tables as streams of rows: CSV, TSV and JSON lines (plain, .zst or .gz), Parquet and Arrow files, on this machine or behind a URL.
+"""Tables as streams of rows: CSV, TSV, JSON and JSON lines (plain, .zst or .gz), Parquet and Arrow files, local or behind a URL.
 
-A row is its number and its values by name, or a sentence that says what is wrong with it. No table is held in memory.
+A row is its number and its values by name, or a sentence that says what is wrong with it. No table is held in memory, except the text of
+a .json file.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import io
-import json
 import math
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from datetime import date, datetime, time
 from decimal import Decimal
@@ -24,16 +22,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from dataprep.delimited import MAX_LINE_BYTES, read_delimited, read_header
+from dataprep.json_tables import parse_record, read_json
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from pipeline.digests import stream_digest
 from pipeline.errors import one_line
 from pipeline.remote import is_remote
+from pipeline.text import find_undecodable, open_text
 
 Row = tuple[int, "dict[str, Any] | str"]
 
-MAX_LINE_BYTES = 16 << 20
-TEXTS, COLUMNAR = ("csv", "tsv", "jsonl", "ndjson"), ("parquet", "arrow")
+TEXTS, COLUMNAR = ("csv", "tsv", "jsonl", "ndjson", "json"), ("parquet", "arrow")
 COMPRESSIONS = ("zst", "gz")
+_DELIMITERS = {"csv": ",", "tsv": "\t", "psv": "|"}
 _PEEK = 1000  # rows that are looked at to learn the columns of JSON lines
 _BATCH, _BATCH_OF_PICTURES = 1024, 16  # rows
 _BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
@@ -49,27 +50,41 @@ def kind_of(file: str) -> str | None:
     return last if stem and last in (*TEXTS, *COLUMNAR) else None
 
 
+def kind_of_list(file: str) -> str | None:
+    """The kind of a file that the user names as a source: a .txt may be a table, too, by the delimiter in its header."""
+    kind = kind_of(file)
+    if kind or not base_name(file).lower().endswith(".txt"):
+        return kind
+    with open_file(file) as stream:
+        text, _ = open_text(stream)
+        header = text.readline(MAX_LINE_BYTES)
+    return next((kind for kind in ("tsv", "psv", "csv") if _DELIMITERS[kind] in header), None)
+
+
 class Table:
     """A table at a path or URL.
 
-    `names` are its columns (of JSON lines, those of the first thousand), `pictures` those that hold bytes, alone or in the struct that
+    `names` are its columns (of JSON, those of the first thousand rows), `pictures` those that hold bytes, alone or in the struct that
     the datasets library writes, `count` its rows, if it says so. A table that cannot be opened has no columns, and a `problem`.
+    `encoding`: of a text without a byte order mark, UTF-8 if empty.
     """
 
-    def __init__(self, file: str) -> None:
+    def __init__(self, file: str, *, encoding: str = "") -> None:
         self.file = file
         self.name = base_name(file)
-        kind = kind_of(file)
+        kind = kind_of_list(file)
         assert kind, file
         self.kind = kind
+        self.encoding = encoding
         self.names: list[str] = []
         self.pictures: list[str] = []
         self.count: int | None = None
         self.problem = ""
         if kind not in COLUMNAR:
             seen = [record for _, record in islice(self.rows(), _PEEK)]
-            self.names = list(dict.fromkeys(name for record in seen if isinstance(record, dict) for name in record))
             self.problem = next((record for record in seen if isinstance(record, str)), "")
+            found = dict.fromkeys(name for record in seen if isinstance(record, dict) for name in record)
+            self.names = list(found) or (self._header() if seen else [])
             return
         try:
             with open_file(file) as stream:
@@ -93,32 +108,50 @@ class Table:
             stream.seek(max(0, size - (1 << 16)))
             return hashlib.sha256(facts([self.file]).encode() + stream.read()).hexdigest()
 
-    def rows(self) -> Iterator[Row]:
-        """All rows: (line of a text or row of a table, from 1; the record, or what is wrong with it)."""
-        reader: dict[str, Callable[[BinaryIO], Iterator[Row]]] = {
-            "csv": read_csv,
-            "tsv": lambda stream: read_csv(stream, delimiter="\t"),
-            "parquet": self._read_parquet,
-            "arrow": _read_arrow,
-        }
+    def rows(self, *, only: Collection[str] = ()) -> Iterator[Row]:
+        """All rows: (line of a text or row of a table, from 1; the record, or what is wrong with it).
+
+        `only`: the columns that are needed; the others may be left out.
+        """
         number = 0
         try:
             with open_file(self.file) as stream, decompressed(stream, name=self.name) as plain:
-                for number, record in reader.get(self.kind, read_jsonl)(plain):
+                for number, record in self._read(plain, only=only):
                     yield number, record
         except _BROKEN as error:
             if is_unreachable(self.file, error):
                 raise
             yield number + 1, f"{self.name} breaks off: {one_line(error)}"
 
-    def _read_parquet(self, stream: BinaryIO) -> Iterator[Row]:
+    def _read(self, stream: BinaryIO, *, only: Collection[str]) -> Iterator[Row]:
+        if self.kind == "parquet":
+            return self._read_parquet(stream, columns=[name for name in self.names if name in only] or None)
+        if self.kind == "arrow":
+            return _read_arrow(stream)
+        if self.kind == "json":
+            return read_json(stream, encoding=self.encoding)
+        if self.kind in _DELIMITERS:
+            return read_delimited(stream, delimiter=_DELIMITERS[self.kind], encoding=self.encoding)
+        return read_jsonl(stream, encoding=self.encoding)
+
+    def _header(self) -> list[str]:
+        """The columns of a table of which no row can be read."""
+        if self.kind not in _DELIMITERS:
+            return []
+        try:
+            with open_file(self.file) as stream, decompressed(stream, name=self.name) as plain:
+                return read_header(plain, delimiter=_DELIMITERS[self.kind], encoding=self.encoding)
+        except _BROKEN:  # which `problem` tells
+            return []
+
+    def _read_parquet(self, stream: BinaryIO, *, columns: list[str] | None) -> Iterator[Row]:
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        size = _BATCH_OF_PICTURES if self.pictures else _BATCH
+        size = _BATCH_OF_PICTURES if self.pictures and not columns else _BATCH
         number = 0
         for group in range(file.num_row_groups):
             end = number + file.metadata.row_group(group).num_rows
             try:
-                for batch in file.iter_batches(batch_size=size, row_groups=[group], use_threads=False):
+                for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=columns, use_threads=False):
                     for record in _records(batch):
                         number += 1
                         yield number, record
@@ -129,38 +162,21 @@ class Table:
             number = end
 
 
-def read_jsonl(stream: BinaryIO) -> Iterator[Row]:
+def read_jsonl(stream: BinaryIO, *, encoding: str = "") -> Iterator[Row]:
     """(line number from 1, the record, or what is wrong with the line)"""
-    for number, line in enumerate(_lines(stream), start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield number, _parse_line(line)
-
-
-def read_csv(stream: BinaryIO, *, delimiter: str = ",") -> Iterator[Row]:
-    """(line number from 1, the row by its header's names, or what is wrong with it)"""
-    text = io.TextIOWrapper(stream, "utf-8-sig", errors="replace", newline="")  # pyright: ignore[reportArgumentType]
-    reader = csv.reader(iter(lambda: text.readline(MAX_LINE_BYTES), ""), strict=True, delimiter=delimiter)
-    header: list[str] | None = None
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield reader.line_num, f"not CSV: {error}"
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            repeated = [name for name, count in Counter(header).items() if count > 1]
-            if repeated:
-                yield 1, f"the header repeats {repeated[0]}"
-                return
-        elif len(row) == len(header):
-            yield reader.line_num, dict(zip(header, row, strict=True))
-        elif row:
-            yield reader.line_num, f"{len(row)} columns where the header has {len(header)}"
+    text, codec = open_text(stream, encoding=encoding)
+    number = 0
+    while line := text.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        is_long = len(line) > MAX_LINE_BYTES
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and rest[-1] not in "\r\n":
+            rest = text.readline(MAX_LINE_BYTES + 1)
+        if is_long:
+            yield number, f"a line of more than {MAX_LINE_BYTES} characters"
+        elif line.strip():
+            problem = find_undecodable(line, codec=codec, is_stated=bool(encoding))
+            yield number, problem or parse_record(line, line=number)
 
 
 def plain(value: Any) -> Any:
@@ -189,25 +205,6 @@ def decompressed(stream: BinaryIO, *, name: str) -> Iterator[BinaryIO]:
             yield members  # pyright: ignore[reportReturnType]
     else:
         yield stream
-
-
-def _lines(stream: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file; of one that is too long, its beginning."""
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        rest = line
-        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
-            rest = stream.readline(MAX_LINE_BYTES + 1)
-        yield line
-
-
-def _parse_line(line: bytes) -> dict[str, Any] | str:
-    if len(line) > MAX_LINE_BYTES:
-        return f"a line of more than {MAX_LINE_BYTES} bytes"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return record if isinstance(record, dict) else f"not a JSON object but {type(record).__name__}"
 
 
 def _open_arrow(stream: BinaryIO) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from dataprep.columns import ColumnConfig, of_json, with_file_name
+from dataprep.columns import ColumnConfig, describe_encoding, of_json, with_file_name
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
@@ -25,8 +25,9 @@ from pipeline.errors import one_line
 from pipeline.fields import Value, parse_json, read_fields
 from pipeline.remote import is_remote, read_file, read_ranges, size_of
 from pipeline.tally import Tally, listed
-from pipeline.tar import BlockReader, members, split_name
+from pipeline.tar import BlockReader, Member, members, split_name
 from pipeline.tar_samples import TarSample, TarSamples
+from pipeline.text import UndecodableText, decode_text
 
 TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"
@@ -63,7 +64,7 @@ class Shards:
         texts, columns = ["the text members"], [*self._columns.captions]
         captions = texts + columns if self._text_is_first else columns + texts
         what = base_name(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} tars"
-        return f"{self.name}: {what}, captions from {', '.join(captions)}"
+        return f"{self.name}: {what}, captions from {', '.join(captions)}{describe_encoding(self._columns)}"
 
     def expected(self) -> int | None:
         """How many inputs there are, where that is known without reading them."""
@@ -131,24 +132,13 @@ class Shards:
         if problem:
             return RawSample(source=self.name, path=path, reason=problem[0], detail=problem[1])
 
-        texts: dict[str, str] = {}
-        for member in found.texts:
-            payload = file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
-            texts[member.name] = payload.decode("utf-8-sig", "replace")
-        record: dict[str, Value] = {}
-        if found.json:
-            parsed = parse_json(file.at(found.json.offset, min(found.json.length, MAX_TEXT_BYTES)))
-            if parsed is None and not any(texts.values()):
-                return RawSample(source=self.name, path=path, reason="bad-record", detail=f"{found.json.name} is not a JSON object")
-            if parsed is None:
-                self._left_out.add(".json")
-            record = parsed or {}
-        if found.cls:
-            payload = file.at(found.cls.offset, min(found.cls.length, MAX_TEXT_BYTES))
-            record = {**record, "label": payload.decode("ascii", "replace").strip()}
+        try:
+            record, texts = self._texts_of(found, file=file)
+        except ValueError as error:
+            return RawSample(source=self.name, path=path, reason="bad-record", detail=str(error))
         stated = with_file_name({**told, **record}, columns=self._columns, name=split_name(found.name)[0])
         fields = read_fields(stated, columns=self._columns)
-        captions = tuple(texts.values())
+        captions = tuple(texts)
         data = None
         if image and (is_remote(tar) or is_compressed) and image.length <= _MOST_IN_HAND:
             data = file.at(image.offset, image.length)
@@ -166,10 +156,42 @@ class Shards:
             detail="" if image else f"no image beside {found.name}",
         )
 
+    def _texts_of(self, found: TarSample, *, file: BlockReader) -> tuple[dict[str, Value], list[str]]:
+        """(what the sample's JSON and .cls say, its texts). Raises ValueError, naming the member, for one that cannot be used."""
+
+        def read(member: Member) -> bytes:
+            return file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
+
+        def text_of(member: Member) -> str:
+            with _naming(member.name):
+                return decode_text(read(member), encoding=self._columns.encoding)
+
+        texts = [text_of(member) for member in found.texts]
+        record: dict[str, Value] = {}
+        if found.json:
+            with _naming(found.json.name):
+                parsed = parse_json(read(found.json), encoding=self._columns.encoding)
+            if parsed is None and not any(texts):
+                raise ValueError(f"{found.json.name} is not a JSON object")
+            if parsed is None:
+                self._left_out.add(".json")
+            record = parsed or {}
+        if found.cls:
+            record = {**record, "label": text_of(found.cls).strip()}
+        return record, texts
+
 
 def members_left_out(left_out: Tally, *, has_dotted: bool) -> str:
     """A note on members that are no part of a sample, by extension."""
     return f"members left out, by extension: {left_out}{f' ({DOTTED})' if has_dotted else ''}"
+
+
+@contextmanager
+def _naming(member: str) -> Iterator[None]:
+    try:
+        yield
+    except UndecodableText as error:
+        raise ValueError(f"{member} is {error}") from error
 
 
 @contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+
+from pipeline.text import decode_text
 
 Value = str | int | float | bool | list | dict | None
 
@@ -41,14 +44,20 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the picture."""
+    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the picture.
+
+    A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value` for all elements of the list.
+    `encoding`: of texts without a byte order mark, UTF-8 if empty.
+    """
 
     captions: tuple[str, ...] = ("text", "caption", "captions")
     labels: tuple[str, ...] = ("label", "class")
     image: str = "file_name"
+    encoding: str = ""
 
 
 STANDARD = Columns()
+CLASS_NAME = "class_name"  # the further column that names a sample's class
 # Columns that state what preparation finds out by itself: a source's own values would only contradict it.
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
@@ -73,14 +82,11 @@ def read_fields(record: Mapping[str, Value], *, columns: Columns = STANDARD) -> 
     """Captions and an integer class from the columns that hold them; all further columns as they are."""
     captions: list[str] = []
     for name in columns.captions:
-        value = record.get(name)
-        if isinstance(value, str):
-            captions.append(value)
-        elif isinstance(value, list):
-            captions += [one for one in value if isinstance(one, str)]
+        for value in values_at(record, name):
+            captions += _as_captions(value)
     label, label_name = None, ""
     for name in columns.labels:
-        label, label_name = _as_label(record.get(name)), name
+        label, label_name = as_label(next(values_at(record, name), None)), name
         if label is not None:
             break
     consumed = {*columns.captions, columns.image, *([] if label is None else [label_name])}
@@ -90,6 +96,58 @@ def read_fields(record: Mapping[str, Value], *, columns: Columns = STANDARD) -> 
         if name and name not in RECOMPUTED and name not in consumed
     }
     return Fields(captions=tuple(captions), label=label, extra=extra)
+
+
+def values_at(record: Mapping[str, Value], name: str) -> Iterator[Value]:
+    """The values of a column, or of the parts of a nested column that a dotted name stands for. Missing values are left out."""
+    if name in record:
+        yield record[name]
+        return
+    root = next((root for root in _roots(name) if root in record), None)
+    if root is not None:
+        yield from _parts(record[root], name[len(root) + 1 :].split("."))
+
+
+def names_column(name: str, *, among: Collection[str]) -> bool:
+    """Whether a name is that of a column, or a dotted name of a part of one."""
+    return name in among or any(root in among for root in _roots(name))
+
+
+def _roots(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+
+
+def _parts(value: Value, path: list[str]) -> Iterator[Value]:
+    if not path:
+        yield value
+    elif isinstance(value, dict):
+        if path[0] in value:
+            yield from _parts(value[path[0]], path[1:])
+    elif isinstance(value, list) and path[0].isdecimal():
+        if int(path[0]) < len(value):
+            yield from _parts(value[int(path[0])], path[1:])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _parts(item, path)
+
+
+def _as_captions(value: Value) -> list[str]:
+    """A text, a list of texts, or a text that holds such a list as JSON or Python writes it."""
+    if isinstance(value, list):
+        return [one for one in value if isinstance(one, str)]
+    if not isinstance(value, str):
+        return []
+    text = value.strip()
+    if text.startswith(('["', "['", "[ ")) and text.endswith("]"):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                found = parse(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+            if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+                return found
+    return [value]
 
 
 def _storable(value: Value) -> Value:
@@ -103,9 +161,12 @@ def _storable(value: Value) -> Value:
     return value
 
 
-def _as_label(value: Value) -> int | None:
+def as_label(value: Value) -> int | None:
+    """A class as a number from 0 on, None for any other value."""
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():  # a column of integers with gaps, as pandas writes it
+        value = int(value)
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         value = int(value[:20])
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
@@ -113,10 +174,11 @@ def _as_label(value: Value) -> int | None:
     return value
 
 
-def parse_json(payload: bytes) -> dict[str, Value] | None:
-    """The object in a JSON file, None if it holds none."""
+def parse_json(payload: bytes | memoryview, *, encoding: str = "") -> dict[str, Value] | None:
+    """The object in a JSON file, None if it holds none. Raises UndecodableText."""
+    text = decode_text(payload, encoding=encoding)
     try:
-        record = json.loads(payload)
+        record = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

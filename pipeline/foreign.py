@@ -20,6 +20,7 @@ from pipeline.images import Rejection
 from pipeline.images.headers import Size, careful_size, quick_size
 from pipeline.tar import BlockReader, Member, members
 from pipeline.tar_samples import TarSample, TarSamples, is_used, key_of, kind_of
+from pipeline.text import UndecodableText, decode_text
 
 _MEMBERS = [f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")]
 SCHEMA = pa.schema(
@@ -161,14 +162,17 @@ def _read(found: TarSample, *, seen: dict[int, _Seen], joined: TarSamples, tar: 
 
 
 def _read_payload(sample: _Sample, kind: str, payload: bytes, *, name: str) -> None:
-    if kind == "text":
-        sample.text = payload.decode("utf-8-sig", "replace")
-    elif kind == "cls":
-        sample.label = payload.decode("ascii", "replace").strip()
-    else:
-        sample.record = parse_json(payload)
-        if sample.record is None and not sample.text:
-            sample.problem = sample.problem or ("bad-record", f"{name} is not a JSON object")
+    try:
+        if kind == "text":
+            sample.text = decode_text(payload)
+        elif kind == "cls":
+            sample.label = decode_text(payload).strip()
+        else:
+            sample.record = parse_json(payload)
+            if sample.record is None and not sample.text:
+                sample.problem = sample.problem or ("bad-record", f"{name} is not a JSON object")
+    except UndecodableText as error:
+        sample.problem = sample.problem or ("bad-record", f"{name} is {error}")
 
 
 def _table(samples: Mapping[str, _Sample], *, told: Mapping[str, int], sidecar: pa.Table | None) -> pa.Table:

@@ -22,6 +22,7 @@ from pipeline.images import load_image
 from pipeline.steps import Member, PlannedSample
 from pipeline.storage import BadShard, Part, ShardReader
 from pipeline.tags import TagShuffle
+from pipeline.text import decode_text
 
 
 class Failure(NamedTuple):
@@ -182,10 +183,12 @@ class PackReader:
 
 
 def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
-    """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none."""
+    """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none.
+
+    Raises UndecodableText."""
     if sample.caption < 0:
         return ""
-    first = str(_bytes(text), "utf-8-sig", "replace")
+    first = decode_text(_bytes(text))
     if sample.caption == 0 and first and not first.isspace():
         return normalise(first)[0]
     captions, _ = clean_captions([first, *read_fields(parse_json(bytes(_bytes(record))) or {}).captions])

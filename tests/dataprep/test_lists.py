@@ -21,10 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataprep.columns import ColumnConfig
+from dataprep.delimited import read_delimited
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
 from dataprep.sources import SourceConfig, open_sources
-from dataprep.tables import Table, kind_of, read_csv, read_jsonl
+from dataprep.tables import Table, kind_of, read_jsonl
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
 from tests.pipeline.servers import range_server
 
@@ -298,8 +299,8 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_kinds_by_name() -> None:
-    names = ["a.csv", "A.TSV", "a.jsonl.zst", "https://h/a.parquet?x=1", "a.parquet.zst", "a.json", "csv", "a.txt"]
-    assert [kind_of(name) for name in names] == ["csv", "tsv", "jsonl", "parquet", None, None, None, None]
+    names = ["a.csv", "A.TSV", "a.jsonl.zst", "https://h/a.parquet?x=1", "a.parquet.zst", "csv", "a.txt", "a.json", "a.json.gz"]
+    assert [kind_of(name) for name in names] == ["csv", "tsv", "jsonl", "parquet", None, None, None, "json", "json"]
 
 
 @settings(deadline=None, max_examples=60)
@@ -321,7 +322,7 @@ def test_what_csv_writes_is_read_back(rows: list[tuple[str, str]]) -> None:
 
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("a", "b"), *rows])
-    found = list(read_csv(io.BytesIO(text.getvalue().encode("utf-8", "replace"))))
+    found = list(read_delimited(io.BytesIO(text.getvalue().encode("utf-8", "replace"))))
     wanted = [{"a": a, "b": b} for a, b in rows]
     assert [record for _, record in found] == json.loads(json.dumps(wanted).encode("utf-8").decode()) or any(
         "\x00" in a + b for a, b in rows

@@ -19,7 +19,12 @@ def warn(module):
     for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning, UserWarning):
         warnings.warn_explicit(f"{module} {category.__name__}", category, "file.py", 1, module=module)
 """
-WORKER = "import sys, library; from pipeline.foreign_warnings import hide_if_asked; hide_if_asked()\nfor name in sys.argv[1:]: library.warn(name)"
+WORKER = """
+import sys, library
+from pipeline.foreign_warnings import hide_if_asked
+hide_if_asked()
+for name in sys.argv[1:]: library.warn(name)
+"""
 COMMAND = """
 import subprocess, sys, library
 from launch.cli import main

@@ -1,0 +1,190 @@
+"""Rows of CSV and TSV files. A stray quotation mark costs at most its own row, and every line is part of a row or reported.
+
+The rule, line by line (lines end with `\\n`, `\\r\\n` or `\\r`):
+
+- A line without an open quoted field is a row; it needs as many fields as the header. A quotation mark inside an unquoted field is an
+  ordinary character.
+- A quoted field that is still open at the end of its line goes on to the next line with an odd number of quotation marks, if the lines up
+  to there make a record as RFC 4180 has it, with as many fields as the header. Otherwise the first line alone is a bad row, and reading
+  goes on with the next line.
+- Where the line that would close the record could also begin one, the two readings of the whole chain of such lines are compared. Records
+  in pairs of lines without a remainder are multi-line records; with a remainder, the first line has a stray quotation mark.
+- Lines that are rows of their own, with an image in the same column, are never taken for the inside of a field.
+- A column whose name the header repeats is read as `NAME_2`.
+- TSV as IANA has it knows no quoting: a line whose quotation marks do not enclose whole fields is split at its tabs, and lines that have
+  as many tabs as the header are never taken for the inside of a field.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import deque
+from collections.abc import Iterator
+from itertools import islice
+from typing import BinaryIO
+
+from pipeline.fields import IMAGE_EXTENSIONS
+from pipeline.text import find_undecodable, open_text
+
+MAX_LINE_BYTES = 16 << 20  # of a line; multi-line records are looked for in as many characters
+_MAX_LINKS = 100  # lines of a chain of ambiguous ones
+_IMAGE = re.compile(rf"https?://\S+|\S.*\.({'|'.join(IMAGE_EXTENSIONS)})", re.IGNORECASE)
+_ENDS = "\r\n"
+
+DelimitedRow = tuple[int, "dict[str, str] | str"]
+
+
+def read_delimited(stream: BinaryIO, *, delimiter: str = ",", encoding: str = "") -> Iterator[DelimitedRow]:
+    """(number of the row's first line from 1; the row by the header's names, or what is wrong with the line)"""
+    return _Reader(stream, delimiter=delimiter, encoding=encoding).rows()
+
+
+def read_header(stream: BinaryIO, *, delimiter: str = ",", encoding: str = "") -> list[str]:
+    """The names in the header, [] where there is none that can be used."""
+    return _Reader(stream, delimiter=delimiter, encoding=encoding).header()[0]
+
+
+class _Lines:
+    """The lines of a text with lookahead. `number` is that of the first line, from 1. A line that is too long is cut, its rest left out."""
+
+    def __init__(self, stream: BinaryIO, *, encoding: str) -> None:
+        self._text, self.codec = open_text(stream, encoding=encoding)
+        self._ahead: deque[str] = deque()
+        self.number = 1
+
+    def __getitem__(self, place: int) -> str | None:
+        """The line at a place behind the first one, None behind the end."""
+        while len(self._ahead) <= place:
+            line = self._text.readline(MAX_LINE_BYTES + 1)
+            if not line:
+                return None
+            rest = line
+            while len(rest) > MAX_LINE_BYTES and rest[-1] not in _ENDS:
+                rest = self._text.readline(MAX_LINE_BYTES + 1)
+            self._ahead.append(line)
+        return self._ahead[place]
+
+    def span(self, start: int, end: int) -> list[str]:
+        """The lines from `start` to `end`, both included."""
+        return list(islice(self._ahead, start, end + 1))
+
+    def drop(self, count: int) -> None:
+        self.number += count
+        for _ in range(count):
+            self._ahead.popleft()
+
+
+class _Reader:
+    def __init__(self, stream: BinaryIO, *, delimiter: str, encoding: str) -> None:
+        self._lines = _Lines(stream, encoding=encoding)
+        self._delimiter = delimiter
+        self._is_stated = bool(encoding)
+        plain, quoted = f'[^"{delimiter}\r\n]*', '"[^"]*(?:""[^"]*)*"'
+        self._record = re.compile(rf"(?:{quoted}|{plain})(?:{delimiter}(?:{quoted}|{plain}))*(?:\r\n|\r|\n)?")
+        self._width: int | None = None
+        csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_BYTES))
+
+    def header(self) -> tuple[list[str], str]:
+        """(names, what is wrong with them)"""
+        while (first := self._lines[0]) is not None and not first.strip():
+            self._lines.drop(1)
+        if first is None:
+            return [], ""
+        row, used = self._row(first)
+        self._lines.drop(used)
+        if isinstance(row, str):
+            return [], f"the header cannot be read: {row}"
+        names = [name.strip() for name in row]
+        self._width = len(names)
+        return [_numbered(name, before=names[:place]) for place, name in enumerate(names)], ""
+
+    def rows(self) -> Iterator[DelimitedRow]:
+        names, problem = self.header()
+        if problem:
+            yield 1, problem
+            return
+        while (first := self._lines[0]) is not None:
+            number = self._lines.number
+            if not first.strip(_ENDS):
+                self._lines.drop(1)
+                continue
+            row, used = self._row(first)
+            self._lines.drop(used)
+            if isinstance(row, str):
+                yield number, row
+            elif len(row) != len(names):
+                yield number, f"{len(row)} columns where the header has {len(names)}"
+            else:
+                yield number, {name: value for name, value in zip(names, row, strict=True) if name}
+
+    def _row(self, first: str) -> tuple[list[str] | str, int]:
+        """The row that begins with the first line, or what is wrong with it; and how many lines it takes."""
+        problem = self._problem(first)
+        if problem:
+            return problem, 1
+        if '"' not in first:
+            return first.rstrip(_ENDS).split(self._delimiter), 1
+        try:
+            return self._parse([first]), 1
+        except csv.Error as error:
+            message = str(error)
+        end = self._end() if first.count('"') % 2 else 0
+        if end:
+            lines = self._lines.span(0, end)
+            problem = next((found for line in lines if (found := self._problem(line))), "")
+            return problem or self._parse(lines), end + 1
+        if self._delimiter == "\t":
+            return first.rstrip(_ENDS).split("\t"), 1
+        is_open = first.count('"') % 2 and "end of data" in message
+        return "a quotation mark that is never closed; reading went on with the next line" if is_open else f"not CSV: {message}", 1
+
+    def _parse(self, lines: list[str]) -> list[str]:
+        """Raises csv.Error."""
+        return next(csv.reader(lines, strict=True, delimiter=self._delimiter), [])
+
+    def _problem(self, line: str) -> str:
+        if len(line) > MAX_LINE_BYTES:
+            return f"a line of more than {MAX_LINE_BYTES} characters"
+        if "\0" in line:
+            return f"a NUL at character {line.index(chr(0))}; if this is UTF-16, say columns.encoding=utf-16-le"
+        return find_undecodable(line, codec=self._lines.codec, is_stated=self._is_stated)
+
+    def _end(self) -> int:
+        """The place of the line that closes the record of the first one, 0 if its quotation mark is stray."""
+        first = end = self._link(0)
+        links = 0
+        while end and links < _MAX_LINKS:
+            links += 1
+            end = self._link(end)
+        return first if links % 2 and not self._are_rows(first) else 0
+
+    def _link(self, start: int) -> int:
+        """The place of the line that closes a record which begins at `start` and goes on over its line's end, 0 if there is none."""
+        end, size = start + 1, 0
+        while (line := self._lines[end]) is not None and line.count('"') % 2 == 0:
+            end, size = end + 1, size + len(line)
+            if size > MAX_LINE_BYTES:
+                return 0
+        if line is None:
+            return 0
+        lines = self._lines.span(start, end)
+        if not self._record.fullmatch("".join(lines)):
+            return 0
+        width = len(self._parse(lines))
+        return end if self._width in (None, width) else 0
+
+    def _are_rows(self, end: int) -> bool:
+        """Whether all lines behind the first one, up to `end`, are rows of their own."""
+        first, *others = (line.rstrip(_ENDS).split(self._delimiter) for line in self._lines.span(0, end))
+        if any(len(row) != self._width for row in others):
+            return False
+        images = [place for place, cell in enumerate(first) if _IMAGE.fullmatch(cell)]
+        is_enough = self._delimiter == "\t" and len(first) > 1
+        return is_enough or any(all(_IMAGE.fullmatch(row[place]) for row in others) for place in images)
+
+
+def _numbered(name: str, *, before: list[str]) -> str:
+    """A name that the header has had before gets a number: `caption`, `caption_2`."""
+    count = before.count(name)
+    return f"{name}_{count + 1}" if name and count else name
