@@ -217,7 +217,7 @@ def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Fi
 
 def _scaled(picture: Picture, *, size: tuple[int, int]) -> Picture:
     """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
-    pixels = np.asarray(Image.fromarray(picture.pixels).resize(size[::-1], Image.Resampling.LANCZOS))
+    pixels = np.asarray(Image.fromarray(picture.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     return replace(picture, pixels=pixels, clean=False)
 
 

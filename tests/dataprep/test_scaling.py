@@ -72,12 +72,12 @@ def test_nothing_is_scaled_by_default(folder: Path, tmp_path: Path) -> None:
 def test_stored_sizes_keep_limits_and_aspect(images: dict[str, int]) -> None:
     config = ImageConfig.model_validate(images)
     rng = np.random.default_rng(0)
-    for height, width in rng.integers(1, 5000, (500, 2)).tolist():
+    for height, width in ((int(height), int(width)) for height, width in rng.integers(1, 5000, (500, 2))):
         rows, columns = config.stored_size(height, width)
         assert 1 <= rows <= height
         assert 1 <= columns <= width
-        assert rows * columns <= images.get("max_pixels", 2**62)
-        assert max(rows, columns) <= images.get("max_side", 2**62)
+        assert rows * columns <= (config.max_pixels or 2**62)
+        assert max(rows, columns) <= (config.max_side or 2**62)
         assert config.stored_size(rows, columns) == (rows, columns)
         scale = rows / height if height > width else columns / width
         if min(rows, columns) > 1:
