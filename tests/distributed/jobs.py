@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,14 @@ from launch.metrics import read_rows
 
 PATIENCE = 500.0  # seconds
 ROOT = Path(__file__).parents[2]
+# What a training says of itself on standard error, and `tim launch` on standard output.
+_OWN_LINE = re.compile(r"\d+\.\d+M parameters · \d+ process|step \d+/\d+ · loss |saved \S+$|model: \S+$|\S+: trained for \d+ steps$")
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     """`tim ARGUMENTS…` in the background, its output in a file."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONWARNINGS", None)
     with log.open("ab") as output:
         return subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], env=environment, stdout=output, stderr=output)
 
@@ -71,6 +75,11 @@ def kill_and_watch(job: subprocess.Popen[bytes], *, seconds: float = 30.0) -> li
 def story(run_dir: Path, *, columns: Sequence[str]) -> list[list[object]]:
     """What a run wrote of each step, without what depends on the clock."""
     return [[row[column] for column in columns] for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def foreign_lines(log: Path) -> list[str]:
+    """The lines of a training's output that are not its own: warnings and notices of libraries."""
+    return [line for line in log.read_text().splitlines() if not _OWN_LINE.match(line)]
 
 
 def _environment(path: Path) -> list[bytes]:

@@ -45,6 +45,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, 
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     command = ["launch", "photos", "--nproc-per-node", "2", f"corpus={corpus}", *SHORT]
     assert jobs.run(*command, f"run_dir={unbroken}", log=log) == 0, log.read_text()
+    assert jobs.foreign_lines(log) == []
 
     job = jobs.start(*command, f"run_dir={broken}", log=log)
     jobs.wait_for_row(broken, 6, job, log=log)
