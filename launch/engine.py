@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -302,8 +303,15 @@ def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, A
     }
 
 
+def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+    """Decorate as `torch.compile` does, and leave the function as it is."""
+    return (lambda decorated: decorated) if function is None else function
+
+
 def _import_deepspeed() -> Any:
     """Import DeepSpeed and attach it to the process group.
+
+    ZeRO imports DeepSpeed's own Muon, which is compiled as it is imported: four seconds of TorchInductor for what is not used here.
 
     On a CPU it would first compile a shared-memory collective, 30 seconds or more and a compiler needed, which under torchrun it then
     does not use: gloo does the work either way. Declared incompatible, it is left out.
@@ -316,5 +324,7 @@ def _import_deepspeed() -> Any:
             raise
         raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8,<0.20'") from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with mock.patch.object(torch, "compile", _uncompiled):
+        import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tim.flex import flex
 from tim.packed import Segments
 from tim.sdpa import has_tangent, sdpa
 
@@ -133,6 +132,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: 
     return _fused(varlen_attn, q, k, v, q_segments, kv_segments)
 
 
+def _flex(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    from tim.flex import flex  # imports torch's symbolic shapes: a second that no other backend needs
+
+    return flex(q, k, v, q_segments, kv_segments)
+
+
 def _fused(function: Any, q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
     """The seven positional arguments on which all releases of torch and flash-attn agree."""
     cu_q, cu_k = q_segments.cu_seqlens, kv_segments.cu_seqlens
@@ -143,6 +148,6 @@ def _fused(function: Any, q: Tensor, k: Tensor, v: Tensor, q_segments: Segments,
 BACKENDS = {
     "varlen": Backend(_varlen, devices=("cuda",), backward=("cuda",), dtypes=HALF, capability=AMPERE),
     "flash": Backend(_flash, devices=("cuda",), backward=("cuda",), dtypes=HALF, capability=AMPERE),
-    "flex": Backend(flex, devices=("cuda", "cpu"), backward=("cuda",)),
+    "flex": Backend(_flex, devices=("cuda", "cpu"), backward=("cuda",)),
     "sdpa": Backend(sdpa, devices=("cuda", "cpu"), backward=("cuda", "cpu"), forward_mode=True),
 }

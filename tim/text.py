@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tim.byte_pairs import simple_tokenizer
 from tim.pretrained import HUB, in_words, local_folder
 
 BATCH_TOKENS = 16384  # that go through a tower at once
@@ -45,13 +46,11 @@ class LookupEncoder:
     POSITION_SCALE = 0.5
 
     def __init__(self, *, width: int, max_tokens: int = 77, device: torch.device | str = "cpu") -> None:
-        from open_clip import SimpleTokenizer
-
         self.width = width
         self.max_tokens = max_tokens
         self._tokenize = _byte_pairs(max_tokens)
         generator = torch.Generator().manual_seed(self.SEED)
-        self._table = torch.randn(SimpleTokenizer().vocab_size, width, generator=generator).to(device)
+        self._table = torch.randn(simple_tokenizer().vocab_size, width, generator=generator).to(device)
         self._positions = (self.POSITION_SCALE * torch.randn(max_tokens, width, generator=generator)).to(device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -183,9 +182,7 @@ def weights_folder(kind: str, path: str | Path | None) -> Path | None:
 
 def _byte_pairs(max_tokens: int) -> Tokenize:
     """CLIP's tokens, between a start and an end token."""
-    from open_clip import SimpleTokenizer
-
-    pairs = SimpleTokenizer()
+    pairs = simple_tokenizer()
 
     def tokenize(captions: Sequence[str]) -> list[list[int]]:
         return [[pairs.sot_token_id, *pairs.encode(caption)[: max_tokens - 2], pairs.eot_token_id] for caption in captions]

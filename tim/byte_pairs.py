@@ -1,0 +1,25 @@
+"""open_clip's byte-pair tokenizer, without importing the rest of open_clip."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def simple_tokenizer() -> Any:
+    """CLIP's `SimpleTokenizer`, from its own file: the package imports transformers, torchvision and timm, six seconds a process.
+
+    Raises ModuleNotFoundError where open_clip is not installed.
+    """
+    package = find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError("No module named 'open_clip'", name="open_clip")
+    spec = spec_from_file_location("tim._open_clip_tokenizer", Path(package.submodule_search_locations[0]) / "tokenizer.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
