@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dataprep.columns import ColumnConfig
+from dataprep.corpora import TAGS, CorpusSource, corpora_below, corpus_of_tars, is_corpus
 from dataprep.folders import ImageFolder, holds_images
 from dataprep.hub import HubDataset, is_on_hub, is_saved
 from dataprep.labels import class_numbers
@@ -30,7 +31,7 @@ _NAME = r"[A-Za-z_][\w-]*"
 _NAMED = re.compile(rf"({_NAME})=(.+)", re.ASCII | re.DOTALL)
 SourceName = Annotated[str, Field(pattern=rf"^{_NAME}$")]
 FIRST_INPUTS = 1000
-_KINDS = "an image folder, .tar shards, a list (.csv, .tsv, .jsonl, .json, .parquet, .arrow) or hf:NAME"
+_KINDS = "an image folder, a corpus, .tar shards, a list (.csv, .tsv, .jsonl, .json, .parquet, .arrow) or hf:NAME"
 
 
 class SourceConfig(BaseModel):
@@ -144,7 +145,10 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
     for source in sources:
         tags = ", ".join(source.tags)
         for sample in source.samples():
-            yield replace(sample, extra={**sample.extra, "source_tags": tags}) if is_tagged else sample
+            if is_tagged:
+                both = ", ".join(filter(None, (str(sample.extra.get(TAGS) or ""), tags)))  # a corpus brings tags of its own
+                sample = replace(sample, extra={**sample.extra, TAGS: both})
+            yield sample
 
 
 def number_classes(sources: Sequence[Source], *, known: Mapping[str, int] | None) -> dict[str, int]:
@@ -189,6 +193,9 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
     if len(files) == 1 and (os.path.isdir(files[0]) if not is_remote(spec) else not _is_file(files[0])):
         return _open_folder(files[0], name=name, said=said)
     if all(file.lower().endswith(TAR_SUFFIXES) for file in files):
+        corpus = corpus_of_tars(files)
+        if corpus:  # not tars alone: what its sidecars say counts
+            return CorpusSource(corpus, name=name, columns=said.columns, only={base_name(file) for file in files})
         return Shards(files, name=name, columns=said.columns)
     strange = next((file for file in files if os.path.isdir(file) or not kind_of_list(file)), None)
     if strange:
@@ -197,7 +204,9 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
 
 
 def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
-    """A folder is what lies in it: a saved or packed data set, or else pictures and metadata, or else shards, or else lists."""
+    """A folder is what lies in it: a corpus, a saved or packed data set, or else images and metadata, or else shards, or else lists."""
+    if is_corpus(folder):
+        return CorpusSource(folder, name=name, columns=said.columns)
     try:
         files = list_files(folder)
     except OSError as error:
@@ -210,6 +219,8 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
     if holds_images(files):
         return ImageFolder(folder, files=files, name=name, columns=columns)
     tars = [join(folder, file) for file in files if file.lower().endswith(TAR_SUFFIXES)]
+    if tars and (corpora := corpora_below(folder, files)):
+        raise ValueError(f"{folder}: holds corpora ({', '.join(corpora)}): name each of them as a source of its own")
     if tars:
         told = ("_stats.json", ".parquet", *TAR_SUFFIXES)  # what img2dataset writes beside a tar
         notes = [*unread_notes(folder, (file for file in files if not file.lower().endswith(told))), *files.notes]
