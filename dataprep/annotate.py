@@ -16,10 +16,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dataprep.annotation_table import EXAMPLES, Damage, as_parquet
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.captions import clean_captions
 from pipeline.digests import file_digest
-from pipeline.errors import one_line
 from pipeline.index import Corpus
 from pipeline.progress import Progress, unseen
 from pipeline.sidecars import TAKEDOWN
@@ -33,13 +33,21 @@ _CAPTIONS = pa.list_(pa.string())
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """What came of it: rows of the table, samples of the corpus, how many of these the table spoke of, and the new columns."""
+    """Outcome: rows of the table, samples of the corpus, how many of these the table names, and the new columns.
+
+    `unmatched`: distinct values of `on` that are none of the corpus's; `damaged`: rows that cannot be read or name nothing. Of both, the
+    first ones are `examples`.
+    """
 
     sidecar: str
     rows: int
     samples: int
     matched: int
     columns: tuple[str, ...]
+    unmatched: int
+    unmatched_examples: tuple[str, ...]
+    damaged: int
+    damaged_examples: tuple[str, ...]
 
 
 def annotate(
@@ -52,7 +60,7 @@ def annotate(
     mark: str | None = None,
     progress: Progress = unseen,
 ) -> Annotated:
-    """Add the columns of a parquet file to a corpus.
+    """Add the columns of a table (Parquet, CSV, TSV or JSON lines) to a corpus.
 
     Args:
         corpus: what `tim prepare` or `tim index` wrote, in a folder or at a URL.
@@ -63,24 +71,26 @@ def annotate(
         mark: a column to set to true for every sample that the table names, such as "takedown".
         progress: called with ("read", rows, rows in all) and ("annotate", samples, samples in all).
 
-    Samples that the table does not name keep what they had. Raises ValueError, in one line, for a table that cannot be used, or that names
-    no sample of the corpus.
+    Samples that the table does not name keep what they had. Raises ValueError, in one line, for a table that cannot be used, and
+    RuntimeError if it names no sample of the corpus; then nothing is written.
     """
     name = name or _default_name(table)
-    parquet = _open_table(table, on=on)
     with opened_for_sidecars(corpus, name=name) as (opened, store):
-        new = _new_columns(parquet, of=opened, table=table, on=on, mark=mark)
-        schema = _sidecar_schema(new, of=opened, table=table, mark=mark)
-        database = store.scratch / f"{name}.sqlite"
+        database, converted = store.scratch / f"{name}.sqlite", store.scratch / f"{name}.table.parquet"
         database.unlink(missing_ok=True)
-        rows = parquet.metadata.num_rows
         try:
+            parquet, damage = as_parquet(table, on=on, known=opened.schema, into=converted)
+            new = _new_columns(parquet, of=opened, table=table, on=on, mark=mark)
+            schema = _sidecar_schema(new, of=opened, table=table, mark=mark)
+            rows = parquet.metadata.num_rows
             with closing(sqlite3.connect(database, isolation_level=None)) as lookup:
-                for read in _fill(lookup, parquet, on=on, columns=new, table=table):
+                for read in _fill(lookup, parquet, on=on, columns=new, table=table, damage=damage):
                     progress("read", read, rows)
                 matched = _count_matches(opened, lookup, on=on)
+                unmatched, examples = _unmatched(lookup)
                 if not matched:
-                    raise ValueError(f"{table}: none of its {rows} values of {on} is one of corpus {opened.folder}'s")
+                    named = f" ({', '.join(examples)}{', …' if unmatched > len(examples) else ''})" * bool(examples)
+                    raise RuntimeError(f"{table}: none of its {rows} values of {on}{named} is one of corpus {opened.folder}'s")
                 write_sidecar(
                     opened,
                     store=store,
@@ -88,26 +98,27 @@ def annotate(
                     schema=schema,
                     identity={"table": file_digest(table), "on": on, "captions": captions, "mark": mark},
                     make=lambda shard: _annotate_shard(opened, shard, lookup=lookup, schema=schema, on=on, captions=captions, mark=mark),
+                    merged=() if mark is None else (mark,),
                     progress=lambda done: progress("annotate", done, opened.count),
                 )
         finally:
             database.unlink(missing_ok=True)
-    return Annotated(sidecar=name, rows=rows, samples=opened.count, matched=matched, columns=tuple(schema.names))
+            converted.unlink(missing_ok=True)
+    return Annotated(
+        sidecar=name,
+        rows=rows,
+        samples=opened.count,
+        matched=matched,
+        columns=tuple(schema.names),
+        unmatched=unmatched,
+        unmatched_examples=examples,
+        damaged=damage.rows,
+        damaged_examples=tuple(damage.examples),
+    )
 
 
 def _default_name(table: Path) -> str:
     return "".join(letter if letter.isalnum() and letter.isascii() else "-" for letter in table.stem.lower()).strip("-")[:40] or "table"
-
-
-def _open_table(table: Path, *, on: str) -> pq.ParquetFile:
-    try:
-        parquet = pq.ParquetFile(table)
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"--table {table}: cannot be read as parquet: {one_line(error)}") from error
-    names = parquet.schema_arrow.names
-    if on not in names:
-        raise ValueError(f"--table {table}: has no column '{on}' to join on; there are: {', '.join(names)}")
-    return parquet
 
 
 def _new_columns(parquet: pq.ParquetFile, *, of: Corpus, table: Path, on: str, mark: str | None) -> pa.Schema:
@@ -158,11 +169,13 @@ def _sidecar_schema(new: pa.Schema, *, of: Corpus, table: Path, mark: str | None
     return pa.schema(fields)
 
 
-def _fill(lookup: sqlite3.Connection, parquet: pq.ParquetFile, *, on: str, columns: pa.Schema, table: Path) -> Iterator[int]:
+def _fill(
+    lookup: sqlite3.Connection, parquet: pq.ParquetFile, *, on: str, columns: pa.Schema, table: Path, damage: Damage
+) -> Iterator[int]:
     """Put the table's rows into the database, and say how many were read. Raises ValueError if two rows of one name differ."""
     lookup.execute("PRAGMA journal_mode = OFF")
     lookup.execute("PRAGMA synchronous = OFF")  # it is made anew by every run
-    lookup.execute("CREATE TABLE rows (name TEXT PRIMARY KEY, said TEXT) WITHOUT ROWID")
+    lookup.execute("CREATE TABLE rows (name TEXT PRIMARY KEY, said TEXT, is_matched INTEGER DEFAULT 0) WITHOUT ROWID")
     read = 0
     for batch in parquet.iter_batches(batch_size=_BATCH, columns=[on, *columns.names]):
         found = pa.Table.from_batches([batch])
@@ -170,12 +183,14 @@ def _fill(lookup: sqlite3.Connection, parquet: pq.ParquetFile, *, on: str, colum
         said = [json.dumps(row) for row in found.select(columns.names).cast(columns).to_pylist()] if columns.names else ["{}"] * len(names)
         pairs = [(name, row) for name, row in zip(names, said, strict=True) if name]
         lookup.execute("BEGIN")
-        lookup.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?)", pairs)
+        lookup.executemany("INSERT OR IGNORE INTO rows (name, said) VALUES (?, ?)", pairs)
         lookup.execute("COMMIT")
         stored = _ask(lookup, [name for name, _ in pairs])
         for name, row in pairs:
             if stored[name] != row:
                 raise ValueError(f"--table {table}: two rows of {on} {name} say different things: keep one of them")
+        for row in (row for row, name in enumerate(names) if not name):
+            damage.add(f"row {read + row + 1}: has no {on}")
         read += len(names)
         yield read
 
@@ -195,7 +210,17 @@ def _count_matches(corpus: Corpus, lookup: sqlite3.Connection, *, on: str) -> in
         names = _names(corpus, shard, on=on)
         found = _ask(lookup, names)
         matched += sum(name in found for name in names)
+        lookup.execute("BEGIN")
+        lookup.executemany("UPDATE rows SET is_matched = 1 WHERE name = ?", [(name,) for name in found])
+        lookup.execute("COMMIT")
     return matched
+
+
+def _unmatched(lookup: sqlite3.Connection) -> tuple[int, tuple[str, ...]]:
+    """How many names are none of the corpus's, and the first ones in order."""
+    ((count,),) = lookup.execute("SELECT count(*) FROM rows WHERE is_matched = 0")
+    found = lookup.execute("SELECT name FROM rows WHERE is_matched = 0 ORDER BY name LIMIT ?", (EXAMPLES,))
+    return count, tuple(name for (name,) in found)
 
 
 def _names(corpus: Corpus, shard: int, *, on: str) -> list[str]:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import accumulate
@@ -65,6 +65,7 @@ def write_sidecar(
     schema: pa.Schema,
     identity: Mapping[str, Any],
     make: Callable[[int], pa.Table],
+    merged: Collection[str] = (),
     progress: Callable[[int], None] = lambda samples: None,
 ) -> Sidecar:
     """Write the sidecar `name` of a corpus that was opened without it, as the last one in the list; shards that have a table of the
@@ -75,10 +76,11 @@ def write_sidecar(
         schema: of its tables, without `key`.
         identity: what the tables follow from besides the corpus; JSON-able.
         make: shard → a table of `schema` with a row for each of its samples, in their order.
+        merged: columns that other sidecars may have, too, for `make` has taken over what these say.
         progress: told the number of samples whose shards are done.
     """
     for other in corpus.sidecars:
-        both = sorted(set(other.columns) & set(schema.names) - set(TEXT_COLUMNS))
+        both = sorted(set(other.columns) & set(schema.names) - {*TEXT_COLUMNS, *merged})
         if both:
             raise ValueError(f"{corpus.folder}: its sidecar '{other.name}' has a column {both[0]}: to replace it, give --name {other.name}")
     shards: dict[str, SidecarShard] = {}

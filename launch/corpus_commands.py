@@ -12,7 +12,7 @@ from launch.arguments import one_corpus, one_of, parse_part, split_overrides, sp
 from launch.cluster import cores
 from launch.console import session
 from launch.options import Debug, Json, Workers
-from launch.tables import count, describe_account, describe_features, describe_scores
+from launch.tables import count, describe_account, describe_annotation, describe_features, describe_scores
 
 if TYPE_CHECKING:
     from dataprep.executor import Pool
@@ -268,7 +268,10 @@ def score(
 
 def annotate(
     corpus: Annotated[str, typer.Argument(help="Folder or URL that `tim prepare` or `tim index` wrote.")],
-    table: Annotated[Path | None, typer.Option(metavar="F.parquet", help="Columns to add; caption and captions are new captions.")] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Columns to add (.parquet, .csv, .tsv, .jsonl); caption and captions are new captions."),
+    ] = None,
     on: Annotated[str | None, typer.Option(metavar="key|sha256|url", help="The column of both by which rows find their samples.")] = None,
     name: Annotated[str | None, typer.Option(help="Of the sidecar table; one of this name is replaced. Default: the table's name.")] = None,
     captions: Annotated[
@@ -303,7 +306,7 @@ def annotate(
             console.result(f"{corpus}: has no sidecar '{remove}' any more", data={"corpus": corpus, "removed": remove})
             return
         if table is None or on is None:
-            raise ValueError("give --table F.parquet and --on key|sha256|url, or --remove NAME")
+            raise ValueError("give --table FILE and --on key|sha256|url, or --remove NAME")
         with console.progress() as progress:
             done = annotate_corpus(
                 corpus,
@@ -314,8 +317,7 @@ def annotate(
                 mark=mark,
                 progress=progress,
             )
-        text = f"{corpus}: {done.matched} of {count(done.samples, 'sample')} in {table}; new: {', '.join(done.columns)}"
-        console.result(text, data={"corpus": corpus, **asdict(done)})
+        console.result(describe_annotation(corpus, table, asdict(done), on=on), data={"corpus": corpus, **asdict(done)})
 
 
 def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str | None) -> Pool:

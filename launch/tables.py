@@ -39,6 +39,20 @@ def describe_scores(corpus: str, facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *_columns({f"mean {name}": f"{mean:.4g}" for name, mean in facts["means"].items()})])
 
 
+def describe_annotation(corpus: str, table: Path, facts: Mapping[str, Any], *, on: str) -> str:
+    """How many samples a table names, and what of it could not be used, with examples."""
+    new = ", ".join(facts["columns"])
+    lines = [f"{corpus}: {facts['matched']:,} of {count(facts['samples'], 'sample')} in {table}; new: {new}"]
+    for number, examples, what in (
+        (facts["unmatched"], facts["unmatched_examples"], f"{on} values of the table are not in the corpus"),
+        (facts["damaged"], facts["damaged_examples"], "rows of the table could not be used"),
+    ):
+        if number:
+            more = ", …" if number > len(examples) else ""
+            lines.append(f"note: {number:,} {what}: {', '.join(examples)}{more}")
+    return "\n".join(lines)
+
+
 def describe_recipes(texts: Mapping[str, str]) -> str:
     """Each recipe's name and the first line of its opening comment."""
     about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -203,7 +204,7 @@ def test_tables_that_cannot_be_used_leave_the_corpus_alone(
     corpus: Path, tmp_path: Path, rows: list[dict[str, Any]], on: Any, options: dict[str, Any], wrong: str
 ) -> None:
     before = digests(corpus)
-    with pytest.raises(ValueError, match=rf"^[^\n]*{wrong}[^\n]*$"):
+    with pytest.raises((ValueError, RuntimeError), match=rf"^[^\n]*{wrong}[^\n]*$"):
         annotate(corpus, table=write_table(tmp_path / "t.parquet", rows), on=on, **options)
     assert digests(corpus) == before
 
@@ -254,3 +255,77 @@ annotate({str(corpus)!r}, table=Path({str(table)!r}), on="key")
     assert [row["s"] for row in read(corpus, "s")] == list(range(COUNT))
     assert verify(corpus).problems == []
     assert not (corpus / ".work").exists()
+
+
+TEXT_ROWS = [
+    {"rank": 7, "score": 0.5, "good": True, "caption": "7, new", "code": "007"},
+    {"rank": None, "score": 2.0, "good": False, "caption": 'say "two"\nlines', "code": "x"},
+]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_text_tables_say_what_parquet_says(corpus: Path, tmp_path: Path, kind: str) -> None:
+    keys = [row["key"] for row in read(corpus, "key")]
+    rows = [{"key": key, **row} for key, row in zip(keys, TEXT_ROWS, strict=False)]
+    rows.append({"key": "no such key", **TEXT_ROWS[0]})
+    file = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        write_table(file, rows)
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        with open(file, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]), delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows({name: "" if value is None else value for name, value in row.items()} for row in rows)
+    done = annotate(corpus, table=file, on="key")
+    assert (done.rows, done.matched, done.unmatched, done.unmatched_examples, done.damaged) == (3, 2, 1, ("no such key",), 0)
+    types = {name: Corpus.open(corpus).schema.field(name).type for name in ("rank", "score", "good", "code")}
+    assert types == {"rank": pa.int64(), "score": pa.float64(), "good": pa.bool_(), "code": pa.string()}
+    found = read(corpus, "rank", "score", "good", "code", "caption")[:3]
+    assert found[0] == {**TEXT_ROWS[0]}
+    assert found[1] == {**TEXT_ROWS[1], "caption": 'say "two" lines'}
+    assert (found[2]["rank"], found[2]["code"], found[2]["caption"][:4]) == (None, None, "old ")
+    assert verify(corpus).problems == []
+
+
+def test_rows_that_name_nothing_are_counted_and_named(corpus: Path, tmp_path: Path) -> None:
+    keys = [row["key"] for row in read(corpus, "key")]
+    file = tmp_path / "requests.jsonl"
+    lines = [json.dumps({"key": key}) for key in (keys[0], *"dcba", "")] + ["{broken"]
+    file.write_text("\n".join(lines))
+    done = annotate(corpus, table=file, on="key", mark="takedown")
+    assert (done.matched, done.unmatched, done.unmatched_examples, done.damaged) == (1, 4, ("a", "b", "c"), 2)
+    assert any("not JSON" in example for example in done.damaged_examples)
+    before = digests(corpus)
+    (tmp_path / "none.csv").write_text("key\nx\ny\nz\nw\n")
+    with pytest.raises(RuntimeError, match=r"none of its 4 values of key \(w, x, y, …\) is one of corpus"):
+        annotate(corpus, table=tmp_path / "none.csv", on="key", mark="takedown")
+    assert digests(corpus) == before
+
+
+def test_takedown_marks_of_several_tables_add_up(corpus: Path, tmp_path: Path) -> None:
+    keys = [row["key"] for row in read(corpus, "key")]
+    for name, key in (("january", keys[0]), ("february", keys[1]), ("january", keys[2])):
+        (tmp_path / f"{name}.csv").write_text(f"key\n{key}\n")
+        annotate(corpus, table=tmp_path / f"{name}.csv", on="key", mark="takedown")
+    marked = [row["key"] for row in read(corpus, "key", "takedown") if row["takedown"]]
+    assert marked == keys[:3]
+    assert verify(corpus).problems == []
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        ("name,x\na,1\n", "has no column 'key'"),
+        ("", "has no rows that can be read"),
+        ("key,takedown\na,perhaps\n", "must hold truth values"),
+        ("key,captions\na,one\n", "must hold lists of texts"),
+    ],
+)
+def test_text_tables_that_cannot_be_used(corpus: Path, tmp_path: Path, text: str, wrong: str) -> None:
+    before = digests(corpus)
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{wrong}[^\n]*$"):
+        annotate(corpus, table=tmp_path / "t.csv", on="key")
+    assert digests(corpus) == before
