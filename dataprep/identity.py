@@ -29,6 +29,15 @@ def difference(before: Any, now: Any, *, at: str) -> str:
     return "" if before == now else f"{at.lstrip('.')} ({json.dumps(before)} there, {json.dumps(now)} here)"
 
 
+def all_differences(before: Any, now: Any, *, at: str = "") -> list[str]:
+    """Every value that is another one now, by its key, with both."""
+    if isinstance(now, dict) and isinstance(before, dict):
+        names = sorted(now.keys() | before.keys())
+        return [found for name in names for found in all_differences(before.get(name), now.get(name), at=f"{at}.{name}")]
+    found = difference(before, now, at=at)
+    return [found] if found else []
+
+
 def _difference_of_lists(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]], *, what: str) -> str:
     if list(before) == list(now):
         return ""

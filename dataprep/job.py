@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dataprep.captions import LANGUAGE, CaptionConfig, check_languages
 from dataprep.columns import ColumnConfig
@@ -21,13 +21,13 @@ from dataprep.examine import ImageConfig
 from dataprep.files import JOB, LOCK, claimed_work, publish_text
 from dataprep.filters import FilterConfig, Filters
 from dataprep.growing import Growth
-from dataprep.identity import differences
+from dataprep.identity import all_differences, differences
 from dataprep.inputs import Part
 from dataprep.known import open_known
 from dataprep.manifest import MANIFEST, Account, read_account
 from dataprep.plan import ShardConfig
 from dataprep.report import ReportConfig
-from dataprep.shards import shard_number, stats_name
+from dataprep.shards import number_of_file, shard_number, stats_name
 from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
 from dataprep.store import Store, open_store
 from pipeline.digests import json_digest
@@ -125,15 +125,37 @@ def _read_base_manifest(job: Job) -> Mapping[str, Any]:
     manifest = read_manifest(job.store.place)
     if "columns" not in manifest:
         raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
-    changed = differences({"config": manifest["config"]}, {"config": job.identity["config"]})
+    changed = ", ".join(all_differences(manifest["config"], job.identity["config"]))
     if changed:
-        raise ValueError(f"{place}: was prepared with another {changed}; a corpus grows with the settings that it has (see its {MANIFEST})")
+        remedy = "a corpus grows with the settings that it has: leave them out, or prepare a new one"
+        raise ValueError(f"{place}: was prepared with another {changed}; {remedy}")
     begun = begun_in(job.work)
     if begun and begun.get("grows") == json_digest(manifest):
         changed = differences(begun, replace(job, base=manifest).record)
         if changed:
             raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
     return manifest
+
+
+def with_own_settings(out: str | Path, *, given: PrepareConfig) -> PrepareConfig:
+    """The config of the finished corpus at `out`, for it to grow with, and what is `given` explicitly in its place.
+
+    Raises ValueError if it is no corpus, or of settings that this version does not know.
+    """
+    own = read_manifest(out).get("config", {})
+    try:
+        merged = _laid_over(own, given.model_dump(mode="json", exclude_unset=True))
+        return PrepareConfig.model_validate(merged)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise ValueError(f"{out}: its {MANIFEST} has a config of another version ({key}: {problem['msg']}): use that version") from error
+
+
+def _laid_over(below: Any, above: Any) -> Any:
+    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
+        return above
+    return {**below, **{name: _laid_over(below.get(name), value) for name, value in above.items()}}
 
 
 def finished_account(job: Job) -> Account | None:
@@ -217,7 +239,7 @@ def _begin(job: Job, *, anew: bool) -> None:
     if job.growth:  # shards of an addition that was given up
         first = len(job.base["shards"])
         for name in job.store.sizes():
-            number = shard_number(name)
+            number = number_of_file(name)
             if number is not None and number >= first:
                 job.store.remove(name)
     publish_text(job.work / JOB, json.dumps(job.record, indent=1))

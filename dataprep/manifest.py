@@ -19,6 +19,7 @@ from dataprep.shards import Shard, table_schema
 from dataprep.store import Store
 from pipeline.digests import file_digest, json_digest
 from pipeline.index import FORMAT
+from pipeline.sidecars import SIDECARS
 
 MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
 _READ_AHEAD = 4
@@ -64,12 +65,13 @@ def write_corpus_files(
     image_format: str,
     report: Callable[[dict[str, Any]], str],
     growth: Sequence[Mapping[str, Any]] = (),
+    sidecars: str = "",
 ) -> None:
     """Write the index, both lists of shards, the card and the report, and put them in their places one right after the other, the manifest
     last.
 
     `identity` (config and sources) goes into the manifest as it is. `growth`: what was added to the corpus after it was first finished, see
-    `dataprep.growing`. `report` makes the page of the manifest.
+    `dataprep.growing`. `report` makes the page of the manifest. `sidecars`: the new list of them, where it changes.
     """
     wids = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
     with ExitStack() as files:  # left in reverse order
@@ -93,6 +95,8 @@ def write_corpus_files(
         }
         manifest_file.write(_pretty(manifest))
         lists = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}
+        if sidecars:
+            files.enter_context(store.publish(SIDECARS)).write(sidecars.encode("utf-8"))
         files.enter_context(store.publish(WIDS_INDEX)).write(_pretty(lists))
         files.enter_context(store.publish(REPORT)).write(report(manifest).encode("utf-8"))
         files.enter_context(store.publish(README)).write(_card(name=name, account=account, image_format=image_format).encode("utf-8"))

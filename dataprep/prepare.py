@@ -26,13 +26,16 @@ from dataprep.manifest import Account, write_corpus_files
 from dataprep.plan import Plan, make_plan
 from dataprep.report import census, render
 from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
-from dataprep.sources import all_samples
+from dataprep.sidecars import extended_sidecars, listed_sidecars
+from dataprep.sources import Source, all_samples
 from dataprep.store import Store
 from pipeline.progress import Progress, unseen
+from pipeline.sidecars import Sidecar
 
 __all__ = ["Account", "Growth", "Part", "PrepareConfig", "prepare", "prepare_part"]
 
 MANY_SHARDS = 10_000
+_MOST_NAMES = 4  # of sources that make the name of a corpus
 Announce = Callable[[str], None]
 
 
@@ -70,6 +73,8 @@ def prepare(
 
     with claimed_job(job), pool:
         base, selection = read_base(job.store, manifest=job.base, growth=growth) if growth else (None, None)
+        if base:  # a broken sidecar is told before the work, not after it
+            extended_sidecars(job.store, shards=base.shards, first=len(base.shards))
         examined = examined_before(job.work) if merge or (job.work / Part().marker).exists() else None
         if merge and examined is None:
             raise RuntimeError(f"{job.store.place}: no part has been examined yet: run --part 1/N, 2/N, … before --merge")
@@ -87,7 +92,21 @@ def prepare(
         account = _account(plan, examined=examined, base=base, images=config.images)
         if plan.kept:
             shards = _write_all(job, plan=plan, tables=tables, pool=pool, progress=progress)
-            _finish(job, shards=shards, account=account, plan=plan, base=base, examined=examined, pool=pool, progress=progress)
+            sidecars = extended_sidecars(job.store, shards=[*base.shards, *shards], first=len(base.shards)) if base else ()
+            _finish(
+                job,
+                shards=shards,
+                account=account,
+                plan=plan,
+                base=base,
+                examined=examined,
+                sidecars=sidecars,
+                pool=pool,
+                progress=progress,
+            )
+            if sidecars and announce:
+                names = ", ".join(sidecar.name for sidecar in sidecars)
+                announce(f"{out}: its sidecars ({names}) say nothing of the added samples yet: run the commands that made them again")
     shutil.rmtree(job.work)
     if not plan.kept and base is None:
         _leave_nothing(job.store)
@@ -230,6 +249,7 @@ def _finish(
     plan: Plan,
     base: Base | None,
     examined: Examined,
+    sidecars: tuple[Sidecar, ...],
     pool: Pool,
     progress: Progress,
 ) -> None:
@@ -243,12 +263,12 @@ def _finish(
         growth = [*base.manifest.get("growth", ()), {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))}]
 
     def report(manifest: dict[str, Any]) -> str:
-        found = census(job.store.place, manifest=manifest, config=job.config.report, pool=pool, progress=progress)
+        found = census(job.store.place, manifest=manifest, config=job.config.report, pool=pool, sidecars=sidecars, progress=progress)
         return render([found], config=job.config.report)
 
     write_corpus_files(
         job.store,
-        name=base.manifest["name"] if base else job.config.name or job.sources[0].name,
+        name=base.manifest["name"] if base else job.config.name or _joined_name(job.sources),
         shards=[*(base.shards if base else ()), *shards],
         account=account,
         columns=plan.columns,
@@ -256,4 +276,12 @@ def _finish(
         image_format=job.config.images.format,
         report=report,
         growth=growth,
+        sidecars=listed_sidecars(sidecars) if sidecars else "",
     )
+
+
+def _joined_name(sources: Sequence[Source]) -> str:
+    """A name for a corpus of these sources."""
+    names = [source.name for source in sources]
+    more = len(names) - _MOST_NAMES
+    return "+".join(names if more <= 0 else [*names[:_MOST_NAMES], f"{more}-more"])

@@ -182,7 +182,7 @@ def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
                 what = f"{alike.kept:,} of the kept are marked as {LOOKALIKES[column]} duplicates of others"
                 parts.append(f"<p>{_of(name, found)}{what}; a plan with <code>where: \"{column} == ''\"</code> leaves them out.</p>")
         if len(each.by_source) > 1:
-            parts.append(_by_source(each))
+            parts.append(f"<p>{_bdi(name)}</p>" * (len(found) > 1) + _by_source(each))
         parts += [f"<p>{_of(name, found)}{_bdi(note)}</p>" for note in each.manifest["notes"]]
     return "".join(parts)
 

@@ -41,6 +41,7 @@ TABLE_COLUMNS = frozenset(name for name, _ in _TABLE_FIELDS)
 
 _COPIED = [name for name, _ in _TABLE_FIELDS if name in GROUP_SCHEMA.names]
 _SHARD_FILE = re.compile(r"(\d{6,})(\.tar|\.parquet|_stats\.json)")
+_OF_SHARD = re.compile(r"(\d{6,})(\.|_stats\.json)")
 _TEXT = ColumnKind(table=pa.string(), is_number_in_json=False)
 
 
@@ -83,6 +84,12 @@ def stats_name(number: int) -> str:
 def shard_number(name: str) -> int | None:
     """The number of the shard that a file of this name belongs to, None if to none."""
     match = _SHARD_FILE.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def number_of_file(name: str) -> int | None:
+    """The number of the shard that a file is of: as `shard_number`, and of a sidecar's files, too."""
+    match = _OF_SHARD.match(name)
     return int(match[1]) if match else None
 
 

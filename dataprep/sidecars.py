@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.files import LOCK, claimed_work
-from dataprep.shards import MEMBERS
+from dataprep.manifest import kept_rows
+from dataprep.shards import MEMBERS, Shard
 from dataprep.store import Store, open_store
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
@@ -108,6 +109,53 @@ def write_sidecar(
     sidecar = Sidecar(name=name, columns=columns, shards=shards)
     _publish_list(store, [*corpus.sidecars, sidecar])
     return sidecar
+
+
+def extended_sidecars(store: Store, *, shards: Sequence[Shard], first: int) -> tuple[Sidecar, ...]:
+    """The sidecars of a corpus that got `shards` from number `first` on, for which each gets a table that says nothing: new samples have no
+    values and their own captions until the command that made the sidecar is run again. The list of sidecars is not written.
+    """
+    sidecars = read_sidecars(store.place)
+    for number, sidecar in enumerate(sidecars):
+        schema = _own_schema(store, sidecar=sidecar)
+        known = {shard.table for shard in shards[:first]}
+        listed = {of: beside for of, beside in sidecar.shards.items() if of in known}
+        for shard in shards[first:]:
+            rows = kept_rows(pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=["key", "caption", "captions"]))
+            own = {name: rows.column(name) for name in ("key", "caption", "captions")}
+            columns = pa.table([own.get(each.name, pa.nulls(rows.num_rows, each.type)) for each in schema], schema=schema)
+            listed[shard.table] = _written_beside(store, columns, shard=shard, name=sidecar.name)
+        sidecars = (*sidecars[:number], replace(sidecar, shards=listed), *sidecars[number + 1 :])
+    return sidecars
+
+
+def _own_schema(store: Store, *, sidecar: Sidecar) -> pa.Schema:
+    """Of a sidecar's tables, without where captions lie. Raises ValueError if there is none to be read."""
+    remedy = f"run the command that made it again, or take it away with `tim annotate --remove {sidecar.name}`"
+    beside = next(iter(sidecar.shards.values()), None)
+    if beside is None:
+        raise ValueError(f"{store.place}: its sidecar '{sidecar.name}' has no tables: {remedy}")
+    try:
+        found = pq.read_schema(io.BytesIO(store.read(beside.table)))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{store.place}: {beside.table} of its sidecar '{sidecar.name}' is damaged: {one_line(error)}: {remedy}"
+        ) from error
+    return pa.schema([each for each in found if each.name in ("caption", "captions") or each.name not in TEXT_COLUMNS])
+
+
+def _written_beside(store: Store, columns: pa.Table, *, shard: Shard, name: str) -> SidecarShard:
+    table = f"{shard.table.removesuffix('.parquet')}.{name}.parquet"
+    texts = f"{table.removesuffix('.parquet')}.jsonl" if "captions" in columns.column_names else ""
+    files = _write(store, columns, table=table, texts=texts, made_of=json_digest([FORMAT, shard.table_sha256, "nothing said yet"]))
+    return SidecarShard(
+        table=table,
+        sha256=_digest(files.table),
+        of=shard.table_sha256,
+        texts=texts,
+        texts_bytes=len(files.texts),
+        texts_sha256=_digest(files.texts) if texts else "",
+    )
 
 
 def remove_sidecar(path: str | Path, *, name: str) -> None:
@@ -199,5 +247,10 @@ def _digest(data: bytes) -> str:
 
 
 def _publish_list(store: Store, sidecars: Sequence[Sidecar]) -> None:
+    store.publish_text(SIDECARS, listed_sidecars(sidecars))
+
+
+def listed_sidecars(sidecars: Sequence[Sidecar]) -> str:
+    """The text of the list."""
     listed = [{**asdict(sidecar), "shards": {of: asdict(shard) for of, shard in sidecar.shards.items()}} for sidecar in sidecars]
-    store.publish_text(SIDECARS, json.dumps({"format": FORMAT, "sidecars": listed}, indent=1, ensure_ascii=False) + "\n")
+    return json.dumps({"format": FORMAT, "sidecars": listed}, indent=1, ensure_ascii=False) + "\n"

@@ -21,7 +21,7 @@ from dataprep.files import TEMPORARY_SUFFIX, WORK
 from dataprep.indexing import KIND, read_foreign
 from dataprep.job import begun_in
 from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account
-from dataprep.shards import MEMBERS, shard_number
+from dataprep.shards import MEMBERS, number_of_file
 from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
 from pipeline.digests import file_digest, json_digest
@@ -156,7 +156,7 @@ def _check_strangers(corpus: Path, *, manifest: dict[str, Any], is_growing: bool
     found = {path.name for pattern in ("*.tar", "*.parquet", f"*{TEMPORARY_SUFFIX}") for path in corpus.glob(pattern)}
     problems = [f"{WORK}: an addition has not come to its end: run its command again; its shards were not checked"] if is_growing else []
     first = len(manifest["shards"])
-    added = {name for name in found if name.endswith(TEMPORARY_SUFFIX) or (shard_number(name) or 0) >= first} if is_growing else set()
+    added = {name for name in found if name.endswith(TEMPORARY_SUFFIX) or (number_of_file(name) or 0) >= first} if is_growing else set()
     problems += [f"{name}: not in the manifest" for name in sorted(found - known - added)]
     markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]
     markers += [] if is_index else [WIDS_INDEX, README, REPORT]

@@ -69,12 +69,16 @@ def prepare(
     Example: tim prepare photos --out corpus --part $SLURM_ARRAY_TASK_ID/16, and when all are done: tim prepare photos --out corpus --merge
     """
     with session(as_json=as_json, debug=debug) as console:
+        from dataprep.job import with_own_settings
+        from dataprep.manifest import REPORT
         from dataprep.prepare import Account, Growth, Part, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
         from launch.config import load_config
 
         positional, overrides = split_sources(sources or [], settings=PrepareConfig.model_fields)
         settings = load_config(config, overrides=overrides, schema=PrepareConfig)
+        if (append or retry_failed) and config is None:
+            settings = with_own_settings(out, given=settings)
         if not positional and not settings.sources:
             raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
         modes = {"--append/--retry-failed": append or retry_failed, "--part": part is not None, "--merge": merge}
@@ -91,7 +95,8 @@ def prepare(
                 done = prepare_corpus(positional, growth=growth, merge=merge, **job)
         facts = asdict(done)
         if isinstance(done, Account):
-            console.result(describe_account(out, facts), data={"corpus": out, **facts})
+            page = f"{out.rstrip('/')}/{REPORT}"
+            console.result(f"{describe_account(out, facts)}\nreport: {page}", data={"corpus": out, **facts, "report": page})
         else:
             console.result(f"{out}: part {part} of {count(done.inputs, 'input')} is examined", data={"corpus": out, "part": part, **facts})
 

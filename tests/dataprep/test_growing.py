@@ -12,10 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from dataprep.annotate import annotate
+from dataprep.job import with_own_settings
 from dataprep.prepare import Growth, PrepareConfig, prepare
 from dataprep.repair import repair
 from dataprep.verify import verify
 from pipeline.index import Corpus
+from pipeline.plan import PlanConfig
+from pipeline.resolution import LEFT_OUT_REASONS
+from pipeline.source import Source
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 4}})
@@ -97,6 +102,16 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
     prepare([str(folder)], out=out, config=CONFIG)
     with pytest.raises(ValueError, match=r"another shards\.max_samples \(4 there, 10000 here\); a corpus grows with the settings"):
         prepare([str(folder)], out=out, config=PrepareConfig(), growth=APPEND)
+    other = PrepareConfig.model_validate({"seed": 3, "filters": {"min_side": 20}, "shards": {"max_samples": 4}})
+    with pytest.raises(ValueError, match=r"another filters\.min_side \(16 there, 20 here\), seed \(0 there, 3 here\); a corpus grows"):
+        prepare([str(folder)], out=out, config=other, growth=APPEND)
+    given = PrepareConfig.model_validate({"sources": {"f": {"tags": ["new"]}}})
+    own = with_own_settings(out, given=given)
+    assert own.shards == CONFIG.shards
+    assert own.sources == given.sources
+    assert prepare([f"f={folder}"], out=out, config=own, growth=APPEND).kept == 3
+    with pytest.raises(ValueError, match=r"another seed \(0 there, 1 here\)"):
+        prepare([str(folder)], out=out, config=with_own_settings(out, given=PrepareConfig(seed=1)), growth=APPEND)
     with pytest.raises(ValueError, match=r"another sources \(g is not in it, f is in it, too\); add inputs with --append"):
         prepare([str(photo_folder(tmp_path / "g", count=2))], out=out, config=CONFIG)
 
@@ -104,6 +119,8 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
 # What the process does that adds to a corpus: it is killed as soon as this file has taken its place.
 ADDITION = """
 import os, signal, sys
+from dataprep.annotate import annotate
+from dataprep.job import with_own_settings
 from dataprep.prepare import Growth, PrepareConfig, prepare
 
 def replace_and_die(source, target, replace=os.replace):
@@ -160,3 +177,57 @@ def test_shards_of_an_addition_that_was_given_up_are_not_taken_for_those_of_anot
     prepare([str(photo_folder(tmp_path / "h", count=2, first=20))], out=out, config=CONFIG, growth=APPEND)
     assert verify(out).problems == []
     assert sorted(row["source"] for row in table_rows(out)) == ["f", "f", "f", "h", "h"]
+
+
+def test_sidecars_of_a_corpus_that_grows_say_nothing_of_new_samples_until_they_are_made_again(tmp_path: Path) -> None:
+    out = tmp_path / "C"
+    prepare([str(photo_folder(tmp_path / "f", count=6))], out=out, config=CONFIG)
+    keys = [row["key"] for row in table_rows(out)]
+    for name, text in (("scores", "score\n" + "".join(f"{key},0.5\n" for key in keys)), ("captions", f"caption\n{keys[0]},new\n")):
+        (tmp_path / f"{name}.csv").write_text(f"key,{text}")
+        annotate(out, table=tmp_path / f"{name}.csv", on="key")
+    (tmp_path / "gone.csv").write_text(f"key\n{keys[1]}\n")
+    annotate(out, table=tmp_path / "gone.csv", on="key", mark="takedown")
+    old = digests(out)
+
+    told: list[str] = []
+    new = photo_folder(tmp_path / "g", count=5, first=50)
+    prepare([str(new)], out=out, config=CONFIG, growth=APPEND, announce=told.append)
+    assert told[-1].endswith(
+        "its sidecars (scores, captions, gone) say nothing of the added samples yet: run the commands that made them again"
+    )
+    assert verify(out).problems == []
+    kept_names = [name for name in old if name[:6].isdigit()]
+    assert {name: digests(out)[name] for name in kept_names} == {name: old[name] for name in kept_names}
+    corpus = Corpus.open(out)
+    rows = [
+        row
+        for shard in range(len(corpus.shards))
+        for row in corpus.read(shard, columns=["key", "score", "captions", "takedown"]).to_pylist()
+    ]
+    assert [row["score"] for row in rows] == [0.5] * 6 + [None] * 5
+    assert rows[0]["captions"] == ["new", next(row["caption"] for row in table_rows(out) if row["key"] == keys[0])]
+    assert sorted(row["captions"][0] for row in rows[6:]) == [f"picture {number:05d}.jpg" for number in range(50, 55)]
+    assert [row["key"] for row in rows if row["takedown"]] == [keys[1]]
+    assert "Scores and further numbers" in (out / "report.html").read_text()
+    rule = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=128).size_rule
+    _, targets = Source(corpus, where="score > 0").select(len(corpus.shards) - 1, rule=rule)
+    assert set(targets.left_out.tolist()) == {LEFT_OUT_REASONS.index("where")}
+
+    (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{row['key']},0.5\n" for row in rows))
+    annotate(out, table=tmp_path / "scores.csv", on="key")
+    corpus = Corpus.open(out)
+    assert corpus.read(len(corpus.shards) - 1, columns=["score"]).column("score").null_count == 0
+    assert verify(out).problems == []
+
+
+def test_a_broken_sidecar_is_told_before_a_corpus_grows(tmp_path: Path) -> None:
+    out = tmp_path / "C"
+    prepare([str(photo_folder(tmp_path / "f", count=3))], out=out, config=CONFIG)
+    (tmp_path / "s.csv").write_text(f"key,score\n{table_rows(out)[0]['key']},1\n")
+    annotate(out, table=tmp_path / "s.csv", on="key")
+    (out / "000000.s.parquet").write_bytes(b"no table")
+    before = digests(out)
+    with pytest.raises(ValueError, match=r"000000\.s\.parquet of its sidecar 's' is damaged.*tim annotate --remove s"):
+        prepare([str(photo_folder(tmp_path / "g", count=2, first=9))], out=out, config=CONFIG, growth=APPEND)
+    assert {name: digest for name, digest in digests(out).items() if not name.startswith(".work")} == before
