@@ -24,6 +24,7 @@ from dataprep.known import Known, read_known
 from dataprep.labels import describe_classes
 from dataprep.manifest import Account, write_corpus_files
 from dataprep.plan import Plan, make_plan
+from dataprep.rejections import NothingKept, find_examples
 from dataprep.report import census, render
 from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
 from dataprep.sidecars import extended_sidecars, listed_sidecars
@@ -62,8 +63,8 @@ def prepare(
     `work`; without one, in OUT/.work, or for a URL in the user's cache. The work is done by `pool`, without one by `workers` processes.
     `progress` is called with (stage, done, total): "examine" counts inputs, "write" counts kept samples, "report" shards.
     `announce` is told what is read of each source, in a sentence, before the work starts.
-    Raises ValueError if the sources or `out` cannot be used, RuntimeError if no input is usable, a source changes meanwhile, or the disk is
-    full.
+    Raises ValueError if the sources or `out` cannot be used, NothingKept if no input is usable, RuntimeError if a source changes meanwhile
+    or the disk is full.
     """
     pool = pool or LocalPool(workers)
     job = open_job(sources, out=out, config=config, against=against, growth=growth, work=work)
@@ -107,10 +108,11 @@ def prepare(
             if sidecars and announce:
                 names = ", ".join(sidecar.name for sidecar in sidecars)
                 announce(f"{out}: its sidecars ({names}) say nothing of the added samples yet: run the commands that made them again")
+        examples = {} if plan.kept else find_examples(tables, plan=plan)
     shutil.rmtree(job.work)
     if not plan.kept and base is None:
         _leave_nothing(job.store)
-        raise RuntimeError(f"no usable picture among {account.inputs} inputs ({_in_words(account.rejected)}): nothing was written")
+        raise NothingKept(account, examples=examples)
     return account
 
 

@@ -1,7 +1,8 @@
 """YAML files and `key.sub=value` overrides, checked against a pydantic schema.
 
 Every problem is a `ConfigError` of one line that says where (file and line, or the command line), which key, what is wrong
-with it, and the nearest valid key. Validation is strict: a number is not taken for a text, nor a text for a number.
+with it, and the nearest valid key. Validation is strict: a text is not taken for a number. Where a text is wanted, a value counts as it was
+written, whatever YAML makes of it: `name: 1e5`, `run_dir=2024`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from launch.yaml_values import Loader, scalars
+from launch.yaml_values import dump as dump_yaml
+
 Key = tuple[str | int, ...]
 Schema = TypeVar("Schema", bound=BaseModel)
 
 COMMAND_LINE = "command line"
 STRINGS = ("string_type", "path_type")
+_TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class ConfigError(ValueError):
@@ -40,7 +45,8 @@ class Impossible(ValueError):
 
 @dataclass(slots=True)
 class Written:
-    """A configuration as somebody wrote it: plain values, and where each key stands (`file:line` or `command line`)."""
+    """A configuration as somebody wrote it: plain values, where each key stands (`file:line` or `command line`), and the source text of
+    values that are not text."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
@@ -50,17 +56,6 @@ class Written:
     def place(self, key: Key) -> str:
         """Where a key stands, or else the nearest section around it that was written down."""
         return next((self.places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self.places), self.name)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with two differences: `1e-4` is a number (YAML 1.1 wants `1.0e-4`), and dates stay text."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def read(path: Path | None, *, overrides: Sequence[str] = ()) -> Written:
@@ -83,7 +78,7 @@ def check(written: Written, schema: type[Schema]) -> Schema:
         try:
             return _validate(written.values, schema)
         except ValidationError as problems:
-            if not _take_numbers_as_text(written, problems):
+            if not _take_as_written(written, problems):
                 raise
             return _validate(written.values, schema)
     except ValidationError as problems:
@@ -94,7 +89,7 @@ def check(written: Written, schema: type[Schema]) -> Schema:
 
 def dump(config: BaseModel) -> str:
     """The whole configuration as YAML, defaults filled in."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _validate(values: dict[str, Any], schema: type[Schema]) -> Schema:
@@ -108,7 +103,7 @@ def _read_file(path: Path, written: Written) -> None:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a configuration: {error}") from None
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -119,6 +114,7 @@ def _read_file(path: Path, written: Written) -> None:
             if key in written.places:
                 raise ConfigError(f"{place}: {_dotted(key)}: given twice; first at {written.places[key]}")
             written.places[key] = place
+        written.texts.update(scalars(node))
         written.values = loader.construct_document(node)
         json.dumps(written.values)
     except yaml.YAMLError as error:
@@ -149,8 +145,9 @@ def _lay_over(override: str, written: Written) -> None:
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value (sections with dots: train.steps=100)")
     key = tuple(dotted.strip().split("."))
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=Loader)
         json.dumps(value)
+        node = yaml.compose(text, Loader=Loader)
     except (yaml.YAMLError, TypeError):
         raise ConfigError(f"{COMMAND_LINE}: {dotted}: {text!r} is not a value in YAML; quote a text that holds : or other marks") from None
     section = written.values
@@ -165,19 +162,35 @@ def _lay_over(override: str, written: Written) -> None:
     section[key[-1]] = value
     for known in [known for known in written.places if known[: len(key)] == key]:
         del written.places[known]
+    for known in [known for known in written.texts if known[: len(key)] == key]:
+        del written.texts[known]
     written.places[key] = COMMAND_LINE
-    written.texts[key] = text
+    if node is not None:
+        written.texts.update(scalars(node, key))
 
 
-def _take_numbers_as_text(written: Written, problems: ValidationError) -> bool:
-    """`run_dir=2024` on a command line means the text: where a text was wanted, put the argument back as it was typed."""
-    wanted = [key for problem in problems.errors() if problem["type"] in STRINGS and (key := _plain(problem["loc"])) in written.texts]
-    for key in wanted:
-        section: Any = written.values
-        for name in key[:-1]:
-            section = section[name]
-        section[key[-1]] = written.texts[key]
-    return bool(wanted)
+def _take_as_written(written: Written, problems: ValidationError) -> bool:
+    """Where a text was wanted, put values back as they were written; where a truth value was wanted, read yes, no, on and off."""
+    is_changed = False
+    for problem in problems.errors():
+        key = _plain(problem["loc"])
+        key = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in written.texts), key)
+        text = written.texts.get(key, "")
+        if problem["type"] == "bool_type" and isinstance(problem["input"], str) and problem["input"].lower() in _TRUTHS:
+            _put(written.values, key, _TRUTHS[problem["input"].lower()])
+        elif text and (problem["type"] in STRINGS or (problem["type"] == "literal_error" and repr(text) in problem["ctx"]["expected"])):
+            _put(written.values, key, text)
+        else:
+            continue
+        is_changed = True
+    return is_changed
+
+
+def _put(values: dict[str, Any], key: Key, value: Any) -> None:
+    section: Any = values
+    for name in key[:-1]:
+        section = section[name]
+    section[key[-1]] = value
 
 
 def _plain(location: tuple[int | str, ...]) -> Key:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, TextIO
 
+from pipeline.errors import DetailedError
 from pipeline.progress import Progress
 
 STOPPED = 75  # see above
@@ -45,11 +46,11 @@ class Console:
         except BrokenPipeError:  # `tim … | head`: the reader has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
-    def failure(self, message: str, *, code: int) -> None:
-        """One line on standard error; in JSON mode the object says the same."""
+    def failure(self, message: str, *, code: int, data: Mapping[str, Any] | None = None) -> None:
+        """One line on standard error; in JSON mode the object says the same, and `data`."""
         self.line(f"error: {message}")
         if self._as_json:
-            self.result("", data={"error": message, "exit": code})
+            self.result("", data={"error": message, "exit": code, **(data or {})})
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -82,6 +83,7 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
     """Run a command: yields its `Console`, and ends the process with one line and an exit code where the command raises."""
     with _only_json_on_stdout() if as_json else nullcontext(sys.stdout) as out:
         console = Console(out=out, as_json=as_json)
+        data: Mapping[str, Any] = {}
         try:
             yield console
         except KeyboardInterrupt:
@@ -90,9 +92,13 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
             if debug:
                 traceback.print_exc()
             code, message = explain(error)
+            if isinstance(error, DetailedError):
+                data = error.data
+                for line in error.lines:
+                    console.line(line)
         else:
             return
-        console.failure(message, code=code)
+        console.failure(message, code=code, data=data)
         raise SystemExit(code)
 
 

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+
+class DetailedError(RuntimeError):
+    """A failure with more to say than its message: `lines` for people, `data` for programs."""
+
+    def __init__(self, message: str, *, lines: tuple[str, ...], data: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.lines = lines
+        self.data = data
+
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line of bounded length; what kind it is, if it says nothing."""

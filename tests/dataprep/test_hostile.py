@@ -157,7 +157,7 @@ def test_broken_tars_beside_good_sources(hostile: Path, tmp_path: Path, tar: str
     assert sorted(path.name for path in tmp_path.iterdir()) == ["C", "good"]
     assert verify(tmp_path / "C").problems == []
     if not kept:
-        with pytest.raises(RuntimeError, match="no usable picture"):
+        with pytest.raises(RuntimeError, match="no usable image"):
             prepare([str(source)], out=tmp_path / "D", config=PrepareConfig())
         assert not (tmp_path / "D").exists()
 

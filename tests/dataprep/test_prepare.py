@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from dataprep.prepare import PrepareConfig, prepare
+from dataprep.rejections import NothingKept
 from dataprep.verify import verify
 from pipeline.images import read_image
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, start_prepare, table_rows, write_folder, write_tar
@@ -276,13 +277,32 @@ def test_a_decoder_that_takes_its_process_down_costs_one_picture(tmp_path: Path,
 # ---- what it refuses
 
 
-def test_no_usable_picture_leaves_nothing(tmp_path: Path) -> None:
+def test_no_usable_image_leaves_nothing_but_an_explanation(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(5)]
     folder = write_folder(
-        tmp_path / "f", {"a.jpg": b"no", "b.jpg": b""}, rows=[{"file_name": "a.jpg", "text": "a"}, {"file_name": "b.jpg"}]
+        tmp_path / "f",
+        {**dict.fromkeys(names, b"no"), "b.jpg": b"", "unlisted.jpg": b""},
+        rows=[*({"file_name": name, "text": "a"} for name in names), {"file_name": "b.jpg"}],
     )
-    with pytest.raises(RuntimeError, match=r"^no usable picture among 2 inputs \(empty 1, not-an-image 1\)[^\n]*$"):
+    with pytest.raises(NothingKept, match=r"^no usable image among 6 inputs \(empty 1, not-an-image 5\)[^\n]*$") as failure:
         prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
     assert not (tmp_path / "C").exists()
+    data = failure.value.data
+    assert (data["inputs"], data["kept"], data["rejected"]) == (6, 0, {"empty": 1, "not-an-image": 5})
+    assert [example["path"] for example in data["examples"]["not-an-image"]] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert all(example["detail"] for example in data["examples"]["not-an-image"])
+    assert any("f/b.jpg" in line for line in failure.value.lines)
+    assert "note: f: 1 image(s) not listed by its metadata were left out" in failure.value.lines
+
+
+def test_where_all_inputs_are_duplicates_of_another_corpus_the_explanation_names_it(tmp_path: Path) -> None:
+    folder = photo_folder(tmp_path / "f", count=2)
+    prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
+    with pytest.raises(NothingKept) as failure:
+        prepare([str(folder)], out=tmp_path / "D", config=CONFIG, against=[tmp_path / "C"])
+    [first, _] = failure.value.data["examples"]["duplicate"]
+    assert first["detail"].startswith("same bytes as f/")
+    assert not (tmp_path / "D").exists()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:

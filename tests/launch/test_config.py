@@ -253,7 +253,7 @@ def test_what_there_is_to_say_of_sources() -> None:
     for override, message in (
         ("sources.web.tagz=a", r"sources\.web\.tagz: unknown key; did you mean sources\.web\.tags\?"),
         ("sources.web.columns.captoin=a", r"did you mean sources\.web\.columns\.caption\?"),
-        ("sources.web.tags=[1]", r"sources\.web\.tags\.0: input should be a valid string"),
+        ("sources.web.tags=[[1]]", r"sources\.web\.tags\.0: input should be a valid string"),
     ):
         with pytest.raises(ConfigError, match=f"^command line: .*{message}"):
             load_config(None, overrides=[override], schema=PrepareConfig)
