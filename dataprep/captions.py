@@ -24,6 +24,7 @@ _ROOM = 16  # times `max_characters` are looked at: what is left of markup is sh
 class CaptionConfig(BaseModel):
     """`required`: reject a picture that has neither a caption nor a class. `max_characters`: longer captions are cut.
 
+    `per_line`: each line of a caption text is a caption of its own; without it, line ends are white space.
     `max_count`: of several captions, at most so many are kept, the preferred ones. `strip_html`: markup is taken out, and character
     references are read. `strip_urls`: addresses are taken out. `languages`: two-letter codes (ISO 639-1); captions in others are left out,
     and a picture that has none in these is rejected. `language_column`: the column of the source that states the language of its captions;
@@ -34,6 +35,7 @@ class CaptionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     required: bool = True
+    per_line: bool = False
     max_characters: int = Field(default=4096, ge=1, le=1_000_000)
     max_count: int | None = Field(default=None, ge=1)
     strip_html: bool = False
@@ -61,6 +63,8 @@ class Captions:
 
 def prepare_captions(texts: Sequence[str], *, extra: Mapping[str, Value], config: CaptionConfig) -> Captions:
     """Clean the captions of an input, whose further columns are `extra`, and choose among them."""
+    if config.per_line:
+        texts = [line for text in texts for line in text.splitlines()]
     if config.strip_html or config.strip_urls:
         texts = [_without_markup(text[: _ROOM * config.max_characters], config=config) for text in texts]
     clean, was_cut = clean_captions(texts, max_characters=config.max_characters)
