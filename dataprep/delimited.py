@@ -7,8 +7,9 @@ The rule, line by line (lines end with `\\n`, `\\r\\n` or `\\r`):
 - A quoted field that is still open at the end of its line goes on to the next line with an odd number of quotation marks, if the lines up
   to there make a record as RFC 4180 has it, with as many fields as the header. Otherwise the first line alone is a bad row, and reading
   goes on with the next line.
-- Where the line that would close the record could also begin one, the two readings of the whole chain of such lines are compared. Records
-  in pairs of lines without a remainder are multi-line records; with a remainder, the first line has a stray quotation mark.
+- Where the line that would close the record could also begin one, the reading counts that names an image where the table's first rows do,
+  and nowhere else. If that decides nothing, the chain of such lines does: in pairs without a remainder they are multi-line records; with a
+  remainder, the first line has a stray quotation mark.
 - Lines that are rows of their own, with an image in the same column, are never taken for the inside of a field.
 - A column whose name the header repeats is read as `NAME_2`.
 - TSV as IANA has it knows no quoting: a line whose quotation marks do not enclose whole fields is split at its tabs, and lines that have
@@ -19,8 +20,9 @@ from __future__ import annotations
 
 import csv
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import BinaryIO
 
@@ -28,8 +30,10 @@ from pipeline.fields import IMAGE_EXTENSIONS
 from pipeline.text import find_undecodable, open_text
 
 MAX_LINE_BYTES = 16 << 20  # of a line; multi-line records are looked for in as many characters
+_PEEK = 100  # lines that are looked at to learn which columns name images
 _MAX_LINKS = 100  # lines of a chain of ambiguous ones
 _IMAGE = re.compile(rf"https?://\S+|\S.*\.({'|'.join(IMAGE_EXTENSIONS)})", re.IGNORECASE)
+_INSIDE = re.compile(rf"\S\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
 _ENDS = "\r\n"
 
 DelimitedRow = tuple[int, "dict[str, str] | str"]
@@ -83,6 +87,7 @@ class _Reader:
         plain, quoted = f'[^"{delimiter}\r\n]*', '"[^"]*(?:""[^"]*)*"'
         self._record = re.compile(rf"(?:{quoted}|{plain})(?:{delimiter}(?:{quoted}|{plain}))*(?:\r\n|\r|\n)?")
         self._width: int | None = None
+        self._images: list[int] = []
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_BYTES))
 
     def header(self) -> tuple[list[str], str]:
@@ -97,6 +102,7 @@ class _Reader:
             return [], f"the header cannot be read: {row}"
         names = [name.strip() for name in row]
         self._width = len(names)
+        self._images = self._image_columns()
         return [_numbered(name, before=names[:place]) for place, name in enumerate(names)], ""
 
     def rows(self) -> Iterator[DelimitedRow]:
@@ -152,27 +158,55 @@ class _Reader:
 
     def _end(self) -> int:
         """The place of the line that closes the record of the first one, 0 if its quotation mark is stray."""
-        first = end = self._link(0)
-        links = 0
-        while end and links < _MAX_LINKS:
-            links += 1
-            end = self._link(end)
-        return first if links % 2 and not self._are_rows(first) else 0
+        links: list[tuple[int, bool]] = []
+        start = 0
+        while len(links) < _MAX_LINKS and (link := self._link(start)):
+            links.append(link)
+            start = link[0]
+        if not links or self._are_rows(links[0][0]):
+            return 0
+        fits = [names_image for _, names_image in links[:2]]
+        is_record = fits[0] if len(fits) == 2 and fits[0] != fits[1] else len(links) % 2
+        return links[0][0] if is_record else 0
 
-    def _link(self, start: int) -> int:
-        """The place of the line that closes a record which begins at `start` and goes on over its line's end, 0 if there is none."""
+    def _link(self, start: int) -> tuple[int, bool] | None:
+        """The place of the line that closes a record which begins at `start` and goes on over its line's end, and whether the record names
+        images where others do; None if there is no such record."""
         end, size = start + 1, 0
         while (line := self._lines[end]) is not None and line.count('"') % 2 == 0:
             end, size = end + 1, size + len(line)
             if size > MAX_LINE_BYTES:
-                return 0
+                return None
         if line is None:
-            return 0
+            return None
         lines = self._lines.span(start, end)
         if not self._record.fullmatch("".join(lines)):
-            return 0
-        width = len(self._parse(lines))
-        return end if self._width in (None, width) else 0
+            return None
+        row = self._parse(lines)
+        if self._width not in (None, len(row)):
+            return None
+        return end, self._names_image(row)
+
+    def _names_image(self, row: list[str]) -> bool:
+        """Whether a multi-line record has images where others have them, and nowhere else."""
+        named = [place for place, cell in enumerate(row) if _IMAGE.fullmatch(cell)]
+        others = (cell for place, cell in enumerate(row) if place not in named)
+        is_there = set(self._images) <= set(named) if self._images else bool(named)
+        return is_there and not any(_INSIDE.search(cell) for cell in others)
+
+    def _image_columns(self) -> list[int]:
+        """The columns that name an image in most of the next lines that are rows by themselves."""
+        count, named = 0, Counter[int]()
+        for place in range(_PEEK):
+            line = self._lines[place]
+            if line is None:
+                break
+            with suppress(csv.Error):
+                row = self._parse([line])
+                if len(row) == self._width:
+                    count += 1
+                    named.update(column for column, cell in enumerate(row) if _IMAGE.fullmatch(cell))
+        return [column for column in sorted(named) if named[column] > count / 2]
 
     def _are_rows(self, end: int) -> bool:
         """Whether all lines behind the first one, up to `end`, are rows of their own."""

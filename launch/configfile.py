@@ -176,9 +176,10 @@ def _take_as_written(written: Written, problems: ValidationError) -> bool:
         key = _plain(problem["loc"])
         key = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in written.texts), key)
         text = written.texts.get(key, "")
+        is_choice = problem["type"] == "literal_error" and repr(text) in problem.get("ctx", {}).get("expected", "")
         if problem["type"] == "bool_type" and isinstance(problem["input"], str) and problem["input"].lower() in _TRUTHS:
             _put(written.values, key, _TRUTHS[problem["input"].lower()])
-        elif text and (problem["type"] in STRINGS or (problem["type"] == "literal_error" and repr(text) in problem["ctx"]["expected"])):
+        elif text and (problem["type"] in STRINGS or is_choice):
             _put(written.values, key, text)
         else:
             continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -29,8 +29,6 @@ _BASES = {"0o": 8, "0x": 16}
 class Loader(yaml.SafeLoader):
     """YAML's safe loader with the core schema of YAML 1.2. Underscores between digits are allowed; keys of mappings are always texts."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # none of YAML 1.1's
-
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         for name, _ in node.value:
             if isinstance(name, yaml.ScalarNode) and name.tag != f"{_TAG}merge":
@@ -47,6 +45,7 @@ def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
     return int(text, _BASES.get(text[:2], 10))
 
 
+Loader.yaml_implicit_resolvers = {}  # none of YAML 1.1's
 for _name, _pattern, _first in _RESOLVERS:
     _whole = re.compile(rf"(?:{_pattern.pattern})\Z")
     Loader.add_implicit_resolver(f"{_TAG}{_name}", _whole, list(_first))
