@@ -27,7 +27,7 @@ from pipeline.images.jpeg import JPEG_MAGIC, JpegHeader, read_jpeg_header, tidy_
 from pipeline.images.jxl import JXL_MAGIC, prepare_jxl
 from pipeline.images.png import PNG_MAGIC, prepare_png
 from pipeline.images.prepared import Prepared
-from pipeline.images.rejection import Rejection, check_claim, check_size, damaged, unsupported
+from pipeline.images.rejection import Rejection, check_claim, check_size, damage_rejected, damaged, unsupported
 from pipeline.images.tiff import TIFF_MAGIC, prepare_tiff
 
 # Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
@@ -64,7 +64,8 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int, length: int 
     if data.startswith(JPEG_MAGIC):
         return _open_jpeg(data, length=length or len(data), max_decode_pixels=max_decode_pixels)
     formats, prepare, is_known = _kind(data)
-    prepared = prepare(data, max_decode_pixels=max_decode_pixels)
+    with damage_rejected():
+        prepared = prepare(data, max_decode_pixels=max_decode_pixels)
     image = _open(prepared.data, formats=formats, is_known=is_known, refusal=prepared.refusal)
     check_size(image.height, image.width, max_decode_pixels=max_decode_pixels)
     check_claim(image.height, image.width, length=len(data))

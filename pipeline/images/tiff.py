@@ -110,7 +110,7 @@ def _first_directory(data: bytes) -> dict[int, tuple[int, ...]]:
             if values * struct.calcsize(letter) > inline:
                 (at,) = struct.unpack_from(order + offset_type, data, at)
             tags[tag] = struct.unpack_from(f"{order}{values}{letter}", data, at)
-    except struct.error as error:
+    except (struct.error, OverflowError) as error:  # a place beyond the file, or beyond any
         raise damaged("its directory is cut off") from error
     return tags
 
