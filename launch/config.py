@@ -276,6 +276,11 @@ class TrainConfig(Section):
     """Blocks whose activations are computed again instead of kept: none, all, or every n-th. Less memory, up to a third more time."""
     compile: bool = False
     """Fuse the blocks' norms and MLPs by torch.compile; for GPUs. The first steps take minutes."""
+    init: str | None = None
+    """Weights that a new run begins with: a model folder, a run (its averaged weights), a file of published weights, or hf://OWNER/NAME.
+    A run that is resumed does not load them again."""
+    init_strict: bool = True
+    """Refuse weights of another network; false: load what fits by name and shape, and say what was not loaded."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -321,7 +326,7 @@ class CacheConfig(Section):
 
 class LoaderConfig(Section):
     workers: int = Field(default=2, ge=0)
-    """Processes per rank that decode images; 0: none but the training process."""
+    """Processes per rank that decode images; 0: none but the training process, which an image that crashes its decoder then ends."""
     prefetch: int = Field(default=2, ge=1)
     """Steps that are read ahead."""
     max_bad_fraction: Share = 0.01
@@ -332,7 +337,7 @@ class LoaderConfig(Section):
     """Compare local shards with their digests when they are first read; what the cache downloads is always compared."""
     cache: CacheConfig | None = None
     timeout: float = Field(default=300.0, gt=0)
-    """The run stops when nothing can be read for so many seconds."""
+    """The run stops when storage gives nothing for so many seconds; an image that takes as long to decode is left out and counted."""
 
 
 class CheckpointConfig(Section):

@@ -14,6 +14,15 @@ from launch.console import STOPPED, Console, session
 from launch.options import ConfigArgument, Debug, Json
 from launch.tables import describe_plan, describe_recipes
 
+Replan = Annotated[
+    bool,
+    typer.Option(
+        "--replan",
+        help="Go on although corpora, batch or other inputs of the plan have changed: weights, averages, step and learning rate are kept, "
+        "the plan begins anew.",
+    ),
+]
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the corpus, the run and the pictures.")] = Path("demo"),
@@ -68,6 +77,7 @@ def plan(
     checkpoint: Annotated[
         Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on where this checkpoint, or a run's newest, stands.")
     ] = None,
+    replan: Replan = False,
     sizes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Plan over the columns width and height of a parquet file instead of a CONFIG.")
     ] = None,
@@ -99,6 +109,8 @@ def plan(
             "gamma": gamma,
         }
         given = {name: value for name, value in options.items() if value is not None}
+        if replan and checkpoint is None:
+            raise ValueError("--replan: goes with --from CHECKPOINT, whose plan it lets end there")
         if sizes is not None:
             if config or checkpoint:
                 raise ValueError(f"--sizes {sizes}: stands for itself, leave out {'--from' if checkpoint else ' '.join(config or [])}")
@@ -106,7 +118,7 @@ def plan(
         elif given:
             raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
         elif checkpoint is not None:
-            planner = plan_from_checkpoint(checkpoint, arguments=config or [])
+            planner = plan_from_checkpoint(checkpoint, arguments=config or [], replan=replan)
         elif not config:
             raise ValueError("give a CONFIG, --from CHECKPOINT or --sizes FILE (see `tim plan --help`)")
         else:
@@ -116,10 +128,11 @@ def plan(
         console.result(describe_plan(summary), data=summary)
 
 
-def train(config: ConfigArgument, as_json: Json = False, debug: Debug = False) -> None:
+def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False, debug: Debug = False) -> None:
     """Train in this process.
 
-    A run that run_dir holds already is continued, with however many processes it was begun.
+    A run that run_dir holds already is continued, with however many processes it was begun. A new one begins with random weights, or with
+    those of train.init=PATH: a model folder, another run, or published weights (train.init_strict=false loads what fits).
 
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
@@ -129,7 +142,7 @@ def train(config: ConfigArgument, as_json: Json = False, debug: Debug = False) -
         from launch.trainer import train as train_run
 
         source, overrides = one_config(config)
-        done = train_run(load_config(source, overrides=overrides))
+        done = train_run(load_config(source, overrides=overrides), replan=replan)
         if cluster.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` says it
             _say_trained(console, done.run_dir, steps=done.steps)
 
@@ -141,6 +154,7 @@ def launch(
     node_rank: Annotated[int, typer.Option(min=0, help="Which of the machines this is, from 0.")] = 0,
     rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run, and stop.")] = False,
+    replan: Replan = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -165,7 +179,7 @@ def launch(
             "nnodes": nnodes,
             "node_rank": node_rank,
             "rdzv_endpoint": rdzv_endpoint,
-            "options": ["--debug"] if debug else [],
+            "options": [*["--debug"] * debug, *["--replan"] * replan],
         }
         if dry_run:
             line = cluster.command_line(cluster.torchrun_arguments(source, **layout), nproc_per_node=nproc_per_node)

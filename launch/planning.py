@@ -73,25 +73,37 @@ def make_cache(config: Config) -> ShardCache | None:
 
 def plan_from_config(arguments: Sequence[str]) -> Planner:
     """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
+    return make_planner(_typed_config(arguments))
+
+
+def _typed_config(arguments: Sequence[str]) -> Config:
     source, overrides = one_config(arguments)
-    return make_planner(load_config(source, overrides=overrides))
+    return load_config(source, overrides=overrides)
 
 
-def plan_from_checkpoint(path: Path, *, arguments: Sequence[str]) -> Planner:
+def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool = False) -> Planner:
     """The planner where a checkpoint left it; of a run, where its newest one did. Its config is the run's, unless `arguments` name one.
+
+    With `replan`, the plan that `tim train --replan` would begin there.
 
     Raises ValueError if it is no checkpoint, or was left by another plan.
     """
+    from launch import history
+    from launch.resuming import restore_plan
+
     latest = path / "latest"
     folder = path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     try:
-        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))["data"]
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        state["data"]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: neither a checkpoint nor a run with one; give RUN/checkpoints/step-000500, or RUN") from error
     if not split_overrides(arguments)[0]:
         arguments = [str(folder.parents[1] / "config.yaml"), *arguments]
-    planner = plan_from_config(arguments)
-    planner.load_state_dict(state)
+    config = _typed_config(arguments)
+    planner = make_planner(config)
+    recorded = history.read(folder.resolve().parents[1])
+    restore_plan(planner, state, planner=planner, recorded=recorded, config=config, folder=folder, replan=replan)
     return planner
 
 

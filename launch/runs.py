@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ import yaml
 
 from launch.checkpoint import write_whole
 from launch.config import Config, ConfigError, to_yaml
+from launch.history import History, write
 
 CONFIG = "config.yaml"
 LOCK = "lock"
+DRAWS = ("text.caption_dropout", "text.caption_weights", "text.shuffle_tags", "network.params.class_dropout_prob")  # of the plan alone
 FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # the weights' meaning hangs on these
 
 
@@ -55,14 +57,21 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
     now = _flat(yaml.safe_load(to_yaml(config)))
     changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     for key in changed:
-        if any(f"{key}.".startswith(f"{fixed}.") for fixed in FIXED) and key != "text.caption_dropout":
+        if _is_within(key, FIXED) and not _is_within(key, DRAWS):
             change = f"was {before.get(key)!r} in {path} and is {now.get(key)!r}"
             raise ConfigError(f"{key} {change}: the run's weights do not fit; go on as before, or give another run_dir")
     return [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]
 
 
-def write_config(run_dir: Path, config: Config) -> None:
-    write_whole(run_dir / CONFIG, to_yaml(config))
+def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
+    """Write RUN/config.yaml, and as comments above it what the run's history says; and RUN/history.json."""
+    write(run_dir, history)
+    comments = "".join(f"# {line}\n" for line in history.lines())
+    write_whole(run_dir / CONFIG, comments + to_yaml(config))
+
+
+def _is_within(key: str, sections: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
 
 
 def _lock(path: Path) -> int:

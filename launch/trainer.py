@@ -7,28 +7,29 @@ That is why a run that was stopped, by a signal or by a power cut, continues as 
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from launch import checkpoint, replica, runs
+from launch import checkpoint, history, replica, runs
 from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
 from launch.ema import ShardedEMA
 from launch.engine import Engine, Ranks, process_group
 from launch.export import export
+from launch.history import History
+from launch.initial import load_initial, other_surroundings
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.planning import check_models, make_cache, make_encoder, make_planner
 from launch.replica import Replica
+from launch.resuming import restore_plan, trainer_state
+from launch.signals import listening
 from launch.tally import Tally
 from pipeline.feature_reading import empty_text
 from pipeline.loader import Batch, LoadedStep, Loader
@@ -51,8 +52,10 @@ class Trained:
     last_row: dict[str, Any] | None
 
 
-def train(config: Config, *, quiet: bool = False) -> Trained:
+def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Trained:
     """Train, or continue the run that `run_dir` holds. One process, or one of those that torchrun started; all call it alike.
+
+    With `replan`, a run goes on although its plan's inputs have changed (`launch.resuming`).
 
     Raises:
         ValueError: an impossible configuration, a corpus or a checkpoint that is not one, a run in use.
@@ -66,19 +69,22 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
     check_models(config)
 
     with ExitStack() as cleanup:
-        signals = cleanup.enter_context(_listening())
+        signals = cleanup.enter_context(listening())
         ranks = cleanup.enter_context(process_group())
         planner = ranks.together(lambda: make_planner(config))
         ranks.on_main(lambda: cleanup.enter_context(runs.claimed(run_dir)))
-        found, changes = ranks.on_main(lambda: (checkpoint.newest(run_dir), runs.changes_on_resume(run_dir, config)))
+        found, changes, recorded = ranks.on_main(
+            lambda: (checkpoint.newest(run_dir), runs.changes_on_resume(run_dir, config), history.read(run_dir))
+        )
 
-        trainer = Trainer(config, planner, ranks=ranks, cleanup=cleanup)
+        trainer = Trainer(config, planner, ranks=ranks, cleanup=cleanup, is_new=found is None)
+        notes = ["--replan: this run has no checkpoint yet, it begins as planned"] * replan
         if found is not None:
-            trainer.resume(found)
-        ranks.on_main(lambda: runs.write_config(run_dir, config))
+            notes = trainer.resume(found, recorded=recorded, replan=replan)
+        ranks.on_main(lambda: runs.write_config(run_dir, config, history=trainer.history))
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
-        for line in _introduction(config, ranks, trainer, found=found, changes=changes):
+        for line in (*_introduction(config, ranks, trainer, found=found, changes=changes), *notes):
             progress.say(line)
 
         row = None
@@ -105,10 +111,12 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
 class Trainer:
     """The parts of a run, put together, and what is done with them: `take_step`, `save`, `resume`. All ranks call each alike."""
 
-    def __init__(self, config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack) -> None:
+    def __init__(self, config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> None:
+        """`is_new`: whether the run begins, and so with the weights of `train.init`, if there are any."""
         params, chosen = config.network.params, config.objective
         self.config = config
         self.ranks = ranks
+        self.planner = planner
         self.geometry = codecs.geometry(config.codec.kind, config.codec.path)
         features = planner.corpora[0].features
         parts = () if features is None else features.parts
@@ -159,6 +167,7 @@ class Trainer:
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
         network = self._new_network()
+        self.history = History(init=ranks.together(lambda: load_initial(network, config)) if is_new else None)
         self.null_class = network.null_class
         network.execute(**execution(config.train, ranks.device))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -289,9 +298,12 @@ class Trainer:
         self.meter.pause()
         return folder
 
-    def resume(self, found: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint, of however many ranks. Raises ValueError if it is of another network, optimizer or plan."""
-        state = self.ranks.together(lambda: self._accept(found))
+    def resume(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> list[str]:
+        """Continue from a checkpoint, of however many ranks. Returns what to say of its plan (`launch.resuming.restore_plan`).
+
+        Raises ValueError if it is of another network, optimizer or plan.
+        """
+        state, self.history, notes = self.ranks.together(lambda: self._accept(found, recorded=recorded, replan=replan))
         self.engine.load(found.pieces, updates=state["updates"])
         found.pieces("ema").fill(self.ema.average)
         if (found.folder / replica.FILE).is_file():
@@ -299,20 +311,15 @@ class Trainer:
             self.replica.load(found.folder)
         self.meter.load_state_dict(state["meter"])
         self.step = found.facts.step
+        return notes
 
-    def _accept(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
-        """The trainer's part of a checkpoint, if this run can continue from it; the loader is set to its place."""
-        folder = found.folder
-        if found.facts.format != checkpoint.FORMAT:
-            remedy = "go on with that version, or start another run; `tim export` reads its weights"
-            raise ConfigError(f"{folder} was written by an earlier version, which left the optimizer's state to DeepSpeed: {remedy}")
-        state = checkpoint.read_trainer_state(folder)
-        if state["optimizer"] != self.config.train.optimizer:
-            raise ConfigError(f"{folder} was written with train.optimizer={state['optimizer']}, not {self.config.train.optimizer}: keep it")
-        if found.pieces("weights").shapes != self.engine.shapes:
-            raise ConfigError(f"{folder} holds another network than the config describes: go on as before, or give another run_dir")
-        self.loader.load_state_dict(state["data"])
-        return state
+    def _accept(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
+        """The trainer's part of a checkpoint, the run's history and what to say of it, with the loader set to its place."""
+        state = trainer_state(found, config=self.config, shapes=self.engine.shapes)
+        past, notes = restore_plan(
+            self.loader, state, planner=self.planner, recorded=recorded, config=self.config, folder=found.folder, replan=replan
+        )
+        return state, past, notes
 
     def _write_part(self, folder: Path) -> list[Path]:
         """This rank's part of a checkpoint."""
@@ -326,6 +333,7 @@ class Trainer:
                 "optimizer": self.config.train.optimizer,
                 "data": self.loader.state_dict(),
                 "meter": self.meter.state_dict(),
+                "history": self.history.to_json(),
             }
             written.append(checkpoint.write_trainer_state(folder, state))
             if self.replica is not None:
@@ -356,34 +364,6 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-@dataclass(slots=True)
-class _Signals:
-    caught: int | None = None
-
-
-@contextmanager
-def _listening() -> Iterator[_Signals]:
-    """Note SIGTERM, SIGINT and SIGHUP instead of dying of them: the loop saves and leaves. A second SIGINT interrupts at once.
-
-    The loader's processes pay no heed: they end when it closes them, or with it.
-    """
-    signals, owner = _Signals(), os.getpid()
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
-            return
-        if signals.caught == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        signals.caught = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _introduction(
     config: Config, ranks: Ranks, trainer: Trainer, *, found: checkpoint.Checkpoint | None, changes: list[str]
 ) -> Iterator[str]:
@@ -396,6 +376,9 @@ def _introduction(
     if empty := -packs % ranks.size:
         waiting = f"up to {empty / (packs + empty):.0%} of their time may be waiting"
         yield f"warning: {packs} packs a step do not divide among {processes}: {waiting}; `tim plan --ranks {ranks.size}` says how much"
+    if found is None and trainer.history.init is not None:
+        yield f"beginning with {trainer.history.init}"
+        yield from other_surroundings(config)
     if found is not None:
         for passed_over in found.passed_over:
             yield f"passed over: {passed_over}"

@@ -82,6 +82,11 @@ class Group:
         self._mixture.load_state_dict(state["sources"])
         self._carry(np.asarray(state["carried"], dtype=np.int64).reshape(-1, 4))
 
+    def begin(self, epoch: int) -> None:
+        """Start at the beginning of an epoch of every source, with nothing left over."""
+        self._mixture.begin(epoch)
+        self._carried, self._waited = None, np.zeros(0, dtype=np.int64)
+
     def _carried_places(self) -> Ints:
         """(n, 4), as in the state."""
         if self._carried is None:

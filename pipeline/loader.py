@@ -211,6 +211,12 @@ class Loader:
         self._planner.load_state_dict(state)
         self._state = state
 
+    def replan(self, state: dict[str, Any]) -> None:
+        """Begin the plan at the step at which `state` of another one was taken (`Planner.replan`)."""
+        self.close()
+        self._planner.replan(state)
+        self._state = self._planner.state_dict()
+
     def close(self) -> None:
         """End the workers and what iterates; iterating anew starts them again."""
         self._iterations += 1

@@ -176,6 +176,10 @@ class Mixture:
         for stream in self._streams:
             stream.resize(rule)
 
+    def begin(self, epoch: int) -> None:
+        """Start at the beginning of an epoch of every source."""
+        self.load_state_dict([{**asdict(Position(epoch=epoch)), "mixed": 0} for _ in self._streams])
+
     def state_dict(self) -> list[dict[str, int]]:
         """Of each source its `Position`, and how many of its samples were `mixed` in since the shares are what they are."""
         stretch = self._stretch

@@ -19,6 +19,7 @@ from pipeline.group import Group
 from pipeline.index import Corpus
 from pipeline.mixture import Mixture, mixture_shares
 from pipeline.plan import PlanConfig
+from pipeline.plan_changes import PlanChange, PlanChangedError, counts_of, plan_changes
 from pipeline.source import Source
 from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
 from pipeline.stream import DrawRule, Part
@@ -143,23 +144,46 @@ class Planner:
             "format": FORMAT,
             "plan_hash": self.plan_hash,
             "inputs": self._inputs,
+            "counts": counts_of(self.sources),
             "step": self._step,
             "groups": [group.state_dict() for group in self._groups],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises ValueError if it is of another plan, naming what differs."""
-        if state.get("format") != FORMAT:
-            raise ValueError(f"the saved plan is of format {state.get('format')!r}, this version of tim reads format {FORMAT}")
-        if state["plan_hash"] != self.plan_hash:
-            saved = state["inputs"]
-            differing = [key for key in sorted({*saved, *self._inputs}) if saved.get(key) != self._inputs.get(key)]
-            changes = ", ".join(f"{key} was {saved.get(key)!r} and is {self._inputs.get(key)!r}" for key in differing)
-            raise ValueError(f"the saved state is of another plan: {changes}; go on with what was saved, or start a new run")
+        """Continue where `state` was taken. Raises PlanChangedError, a ValueError, naming what differs if it is of another plan."""
+        changes = self.changes_since(state)
+        if changes:
+            raise PlanChangedError(changes)
         self._step = state["step"]
         self._enter(max(self._step - 1, 0))
         for group, saved in zip(self._groups, state["groups"], strict=True):
             group.load_state_dict(saved)
+
+    def replan(self, state: dict[str, Any]) -> None:
+        """Begin this plan at the step at which `state` of another one was taken: a function of that state and of this plan's inputs.
+
+        Every corpus starts a new epoch, and visits count on from above the largest that the other plan has reached: no draw of it
+        (hash of seed, purpose, visit, id) comes again. What it carried over is planned as any other sample. Raises ValueError if
+        `state` is of another format.
+        """
+        self._check_format(state)
+        epoch = 1 + max(source["epoch"] for group in state["groups"] for source in group["sources"])
+        self._step = state["step"]
+        for group in self._groups:
+            group.begin(epoch)
+        self._enter(max(self._step - 1, 0))
+
+    def changes_since(self, state: dict[str, Any]) -> list[PlanChange]:
+        """How this plan's inputs differ from those of a saved plan. Raises ValueError if `state` is of another format."""
+        self._check_format(state)
+        if state["plan_hash"] == self.plan_hash:
+            return []
+        return plan_changes(state, inputs=self._inputs, sources=self.sources)
+
+    @staticmethod
+    def _check_format(state: dict[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            raise ValueError(f"the saved plan is of format {state.get('format')!r}, this version of tim reads format {FORMAT}")
 
     @property
     def stages(self) -> list[dict[str, Any]]:

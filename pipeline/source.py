@@ -63,7 +63,9 @@ class Source:
             except ValueError as error:
                 raise ValueError(f"corpus {corpus.name}: {error}") from None
             self._columns += self._where.columns
-        self._heeds_takedowns = provider(corpus.sidecars, TAKEDOWN) is not None
+        marks = provider(corpus.sidecars, TAKEDOWN)
+        self.takedown_sidecar = None if marks is None else marks.name
+        self._heeds_takedowns = marks is not None
         self._columns += (TAKEDOWN,) * self._heeds_takedowns
         settings: dict[str, Any] = {"weight": weight, "repeats": None if repeats == 1 else repeats, "cap": cap, "where": where}
         if self._excluded is not None:
@@ -74,6 +76,18 @@ class Source:
         settings["sidecars"] = used_sidecars or None
         if used := {key: value for key, value in settings.items() if value is not None}:
             self.identity.append(used)
+
+    @property
+    def excluded(self) -> int:
+        """How many keys its `exclude` file has."""
+        return 0 if self._excluded is None else len(self._excluded)
+
+    def count_takedowns(self) -> int:
+        """How many of its samples are marked as taken down. Reads the marks of all shards. Raises ValueError if a table cannot be read."""
+        if not self._heeds_takedowns:
+            return 0
+        marks = (self.corpus.read(shard, columns=("key", TAKEDOWN)).column(TAKEDOWN) for shard in range(len(self.corpus.shards)))
+        return sum(pc.call_function("sum", [column]).as_py() or 0 for column in marks)
 
     def select(self, shard: int, *, rule: SizeRule, columns: Sequence[str] = ()) -> tuple[pa.Table, Targets]:
         """All rows of a shard with these `columns`, `width` and `height`, and what becomes of them: `left_out` says why one is not used."""

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.dealing import deal, waited_for
 from pipeline.index import Corpus
+from pipeline.plan_changes import PlanChangedError
 from pipeline.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.resolution import SizeRule, target_size
 from pipeline.sizes import SizeCorpus
@@ -316,12 +319,46 @@ def test_several_corpora_are_mixed_by_size(tmp_path: Path) -> None:
 def test_a_state_of_another_plan_is_refused_and_says_what_differs(tmp_path: Path) -> None:
     corpus = random_corpus(tmp_path / "one", shards=1, samples=20)
     state = make_planner(corpus).state_dict()
-    with pytest.raises(ValueError, match=r"plan\.max_tokens was 64 and is 32, seed was 0 and is 1; "):
+    with pytest.raises(PlanChangedError, match=r"plan\.max_tokens was 64 and is 32, seed was 0 and is 1; "):
         make_planner(corpus, seed=1, max_tokens=32).load_state_dict(state)
-    with pytest.raises(ValueError, match="corpora was"):
-        make_planner(random_corpus(tmp_path / "two", shards=1, samples=21)).load_state_dict(state)
+    grown, other = (random_corpus(tmp_path / name, shards=1, samples=count, name=name) for name, count in (("corpus", 23), ("other", 4)))
+    with pytest.raises(PlanChangedError, match="corpus corpus: had 20 samples and has 23, 3 added; "):
+        make_planner(grown).load_state_dict(state)
+    with pytest.raises(PlanChangedError, match="corpus corpus: was trained on and is not given, corpus other: is new, 4 samples; "):
+        make_planner(other).load_state_dict(state)
+    with pytest.raises(PlanChangedError, match="their order was corpus, other and is other, corpus; "):
+        make_planner(other, corpus).load_state_dict(make_planner(corpus, other).state_dict())
+    with pytest.raises(PlanChangedError, match=r"plan\.schedule was \[\] and is \[\{step: 3, max_tokens: 32\}\]; "):
+        make_planner(corpus, schedule=[{"step": 3, "max_tokens": 32}]).load_state_dict(state)
+    pq.write_table(pa.table({"key": ["0000000001", "0000000003"]}), tmp_path / "out.parquet")
+    with pytest.raises(PlanChangedError, match="corpus corpus: cap was None and is 5, corpus corpus: exclude had no keys and has 2; "):
+        make_planner(Source(corpus, cap=5, exclude=tmp_path / "out.parquet")).load_state_dict(state)
     with pytest.raises(ValueError, match="format 4"):
         make_planner(corpus).load_state_dict({**state, "format": 4})
+
+
+@with_tables
+@given(case=cases(), changed=cases(), steps=st.integers(0, 4))
+def test_planning_anew_repeats_no_draw_and_resumes_exactly(case: Case, changed: Case, steps: int) -> None:
+    """Whatever plan follows whatever other: its steps go on counting, it draws nothing twice, and from its own states it resumes."""
+
+    def visits(planned: Iterable[Step]) -> list[tuple[str, int]]:
+        return [(sample.id, sample.visit) for step in planned for pack in step.packs for sample in pack.samples]
+
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        planner = case.planner(case.write(one))
+        before = [planner.next_step() for _ in range(steps)]
+        state = json.loads(json.dumps(planner.state_dict()))
+        corpus = changed.write(other)
+        anew, again, resumed = (changed.planner(corpus) for _ in range(3))
+        anew.replan(state)
+        again.replan(state)
+        after = [anew.next_step() for _ in range(3)]
+        assert [step.index for step in after] == [steps, steps + 1, steps + 2]
+        assert len(set(visits(before + after))) == len(visits(before + after))
+        assert [contents(again.next_step())] == [contents(after[0])]
+        resumed.load_state_dict(json.loads(json.dumps(again.state_dict())))
+        assert [contents(resumed.next_step()) for _ in range(2)] == [contents(step) for step in after[1:]]
 
 
 def test_impossible_plans(tmp_path: Path) -> None:
