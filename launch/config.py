@@ -220,9 +220,9 @@ class ObjectiveConfig(Section):
     epsilon: float = Field(default=0.005, gt=0, lt=0.5)
     """Half the interval of the finite difference."""
     diffusion_share: Share = 0.5
-    """Share of images trained with r = t."""
+    """Share of images trained with r = t; `plan.schedule` can change it at a step."""
     consistency_share: Share = 0.1
-    """Share of images trained with r = 0; the rest has r < t."""
+    """Share of images trained with r = 0; the rest has r < t. `plan.schedule` can change it at a step."""
     time_mean: float | None = None
     time_std: float | None = Field(default=None, gt=0)
     """Mean and deviation of the normal law behind the times of ot_fm, trigflow (null: 0 and 1.6) and edm (null: -1.2 and 1.2)."""
@@ -371,6 +371,14 @@ class Config(Section):
     log: LogConfig = LogConfig()
 
     @model_validator(mode="after")
+    def _scheduled_shares_fit(self) -> Config:
+        for number, (diffusion, consistency) in enumerate(self.kind_shares()[1:]):
+            if diffusion + consistency > 1 + 1e-9:
+                why = f"from step {self.plan.schedule[number].step} on diffusion_share {diffusion:g} and consistency_share {consistency:g}"
+                raise Impossible(f"plan.schedule.{number}", f"{why} add up to more than 1")
+        return self
+
+    @model_validator(mode="after")
     def _derivative_fits(self) -> Config:
         if self.objective.derivative == "jvp" and self.train.zero == 3:
             why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
@@ -455,6 +463,12 @@ class Config(Section):
         network = self.network.model_copy(update={"params": params.model_copy(update={"in_channels": codec.channels})})
         vars(self).update(plan=self.plan.model_copy(update={"stride": stride}), network=network)
         return self
+
+    def kind_shares(self, *, before: int | None = None) -> list[tuple[float, float]]:
+        """Shares of images with r = t and with r = 0: those of the first step, then those of each stage that begins `before` a step."""
+        first = self.objective.diffusion_share, self.objective.consistency_share
+        stages = [0, *(stage.step for stage in self.plan.schedule if before is None or stage.step < before)]
+        return [self.plan.kind_shares_at(step, first=first) for step in stages]
 
     @property
     def condition_dropout(self) -> float:

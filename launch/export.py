@@ -46,9 +46,9 @@ def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None, o
 
     config = run_config(run)
     check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
-    spec = spec_of(config)
-    published = _published(spec) if official else ""
     found = checkpoint.find(run, step=step)
+    spec = spec_of(config, step=found.facts.step)
+    published = _published(spec) if official else ""
     notes = [f"passed over: {problem}" for problem in found.passed_over]
     state = checkpoint.consolidate(found.folder, ema=ema)
     if official:
@@ -105,8 +105,9 @@ def _trained_on_since(run: Path) -> bool:
     return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
 
 
-def spec_of(config: Config) -> ModelSpec:
-    """What a run's config says of its model. Guidance is on by default only where training has dropped conditions for it."""
+def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
+    """What a run's config says of its model after `step` steps (default: all). Guidance is on by default only where training has
+    dropped conditions for it."""
     sampling = config.sampling
     usual = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
     return ModelSpec(
@@ -120,7 +121,7 @@ def spec_of(config: Config) -> ModelSpec:
             "guidance": usual if sampling.guidance is None else sampling.guidance,
             "interval": list(sampling.interval),
             "shift": config.objective.shift if sampling.shift is None else sampling.shift,
-            "instantaneous": config.objective.diffusion_share == 1,
+            "instantaneous": all(diffusion == 1 for diffusion, _ in config.kind_shares(before=step or config.train.steps)),
         },
     )
 

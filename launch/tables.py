@@ -104,7 +104,8 @@ def _describe_corpus(corpus: Mapping[str, Any]) -> str:
 
 def _describe_stage(stage: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in stage["shares"].items())
-    return f"{stage['max_tokens']} tokens an image at most, {count(stage['packs_per_step'], 'pack')} a step; {shares}"
+    kinds = f"r = t in {stage['diffusion_share']:.0%} and r = 0 in {stage['consistency_share']:.0%} of the images"
+    return f"{stage['max_tokens']} tokens an image at most, {count(stage['packs_per_step'], 'pack')} a step; {shares}; {kinds}"
 
 
 def describe_bench(data: Mapping[str, Any]) -> str:

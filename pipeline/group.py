@@ -68,9 +68,10 @@ class Group:
         self._carried, self._waited = (samples.take(left), waited[left] + 1) if len(left) else (None, waited[left])
         return self._evened(samples.take(np.flatnonzero(placed)) if len(left) else samples, assigned=assigned[placed])
 
-    def enter(self, plan: PlanConfig, *, shares: Sequence[int]) -> None:
-        """Go on by the plan of another stage, with other shares of the sources."""
+    def enter(self, plan: PlanConfig, *, shares: Sequence[int], kind_shares: tuple[float, float]) -> None:
+        """Go on by the plan of another stage, with other shares of the sources and of the kinds."""
         self._now = plan
+        self._kind_shares = kind_shares
         self._mixture.turn(shares=shares, rule=plan.size_rule)
         self._carry(self._carried_places())
 

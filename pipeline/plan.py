@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.cost import KIND_FACTORS
 from pipeline.resolution import SizeRule
 
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_CHANGES = ("max_tokens", "packs_per_step", "weights", "diffusion_share", "consistency_share")  # what a stage can change
 
 
 class Stage(BaseModel):
     """From optimizer step `step` on (the first is step 0) what is named here holds; what is not stays as it was before.
 
-    `weights` are those of all corpora, by their names; 0 lets a corpus rest.
+    `weights` are those of all corpora, by their names; 0 lets a corpus rest. `diffusion_share` and `consistency_share` are the shares of
+    images with r = t and with r = 0, which `objective` gives for the first step.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -25,14 +29,21 @@ class Stage(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     packs_per_step: int | None = Field(default=None, ge=1)
     weights: dict[str, Weight] | None = None
+    diffusion_share: Share | None = None
+    consistency_share: Share | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Stage:
-        if self.max_tokens is None and self.packs_per_step is None and self.weights is None:
-            raise ValueError(f"step {self.step} changes nothing: give max_tokens, packs_per_step or weights")
+        if all(getattr(self, key) is None for key in _CHANGES):
+            raise ValueError(f"step {self.step} changes nothing: give {', '.join(_CHANGES[:-1])} or {_CHANGES[-1]}")
         if self.weights is not None and not any(self.weights.values()):
             raise ValueError("weights are all 0: one corpus at least must weigh something")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_shares(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Shares that are not given are left out, so that the plan of a run without them keeps its hash."""
+        return {key: value for key, value in serialize(self).items() if value is not None or not key.endswith("_share")}
 
 
 class PlanConfig(BaseModel):
@@ -98,6 +109,15 @@ class PlanConfig(BaseModel):
         """The corpora's weights in an optimizer step by name, None before the schedule says any."""
         said = [stage.weights for stage in self.schedule if stage.step <= step and stage.weights is not None]
         return said[-1] if said else None
+
+    def kind_shares_at(self, step: int, *, first: tuple[float, float]) -> tuple[float, float]:
+        """Shares of images with r = t and with r = 0 in an optimizer step; `first` holds until the schedule says another."""
+        diffusion, consistency = first
+        for stage in self.schedule:
+            if stage.step <= step:
+                diffusion = diffusion if stage.diffusion_share is None else stage.diffusion_share
+                consistency = consistency if stage.consistency_share is None else stage.consistency_share
+        return diffusion, consistency
 
     @property
     def most_packs(self) -> int:

@@ -6,9 +6,9 @@ them. Nothing here knows of ranks: `pipeline.dealing` does, after the fact.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,14 @@ __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "Plan
 FORMAT = 3
 
 
+class _Stage(NamedTuple):
+    """What holds from a step on. shares: of the corpora, whole numbers; kind_shares: of images with r = t and with r = 0."""
+
+    plan: PlanConfig
+    shares: tuple[int, ...]
+    kind_shares: tuple[float, float]
+
+
 class Planner:
     """The endless, seeded, resumable sequence of steps over one or more corpora.
 
@@ -38,7 +46,7 @@ class Planner:
         plan: the plan section, with its stride.
         seed: every draw of the plan follows from it.
         width: the network's width, for the cost of attention.
-        diffusion_share, consistency_share: shares of images with r = t and with r = 0; the rest has r < t.
+        diffusion_share, consistency_share: shares of images with r = t and with r = 0, until the schedule changes them; the rest has r < t.
         caption_dropout: share of images whose caption or class is dropped.
         caption_weights: relative weights of a sample's 1st, 2nd, … caption; further ones weigh as much as the last.
         shuffle_tags: how captions are shuffled that are lists of tags.
@@ -64,10 +72,6 @@ class Planner:
         _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
         if plan.stride is None:
             raise ValueError("plan.stride is not known: it is the codec's pixels per latent cell times the network's patch size")
-        if min(diffusion_share, consistency_share) < 0 or diffusion_share + consistency_share > 1:
-            raise ValueError(
-                f"diffusion_share {diffusion_share} and consistency_share {consistency_share} must be at least 0 and at most 1 together"
-            )
         if not 0 <= caption_dropout <= 1:
             raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
         if not caption_weights or min(caption_weights) < 0 or max(caption_weights) == 0:
@@ -79,10 +83,16 @@ class Planner:
         self.shuffle_tags = shuffle_tags
         self._check_groups()
         self._accounts: dict[int, dict[str, Any]] = {}
-        self._stages = {first: (plan.at(first), self._mixture_shares(first)) for first in (0, *(stage.step for stage in plan.schedule))}
-        self._now, shares = self._stages[0]
+        self._stages = {
+            first: _Stage(
+                plan.at(first), self._mixture_shares(first), plan.kind_shares_at(first, first=(diffusion_share, consistency_share))
+            )
+            for first in (0, *(stage.step for stage in plan.schedule))
+        }
+        _check_kinds(self._stages)
+        self._now, shares, kind_shares = self._stages[0]
         for corpus in self.corpora:
-            corpus.check_features(rules=[now.size_rule for now, _ in self._stages.values()], flips=plan.flip > 0)
+            corpus.check_features(rules=[stage.plan.size_rule for stage in self._stages.values()], flips=plan.flip > 0)
         draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
         self._groups = [
             Group(
@@ -96,7 +106,7 @@ class Planner:
                 ),
                 plan=self._now,
                 width=width,
-                kind_shares=(diffusion_share, consistency_share),
+                kind_shares=kind_shares,
             )
             for number in range(plan.groups)
         ]
@@ -187,15 +197,17 @@ class Planner:
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """The schedule: from which step on which limits hold, and the corpora's shares of the images."""
+        """The schedule: from which step on which limits hold, and the shares of corpora and of kinds (r = t, r = 0) of the images."""
         return [
             {
                 "step": first,
                 "max_tokens": plan.max_tokens,
                 "packs_per_step": plan.packs_per_step,
                 "shares": {corpus.name: share / sum(shares) for corpus, share in zip(self.corpora, shares, strict=True)},
+                "diffusion_share": kind_shares[0],
+                "consistency_share": kind_shares[1],
             }
-            for first, (plan, shares) in self._stages.items()
+            for first, (plan, shares, kind_shares) in self._stages.items()
         ]
 
     @property
@@ -224,9 +236,19 @@ class Planner:
 
     def _enter(self, step: int) -> None:
         """Plan as the schedule says for `step`."""
-        self._now, shares = self._stages[max(first for first in self._stages if first <= step)]
+        self._now, shares, kind_shares = self._stages[max(first for first in self._stages if first <= step)]
         for group in self._groups:
-            group.enter(self._now, shares=shares)
+            group.enter(self._now, shares=shares, kind_shares=kind_shares)
+
+
+def _check_kinds(stages: Mapping[int, _Stage]) -> None:
+    """Raises ValueError for shares of kinds that cannot be."""
+    for first, (_, _, (diffusion, consistency)) in stages.items():
+        if min(diffusion, consistency) < 0 or diffusion + consistency > 1 + 1e-9:
+            where = f"plan.schedule: from step {first} on " if first else ""
+            raise ValueError(
+                f"{where}diffusion_share {diffusion:g} and consistency_share {consistency:g} must be at least 0 and at most 1 together"
+            )
 
 
 def _check_corpora(corpora: Sequence[Corpus], *, shuffle_tags: TagShuffle | None) -> None:

@@ -98,6 +98,7 @@ ON_THE_COMMAND_LINE = {
     "train.steps.x=1": "command line: train.steps.x: train.steps is not a section here (FILE:5)",
     "train={lr: 1}": "command line: train.steps: missing",
     "plan.stride=16": "command line: plan.stride: 16 given, but it is 2",
+    "plan.schedule=[{step: 5, diffusion_share: 0.95}]": "command line: plan.schedule.0: from step 5 on diffusion_share 0.95 and",
     "network.params.num_heads=3": "command line: network.params.num_heads: hidden_size 32 over 3 heads",
     "network.params.in_channels=4": "command line: network.params.in_channels: 4 given, but codec pixel has 3 channels",
     "objective.transport=cosine": "objective.transport: input should be 'ot_fm', 'trigflow', 'vp', 've' or 'edm', got 'cosine'",

@@ -151,6 +151,10 @@ def test_sampling_defaults_follow_the_training_unless_the_config_says_otherwise(
     assert sampling() == {"steps": 8, "guidance": 1.0, "interval": [0.0, 1.0], "shift": 1024, "instantaneous": False}
     assert sampling("sampling.interval=[0, 0.6]")["interval"] == [0.0, 0.6]
     assert sampling("objective={diffusion_share: 1, consistency_share: 0}")["instantaneous"]  # such a network has never seen r < t
+    later = load_config(
+        config, overrides=["objective={diffusion_share: 1, consistency_share: 0}", "plan.schedule=[{step: 4, diffusion_share: 0.5}]"]
+    )
+    assert [spec_of(later, step=step).sampling["instantaneous"] for step in (4, 5)] == [True, False]
     assert sampling("text.caption_dropout=0.1")["guidance"] == 2.5
     assert sampling("objective.shift=null")["shift"] is None
     chosen = sampling("sampling.steps=4", "sampling.guidance=1.5", "sampling.shift=7")

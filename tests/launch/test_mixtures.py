@@ -53,14 +53,18 @@ def test_a_plan_says_of_each_corpus_what_it_gives_and_of_the_schedule_what_chang
     assert photos["planned"] + art["planned"] == summary["samples"]
     assert art["epochs"] == art["planned"] / 20
     assert [step["packs"] for step in summary["steps"]] == [2] * 10 + [4] * 2
+    kinds = {"diffusion_share": 0.5, "consistency_share": 0.1}
     assert summary["schedule"] == [
-        {"step": 0, "max_tokens": 64, "packs_per_step": 2, "shares": {"photos": 0.75, "art": 0.25}},
-        {"step": 10, "max_tokens": 256, "packs_per_step": 4, "shares": {"photos": 0.75, "art": 0.25}},
-        {"step": 20, "max_tokens": 256, "packs_per_step": 4, "shares": {"photos": 0.5, "art": 0.5}},
+        {"step": 0, "max_tokens": 64, "packs_per_step": 2, "shares": {"photos": 0.75, "art": 0.25}, **kinds},
+        {"step": 10, "max_tokens": 256, "packs_per_step": 4, "shares": {"photos": 0.75, "art": 0.25}, **kinds},
+        {"step": 20, "max_tokens": 256, "packs_per_step": 4, "shares": {"photos": 0.5, "art": 0.5}, **kinds},
     ]
     text = describe_plan(summary)
     assert "epochs of 38 samples; left out: where 3, exclude 2 of 43" in text
-    assert "from step 20  256 tokens an image at most, 4 packs a step; photos 50.0%, art 50.0%" in text
+    assert (
+        "from step 20  256 tokens an image at most, 4 packs a step; photos 50.0%, art 50.0%; r = t in 50% and r = 0 in 10% of the images"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,6 +99,7 @@ def test_mistakes_are_named_in_one_line(config: Path, written: str, wrong: str, 
 def test_a_corpus_by_its_path_alone_stays_the_simple_case(config: Path) -> None:
     planner = make_planner(load_config(config, overrides=[f"corpus={config.parent / 'art'}", "plan.schedule=[]"]))
     assert planner.account["samples"] == 33
-    assert planner.stages == [{"step": 0, "max_tokens": 64, "packs_per_step": 2, "shares": {"art": 1.0}}]
+    (stage,) = planner.stages
+    assert (stage["step"], stage["shares"]) == (0, {"art": 1.0})
     with pytest.raises(ConfigError, match="input should be greater than 0"):
         load_config(config, overrides=["corpus=[{path: x, repeats: 0}]"])

@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
 from pipeline.index import Corpus
 from pipeline.mixture import mixture_shares, next_slots
 from pipeline.plan import PlanConfig, Stage
@@ -23,6 +24,7 @@ from pipeline.source import Source
 from pipeline.steps import Step
 from tests.pipeline.conftest import Sample, write_corpus
 
+SHARES = (0.5, 0.1)  # of images with r = t and with r = 0
 with_tables = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -76,7 +78,9 @@ class Case:
 
     def planner(self, folder: str) -> Planner:
         sources = [part.open(Path(folder) / f"c{i}") for i, part in enumerate(self.parts)]
-        return Planner(sources, plan=self.plan, seed=3, width=64, diffusion_share=0.5, consistency_share=0.1, caption_dropout=0.2)
+        return Planner(
+            sources, plan=self.plan, seed=3, width=64, diffusion_share=SHARES[0], consistency_share=SHARES[1], caption_dropout=0.2
+        )
 
 
 @st.composite
@@ -101,7 +105,17 @@ def cases(draw: st.DrawFn, *, scheduled: bool) -> Case:
     for step in sorted(draw(st.sets(st.integers(1, 6), max_size=2))) if scheduled else ():
         weights = {f"c{i}": draw(st.sampled_from([0.0, 1.0, 2.5])) for i in range(len(parts))} | {"c0": 1.0}
         max_tokens, packs = draw(st.sampled_from([None, 4, 30])), draw(st.sampled_from([1, 4]))
-        stages.append(Stage(step=step, max_tokens=max_tokens, packs_per_step=packs, weights=draw(st.sampled_from([None, weights]))))
+        diffusion, consistency = draw(st.sampled_from([(None, None), (1.0, 0.0), (0.25, None), (None, 0.5), (0.0, 1.0)]))
+        stages.append(
+            Stage(
+                step=step,
+                max_tokens=max_tokens,
+                packs_per_step=packs,
+                weights=draw(st.sampled_from([None, weights])),
+                diffusion_share=diffusion,
+                consistency_share=consistency,
+            )
+        )
     plan = PlanConfig(
         stride=8,
         max_tokens=16,
@@ -111,6 +125,7 @@ def cases(draw: st.DrawFn, *, scheduled: bool) -> Case:
         max_aspect=4,
         schedule=tuple(stages),
     )
+    assume(all(sum(plan.kind_shares_at(stage.step, first=SHARES)) <= 1 for stage in stages))
     return Case(parts=parts, plan=plan)
 
 
@@ -168,6 +183,10 @@ def test_resume_at_any_step_of_a_schedule_equals_the_unbroken_plan(case: Case, s
             assert contents(resumed.next_step()) == contents(step)
             now = case.plan.at(index)
             assert len(step.packs) == now.packs_per_step
+            diffusion, consistency = case.plan.kind_shares_at(index, first=SHARES)
+            kinds = Counter(sample.kind for pack in step.packs for sample in pack.samples)
+            assert kinds[DIFFUSION] == int(diffusion * step.images + 0.5)
+            assert kinds[CONSISTENCY] == min(int(consistency * step.images + 0.5), step.images - kinds[DIFFUSION])
             for sample in (sample for pack in step.packs for sample in pack.samples):
                 height, width = case.parts[sample.corpus].shards[sample.shard][sample.row]
                 target = target_size(height, width=width, rule=now.size_rule)
@@ -181,7 +200,7 @@ def make_corpus(folder: Path, *, count: int, **settings: Any) -> Source:
 
 def make_planner(*sources: Source, **changes: Any) -> Planner:
     plan = PlanConfig(**{"stride": 16, "max_tokens": 4, "tokens_per_pack": 40, "packs_per_step": 2, **changes})
-    return Planner(sources, plan=plan, seed=0, width=64, diffusion_share=0.5, consistency_share=0.1)
+    return Planner(sources, plan=plan, seed=0, width=64, diffusion_share=SHARES[0], consistency_share=SHARES[1])
 
 
 def images_of(planner: Planner, *, steps: int) -> Counter[str]:
@@ -219,6 +238,19 @@ def test_a_schedule_changes_sizes_weights_and_packs_at_its_steps(tmp_path: Path)
     step = planner.next_step()
     assert {sample.tokens for pack in step.packs for sample in pack.samples} == {1}
     assert images_of(planner, steps=1) == {"a": 40, "b": 120}  # the step before still had what the old weights had left over
+
+
+def test_a_schedule_changes_the_kinds_at_its_steps(tmp_path: Path) -> None:
+    stages = [{"step": 1, "diffusion_share": 1, "consistency_share": 0}, {"step": 2, "diffusion_share": 0.25}]
+    source = make_corpus(tmp_path / "a", count=30)
+    planner = make_planner(source, schedule=stages)
+    kinds = [Counter(sample.kind for pack in planner.next_step().packs for sample in pack.samples) for _ in range(3)]
+    assert kinds == [{DIFFUSION: 10, CONSISTENCY: 2, TRANSITION: 8}, {DIFFUSION: 20}, {DIFFUSION: 5, TRANSITION: 15}]
+    assert [(stage["diffusion_share"], stage["consistency_share"]) for stage in planner.stages] == [SHARES, (1, 0), (0.25, 0)]
+    with pytest.raises(ValueError, match=r"plan\.schedule: from step 5 on diffusion_share 0\.95 and consistency_share 0\.1 must be"):
+        make_planner(source, schedule=[{"step": 5, "diffusion_share": 0.95}])
+    without = PlanConfig.model_validate({"schedule": [{"step": 5, "max_tokens": 2}]}).model_dump(mode="json")
+    assert without["schedule"] == [{"step": 5, "max_tokens": 2, "packs_per_step": None, "weights": None}]  # as before there were shares
 
 
 def test_a_plan_depends_on_what_it_selects(tmp_path: Path) -> None:
