@@ -137,6 +137,7 @@ class Trainer:
             shift=chosen.shift,
             pixels_per_cell=self.geometry.factor,
             alignment=chosen.alignment.weight if chosen.alignment else 1.0,
+            equal_forwards=config.train.zero == 3,
         )
         self.teacher = None
         if chosen.alignment and "teacher" not in parts:

@@ -68,7 +68,8 @@ class TransitionObjective:
     attention with a forward-mode derivative); derivative_precision: `fp32`, or `bf16` by autocast; epsilon: half the interval of the
     central difference; weighting: `tangent` gives an r < t image (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the
     square whose times are not shifted (None: no shift); pixels_per_cell: the codec's factor; alignment: weight of the distance from
-    the alignment teacher.
+    the alignment teacher; equal_forwards: whether a pack without r < t images runs the difference's forward all the same, on one token,
+    because ranks wait for one another in every forward (ZeRO-3).
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TransitionObjective:
         shift: int | None = 1024,
         pixels_per_cell: int = 1,
         alignment: float = 1.0,
+        equal_forwards: bool = True,
     ) -> None:
         choices = {
             "derivative": (derivative, DERIVATIVES),
@@ -103,6 +105,7 @@ class TransitionObjective:
         self.shift = shift
         self.pixels_per_cell = pixels_per_cell
         self.alignment = alignment
+        self.equal_forwards = equal_forwards
 
     def __call__(
         self,
@@ -230,8 +233,8 @@ class TransitionObjective:
     ) -> Tensor:
         """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. Only r < t images are evaluated, without gradient.
 
-        The difference of a pack without such images evaluates one token all the same, so that every rank runs the same number of
-        forwards (ZeRO-3 waits for each of them).
+        With `equal_forwards` the difference of a pack without such images evaluates one token, so that every rank runs the same number of
+        forwards.
         """
         moving = (r < t).nonzero()[:, 0].tolist()
         device, nothing = clean.tokens.device, torch.zeros_like(clean.tokens)
@@ -241,7 +244,7 @@ class TransitionObjective:
                 measure = self._exact_rate if self.derivative == "jvp" else self._central_difference
                 rate = measure(network, part, noise_part, select(condition, moving), t=t[moving], r=r[moving])
                 return nothing.index_copy(0, clean.rows(moving), rate)
-            if self.derivative == "finite-difference":
+            if self.derivative == "finite-difference" and self.equal_forwards:
                 token = clean.select([0]).first_token()
                 self._central_difference(network, token, noise_tokens[:1], select(condition, [0]), t=t[:1], r=r[:1])
             return nothing

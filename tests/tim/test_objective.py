@@ -170,7 +170,7 @@ def test_the_precision_of_the_derivative_is_a_setting(tiny: TransitionTransforme
     assert error("finite-difference", "bf16") > 0.3, "rounding noise, divided by the interval"
 
 
-def test_a_pack_without_transitions_evaluates_one_token(tiny: TransitionTransformer) -> None:
+def test_a_pack_without_transitions_evaluates_one_token_where_ranks_need_equal_forwards(tiny: TransitionTransformer) -> None:
     """ZeRO-3 needs as many forwards on every rank; it does not need them to be large."""
     seen: list[int] = []
 
@@ -180,9 +180,9 @@ def test_a_pack_without_transitions_evaluates_one_token(tiny: TransitionTransfor
 
     latents, text = [torch.randn(3, 4, 4), torch.randn(3, 8, 8)], PackedText.from_features([torch.randn(2, 16)] * 2)
     t = torch.tensor([0.5, 0.2], dtype=torch.float64)
-    for derivative, expected in (("finite-difference", [2, 20]), ("jvp", [20])):
+    for derivative, equal, expected in (("finite-difference", True, [2, 20]), ("finite-difference", False, [20]), ("jvp", True, [20])):
         seen.clear()
-        objective = TransitionObjective(OT, patch_size=2, derivative=derivative)
+        objective = TransitionObjective(OT, patch_size=2, derivative=derivative, equal_forwards=equal)
         objective.at_times(counting, latents, text, noise=latents, t=t, r=t, weights=torch.ones(2))
         assert seen == expected
 
