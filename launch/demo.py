@@ -7,6 +7,9 @@ it was asked for.
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +35,8 @@ STEPS = (1, 2, 4, 8)
 SIZES = ((32, 32), (20, 60), (48, 24), (28, 40), (24, 84))
 PROMPTS_SCORED = 60
 PLANNED_STEPS = 50
+NEXT_PROMPT, NEXT_SIZES = "a white cross on red", "64x32,24x48"  # of the command that the demo ends with
+READ_ON = "Your own pictures"  # section of README.md
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,16 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     _plot_loss(run_dir / "metrics.jsonl", paths["loss"])
     data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
     paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    text = "\n".join([_table(scores), "", *(f"{name:6}  {path}" for name, path in paths.items())])
-    console.result(text, data={**data, "files": paths})
+    following = next_command(paths["model"], out=out / "samples")
+    lines = [
+        _table(scores),
+        "",
+        *(f"{name:6}  {path}" for name, path in paths.items()),
+        "",
+        f'Next, other prompts and sizes by the command below; then a corpus of your own: README.md, "{READ_ON}".',
+        following,
+    ]
+    console.result("\n".join(lines), data={**data, "files": paths, "next": following})
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -97,6 +110,15 @@ def train(overrides: Sequence[str]) -> None:
         raise SystemExit(code)
     if code:
         raise RuntimeError(f"the training ended with exit code {code}: the lines above say why")
+
+
+def next_command(model: Path, *, out: Path) -> str:
+    """A `tim sample` of the demo's model for a shell, with `tim` called as this process was: its environment may not be activated."""
+    found, script = shutil.which("tim"), Path(sys.argv[0])
+    tim = [str(script)] if script.name == "tim" else [sys.executable, "-m", "launch.cli"]
+    if found is not None and Path(found).resolve() == script.resolve():
+        tim = ["tim"]
+    return shlex.join([*tim, "sample", str(model), "--prompt", NEXT_PROMPT, "--size", NEXT_SIZES, "--steps", "1,8", "--out", str(out)])
 
 
 def shortened(steps: int | None) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from launch.demo import PICTURES, SIZES, STEPS
+from launch.demo import PICTURES, READ_ON, SIZES, STEPS
 
 
 def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
@@ -28,3 +28,13 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
         assert len(grid.convert("RGB").getcolors(1 << 20) or []) > 1000
     for name in ("loss", "model"):
         assert (tmp_path / result["files"][name]).exists()
+
+    done = subprocess.run(
+        result["next"], shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert len(list((tmp_path / "demo" / "samples").glob("*.png"))) > 4  # two sizes in two numbers of steps, and the grid
+
+
+def test_the_demo_says_where_to_read_on() -> None:
+    assert f"\n## {READ_ON}\n" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
