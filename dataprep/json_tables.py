@@ -63,6 +63,7 @@ def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str
     """(text, line it begins in, record or what is wrong with it) of each element of the array that opens before `start`."""
     decoder = json.JSONDecoder()
     line, counted, at = 1, 0, start
+    known: set[str] = set()  # keys of the objects so far
     while True:
         at = _skip_space(text, at)
         line, counted = line + len(_LINE_END.findall(text, counted, at)), at
@@ -85,13 +86,26 @@ def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str
         except (ValueError, RecursionError) as error:
             yield "", line, f"not JSON: {error} (line {line})"
         else:
+            known |= value.keys() if isinstance(value, dict) else set()
             yield text[at:end], line, value if isinstance(value, dict) else f"not a JSON object but {_kind(value)}"
             at = following + text.startswith(",", following)
             continue
-        resumed = _NEXT.search(text, at)
+        resumed = _next_object(text, at, decoder=decoder, known=known)
         if resumed is None:
             return
-        at = resumed.end()
+        at = resumed
+
+
+def _next_object(text: str, at: int, *, decoder: json.JSONDecoder, known: set[str]) -> int | None:
+    """Where the next element behind a broken one begins; objects without any known key are parts of an element."""
+    for found in _NEXT.finditer(text, at):
+        try:
+            value, _ = decoder.raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            return found.end()
+        if not known or not known.isdisjoint(value):
+            return found.end()
+    return None
 
 
 def _rows_of(whole: Record) -> Iterator[Record | str]:

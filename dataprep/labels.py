@@ -48,8 +48,8 @@ def with_class(fields: Fields, *, record: Mapping[str, Value], columns: Columns,
     return Fields(captions=fields.captions, label=classes[name], extra={**fields.extra, CLASS_NAME: name})
 
 
-def no_caption_hint(record: Mapping[str, Value], *, columns: Columns) -> str:
-    """Why a row has no caption although its caption column is filled, "" if nothing is known."""
+def no_caption_hint(record: Mapping[str, Value], *, columns: Columns, classes: Mapping[str, int]) -> str:
+    """Why a row has neither a caption nor a class although these columns are filled, "" if nothing is known."""
     for column in columns.captions:
         value = next(values_at(record, column), None)
         first = value[0] if isinstance(value, list) and value else value
@@ -59,7 +59,8 @@ def no_caption_hint(record: Mapping[str, Value], *, columns: Columns) -> str:
             return f"{column} holds objects, not texts: name a part of it, such as columns.caption={examples}"
         if value is not None and not isinstance(value, (str, list)):
             return f"{column} holds {value!r:.40}, not a text"
-    return ""
+    name = _text(record, columns)
+    return f"{name} is not one of the corpus's classes" if classes and name and name not in classes else ""
 
 
 def _has_texts(table: Table, *, columns: Columns) -> bool:

@@ -138,7 +138,7 @@ def sample_of(
     stated = value if isinstance(value, str) else named if isinstance(named, str) else ""
     fields = read_fields(with_file_name(rest, columns=columns, name=stated), columns=columns)
     fields = with_class(fields, record=rest, columns=columns, classes=classes or {})
-    hint = "" if fields.captions else no_caption_hint(rest, columns=columns)
+    hint = "" if fields.captions else no_caption_hint(rest, columns=columns, classes=classes or {})
     if isinstance(value, (bytes, bytearray)):
         if named and f"{columns.image}_path" not in rest:
             fields.extra[f"{columns.image}_path"] = str(named)

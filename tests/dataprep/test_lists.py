@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import io
 import json
@@ -12,6 +13,7 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,10 +24,12 @@ from hypothesis import strategies as st
 
 from dataprep.columns import ColumnConfig
 from dataprep.delimited import read_delimited
+from dataprep.growing import Growth
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
+from dataprep.rejections import NothingKept
 from dataprep.sources import SourceConfig, open_sources
-from dataprep.tables import Table, kind_of, read_jsonl
+from dataprep.tables import Table, kind_of, kind_of_list, read_jsonl
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
 from tests.pipeline.servers import range_server
 
@@ -333,3 +337,110 @@ def test_what_csv_writes_is_read_back(rows: list[tuple[str, str]]) -> None:
 @given(st.lists(st.dictionaries(st.text(), st.integers() | st.text() | st.none()), max_size=5))
 def test_what_json_writes_is_read_back(rows: list[dict[str, Any]]) -> None:
     assert [record for _, record in read_jsonl(io.BytesIO(jsonl_of(rows)))] == rows
+
+
+def test_images_in_text_columns(tmp_path: Path) -> None:
+    data = photo(1)
+    plain = base64.b64encode(data).decode()
+    texts = {
+        "base64": plain,
+        "unpadded": plain.rstrip("="),
+        "for urls": base64.urlsafe_b64encode(data).decode(),
+        "in lines": base64.encodebytes(data).decode(),
+        "data url": f"data:image/jpeg;base64,{plain}",
+        "percent": f"data:image/jpeg,{quote(data)}",
+    }
+    rows: list[dict[str, Any]] = [{"image": text, "caption": name} for name, text in texts.items()]
+    rows.append({"image": {"bytes": plain, "path": None}, "caption": "nested"})
+    rows += [{"image": text, "caption": "bad"} for text in ("data:image/jpeg", "data:image/png;base64,&&", "x y! " * 2000)]
+    for name, lists in (("list.jsonl", jsonl_of(rows)), ("list.json", json.dumps(rows).encode())):
+        (tmp_path / name).write_bytes(lists)
+        *found, no_comma, no_base64, no_name = samples_of(tmp_path / name)
+        assert [sample.data == data for sample in found] == [True] * 7
+        assert {sample.reason for sample in (no_comma, no_base64, no_name)} == {"bad-record"}
+    (tmp_path / ("deep/" * 20)).mkdir(parents=True)
+    (tmp_path / "paths.jsonl").write_bytes(jsonl_of([{"image": f"{'deep/' * 20}{'a' * 40}.jpg"}, {"image": "a" * 200}]))
+    assert [sample.data for sample in samples_of(tmp_path / "paths.jsonl")] == [None, None]
+
+
+def test_text_labels_become_classes_in_sorted_order(tmp_path: Path) -> None:
+    write_folder(tmp_path / "one", {f"{n}.jpg": photo(n) for n in range(3)})
+    write_folder(tmp_path / "two", {f"{n}.jpg": photo(n + 3) for n in range(3)})
+    (tmp_path / "one/list.csv").write_text("file,label\n0.jpg,dog\n1.jpg,cat\n2.jpg,7\n")
+    (tmp_path / "two/metadata.jsonl").write_bytes(jsonl_of([{"file_name": f"{n}.jpg", "label": name} for n, name in enumerate("bda")]))
+    said: list[str] = []
+    sources = [str(tmp_path / "one/list.csv"), str(tmp_path / "two")]
+    account = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), announce=said.append)
+    manifest = json.loads((tmp_path / "C/manifest.json").read_text())
+    assert manifest["classes"] == {"7": 0, "a": 1, "b": 2, "cat": 3, "d": 4, "dog": 5}
+    assert all(row["label"] == manifest["classes"][row["class_name"]] for row in table_rows(tmp_path / "C"))
+    assert manifest["has_classes"]
+    note = "6 text labels are classes in sorted order: 7 is 0, a is 1, b is 2, cat is 3, d is 4, dog is 5"
+    assert note in account.notes
+    assert said[-1] == note
+    write_folder(tmp_path / "three", {"6.jpg": photo(6), "7.jpg": photo(7), "l.csv": b"file,label\n6.jpg,cat\n7.jpg,bird\n"})
+    grown = prepare([str(tmp_path / "three/l.csv")], out=tmp_path / "C", config=PrepareConfig(), growth=Growth(append=True, retry=False))
+    assert (grown.kept, grown.rejected) == (7, {"no-caption": 1})
+    assert json.loads((tmp_path / "C/manifest.json").read_text())["classes"] == manifest["classes"]
+    assert [row["label"] for row in table_rows(tmp_path / "C") if row["path"] == "6.jpg"] == [3]
+
+
+def test_nested_columns_and_texts_that_hold_lists(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "ask"}, {"from": "gpt", "value": "answer"}]
+    row = {
+        "image": "a.jpg",
+        "talk": talk,
+        "meta": {"alt": "deep"},
+        "json": '["a", "b"]',
+        "repr": "['a', \"b\"]",
+        "not": "[sic] a",
+        "one": 3,
+    }
+    (tmp_path / "list.jsonl").write_bytes(jsonl_of([row]))
+    for caption, wanted in {
+        "talk.1.value": ("answer",),
+        "talk.value": ("ask", "answer"),
+        "meta.alt": ("deep",),
+        "json": ("a", "b"),
+        "repr": ("a", "b"),
+        "not": ("[sic] a",),
+        "talk.9.value": (),
+    }.items():
+        [sample] = samples_of(tmp_path / "list.jsonl", caption=caption)
+        assert sample.captions == wanted, caption
+    [sample] = samples_of(tmp_path / "list.jsonl", caption="talk")
+    assert sample.detail == "talk holds objects, not texts: name a part of it, such as columns.caption=talk.0.from or talk.0.value"
+    [sample] = samples_of(tmp_path / "list.jsonl", caption="one")
+    assert sample.detail == "one holds 3, not a text"
+    with pytest.raises(ValueError, match=r"has no column tolk\.0"):
+        samples_of(tmp_path / "list.jsonl", caption="tolk.0")
+
+
+def test_rows_of_one_image_are_captions_of_one_input(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"Images/0.jpg": photo(0), "Images/1.jpg": photo(1)})
+    rows = "".join(f"{n}.jpg,caption {n}.{k}\n" for n in range(2) for k in range(3))
+    (tmp_path / "captions.txt").write_text(f"image,caption\n{rows}1.jpg,caption 1.2\n")
+    account = prepare([str(tmp_path / "captions.txt")], out=tmp_path / "C", config=PrepareConfig())
+    assert (account.inputs, account.kept, account.rejected) == (3, 2, {"duplicate": 1})
+    assert account.notes == ["captions: 4 row(s) are further captions of the image in the row before"]
+    kept = {row["path"]: row["captions"] for row in table_rows(tmp_path / "C") if row["key"]}
+    assert kept == {f"{n}.jpg": [f"caption {n}.{k}" for k in range(3)] for n in range(2)}
+    assert [kind_of_list(str(tmp_path / name)) for name in ("captions.txt", "a.json")] == ["csv", "json"]
+    (tmp_path / "notes.txt").write_text("no table\n")
+    with pytest.raises(ValueError, match=r"notes\.txt: not a source that can be read"):
+        open_sources([str(tmp_path / "notes.txt")])
+
+
+@pytest.mark.parametrize("name", ["a[1].csv", "b{1,2}.csv", "c*.csv", "d?.csv", "{0..9}[x]/e.csv", "[0-9]/f*.csv"])
+def test_a_name_that_exists_is_no_pattern(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, {name: b"path,text\nx[1].jpg,one\n", "cc.csv": b"path\ny.jpg\n", "a1.csv": b"path\nz.jpg\n"})
+    assert [sample.path for sample in samples_of(tmp_path / name)] == ["x[1].jpg"]
+    folder = (tmp_path / name).parent
+    if folder != tmp_path:
+        assert [sample.path for sample in samples_of(folder / "?*.csv")] == ["x[1].jpg"]
+
+
+def test_a_table_whose_rows_are_all_bad_is_accounted_for(tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text("path,text\na.jpg\nb.jpg,1,2\n")
+    with pytest.raises(NothingKept, match="bad-record 2"):
+        prepare([str(tmp_path / "list.csv")], out=tmp_path / "C", config=PrepareConfig())
