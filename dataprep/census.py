@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dataprep.caption_lengths import beyond_usual, sample_captions
 from dataprep.charts import Histogram
 from dataprep.semantic import DUPLICATES
 from dataprep.shards import TABLE_COLUMNS
@@ -26,6 +27,7 @@ from pipeline.summary import plan_summary
 KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
 MOST_SCORES = 24  # further columns of numbers that are drawn
 MOST_STEPS, RANKS = 20, 8  # that are planned
+SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
 LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", DUPLICATES: "semantic"}
 """Columns that name the picture which is kept in the place of another, and of which kind its duplicates are."""
@@ -75,6 +77,8 @@ class Census:
     caption_lengths: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2 of characters
     captions: Histogram = field(default_factory=lambda: Histogram(finest=0))  # per picture
     without_caption: int = 0
+    sampled_captions: int = 0
+    long_captions: int = 0  # of the sampled ones: more tokens of CLIP than text.max_tokens by default
     classes: Counter[int] = field(default_factory=Counter)
     scores: dict[str, Histogram] = field(default_factory=dict)
     scores_left_out: int = 0
@@ -114,6 +118,8 @@ def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig
             for rows, pairs in ((kept, found), (rejected, _named(rejected, column))):
                 examples += [(_example(rows, row, tar=shard.path), key) for row, key in pairs[: PAIRS - len(examples)]]
         progress("report", number + 1, len(corpus.shards))
+    captions = sample_captions([corpus], most=SAMPLED_CAPTIONS)
+    census.sampled_captions, census.long_captions = len(captions), beyond_usual(captions)
     originals = _find(corpus, keys={key for examples in named.values() for _, key in examples})
     for column, examples in named.items():
         census.lookalikes[column].pairs = [(example, originals.get(key)) for example, key in examples]

@@ -54,13 +54,15 @@ _DIGITS = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What is in a folder of features; `rejected` counts, by reason, samples whose picture could not be decoded."""
+    """Content of a folder of features. `rejected` counts, by reason, samples whose image could not be decoded; `cut` captions longer
+    than `text.max_tokens`."""
 
     shards: int
     samples: int
     captions: int
     bytes: int
     rejected: dict[str, int]
+    cut: int = 0
 
 
 def encode(
@@ -124,7 +126,8 @@ def _lead(
         if announce is not None:
             announce(_expectation(corpus, config=config, settings=settings, out=out))
         encoders = Encoders(config, device=device)
-    with claimed(out) as work:
+    existed = out.is_dir()
+    with claimed(out) as work, _nothing_left_behind(out, corpus=corpus, existed=existed):
         if encoders is not None:
             _begin(out, corpus=corpus, settings=settings, encoders=encoders)
         team.wait_for_everyone()
@@ -136,6 +139,20 @@ def _lead(
         team.wait_for_everyone()
         shutil.rmtree(work)
     return read_encoded(out)
+
+
+@contextmanager
+def _nothing_left_behind(out: Path, *, corpus: Corpus, existed: bool) -> Iterator[None]:
+    """After an error before any shard is finished, remove the files of the job, and the folder if it did not exist before."""
+    try:
+        yield
+    except BaseException:
+        if not any(finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards)):
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed:
+                out.rmdir()
+        raise
 
 
 def read_encoded(out: Path) -> Encoded:
@@ -278,7 +295,7 @@ def _wait_for_all(corpus: Corpus, *, out: Path, tally: _Tally) -> list[EncodedSh
 
 def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard]) -> dict[str, Any]:
     rejected = sum((Counter(shard.rejected) for shard in shards), Counter())
-    totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("samples", "captions", "bytes")}
+    totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("samples", "captions", "bytes", "cut")}
     entries = [{name: value for name, value in asdict(shard).items() if name in _LISTED} for shard in shards]
     return {**settings, "totals": totals, "rejected": dict(sorted(rejected.items())), "shards": entries}
 
@@ -301,7 +318,8 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
     if (words := config.text) is not None:
         from tim import text
 
-        lengths = [len(each) for each in text.tokenizer(words.kind, words.path, max_tokens=words.max_tokens)(some)]
+        tokenize = text.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        lengths = [len(each) for each in tokenize(some)]
         tokens = captions * sum(lengths) // max(1, len(lengths))
         cells += tokens * settings["text"]["width"]
     expected = cells * _DIGITS[config.dtype] + corpus.count * _MEMBER_BYTES

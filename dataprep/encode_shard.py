@@ -54,6 +54,7 @@ class EncodedShard:
     samples: int
     captions: int
     rejected: dict[str, int]
+    cut: int = 0  # captions that are longer than the text encoder reads
 
 
 def finished_shard(out: Path, *, number: int, of: str) -> EncodedShard | None:
@@ -79,13 +80,16 @@ def encode_shard(
     samples = read_samples(corpus, number, config=config)
     stem = shard_name(number)
     rejected: Counter[str] = Counter()
+    cut = 0
     in_pieces = _decoded(corpus.shards[number].path, pieces(samples, flip=config.flip), decoders=decoders, flip=config.flip)
     with publish(out / f"{stem}.tar") as stream, closing(in_pieces):
         writer = FeatureWriter(stream, zstd=config.zstd)
         for piece, decoded in in_pieces:
             views = [view for found in decoded if not isinstance(found, str) for view in found]
             pictures = iter(encoders.pictures(views))
-            captions = iter(encoders.captions([text for sample in piece for text in sample.captions]) if encoders.text else ())
+            spoken = [text for sample in piece for text in sample.captions]
+            captions = iter(encoders.captions(spoken) if encoders.text else ())
+            cut += encoders.cut(spoken)
             for sample, found in zip(piece, decoded, strict=True):
                 count = len(sample.captions) if encoders.text else 0
                 texts = {text_name(i): next(captions) for i in range(count)}
@@ -109,6 +113,7 @@ def encode_shard(
         samples=len(samples),
         captions=sum(len(sample.captions) for sample in samples) if encoders.text else 0,
         rejected=dict(sorted(rejected.items())),
+        cut=cut,
     )
     publish_text(out / f"{stem}_stats.json", json.dumps({"format": FORMAT, "shard": asdict(shard)}, indent=1) + "\n")
     return shard

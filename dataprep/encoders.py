@@ -37,6 +37,7 @@ class TextSettings(Settings):
 
     kind: Literal["lookup", "open_clip", "hf"]
     path: str | None = None
+    tokenizer: str | None = None
     width: Count | None = None
     max_tokens: int = Field(default=77, ge=2, le=4096)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -102,19 +103,28 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
     """
     from tim import alignment, codecs, pretrained, text
 
-    def facts(chosen: CodecSettings | TextSettings | TeacherSettings) -> dict[str, Any]:
-        return {"kind": chosen.kind, "digest": None if chosen.path is None else pretrained.digest(chosen.path)}
-
     codec = captions = teacher = None
     if (chosen := config.codec) is not None:
         if chosen.kind != "pixel":
             codecs.weights_folder(chosen.kind, chosen.path)
-        codec = {**facts(chosen), **codecs.geometry(chosen.kind, chosen.path)._asdict(), "draws": codecs.draws(chosen.kind)}
+        digest = None if chosen.path is None else codecs.digest(chosen.path)
+        codec = {
+            "kind": chosen.kind,
+            "digest": digest,
+            **codecs.geometry(chosen.kind, chosen.path)._asdict(),
+            "draws": codecs.draws(chosen.kind),
+        }
     if (words := config.text) is not None:
         width = words.width or text.width(words.kind, words.path)
-        captions = {**facts(words), "width": width, "max_tokens": words.max_tokens, "precision": words.precision}
+        digest = None if words.path is None else text.digest(words.kind, words.path, tokenizer_path=words.tokenizer)
+        captions = {"kind": words.kind, "digest": digest, "width": width, "max_tokens": words.max_tokens, "precision": words.precision}
     if (seen := config.teacher) is not None:
-        teacher = {**facts(seen), "width": alignment.make(seen.kind, seen.path).width, "precision": seen.precision}
+        teacher = {
+            "kind": seen.kind,
+            "digest": pretrained.digest(seen.path),
+            "width": alignment.make(seen.kind, seen.path).width,
+            "precision": seen.precision,
+        }
     return {"codec": codec, "text": captions, "teacher": teacher}
 
 
@@ -142,7 +152,12 @@ class Encoders:
         if (chosen := config.codec) is not None:
             self.codec = codecs.make(chosen.kind, chosen.path, device=device)
         if (words := config.text) is not None:
-            settings = {"width": words.width, "max_tokens": words.max_tokens, "precision": words.precision}
+            settings = {
+                "tokenizer_path": words.tokenizer,
+                "width": words.width,
+                "max_tokens": words.max_tokens,
+                "precision": words.precision,
+            }
             self.text = text.make(words.kind, words.path, device=device, **settings)
         if (seen := config.teacher) is not None:
             self.teacher = alignment.make(seen.kind, seen.path, device=device, precision=seen.precision)
@@ -153,9 +168,9 @@ class Encoders:
         """What a feature shard has of each view: its latent, its deviation where the codec draws, and what a teacher sees."""
         from pipeline.feature_members import latent_name, tokens_name
 
-        assert self.codec is not None
         if not views:
             return []
+        assert self.codec is not None, "views have the sizes of a codec's rules"
         images = [view.pixels for view in views]
         means, deviations = self.codec.latents(images)
         found = [{latent_name(view.crop, flipped=view.flipped): mean} for view, mean in zip(views, means, strict=True)]
@@ -178,6 +193,10 @@ class Encoders:
         encoded = dict(zip(unlike, self.text.encode(unlike), strict=True))
         stored = self._stored(encoded)
         return [stored[caption] for caption in captions]
+
+    def cut(self, captions: Sequence[str]) -> int:
+        """How many of these captions are longer than the text encoder reads."""
+        return 0 if self.text is None else sum(length > self.text.max_tokens for length in self.text.tokenizer.lengths(captions))
 
     def _stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On the CPU in the dtype of the shards. Raises ValueError where that cannot hold a value."""

@@ -17,6 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dataprep.caption_lengths import USUAL_TOKENS
 from dataprep.census import LOOKALIKES, Census, Example, Lookalikes, plan_of, take_census
 from dataprep.charts import Histogram, data_table, histogram, sizes
 from dataprep.executor import LocalPool, Pool
@@ -255,6 +256,9 @@ def _captions(found: Sequence[Census], *, names: Sequence[str]) -> str:
         histogram("Captions of a picture", _series(found, names, lambda each: each.captions), label=_number, is_whole=True),
     )
     facts = {
+        f"captions of more than {USUAL_TOKENS} tokens (CLIP's, the usual text.max_tokens), of a sample": [
+            f"{each.long_captions:,} of {each.sampled_captions:,}" * bool(each.sampled_captions) for each in found
+        ],
         "without a caption": [f"{each.without_caption:,}" for each in found],
         "with a class": [f"{each.classes.total():,}" * bool(each.classes) for each in found],
         "classes": [f"{len(each.classes):,}" * bool(each.classes) for each in found],

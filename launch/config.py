@@ -74,7 +74,8 @@ class CodecConfig(Section):
     kind: Literal["pixel", "sd-vae", "kl", "dc-ae", "tiny"] = "pixel"
     """How images become latents; `pixel` is the image itself, the others are autoencoders of diffusers (`tim/codecs.py`)."""
     path: str | None = None
-    """Their weights: a folder that diffusers reads, or hf://OWNER/NAME. Planning needs those of `kl` and `tiny` only."""
+    """Their weights: a folder that diffusers reads, one file of weights in it, a pipeline, or hf://OWNER/NAME[/FOLDER]. Planning needs
+    those of `kl` and `tiny` only."""
 
     @model_validator(mode="after")
     def _check(self) -> CodecConfig:
@@ -99,7 +100,9 @@ class TextConfig(Section):
     """How captions become features; `lookup` is a frozen table of random embeddings, `open_clip` the text tower of a CLIP, `hf` a text
     encoder or language model of transformers (`tim/text.py`)."""
     path: str | None = None
-    """The weights of the latter two: a folder, or hf://OWNER/NAME."""
+    """The weights of the latter two: a folder, one file of weights in it, a pipeline, or hf://OWNER/NAME[/FOLDER]."""
+    tokenizer: str | None = None
+    """The folder of the tokenizer of `hf`, likewise; null: that of path, or in a pipeline the one beside it."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the text encoder; bf16: autocast."""
     max_tokens: int = Field(default=77, ge=2, le=4096)
@@ -114,6 +117,8 @@ class TextConfig(Section):
     def _check(self) -> TextConfig:
         if self.kind == "lookup" and self.path is not None:
             raise Impossible("path", "lookup needs no weights: leave it out, or give another kind")
+        if self.kind != "hf" and self.tokenizer is not None:
+            raise Impossible("tokenizer", f"{self.kind} has CLIP's tokenizer: leave it out, or use kind hf")
         if not any(self.caption_weights):
             raise Impossible("caption_weights", "one caption at least must weigh something")
         return self

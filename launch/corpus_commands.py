@@ -135,6 +135,9 @@ def encode(
         str | None, typer.Option(metavar="KIND[=PATH]", help="pixel, sd-vae, kl, dc-ae or tiny; the weights: a folder, or hf://OWNER/NAME.")
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="KIND[=PATH]", help="lookup, open_clip or hf; the weights likewise.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The folder of the text encoder's tokenizer. Default: with the text encoder.")
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(min=1, help="The result does not depend on their number. Default: one for each GPU, or for each core without one."),
@@ -159,7 +162,8 @@ def encode(
         positional, overrides = split_overrides(corpus)
         if len(positional) != 1:
             raise ValueError("give one corpus, for example tim encode corpus --codec sd-vae=weights/vae --out features")
-        overrides = [*encoding.shorthand("codec", codec), *encoding.shorthand("text", text), *overrides]
+        named = [] if tokenizer is None else [f"text.tokenizer={tokenizer}"]
+        overrides = [*encoding.shorthand("codec", codec), *encoding.shorthand("text", text), *named, *overrides]
         settings = encoding.settings(run, overrides=overrides)
         done = encoding.run(
             positional[0], out=out, settings=settings, like=run, overrides=overrides, processes=processes, debug=debug, console=console

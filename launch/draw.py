@@ -12,8 +12,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from dataprep.files import publish
 from launch.arguments import round_sizes
+from launch.caption_lengths import cut_prompts
 from launch.console import Console
-from launch.export import model_folder
+from launch.model_source import OWN, Replacements, open_generator
 from launch.preview import grid
 
 
@@ -47,11 +48,14 @@ def draw(
     times: Sequence[float] | None = None,
     interval: tuple[float, float] | None = None,
     stochasticity: float = 0.0,
+    recipe: str | None = None,
+    replacements: Replacements = OWN,
     console: Console,
 ) -> tuple[list[Drawing], Path]:
     """Draw every prompt at every size (height, width) in every number of steps; returns the drawings and the grid's path.
 
-    `model` is a model folder, or a run folder (then its `model/`, or its newest checkpoint exported, is used). Steps, guidance and
+    `model` is a model folder, a run folder (then its `model/`, or its newest checkpoint exported, is used), an official export, or a file
+    of weights of the network in `recipe`; `replacements` are other places of its codec, text encoder and tokenizer. Steps, guidance and
     interval of None are the model's own defaults; `times` are stepped through instead of `steps`. All drawings of one prompt and size
     start from the same noise: a row of the grid shows what more steps add.
 
@@ -60,15 +64,16 @@ def draw(
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file has this name; name a folder")
-    folder = model_folder(model, say=console.line)
-
     from launch.device import choose_device
-    from tim import Generator
 
     device = choose_device()
     console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is present)")
-    generator = Generator.from_pretrained(folder, device=device)
+    generator = open_generator(model, recipe=recipe, replacements=replacements, device=device, say=console.line)
     generator.check(prompts)
+    if generator.text is not None:
+        asked = [prompt for prompt in [*prompts, *([] if negative is None else [negative])] if isinstance(prompt, str)]
+        for remark in cut_prompts(asked, tokenizer=generator.text.tokenizer):
+            console.line(remark)
     defaults = generator.spec.sampling
     steps = [len(times) - 1] if times is not None else steps or [int(defaults["steps"])]
     scale = float(defaults["guidance"]) if guidance is None else guidance

@@ -38,7 +38,7 @@ def needs(config: Config) -> dict[str, Any]:
     }
     if config.condition == "text":
         width = config.network.params.cap_feat_dim
-        found["text"] = {**words.model_dump(include={"kind", "path", "max_tokens", "precision"}), "width": width}
+        found["text"] = {**words.model_dump(include={"kind", "path", "tokenizer", "max_tokens", "precision"}), "width": width}
     if alignment is not None and alignment.path is not None:
         found["teacher"] = {"kind": alignment.kind, "path": str(alignment.path), "precision": config.train.precision}
     return found

@@ -12,7 +12,7 @@ import yaml
 
 from launch.config import Config, TextConfig, load_config
 from tim import transports
-from tim.official import NETWORK_FILE, published_config
+from tim.official import NETWORK_FILE, OURS, published_config
 from tim.pretrained import HUB
 from tim.weights import ModelSpec, save_model, write_folder
 
@@ -32,11 +32,14 @@ class Exported:
     notes: tuple[str, ...]
 
 
-def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False) -> Exported:
+def export(
+    run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False, with_models: bool = False
+) -> Exported:
     """Write the model folder `out` from a run's newest intact checkpoint, or from the one of `step`.
 
     Works without deepspeed. `ema` takes the averaged weights, else those of the last update; `official` writes what the published code
-    reads instead, `network.yaml` and `model.safetensors`. The folder appears whole or not at all; an older one of the kind is replaced.
+    reads instead, `network.yaml` and `model.safetensors`; `with_models` copies codec, text encoder and tokenizer into the folder, too. The
+    folder appears whole or not at all; an older one of the kind is replaced.
 
     Raises:
         ValueError: `run` is not a run, has no such checkpoint or no intact one, `out` exists and is something else than a model folder, or
@@ -46,6 +49,8 @@ def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None, o
 
     config = run_config(run)
     check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
+    if official and with_models:
+        raise ValueError("--with-models: the published code takes codec and text encoder from elsewhere; leave out --official")
     found = checkpoint.find(run, step=step)
     spec = spec_of(config, step=found.facts.step)
     published = _published(spec) if official else ""
@@ -56,7 +61,7 @@ def export(run: Path, *, out: Path, ema: bool = True, step: int | None = None, o
             notes.append("the published code exchanges the sides of pictures that are not square: only squares come out alike")
         write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
     else:
-        save_model(out, state, spec)
+        save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
     parameters = sum(tensor.numel() for tensor in state.values())
     return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, notes=tuple(notes))
 
@@ -67,7 +72,8 @@ def _published(spec: ModelSpec) -> str:
     transport = transports.make(**spec.transport)
     settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # those that the config leaves out, too
     published = published_config(spec.network, rope=spec.rope, transport={**settings, "kind": kind})
-    return yaml.safe_dump(published, sort_keys=False)
+    ours = {"rope": spec.rope, "codec": spec.codec, "text": spec.text, "sampling": spec.sampling}  # for `tim sample`
+    return yaml.safe_dump({**published, OURS: ours}, sort_keys=False)
 
 
 def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
@@ -127,15 +133,15 @@ def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
 
 
 def _encoder(text: TextConfig) -> dict[str, Any]:
-    said = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path)}
+    said = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path), **_weights(text.tokenizer, name="tokenizer")}
     return said if text.path is None else {**said, "precision": text.precision}
 
 
-def _weights(path: str | None) -> dict[str, str]:
+def _weights(path: str | None, *, name: str = "path") -> dict[str, str]:
     """Where a codec's or an encoder's weights are, if it has any; those in a local folder by its full path."""
     if path is None:
         return {}
-    return {"path": path if path.startswith(HUB) else os.path.abspath(path)}
+    return {name: path if path.startswith(HUB) else os.path.abspath(path)}
 
 
 def run_config(run: Path) -> Config:

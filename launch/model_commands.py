@@ -97,7 +97,8 @@ def plan(
     Example: tim plan photos corpus=corpus --ranks 8
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes
+        from launch.caption_lengths import caption_lengths
+        from launch.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes, typed_config
         from pipeline.summary import plan_summary
 
         options = {
@@ -125,6 +126,9 @@ def plan(
             planner = plan_from_config(config)
         with console.progress() as report:
             summary = plan_summary(planner, steps=steps, ranks=ranks, progress=report)
+        if sizes is None:
+            measured = caption_lengths(typed_config(config or [], checkpoint=checkpoint), planner)
+            summary["captions"] = None if measured is None else asdict(measured)
         console.result(describe_plan(summary), data=summary)
 
 
@@ -196,7 +200,9 @@ def launch(
 
 
 def sample(
-    model: Annotated[Path, typer.Argument(help="A model folder, or the run_dir of a training run.")],
+    model: Annotated[
+        Path, typer.Argument(help="A model folder, the run_dir of a training run, what tim export --official wrote, or a file of weights.")
+    ],
     size: Annotated[
         str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to what the model can draw.")
     ],
@@ -214,6 +220,12 @@ def sample(
         str | None, typer.Option(metavar="T,T[,T]...", help="Times to step through instead of --steps: 1 (noise) to 0 for ot_fm.")
     ] = None,
     stochasticity: Annotated[float, typer.Option(min=0, help="New noise in every step but the first and the last; ot_fm only.")] = 0.0,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With a file of weights: the recipe or YAML file of its network, e.g. t2i-xl-1.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the codec is, in place of the model's own path.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the text encoder is, likewise.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Where its tokenizer is. Default: with the text encoder.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
     as_json: Json = False,
@@ -235,6 +247,7 @@ def sample(
         if steps is not None and times is not None:
             raise ValueError(f"--steps {steps} and --times {times}: give one of them")
         from launch.draw import draw
+        from launch.model_source import Replacements
 
         drawings, grid = draw(
             model,
@@ -249,9 +262,11 @@ def sample(
             times=grid_times,
             interval=guided,
             stochasticity=stochasticity,
+            recipe=recipe,
+            replacements=Replacements(codec=codec, text=text, tokenizer=tokenizer),
         )
-        text = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
-        console.result(text, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
+        listed = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
+        console.result(listed, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 
 
 def export(
@@ -260,19 +275,22 @@ def export(
     step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint. Default: the newest.")] = None,
     ema: Annotated[bool, typer.Option(help="The averaged weights, or those of the last update.")] = True,
     official: Annotated[bool, typer.Option("--official", help="Write what the published TiM code reads: network.yaml, weights.")] = False,
+    with_models: Annotated[
+        bool, typer.Option("--with-models", help="Copy the codec, the text encoder and its tokenizer into the folder, too.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write the model of a run.
 
-    The model folder holds config.json and model.safetensors: all that sampling needs.
+    The model folder holds config.json and model.safetensors, and with --with-models all that sampling needs.
 
     Example: tim export runs/first --out models/first
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.export import export as export_run
 
-        done = export_run(run, out=out, ema=ema, step=step, official=official)
+        done = export_run(run, out=out, ema=ema, step=step, official=official, with_models=with_models)
         for note in done.notes:
             console.line(note)
         weights = "averaged weights" if done.ema else "weights"

@@ -71,14 +71,17 @@ def make_cache(config: Config) -> ShardCache | None:
     return None if cache is None else ShardCache(cache.dir, limit=cache.bytes)
 
 
-def plan_from_config(arguments: Sequence[str]) -> Planner:
-    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
-    return make_planner(_typed_config(arguments))
-
-
-def _typed_config(arguments: Sequence[str]) -> Config:
+def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
+    """The config of a typed `CONFIG [KEY=VALUE …]`; where only a checkpoint or a run is given, that of its run. Raises ValueError."""
+    if checkpoint is not None and not split_overrides(arguments)[0]:
+        arguments = [str(_step_folder(checkpoint).parents[1] / "config.yaml"), *arguments]
     source, overrides = one_config(arguments)
     return load_config(source, overrides=overrides)
+
+
+def plan_from_config(arguments: Sequence[str]) -> Planner:
+    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
+    return make_planner(typed_config(arguments))
 
 
 def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool = False) -> Planner:
@@ -91,20 +94,23 @@ def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool =
     from launch import history
     from launch.resuming import restore_plan
 
-    latest = path / "latest"
-    folder = path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
     try:
+        folder = _step_folder(path)
         state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
         state["data"]
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: neither a checkpoint nor a run with one; give RUN/checkpoints/step-000500, or RUN") from error
-    if not split_overrides(arguments)[0]:
-        arguments = [str(folder.parents[1] / "config.yaml"), *arguments]
-    config = _typed_config(arguments)
+    config = typed_config(arguments, checkpoint=path)
     planner = make_planner(config)
     recorded = history.read(folder.resolve().parents[1])
     restore_plan(planner, state, planner=planner, recorded=recorded, config=config, folder=folder, replan=replan)
     return planner
+
+
+def _step_folder(path: Path) -> Path:
+    """The checkpoint that is meant: of a run, its newest."""
+    latest = path / "latest"
+    return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
 
 
 def plan_from_sizes(file: Path, *, stride: int = 32, width: int = 1152, **plan: Any) -> Planner:
@@ -139,7 +145,7 @@ def check_models(config: Config) -> None:
         raise ConfigError(f"codec.path: {error}") from error
     try:
         if "captions" not in parts and config.condition == "text":
-            text.weights_folder(config.text.kind, config.text.path)
+            text.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
     except ValueError as error:
         raise ConfigError(f"text.path: {error}") from error
     alignment = config.objective.alignment
@@ -153,7 +159,15 @@ def make_encoder(config: Config, *, device: Any) -> TextEncoder:
 
     chosen, width = config.text, config.network.params.cap_feat_dim
     try:
-        return text.make(chosen.kind, chosen.path, width=width, max_tokens=chosen.max_tokens, device=device, precision=chosen.precision)
+        return text.make(
+            chosen.kind,
+            chosen.path,
+            tokenizer_path=chosen.tokenizer,
+            width=width,
+            max_tokens=chosen.max_tokens,
+            device=device,
+            precision=chosen.precision,
+        )
     except ValueError as error:
         raise ConfigError(f"text: {error}") from error
 
@@ -166,20 +180,22 @@ def _parts(config: Config) -> set[str]:
 
 def _check_encoders(features: Features, config: Config) -> None:
     """Refuse features of another codec, text encoder or teacher than the config's."""
-    from tim import codecs, pretrained
-
-    def kind_and_weights(kind: str, path: str | Path | None) -> dict[str, Any]:
-        return {"kind": kind} if path is None else {"kind": kind, "digest": pretrained.digest(path)}
+    from tim import codecs, pretrained, text
 
     if features.codec is not None:
         geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
-        _expect(features, "codec", found=features.codec, wanted={**kind_and_weights(config.codec.kind, config.codec.path), **geometry})
+        path = config.codec.path
+        weights = {} if path is None else {"digest": codecs.digest(path)}
+        _expect(features, "codec", found=features.codec, wanted={"kind": config.codec.kind, **weights, **geometry})
     if features.text is not None and config.network.params.cap_feat_dim is not None:
-        settings = config.text.model_dump(include={"max_tokens", "precision"})
-        wanted = {**kind_and_weights(config.text.kind, config.text.path), "width": config.network.params.cap_feat_dim, **settings}
+        words = config.text
+        weights = {} if words.path is None else {"digest": text.digest(words.kind, words.path, tokenizer_path=words.tokenizer)}
+        settings = words.model_dump(include={"max_tokens", "precision"})
+        wanted = {"kind": words.kind, **weights, "width": config.network.params.cap_feat_dim, **settings}
         _expect(features, "text", found=features.text, wanted=wanted)
     if (alignment := config.objective.alignment) is not None and features.teacher is not None:
-        wanted = {**kind_and_weights(alignment.kind, alignment.path), "width": config.network.params.z_dim}
+        weights = {} if alignment.path is None else {"digest": pretrained.digest(alignment.path)}
+        wanted = {"kind": alignment.kind, **weights, "width": config.network.params.z_dim}
         _expect(features, "teacher", found=features.teacher, wanted=wanted)
 
 

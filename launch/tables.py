@@ -23,6 +23,10 @@ def describe_features(out: Path, facts: Mapping[str, Any]) -> str:
     captions = f" with {count(facts['captions'], 'caption')}" if facts["captions"] else ""
     what = f"{count(facts['samples'], 'sample')}{captions} in {count(facts['shards'], 'shard')}, {facts['bytes'] / 1e6:.1f} MB"
     lines = [f"{out}: {what}"]
+    if facts.get("cut"):
+        lines.append(
+            f"{facts['cut']} of {count(facts['captions'], 'caption')} are longer than text.max_tokens: what is beyond it was not read"
+        )
     if facts["rejected"]:
         lines += ["could not be encoded:", *_columns({reason: str(number) for reason, number in facts["rejected"].items()})]
     return "\n".join(lines)
@@ -78,6 +82,9 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
         f"{account['cropped_pixels']:.1%}",
     }
+    if captions := summary.get("captions"):
+        share = f"{captions['cut']} of {captions['sampled']} in a sample"
+        facts["captions cut"] = f"{share}, at text.max_tokens {captions['max_tokens']}; the longest has {captions['longest']} tokens"
     if summary["groups"] > 1:
         facts["shards"] = f"in {summary['groups']} groups; a rank reads 1/{summary['groups_apart']} of them"
     lines = _columns(facts)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from launch import checkpoint, history, replica, runs
+from launch.caption_lengths import caption_lengths
 from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
@@ -86,6 +87,9 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
         for line in (*_introduction(config, ranks, trainer, found=found, changes=changes), *notes):
             progress.say(line)
+        lengths = caption_lengths(config, planner) if ranks.is_main else None
+        if lengths is not None and lengths.cut:
+            progress.say(f"warning: {lengths}")
 
         row = None
         while trainer.step < config.train.steps:

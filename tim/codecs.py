@@ -18,7 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tim.pretrained import in_words, local_folder, read_config
+from tim import pretrained
+from tim.pretrained import Location, read_config
 
 BATCH_PIXELS = 1024 * 1024  # that go through an autoencoder at once: about 5 GB of activations; never less than one image
 TILE = 2048  # pixels; an image with a longer side goes through in overlapping tiles, as the published training did
@@ -128,6 +129,7 @@ class Autoencoder:
 
 AUTOENCODERS = {"sd-vae": "AutoencoderKL", "kl": "AutoencoderKL", "dc-ae": "AutoencoderDC", "tiny": "AutoencoderTiny"}
 CODECS = ("pixel", *AUTOENCODERS)
+PARTS = ("vae",)  # sub-folders of a pipeline that hold a codec
 GEOMETRIES = {"pixel": Geometry(1, 3), "sd-vae": Geometry(8, 4), "dc-ae": Geometry(32, 32)}  # those known without a look at the weights
 
 
@@ -144,10 +146,11 @@ def draws(kind: str) -> bool:
 
 
 def make(kind: str, path: str | Path | None = None, *, device: torch.device | str = "cpu") -> Codec:
-    """A codec by name, with the weights at `path`: a folder, or hf://OWNER/NAME. Raises ValueError where it cannot be had."""
+    """A codec by name, with the weights at `path` (see `tim.pretrained`). Raises ValueError where it cannot be had."""
     if kind == "pixel":
         return PixelCodec()
-    folder = weights_folder(kind, path)
+    found_at = location(kind, path)
+    folder = found_at.folder
     found = _described(folder, kind=kind)
     wanted = GEOMETRIES.get(kind, found)
     if found != wanted:
@@ -158,11 +161,11 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
     except ModuleNotFoundError:
         raise ValueError(f"codec {kind} needs diffusers: pip install 'tim[latent]'") from None
     try:
-        network, said = getattr(diffusers, AUTOENCODERS[kind]).from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: not weights that diffusers reads ({in_words(error)})") from error
+        with pretrained.loadable(found_at, stem="diffusion_pytorch_model", pickle_stem="diffusion_pytorch_model") as (weights, arguments):
+            how = {**arguments, "torch_dtype": torch.float32, "output_loading_info": True}
+            network, said = getattr(diffusers, AUTOENCODERS[kind]).from_pretrained(weights, **how)
+    except pretrained.FAILURES as error:
+        raise pretrained.failure(found_at, error, library="diffusers") from error
     if said["missing_keys"]:
         raise ValueError(f"{folder}: its weights lack {min(said['missing_keys'])}: they are of another model than its config")
     return Autoencoder(network, found, device=device)
@@ -170,11 +173,21 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
 
 def weights_folder(kind: str, path: str | Path | None) -> Path:
     """The folder of a codec's weights. Raises ValueError for an unknown kind, without a path, and where there is no such folder."""
+    return location(kind, path).folder
+
+
+def digest(path: str | Path) -> str:
+    """What tells the weights at `path` from others: see `tim.pretrained.digest`. Raises ValueError where there are none."""
+    return pretrained.digest(path, parts=PARTS)
+
+
+def location(kind: str, path: str | Path | None) -> Location:
+    """Where a codec's weights are. Raises ValueError as `weights_folder`."""
     if kind not in CODECS:
         raise ValueError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}")
     if path is None:
         raise ValueError(f"codec {kind} needs its weights: give its path, a folder that diffusers reads or hf://OWNER/NAME")
-    return local_folder(path)
+    return pretrained.locate(path, parts=PARTS)
 
 
 def _described(folder: Path, *, kind: str) -> Geometry:

@@ -37,8 +37,15 @@ class Generator:
         self.codec = codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
         self.text = None
         if spec.text is not None:
-            settings = {"width": network.params["cap_feat_dim"], "device": self.device, "precision": spec.text.get("precision", "fp32")}
-            self.text = text.make(spec.text["kind"], spec.text.get("path"), max_tokens=spec.text["max_tokens"], **settings)
+            self.text = text.make(
+                spec.text["kind"],
+                spec.text.get("path"),
+                tokenizer_path=spec.text.get("tokenizer"),
+                width=network.params["cap_feat_dim"],
+                max_tokens=spec.text["max_tokens"],
+                device=self.device,
+                precision=spec.text.get("precision", "fp32"),
+            )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:

@@ -125,13 +125,16 @@ def first_line(error: BaseException) -> str:
     return (plain.splitlines() or [type(error).__name__])[0][:200]
 
 
-def unreadable(error: Exception) -> str:
+def unreadable(error: BaseException) -> str:
     """Why a file of weights cannot be loaded, and the remedy, in one line. torch's advice to run unknown code is left out."""
-    text = first_line(error)
-    if found := re.search(r"GLOBAL ([\w.]+)|Trying to (?:call|load|set|use)\D*? ([A-Za-z_]\w*\.[\w.]+)", str(error)):
+    chain = [error]
+    while (before := chain[-1].__context__) is not None:
+        chain.append(before)
+    everything = " ".join(str(each) for each in chain)
+    if found := re.search(r"GLOBAL ([\w.]+)|Trying to (?:call|load|set|use)\D*? ([A-Za-z_]\w*\.[\w.]+)", everything):
         return f"it holds {found[1] or found[2]}, which could run code: save its weights alone with torch.save, or as .safetensors"
-    if "TorchScript" in text:
+    if "TorchScript" in everything:
         return "it is a TorchScript archive: save the state_dict of the module alone"
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.strerror):
-        return text
+        return first_line(error)
     return "it is cut off, damaged, or not a file of torch.save: fetch it again, or save its weights as .safetensors"

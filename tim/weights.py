@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import shutil
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tim import model_paths
 from tim.network import TransitionTransformer
+from tim.pretrained import Location
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ class ModelSpec:
     """What a model is made of, as `config.json` holds it.
 
     network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind, path};
-    text: {kind, path, precision, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
+    text: {kind, path, tokenizer, precision, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
     whether the network knows r = t alone (`instantaneous`).
     """
 
@@ -38,19 +41,41 @@ class ModelSpec:
     sampling: dict[str, Any]
 
 
-def save_model(folder: str | Path, state_dict: dict[str, Tensor], spec: ModelSpec) -> None:
-    """Write a model folder; it appears whole or not at all, an older one is replaced."""
-    write_folder(folder, state_dict, name="config.json", text=json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n")
+def save_model(
+    folder: str | Path, state_dict: dict[str, Tensor], spec: ModelSpec, *, home: str | Path | None = None, copy_models: bool = False
+) -> None:
+    """Write a model folder; it appears whole or not at all, an older one is replaced.
+
+    Models that lie in `home` (by default the folder itself), which is moved with it, are named relative to the folder. With `copy_models`
+    codec, text encoder and tokenizer are copied into it. Raises ValueError where one to be copied is not there.
+    """
+    models: dict[str, Location] = {}
+    codec, words = dict(spec.codec), spec.text
+    if copy_models:
+        codec, words, models = model_paths.copied(codec, words)
+    else:
+        moved = {"folder": Path(folder), "home": Path(home or folder)}
+        codec, words = model_paths.relative(codec, **moved), words and model_paths.relative(words, **moved)
+    spec = replace(spec, codec=codec, text=words)
+    text = json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n"
+    write_folder(folder, state_dict, name="config.json", text=text, models=models)
 
 
-def write_folder(folder: str | Path, state_dict: dict[str, Tensor], *, name: str, text: str) -> None:
-    """Write `model.safetensors` and beside it a file of this name and text; the folder appears whole or not at all."""
+def write_folder(
+    folder: str | Path, state_dict: dict[str, Tensor], *, name: str, text: str, models: Mapping[str, Location] | None = None
+) -> None:
+    """Write `model.safetensors`, beside it a file of this name and text, and copies of `models` in sub-folders of these names.
+
+    The folder appears whole or not at all.
+    """
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / name).write_text(text, encoding="utf-8")
+    for part, location in (models or {}).items():
+        model_paths.copy(location, partial / part)
     for path in (partial / "model.safetensors", partial / name):
         _sync(path)
     if folder.exists():
@@ -92,7 +117,9 @@ def read_spec(folder: str | Path) -> ModelSpec:
     names = {field.name for field in fields(ModelSpec)}
     if set(content) - {"format"} != names:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
-    return ModelSpec(**{name: content[name] for name in names})
+    spec = ModelSpec(**{name: content[name] for name in names})
+    words = spec.text and model_paths.absolute(spec.text, folder=Path(folder))
+    return replace(spec, codec=model_paths.absolute(spec.codec, folder=Path(folder)), text=words)
 
 
 def _sync(path: Path) -> None:

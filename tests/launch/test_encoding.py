@@ -42,7 +42,15 @@ def test_what_a_run_needs_is_what_it_finds(corpus: Corpus, run: Path, tim: Tim, 
     out = tmp_path / "features"
     done = tim("encode", corpus.folder, "--for", run, "--out", out, "--processes", 1, "--json")
     assert done.code == 0, done.err
-    assert done.data == {"features": str(out), "shards": 2, "samples": 9, "captions": 16, "bytes": done.data["bytes"], "rejected": {}}
+    assert done.data == {
+        "features": str(out),
+        "shards": 2,
+        "samples": 9,
+        "captions": 16,
+        "bytes": done.data["bytes"],
+        "rejected": {},
+        "cut": 0,
+    }
     assert done.data["bytes"] == sum(file.stat().st_size for file in out.glob("*.tar"))
     assert "9 samples, " in done.err.splitlines()[0]
     assert "encode 9/9" in done.err

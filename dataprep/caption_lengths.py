@@ -1,0 +1,53 @@
+"""How many captions are longer than a text encoder reads, estimated from a sample of a corpus's tables. No image is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.index import Corpus
+from tim.tokenizers import BytePairs, Tokenizer
+
+SAMPLED = 2000  # captions
+USUAL_TOKENS = 77  # text.max_tokens by default
+_MOST_SHARDS = 16  # that are looked into, evenly spread
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionLengths:
+    """Of `sampled` captions, `cut` have more than `max_tokens` tokens; the longest has `longest`."""
+
+    sampled: int
+    cut: int
+    longest: int
+    max_tokens: int
+
+    def __str__(self) -> str:
+        counted = f"{self.cut} of {self.sampled} sampled captions"
+        return f"{counted} are longer than text.max_tokens {self.max_tokens} and are cut; the longest has {self.longest} tokens"
+
+
+def sample_captions(corpora: Sequence[Corpus], *, most: int = SAMPLED) -> list[str]:
+    """Captions of evenly spread rows of evenly spread shards, about `most` rows in all and every caption of each."""
+    captions: list[str] = []
+    for corpus in corpora:
+        shards = range(0, len(corpus.shards), -(-len(corpus.shards) // _MOST_SHARDS) or 1)
+        rows = max(1, most // (len(corpora) * max(1, len(shards))))
+        for shard in shards:
+            spoken = corpus.read(shard, columns=("captions",)).column("captions")
+            step = max(1, len(spoken) // rows)
+            captions += [caption for each in spoken[::step].to_pylist() for caption in each or []]
+    return captions
+
+
+def measure(captions: Sequence[str], *, tokenizer: Tokenizer) -> CaptionLengths:
+    """Count the captions that `tokenizer` cuts."""
+    lengths = tokenizer.lengths(captions)
+    cut = sum(length > tokenizer.max_tokens for length in lengths)
+    return CaptionLengths(sampled=len(lengths), cut=cut, longest=max(lengths, default=0), max_tokens=tokenizer.max_tokens)
+
+
+def beyond_usual(captions: Sequence[str]) -> int:
+    """How many captions have more than `USUAL_TOKENS` of CLIP's tokens. A token is at least one byte, so short ones are not tokenized."""
+    long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
+    return measure(long, tokenizer=BytePairs(max_tokens=USUAL_TOKENS)).cut if long else 0
