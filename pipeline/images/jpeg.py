@@ -23,7 +23,8 @@ _REFUSED_FRAMES = {
     0xF7: "JPEG-LS",
 }
 _ODD_SCANS = "invalid sos parameters"  # of several scans: libjpeg says nothing of what else it finds
-_LACKING = ("subsampling", "unsupported", "not supported", "not implemented", "not compiled")
+_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)
+_LACKING = ("subsampling", "unsupported color", "not supported", "not implemented", "not compiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,10 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
         while data[start + 1 : start + 2] == b"\xff":
             start += 1
         kind = data[start + 1] if start + 1 < len(data) else 0xD9
-        if kind == 0:  # no marker
+        if kind < 0xC0 or 0xD0 <= kind <= 0xD7:  # none that a header has
             has_junk, position = True, start + 2
             continue
-        if kind in (0xD8, 0xD9) or 0xD0 <= kind <= 0xD7 or kind == 0x01:
+        if kind in (0xD8, 0xD9):
             break
         end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
         if end < start + 4 or end > len(data):
@@ -136,7 +137,7 @@ def decode_whole_jpeg(data: bytes | memoryview, *, header: JpegHeader | None) ->
             first = error
         if any(sign in str(first).lower() for sign in _LACKING):
             return _decode_by_pillow(data, header=header), False
-        tidy = tidy_jpeg(data, header=header or read_jpeg_header(data))
+        tidy = tidy_jpeg(data, header=read_jpeg_header(data), keeps_metadata=False)
         try:
             return simplejpeg.decode_jpeg(tidy, colorspace=space, strict=True), False
         except ValueError as error:
@@ -155,11 +156,16 @@ def _decode_by_pillow(data: bytes | memoryview, *, header: JpegHeader | None) ->
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def tidy_jpeg(data: bytes | memoryview, *, header: JpegHeader) -> bytes:
-    """The same image with nothing between its header segments, and with the values in them that libjpeg corrects while it warns."""
+def tidy_jpeg(data: bytes | memoryview, *, header: JpegHeader, keeps_metadata: bool = True) -> bytes:
+    """The same image with nothing between its header segments, and with the values in them that libjpeg corrects while it warns.
+
+    Metadata (all that is not needed for its pixels, such as a broken ICC profile) stays unless it is not wanted.
+    """
     data = bytes(data)
     parts = [data[:2]]
     for kind, start, end in header.segments[:-1]:
+        if not keeps_metadata and kind in _METADATA:
+            continue
         segment = bytearray(data[start:end])
         if kind == 0xE0 and segment[4:8] == b"JFIF" and len(segment) > 10 and segment[9] not in (1, 2):
             segment[9] = 1
