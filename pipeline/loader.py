@@ -19,7 +19,7 @@ from pipeline.feature_reading import FeatureDecoder
 from pipeline.reading import Failure, PackReader, ReadPack
 from pipeline.steps import PlannedSample, Step
 from pipeline.storage import ShardCache, ShardFacts, ShardReader
-from pipeline.workers import WorkerPool, start_fork_server
+from pipeline.workers import Decode, WorkerPool, start_fork_server
 
 if TYPE_CHECKING:
     from pipeline.index import Corpus
@@ -93,14 +93,14 @@ class Loader:
         channels, factor: latent channels, and pixels per latent cell, of the codec.
         codec_draws: whether it draws the latents of images.
         teacher: whether an alignment teacher's tokens are wanted, or else images for it to see.
-        workers: processes that read; 0 reads in this one.
+        workers: processes that read; 0 reads in this one, which a decoder that crashes then ends.
         prefetch: steps that are read ahead.
         max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
         on_bad_shard: whether a shard that is missing, cut off or not what its digest says stops reading with RuntimeError, or leaves
             the places of its samples empty, which `samples_skipped` counts.
         verify: compare local shards with their digests before they are first read.
         cache: where remote shards are kept whole; None reads the wanted parts of them.
-        timeout: seconds without a pack after which reading stops with RuntimeError.
+        timeout: seconds without progress after which reading stops with RuntimeError, or gives up the sample that is being decoded.
         device: where images and noise go; to a GPU from pinned memory, without waiting.
     """
 
@@ -153,7 +153,7 @@ class Loader:
             shuffle_tags=planner.shuffle_tags,
         )
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
-        self._decode: Callable[[Any], ReadPack] = reader.decode
+        self._decode: Decode[Any, ReadPack] = reader.decode
         self._rank = rank
         self._world_size = world_size
         self._lockstep = lockstep
@@ -174,12 +174,16 @@ class Loader:
             start_fork_server()
 
     def __iter__(self) -> Iterator[LoadedStep]:
-        """Endless. Raises RuntimeError if a worker dies or is stuck, or if too many samples fail. An earlier iterator ends."""
+        """Endless. An earlier iterator ends.
+
+        A sample at which a worker dies, or is stuck, twice is one that cannot be read. Raises RuntimeError if too many samples fail, if
+        nothing comes from storage, or if workers die without end.
+        """
         self.close()
         self._planner.load_state_dict(self._state)
         if self._workers:
             steps_ahead = self._steps_ahead()
-            self._pool = WorkerPool(self._fetch, self._decode, workers=self._workers, timeout=self._timeout)
+            self._pool = WorkerPool(self._fetch, self._decode, workers=self._workers, timeout=self._timeout, name=_part_name)
         else:
             steps_ahead = 0
         iteration = self._iterations
@@ -322,6 +326,10 @@ class Loader:
                 f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
                 "allows: see the warnings above, `tim verify` on the corpus names all of them"
             )
+
+
+def _part_name(samples: tuple[PlannedSample, ...], part: int) -> str:
+    return f"sample {samples[part].id} of {samples[part].features_tar or samples[part].tar}"
 
 
 def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:

@@ -5,7 +5,8 @@ Kept free of pyarrow, pydantic and the planner, because every worker process imp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -122,8 +123,14 @@ class PackReader:
         nothing: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
         return FetchedPack(samples, *([next(found) for _ in parts] or nothing for parts in wanted))
 
-    def decode(self, fetched: FetchedPack) -> ReadPack:
-        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy of one stride."""
+    def decode(
+        self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
+    ) -> ReadPack:
+        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy of one stride.
+
+        `begin` is told the position of every sample before its bytes are looked at, and −1 after the last. Samples at positions in `lost`
+        are not looked at: they fail for the reasons given.
+        """
         samples = fetched.samples
         area = sum(sample.height * sample.width for sample in samples) or self._stride**2
         pixels = np.zeros(3 * area if self._pixels else 0, dtype=np.uint8)
@@ -135,12 +142,16 @@ class PackReader:
         filled = 0
         for position, (sample, data, text, record, encoded) in enumerate(zip(*fetched, strict=True)):
             try:
+                if position in lost:
+                    raise ValueError(lost[position])
+                begin(position)
                 image = _decode_image(sample, data) if self._pixels else None
                 caption = self._caption(sample, text, record) if self._captions else ""
                 found = self._features.decode(sample, encoded) if self._features else None
                 size = sample.height, sample.width
             except Exception as error:  # a shard cut off, a broken image or caption file, what safetensors makes of one that is damaged
-                failures.append(Failure(position=position, reason=kind_and_line(error), bad_shard=isinstance(error, BadShard)))
+                reason = lost[position] if position in lost else kind_and_line(error)
+                failures.append(Failure(position=position, reason=reason, bad_shard=isinstance(error, BadShard)))
                 image, caption, found, size = None, "", blank, (self._stride, self._stride)
             if image is not None:
                 pixels[filled : filled + image.size].reshape(*size, 3)[:] = image
@@ -149,6 +160,7 @@ class PackReader:
             captions.append(caption)
             if found is not None:
                 features.append(found)
+        begin(-1)
         if not samples:
             filled, sizes, captions, features = 3 * area, [(self._stride, self._stride)], [""], [blank] if blank else []
         texts = [each.text for each in features if each.text is not None]

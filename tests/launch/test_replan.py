@@ -145,10 +145,15 @@ def test_a_change_that_weights_hang_on_stays_refused(run: Run) -> None:
 
 
 def test_a_run_begins_with_weights(run: Run, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a model folder, a run, the file in it, and what the published code reads: the average that sampling sees."""
+    """Of a model folder, a run, the file in it, and one for the published code: the average that sampling sees."""
     averaged = checkpoint.consolidate(checkpoint.find(begun / "run").folder, ema=True)
     export(begun / "run", out=tmp_path / "official", official=True)
-    sources = [begun / "run" / "model", begun / "run", begun / "run" / "model" / "model.safetensors", tmp_path / "official"]
+    sources = [
+        begun / "run" / "model",
+        begun / "run",
+        begun / "run" / "model" / "model.safetensors",
+        tmp_path / "official" / "model.safetensors",
+    ]
     starts = []
     for number, source in enumerate(sources):
         folder = run(f"train.init={source}", "train.steps=1", "train.lr=1e-12", name=f"new{number}")
@@ -186,9 +191,9 @@ def test_weights_of_another_network_are_refused_or_loaded_as_far_as_they_fit(
             run(init, override, name="new")
     with pytest.raises(ConfigError, match=r"train\.init: .*wrong shapes: .*missing keys: .*init_strict=false"):
         run(f"{init}/model.safetensors", "network.params.depth=2", "network.params.patch_size=4", name="new")
-    with pytest.raises(ConfigError, match=r"train\.init: nowhere: no such file"):
+    with pytest.raises(ConfigError, match=r"train\.init: nowhere: no such file or folder"):
         run("train.init=nowhere", name="new")
-    with pytest.raises(ConfigError, match=r"neither a run folder .* nor a folder of one model: it has no \.safetensors file"):
+    with pytest.raises(ConfigError, match=r"train\.init: .*corpus: holds no weights"):
         run(f"train.init={tmp_path / 'corpus'}", name="new")
 
     capsys.readouterr()
