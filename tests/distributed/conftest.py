@@ -10,9 +10,10 @@ from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import write_corpus
 
 
-@pytest.fixture
-def figures(tmp_path: Path) -> Path:
-    """40 pictures of the embedded corpus, prepared."""
-    write_corpus(tmp_path / "source", count=40)
-    prepare([str(tmp_path / "source")], out=tmp_path / "corpus", config=PrepareConfig())
-    return tmp_path / "corpus"
+@pytest.fixture(scope="session")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures of the embedded corpus, prepared; only read by the tests."""
+    folder = tmp_path_factory.mktemp("figures")
+    write_corpus(folder / "source", count=40)
+    prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())
+    return folder / "corpus"

@@ -1,4 +1,5 @@
-"""Run by test_engine.py under torchrun, on two ranks: `Engine`, `ShardedEMA` and checkpoint files against one process doing the same."""
+"""Run by test_engine.py under torchrun, on two ranks: `Engine`, `ShardedEMA` and checkpoint files and activation
+checkpointing, against one process doing the same."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from launch.checkpoint import Checkpoint, Facts
 from launch.ema import ShardedEMA
 from launch.engine import ADAM_EPSILON, Engine, Ranks, process_group
 from launch.muon import orthogonalise
+from tests.distributed import activation_checkpointing
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
@@ -164,6 +166,7 @@ def main() -> None:
         for case in sys.argv[2:]:
             report = check_case(ranks, case, folder / case)
             (folder / f"{case}-{ranks.rank}.json").write_text(json.dumps(report))
+        (folder / f"checkpointing-{ranks.rank}.json").write_text(json.dumps(activation_checkpointing.gradient_errors(ranks)))
 
 
 if __name__ == "__main__":

@@ -71,6 +71,13 @@ def test_what_is_loaded_goes_on_bit_by_bit(reports: Reports, case: str) -> None:
         assert report["resumed"] == report["unbroken"]
 
 
+def test_gradients_with_activation_checkpointing_are_those_of_one_process(folder: Path) -> None:
+    for rank in (0, 1):
+        report = json.loads((folder / f"checkpointing-{rank}.json").read_text())
+        assert set(report) == {"1-1", "2-2", "3-1"}
+        assert max(report.values()) < 1e-6, report
+
+
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Ranks]:
     with process_group() as ranks:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -71,8 +72,14 @@ def test_checkpointing_changes_no_gradient(tiny: TransitionTransformer, every: i
     assert kept < 0.9 * plain_kept
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_compute_the_same_for_packs_of_any_size(tiny: TransitionTransformer) -> None:
+# Short: traced, differentiated and guarded as ever, but not compiled to C++, which takes a minute.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_compiled_blocks_compute_the_same_for_packs_of_any_size(
+    tiny: TransitionTransformer, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     latents, captions, t, r = inputs()
     compiled = copy.deepcopy(tiny)
     compiled.execute(compile=True)
