@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dataprep.columns import ColumnConfig
 from dataprep.places import join
-from dataprep.records import RawSample
+from dataprep.records import TAKEN_DOWN, RawSample
 from dataprep.semantic import DUPLICATES
 from dataprep.shards import TABLE_COLUMNS
 from dataprep.tables import plain
@@ -31,7 +31,7 @@ MANIFEST = "manifest.json"
 TAGS = "source_tags"
 _ORIGIN = {"source": "source_source", "path": "source_path"}
 _FILTER_ONLY = ("source", "path", "near_duplicate_of", DUPLICATES)  # keys of the old corpus, or said anew in the new one
-_READ = ("key", "captions", "label", "image_offset", "image_length", "original_height", "original_width")
+_READ = ("key", "sha256", "captions", "label", "image_offset", "image_length", "original_height", "original_width")
 
 
 class CorpusSource:
@@ -104,7 +104,7 @@ class CorpusSource:
         if row.get(TAKEDOWN) and self._takedown is not None:
             self._marked += 1
             detail = f"marked in the corpus's sidecar '{self._takedown.name}'"
-            return RawSample(source=self.name, path=row["key"], reason=TAKEDOWN, detail=detail)
+            return RawSample(source=self.name, path=row["key"], reason=TAKEN_DOWN, detail=detail, sha256=row.get("sha256") or "")
         tags = row.get(TAGS)
         said = {name: plain(row[name]) for name in row if name in {*self._extra, *self._asked, self._label} and name != TAGS}
         labels = () if self._label is None else (self._label,)
@@ -113,7 +113,7 @@ class CorpusSource:
         for name, kept_as in _ORIGIN.items():
             if row.get(name) is not None:
                 extra.setdefault(kept_as, row[name])
-        original = (row.get("original_height"), row.get("original_width"))
+        height, width = row.get("original_height"), row.get("original_width")
         return RawSample(
             source=self.name,
             path=row["key"],
@@ -124,7 +124,7 @@ class CorpusSource:
             label=fields.label if labels else row["label"],
             extra=extra | ({TAGS: tags} if tags else {}),
             filter_only={name: row[name] or "" for name in self._filter_only},
-            original_size=original if None not in original else None,
+            original_size=None if height is None or width is None else (height, width),
         )
 
 

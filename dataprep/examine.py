@@ -247,7 +247,7 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
         "caption": "",
         "captions": [],
         "label": sample.label,
-        "sha256": "",
+        "sha256": sample.sha256,
         "phash": "",
         "thumbnail": None,
         "extra": json.dumps(dict(sample.extra), sort_keys=True),

@@ -17,6 +17,7 @@ import pyarrow as pa
 from dataprep.chunks import CHUNK_SCHEMA, CHUNK_SIZE, ChunkTables
 from dataprep.files import publish
 from dataprep.plan import MISFIT, Plan
+from dataprep.records import TAKEN_DOWN
 
 BLOCK_BYTES = 64 << 20
 SLICE_ROWS = 1024
@@ -79,7 +80,14 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
     start = int(positions[0])
     for position in positions[np.isin(positions, list(plan.misfits))].tolist():
         reasons[position - start], details[position - start] = MISFIT, plan.misfits[position]
+    captions, lists, extras = (block.column(name).to_pylist() for name in ("caption", "captions", "extra"))
+    for position in positions[plan.taken_down[positions]].tolist():
+        row = position - start
+        reasons[row], details[row] = TAKEN_DOWN, "same bytes as an image that a corpus has taken down"
+        captions[row], lists[row], extras[row] = "", [], "{}"
     texts = {
+        "caption": captions,
+        "extra": extras,
         "reason": reasons,
         "detail": details,
         "key": map(plan.key, positions.tolist()),
@@ -87,4 +95,5 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
         "near_duplicate_of": map(plan.kept_for, near),
     }
     columns = dict(zip(block.column_names, block.columns, strict=True)) | {"place": pa.array(plan.place[positions])}
+    columns["captions"] = pa.array(lists, pa.list_(pa.string()))
     return pa.table(columns | {name: pa.array(list(values), pa.string()) for name, values in texts.items()}, schema=GROUP_SCHEMA)

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from dataprep.dedup import Fingerprints
 from dataprep.known import Known
 from dataprep.manifest import Account, kept_rows, read_account, read_columns, read_tables
 from dataprep.plan import Columns
-from dataprep.records import RawSample
+from dataprep.records import TAKEN_DOWN, RawSample
 from dataprep.shards import Shard
 from dataprep.store import Store
 
@@ -48,6 +49,7 @@ class Base:
     account: Account
     columns: Columns
     pictures: Known
+    taken_down: np.ndarray  # (m, 2) uint64, digests as in `Fingerprints`
 
 
 class Selection:
@@ -92,6 +94,7 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> t
     ids: list[np.ndarray] = [np.zeros(0, dtype="S16")]
     keys: list[pa.Array] = []
     prints: list[Fingerprints] = []
+    taken_down: list[np.ndarray] = [np.zeros((0, 2), dtype=np.uint64)]
     failed: dict[bytes, list[str]] = {}
     fresh: list[tuple[bytes, str]] = []  # what failed among the inputs that came in together with those at hand
     for number, table in enumerate(read_tables(store, shards=shards, columns=_COLUMNS)):
@@ -106,6 +109,7 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> t
                 failed[name].pop()  # it had another chance
             if reason in RETRIED:
                 fresh.append((name, reason))
+        taken_down.append(Fingerprints.read(table.filter(pc.field("reason") == TAKEN_DOWN), size="image_length").digest)
         kept = kept_rows(table)
         keys.extend(kept.column("key").chunks)
         prints.append(Fingerprints.read(kept, size="image_length"))
@@ -115,6 +119,7 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> t
         shards=shards,
         account=read_account(manifest),
         columns=read_columns(manifest),
+        taken_down=np.concatenate(taken_down),
         pictures=Known(fingerprints=Fingerprints.join(prints), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)),
     )
     return base, Selection(growth, ids=np.unique(np.concatenate(ids)), failed=failed)

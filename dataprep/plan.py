@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.dedup import DedupConfig, Fingerprints, exact_duplicates, near_duplicates
 from dataprep.known import NOTHING_KNOWN, Known
-from dataprep.records import SCALED_DOWN
+from dataprep.records import SCALED_DOWN, TAKEN_DOWN
 
 Ints = NDArray[np.int64]
 
@@ -68,7 +68,8 @@ class Plan:
 
     `shard` (from 0), `place` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the picture of which it
     is a duplicate, −1 for none; below `len(known)` one of those, from there on the input of that position, plus `len(known)`. `misfits`:
-    inputs that the columns of the corpus have no room for, position → what is wrong.
+    inputs that the columns of the corpus have no room for, position → what is wrong. `taken_down` (n,): further copies of
+    images that a source corpus has taken down.
     """
 
     shard: Ints
@@ -77,6 +78,7 @@ class Plan:
     exact: Ints
     near: Ints
     misfits: Mapping[int, str]
+    taken_down: NDArray[np.bool_]
     known: Known
     drops_near: bool
     first_shard: int
@@ -122,16 +124,21 @@ def make_plan(
     seed: int,
     known: Known = NOTHING_KNOWN,
     columns: Columns | None = None,
+    taken_down: NDArray[np.uint64] | None = None,
     first_shard: int = 0,
 ) -> Plan:
     """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards.
 
     `known`: pictures of finished corpora, of which inputs may be duplicates. `columns`: those of the corpus that is to grow, which its new
-    samples must fit; else they are found. `first_shard`: the number of the first shard.
+    samples must fit; else they are found. `taken_down`: (m, 2) digests of images that it must not take in.
+    `first_shard`: the number of the first shard.
     """
     facts = _read_facts(tables)
     misfits, left_out = _find_misfits(tables, facts=facts, columns=columns) if columns else ({}, ())
     may_be_kept = facts.reason == 0
+    copies = may_be_kept & _is_taken_down(facts, known=taken_down)
+    misfits = {position: what for position, what in misfits.items() if not copies[position]}
+    may_be_kept[copies] = False
     may_be_kept[list(misfits)] = False
     exact, near = _find_duplicates(facts.prints, may_be_kept=may_be_kept, known=known.fingerprints, dedup=dedup)
     is_kept = may_be_kept & (exact < 0) & ((near < 0) | (dedup.near != "drop"))
@@ -146,7 +153,12 @@ def make_plan(
 
     counts = dict(zip(facts.names, np.bincount(facts.reason[facts.reason > 0] - 1, minlength=len(facts.names)).tolist(), strict=True))
     drops_near = dedup.near == "drop"
-    overruled = {MISFIT: len(misfits), "duplicate": int((exact >= 0).sum()), "near-duplicate": int((near >= 0).sum()) if drops_near else 0}
+    overruled = {
+        TAKEN_DOWN: int(copies.sum()),
+        MISFIT: len(misfits),
+        "duplicate": int((exact >= 0).sum()),
+        "near-duplicate": int((near >= 0).sum()) if drops_near else 0,
+    }
     for reason, count in overruled.items():
         counts[reason] = counts.get(reason, 0) + count
     return Plan(
@@ -156,6 +168,7 @@ def make_plan(
         exact=exact,
         near=near,
         misfits=misfits,
+        taken_down=copies,
         known=known,
         drops_near=drops_near,
         first_shard=first_shard,
@@ -200,6 +213,15 @@ def _read_facts(tables: ChunkTables) -> _Facts:
         prints.append(Fingerprints.read(table, size="input_bytes"))
     prints_of_all = Fingerprints.join(prints)
     return _Facts(reason=reason, names=list(codes)[1:], prints=prints_of_all, weights=weights, has_label=has_label, is_scaled=is_scaled)
+
+
+def _is_taken_down(facts: _Facts, *, known: NDArray[np.uint64] | None) -> NDArray[np.bool_]:
+    """Which inputs have the bytes of an image that is taken down: (n,)."""
+    digests = facts.prints.digest
+    marked = facts.reason == 1 + facts.names.index(TAKEN_DOWN) if TAKEN_DOWN in facts.names else np.zeros(len(digests), bool)
+    taken = np.concatenate([digests[marked], *([] if known is None else [known])])
+    taken = taken[taken.any(axis=1)]  # foreign tars have no digests
+    return np.isin(digests[:, 0], taken[:, 0]) & np.isin(digests[:, 1], taken[:, 1])
 
 
 def _numbers(table: pa.Table, name: str) -> Ints:

@@ -88,6 +88,7 @@ def prepare(
             seed=config.seed,
             known=Known.join([*([base.pictures] if base else []), read_known(job.against)]),
             columns=base.columns if base else None,
+            taken_down=base.taken_down if base else None,
             first_shard=len(base.shards) if base else 0,
         )
         account = _account(plan, examined=examined, base=base, images=config.images)

@@ -24,6 +24,7 @@ REASONS: tuple[str, ...] = (
     "crashed",
     "takedown",
 )
+TAKEN_DOWN = "takedown"
 FILTER_PREFIX = "filter:"
 SCALED_DOWN = "scaled-down"
 """What `detail` says of a kept image that is stored smaller than it came."""
@@ -35,6 +36,7 @@ class RawSample:
 
     The picture's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
     `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
+    Of one that is taken down, `sha256` is the image's digest, by which other copies are found.
     `filter_only`: further values that `filters.where` may ask for, and that are not stored. `original_size`: (height, width) of the image
     before an earlier preparation, if there was one. `detail` without a `reason` says why there is no caption.
     """
@@ -52,3 +54,4 @@ class RawSample:
     original_size: tuple[int, int] | None = None
     reason: str = ""
     detail: str = ""
+    sha256: str = ""

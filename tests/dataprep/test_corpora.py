@@ -137,6 +137,24 @@ def test_the_number_of_workers_does_not_matter(corpus: Path, tmp_path: Path) -> 
     assert digests(tmp_path / "w1") == digests(tmp_path / "w3")
 
 
+def test_no_copy_brings_back_what_was_taken_down(corpus: Path, tmp_path: Path) -> None:
+    raw = write_folder(
+        tmp_path / "raw", {f"{name}.jpg": photo(number, height=60 + number) for name, number in (("a", 1), ("b", 2), ("c", 40))}
+    )
+    for name in "abc":
+        (raw / f"{name}.txt").write_text(f"raw {name}")
+    both = prepare([str(raw), str(corpus)], out=tmp_path / "both", config=config())
+    assert (both.inputs, both.kept, both.rejected) == (16, 12, {"duplicate": 1, "takedown": 3})
+    assert row_of(tmp_path / "both", "a.jpg")["reason"] == "takedown"
+    assert row_of(tmp_path / "both", "a.jpg")["caption"] == ""
+    prepare([str(corpus)], out=tmp_path / "D", config=config())
+    grown = prepare([str(raw)], out=tmp_path / "D", config=config(), growth=Growth(append=True, retry=True))
+    assert grown.rejected == {"bad-record": 2, "takedown": 3}  # the corpus has a rank for every sample
+    assert not any("raw a" in path.read_text() for path in (tmp_path / "D").glob("*.json"))
+    for name in ("both", "D"):
+        assert verify(tmp_path / name).problems == []
+
+
 @pytest.fixture
 def server(prepared: Path) -> Any:
     with range_server(prepared.parent) as running:
