@@ -14,7 +14,7 @@ from dataprep.files import publish
 from launch.arguments import round_sizes
 from launch.caption_lengths import cut_prompts
 from launch.console import Console
-from launch.model_source import OWN, Replacements, open_generator
+from launch.model_source import OWN, Replacements, generator_of, open_model
 from launch.preview import grid
 
 
@@ -64,11 +64,13 @@ def draw(
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: a file has this name; name a folder")
+    network, spec = open_model(model, recipe=recipe, replacements=replacements, say=console.line)
+
     from launch.device import choose_device
 
     device = choose_device()
     console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is present)")
-    generator = open_generator(model, recipe=recipe, replacements=replacements, device=device, say=console.line)
+    generator = generator_of(network, spec, device=device)
     generator.check(prompts)
     if generator.text is not None:
         asked = [prompt for prompt in [*prompts, *([] if negative is None else [negative])] if isinstance(prompt, str)]

@@ -42,10 +42,10 @@ def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
     Raises ValueError naming the path where it is none of these, or damaged.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() and path.suffix in WEIGHTS:
         return InitialWeights(path, read_weights(path), None, None)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder; give {KINDS}")
+        raise ValueError(f"{path}: no such folder, and no file of weights; give {KINDS}")
     if (path / "config.json").is_file():
         return _of_model(path)
     if (path / "config.yaml").is_file():
@@ -65,7 +65,7 @@ def weights_file(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file())
     preferred = [file for file in found if file.name == "model.safetensors"] or found
     if not preferred:
-        raise ValueError(f"{folder}: holds no weights; give {KINDS}")
+        raise ValueError(f"{folder}: neither a model folder nor a run folder, and without weights; give {KINDS}")
     if len(preferred) > 1:
         raise ValueError(f"{folder}: holds {', '.join(file.name for file in preferred[:3])}: name the file that is meant")
     return preferred[0]

@@ -34,25 +34,13 @@ class Replacements:
 OWN = Replacements()  # nothing was typed
 
 
-def open_generator(
-    path: Path, *, recipe: str | None, replacements: Replacements, device: torch.device, say: Callable[[str], None]
-) -> Generator:
-    """The model that `path` means, ready to sample. `say` is told what was chosen.
-
-    Raises ValueError where there is no model, `recipe` is missing or not wanted, or the codec or the text encoder cannot be had.
-    """
-    network, spec = open_model(path, recipe=recipe, replacements=replacements, say=say)
-    network = network.to(device).eval().requires_grad_(False)
-    try:
-        return Generator(network, spec, device=device)
-    except ValueError as error:
-        raise ValueError(f"{error} ({REMEDY})") from error
-
-
 def open_model(
     path: Path, *, recipe: str | None, replacements: Replacements, say: Callable[[str], None]
 ) -> tuple[TransitionTransformer, ModelSpec]:
-    """Network and description of the model that `path` means, without its codec and text encoder. Raises ValueError as `open_generator`."""
+    """Network and description of the model that `path` means; its codec and text encoder are loaded by `generator_of`.
+
+    `say` is told what was chosen. Raises ValueError where there is no model, and where `recipe` is missing or not wanted.
+    """
     if path.is_dir() and any((path / name).is_file() for name in ("config.json", "config.yaml")):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} says itself what its network is; leave it out")
@@ -65,6 +53,15 @@ def open_model(
     network.load_official(found.state)
     say(f"{found.source}: rotary layout {spec.rope}")
     return network, spec
+
+
+def generator_of(network: TransitionTransformer, spec: ModelSpec, *, device: torch.device) -> Generator:
+    """The model, ready to sample. Raises ValueError where its codec or text encoder cannot be had, with the options that name others."""
+    network = network.to(device).eval().requires_grad_(False)
+    try:
+        return Generator(network, spec, device=device)
+    except ValueError as error:
+        raise ValueError(f"{error} ({REMEDY})") from error
 
 
 def replaced(spec: ModelSpec, replacements: Replacements) -> ModelSpec:

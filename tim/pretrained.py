@@ -49,6 +49,10 @@ class Loadable(NamedTuple):
     arguments: dict[str, Any]
 
 
+class NoWeightsError(ValueError):
+    """A folder without weights, or with several files of which none is the plain one."""
+
+
 def in_words(error: BaseException) -> str:
     """What another library's error says, in one line of bounded length."""
     return " ".join(str(error).split())[:200]
@@ -93,6 +97,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def failure(location: Location, error: BaseException, *, library: str) -> ValueError:
     """The error for weights that a library does not read, in one line."""
+    if isinstance(error, NoWeightsError):
+        return error
     place = location.file or location.folder
     is_safe = place.suffix == SAFE or any(place.glob(f"*{SAFE}"))
     return ValueError(f"{place}: not weights that {library} reads ({in_words(error) if is_safe else unreadable(error)})")
@@ -153,7 +159,7 @@ def _part(folder: Path, parts: Sequence[str]) -> str:
     """The sub-folder of a pipeline that is wanted, "" for a folder that is a model's own."""
     if (folder / "config.json").is_file() and not (folder / PIPELINE).is_file():
         return ""
-    return next((part for part in parts if (folder / part / "config.json").is_file()), "")
+    return next((part for part in parts if any((folder / part).glob("*.json"))), "")
 
 
 def _chosen(folder: Path, *, stem: str, pickle_stem: str) -> Path:
@@ -170,8 +176,10 @@ def _chosen(folder: Path, *, stem: str, pickle_stem: str) -> Path:
             log.info("weights: %s", folder / found[0])
             return folder / found[0]
         if found:
-            raise ValueError(f"{folder}: holds {', '.join(found[:4])}: name the file that is meant, {folder / found[0]} for example")
-    raise ValueError(f"{folder}: holds no weights: expected {stem}{SAFE} beside its config.json, a variant of it, or {pickle_stem}{PICKLE}")
+            raise NoWeightsError(f"{folder}: holds {', '.join(found[:4])}: name the file that is meant, {folder / found[0]} for example")
+    raise NoWeightsError(
+        f"{folder}: holds no weights: expected {stem}{SAFE} beside its config.json, a variant of it, or {pickle_stem}{PICKLE}"
+    )
 
 
 def _fetched(name: str, *, parts: Sequence[str]) -> Location:

@@ -52,9 +52,10 @@ class LookupEncoder:
     def __init__(self, *, width: int, max_tokens: int = 77, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.max_tokens = max_tokens
-        self.tokenizer = BytePairs(max_tokens=max_tokens)
+        pairs = BytePairs(max_tokens=max_tokens)
+        self.tokenizer: Tokenizer = pairs
         generator = torch.Generator().manual_seed(self.SEED)
-        self._table = torch.randn(self.tokenizer.size, width, generator=generator).to(device)
+        self._table = torch.randn(pairs.size, width, generator=generator).to(device)
         self._positions = (self.POSITION_SCALE * torch.randn(max_tokens, width, generator=generator)).to(device)
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -143,7 +144,7 @@ def make(
     found = tokenizer(kind, path, tokenizer_path=tokenizer_path, max_tokens=max_tokens)
     place = location(kind, path)
     network, read = _clip_tower(place.folder, max_tokens=max_tokens) if kind == "open_clip" else _transformers_tower(place)
-    embedding = network.token_embedding if kind == "open_clip" else network.get_input_embeddings()  # pyright: ignore
+    embedding: Any = network.token_embedding if kind == "open_clip" else network.get_input_embeddings()  # pyright: ignore
     encoder = TowerEncoder(network, read, found, vocabulary=len(embedding.weight), device=device, precision=precision)
     if width not in (None, encoder.width):
         raise ValueError(f"{path}: its features are {encoder.width} wide, not {width}: give network.params.cap_feat_dim={encoder.width}")

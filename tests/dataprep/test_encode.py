@@ -18,8 +18,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dataprep.encode import EncodeConfig, Encoded, encode
+from dataprep.encode_shard import encode_shard
 from pipeline.feature_members import latent_name, text_name, unpack
 from pipeline.feature_reading import empty_text
 from pipeline.features import Features
@@ -30,6 +32,7 @@ from pipeline.planner import PlanConfig, Planner
 from pipeline.resolution import SizeRule, target_size
 from tests.pipeline.conftest import Sample, varied, write_corpus
 from tests.tim.models import autoencoder, bert
+from tests.tim.test_alignment import radio_weights
 from tim import codecs, text
 
 ROOT = Path(__file__).parents[2]
@@ -237,6 +240,78 @@ def test_numbers_that_do_not_fit_are_an_error(corpus: Corpus, tmp_path: Path, mo
     with pytest.raises(ValueError, match=r"does not fit into float16: use dtype=bfloat16"):
         encoded(corpus, tmp_path / "features", codec={"kind": "pixel"}, patch_size=8)
     assert encoded(corpus, tmp_path / "other", codec={"kind": "pixel"}, patch_size=8, dtype="bfloat16").shards == 3
+
+
+PARTS = [("codec",), ("text",), ("codec", "text"), ("codec", "teacher"), ("codec", "text", "teacher")]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="+".join)
+def test_each_combination_is_what_all_together_hold(parts: tuple[str, ...], models: dict[str, Any], tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", shards=[varied(4, seed=1)])
+    save_file(radio_weights(), tmp_path / "radio.safetensors")
+    every = {**models, "teacher": {"kind": "radio", "path": str(tmp_path / "radio.safetensors")}}
+    encoded(corpus, tmp_path / "all", **SETTINGS, **every)
+    done = encoded(corpus, tmp_path / "some", **SETTINGS, **{part: every[part] for part in parts})
+    assert done.samples == 4
+    assert (done.captions > 0) == ("text" in parts)
+    assert (tmp_path / "some" / "empty.safetensors").exists() == ("text" in parts)
+    found = Features.open(tmp_path / "some")
+    names = {"codec": "latents", "text": "captions", "teacher": "teacher"}
+    assert set(found.parts) == {names[part] for part in parts}
+    together, apart = members(tmp_path / "all", 0), members(tmp_path / "some", 0)
+    assert apart.keys() == together.keys()
+    for key, tensors in apart.items():
+        assert tensors
+        assert {name.split(".")[0].split("_")[0] for name in tensors} <= {"latent", "text", "teacher"}
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, together[key][name])
+
+
+@pytest.mark.parametrize("parts", [(), ("teacher",), ("text", "teacher")], ids="+".join)
+def test_a_teacher_needs_the_codec_and_nothing_is_nothing(parts: tuple[str, ...], models: dict[str, Any]) -> None:
+    every = {**models, "teacher": {"kind": "radio", "path": "radio.safetensors"}}
+    with pytest.raises(ValueError, match=r"give the codec, too|nothing to encode"):
+        EncodeConfig.model_validate({**SETTINGS, **{part: every[part] for part in parts}})
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_an_error_leaves_no_half_written_folder(
+    existed: bool, corpus: Corpus, models: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "features"
+    if existed:
+        out.mkdir()
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no more")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dataprep.encode.encode_shard", fail)
+        with pytest.raises(ValueError, match="no more"):
+            encoded(corpus, out, **SETTINGS, text=models["text"])
+    assert out.exists() == existed
+    assert not existed or not list(out.iterdir())
+    kept = 0
+
+    def fail_later(*arguments: Any, **named: Any) -> Any:
+        nonlocal kept
+        kept += 1
+        return fail() if kept == 2 else encode_shard(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dataprep.encode.encode_shard", fail_later)
+        with pytest.raises(ValueError, match="no more"):
+            encoded(corpus, out, **SETTINGS, text=models["text"])
+    assert (out / "000000.tar").exists()  # the same command goes on from here
+    assert encoded(corpus, out, **SETTINGS, text=models["text"]).shards == 3
+
+
+def test_captions_that_are_cut_are_counted(tmp_path: Path, models: dict[str, Any]) -> None:
+    samples = [Sample(20, 20, ("a red picture", "a " * 20)), Sample(20, 20, ("the " * 11,)), Sample(20, 20, ("the " * 10,))]
+    corpus = write_corpus(tmp_path / "corpus", shards=[samples])
+    done = encoded(corpus, tmp_path / "features", text=models["text"])  # 12 tokens, two of them start and end
+    assert (done.captions, done.cut) == (4, 2)
+    assert json.loads((tmp_path / "features" / "manifest.json").read_text())["totals"]["cut"] == 2
 
 
 def start(*arguments: str, log: Path, launcher: tuple[str, ...] = ("launch.cli",)) -> subprocess.Popen[bytes]:

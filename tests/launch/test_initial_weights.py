@@ -68,8 +68,8 @@ def test_what_is_none_of_these_is_named(tmp_path: Path) -> None:
     (tmp_path / "edm" / "network.yaml").write_text(yaml.safe_dump(described))
     save_file({"x": torch.ones(1)}, tmp_path / "edm" / "model.safetensors")
     for name, said in (
-        ("absent", "no such file or folder; give a model folder, a run, an official export"),
-        ("empty", "holds no weights; give a model folder"),
+        ("absent", "no such folder, and no file of weights; give a model folder, a run, an official export"),
+        ("empty", "neither a model folder nor a run folder, and without weights; give a model folder"),
         ("nothing", r"network\.yaml: has no model\.network\.params"),
         ("broken", r"network\.yaml: while parsing"),
         ("edm", r"network\.yaml: model\.transport\.target EDM: expected one of OT_FM"),
