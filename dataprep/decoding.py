@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TypeVar
+from types import MappingProxyType, TracebackType
 
 import numpy as np
 
 from pipeline.images import Pixels, Rejection, load_image
 from pipeline.resolution import Crop
-from pipeline.workers import WorkerDied, WorkerPool
+from pipeline.workers import WorkerPool
 
 CRASHED = "crashed"
 _TIMEOUT = 600.0  # seconds that one picture may take
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +44,7 @@ class Decoders:
         self._end()
 
     def decode(self, pictures: Sequence[Picture]) -> list[Decoded]:
-        """Each of the pictures. One during which a worker dies gets another try, by itself; then it is `crashed`."""
-        try:
-            return self._decode(pictures)
-        except WorkerDied:
-            return [self._decode_alone(picture) for picture in pictures]
-
-    def _decode_alone(self, picture: Picture) -> Decoded:
-        try:
-            return self._decode([picture])[0]
-        except WorkerDied:
-            return CRASHED
-
-    def _decode(self, pictures: Sequence[Picture]) -> list[Decoded]:
+        """Each of the images. One at which two workers die is `crashed`."""
         if not pictures:
             return []
         pool = self._pool = self._pool or self._start()
@@ -74,7 +59,7 @@ class Decoders:
         pool = WorkerPool(_same, decode_picture, workers=self._workers, timeout=_TIMEOUT)
         try:
             _map(pool, [_NOTHING] * self._workers)
-        except WorkerDied as error:
+        except RuntimeError as error:
             pool.close()
             raise RuntimeError(f"no processes can be started to decode pictures: {error}") from error
         return pool
@@ -85,8 +70,13 @@ class Decoders:
             self._pool = None
 
 
-def decode_picture(picture: Picture) -> Decoded:
-    """In this process."""
+def decode_picture(
+    picture: Picture, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
+) -> Decoded:
+    """In this process. An image is one part (see `pipeline.workers.Decode`)."""
+    if lost:
+        return CRASHED
+    begin(0)
     try:
         found = [load_image(picture.data, resize=crop[:2], crop=crop[2:]) for crop in picture.crops]
         return [np.ascontiguousarray(pixels.transpose(2, 0, 1)) for pixels in found]
@@ -100,5 +90,5 @@ def _map(pool: WorkerPool[Picture, Decoded], pictures: Sequence[Picture]) -> lis
     return [pool.get() for _ in pictures]
 
 
-def _same(value: Value) -> Value:
-    return value
+def _same(picture: Picture) -> Picture:
+    return picture

@@ -68,9 +68,9 @@ def test_no_damage_ends_in_anything_but_rows(data: st.DataObject) -> None:
 def test_json_lines_name_their_line() -> None:
     rows = [record for _, record in read_jsonl(io.BytesIO(b'{"a": 1}\r\n\r{"a" 2}\n[1]\n{"a": "\xff"}'))]
     assert rows[0] == {"a": 1}
-    assert rows[1].endswith("(line 3, column 6)")
+    assert str(rows[1]).endswith("(line 3, column 6)")
     assert rows[2] == "not a JSON object but an array"
-    assert rows[3].startswith("not UTF-8 at byte 7")
+    assert str(rows[3]).startswith("not UTF-8 at byte 7")
     assert records('{"a": 1}\n{"a": 2}\n') == [{"a": 1}, {"a": 2}]  # JSON lines by another name
     marked = [record for _, record in read_jsonl(io.BytesIO('{"a": "é"}\n{"a": 2}'.encode("utf-16")))]
     assert marked == [{"a": "é"}, {"a": 2}]

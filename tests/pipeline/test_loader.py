@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -320,7 +321,9 @@ class Dying:
     def __init__(self, decode: Callable[..., Any], *, key: str, number: int | None) -> None:
         self.decode, self.key, self.number = decode, key, number
 
-    def __call__(self, fetched: FetchedPack, /, *, begin: Callable[[int], None], lost: Mapping[int, str]) -> ReadPack:
+    def __call__(
+        self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = print, lost: Mapping[int, str] = MappingProxyType({})
+    ) -> ReadPack:
         def meet(position: int) -> None:
             begin(position)
             if position >= 0 and fetched.samples[position].key == self.key:
@@ -365,7 +368,9 @@ def test_samples_that_take_readers_down_count_as_bad(corpus: Corpus) -> None:
 class DyingAtOnce:
     """Dies before any sample is looked at."""
 
-    def __call__(self, fetched: FetchedPack, /, *, begin: Callable[[int], None], lost: Mapping[int, str]) -> ReadPack:
+    def __call__(
+        self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = print, lost: Mapping[int, str] = MappingProxyType({})
+    ) -> ReadPack:
         os._exit(3)
 
 
