@@ -37,7 +37,11 @@ class Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML's safe dumper, which also quotes texts that only YAML 1.2 takes for numbers."""
+    """YAML's safe dumper, which also quotes texts that only YAML 1.2 takes for numbers, and escapes all line breaks but \\n."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(mark in data for mark in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar(f"{_TAG}str", data, style=style)
 
 
 def _construct_int(loader: Loader, node: yaml.ScalarNode) -> int:
@@ -52,6 +56,7 @@ for _name, _pattern, _first in _RESOLVERS:
     if _name in ("int", "float"):
         _Dumper.add_implicit_resolver(f"{_TAG}{_name}", _whole, list(_first))
 Loader.add_constructor(f"{_TAG}int", _construct_int)
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def dump(values: Any) -> str:
