@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ENDS_EARLY = ("GIF", "BMP", "PPM")  # formats whose decoder may stop before the last pixel without a word
+# Of what libtiff says; its warnings are of images that are whole.
+_FAX_DAMAGE = re.compile(rb"^Fax\w+: (?!Warning)(.*?) of ", re.MULTILINE)
+_MOST_HEARD = 1 << 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +121,7 @@ def _decode(opened: Opened) -> Image.Image:
     """Decode once. Where a decoder may stop early, a second decode onto another ground shows which pixels it left out."""
     image = opened.image
     if image.format not in _ENDS_EARLY:
-        with _quiet_libtiff() if image.format == "TIFF" else nullcontext():
+        with _libtiff_heard() if image.format == "TIFF" else nullcontext():
             image.load()
         return image
     extents = image.tile[0][1] if image.tile else None
@@ -129,22 +134,28 @@ def _decode(opened: Opened) -> Image.Image:
 
 
 @contextmanager
-def _quiet_libtiff() -> Iterator[None]:
-    """libtiff writes what it finds wrong to the standard error of the process, where nobody can act on it: Pillow raises it as well."""
+def _libtiff_heard() -> Iterator[None]:
+    """libtiff writes what it finds wrong to the standard error of the process, where nobody can act on it. Of most damage Pillow raises an
+    error as well, but a fax it shows as far as it can be read. Raises `Rejection` for that."""
     try:
         kept = os.dup(2)
     except OSError:  # there is none
         yield
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        sys.stderr.flush()
-        os.dup2(nowhere, 2)
-        yield
+        with tempfile.TemporaryFile() as said:
+            sys.stderr.flush()
+            os.dup2(said.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+            said.seek(0)
+            complaint = _FAX_DAMAGE.search(said.read(_MOST_HEARD))
     finally:
-        os.dup2(kept, 2)
         os.close(kept)
-        os.close(nowhere)
+    if complaint:
+        raise damaged(f"fax compression: {complaint[1].decode(errors='replace')}")
 
 
 def _load_onto(image: ImageFile.ImageFile, *, level: int) -> None:

@@ -26,12 +26,12 @@ _MOST_VALUES = 1 << 22  # of one tag
 _PHOTOMETRICS = {0: "min-is-white", 1: "min-is-black", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab"}
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "undefined", 5: "complex", 6: "complex floating-point"}
 _RAW, _OLD_JPEG, _JPEG, _CCITT = 1, 6, 7, (2, 3, 4)
-_COMPRESSIONS = {_RAW, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000, 50001}
+_COMPRESSIONS = {_RAW, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}
 # (photometric, bits of a sample, kinds of extra samples) that Pillow shows as they are meant.
 _READ_RIGHT: set[tuple[int, int, tuple[int, ...]]] = {
     *((photometric, bits, ()) for photometric in (0, 1) for bits in (1, 2, 4, 8)),
     (1, 16, ()),
-    *((1, 8, (extra,)) for extra in (0, 1, 2)),
+    (1, 8, (2,)),
     *((2, bits, extra) for bits in (8, 16) for extra in ((), (0,), (1,), (2,))),
     *((3, bits, ()) for bits in (1, 2, 4, 8)),
     *((3, 8, (extra,)) for extra in (0, 2)),
@@ -156,6 +156,8 @@ def _check_kind(layout: _Layout, *, tags: dict[int, tuple[int, ...]]) -> None:
         raise unsupported(f"TIFF of compression {layout.compression}")
     if layout.planar and (layout.bits != 8 or (layout.photometric, layout.extra) not in _PLANES or layout.compression == _JPEG):
         raise unsupported(f"{kind} in separate planes")
+    if layout.photometric == 6 and layout.compression == _RAW:
+        raise unsupported(f"{kind} without compression")  # before version 13, Pillow takes it for RGB
     if layout.photometric == 6 and layout.compression != _JPEG and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
         raise unsupported(f"{kind} with subsampled colour and without JPEG compression")
     if tags.get(_FILL_ORDER, (1,))[0] != 1 and (layout.bits != 1 or layout.samples != 1):

@@ -10,6 +10,7 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,27 @@ def test_every_tiff(bits: int, photometric: int) -> None:
             wanted = tiff_colours(levels, bits=bits, photometric=photometric, extra=extra, palette=palette)
             assert np.abs(pixels - wanted).max() < 3, (planes, order, deflate, extra)
     assert ("kept" in seen) == ((photometric, bits) in KEPT_TIFFS)
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4"])
+def test_a_fax_that_libtiff_complains_of_is_damaged(compression: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Pillow shows it as far as it can be read, and libtiff writes to standard error why it ends there."""
+    image = Image.fromarray(np.tri(120, 160, dtype=bool)[:, ::-1] ^ (np.arange(120) % 7 < 3)[:, None])
+    buffer = io.BytesIO()
+    image.save(buffer, "TIFF", compression=compression)
+    tags = Image.open(buffer).tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+    complaints = 0
+    for number in range(tags[279][0]):
+        data = bytearray(buffer.getvalue())
+        data[tags[273][0] + number] ^= 1 << number % 8
+        capfd.readouterr()
+        with suppress(OSError):
+            Image.open(io.BytesIO(bytes(data))).load()
+        if "Bad code word" in capfd.readouterr().err:
+            complaints += 1
+            assert ends(bytes(data)) == "damaged"
+            assert capfd.readouterr().err == ""
+    assert complaints > 3
 
 
 KEPT_TIFFS = {*itertools.product((0, 1, 3), (1, 2, 4, 8)), (1, 16), *itertools.product((2, 5), (8, 16)), (6, 8), (8, 8)}
