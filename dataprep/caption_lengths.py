@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.index import Corpus
-from tim.tokenizers import BytePairs, Tokenizer
+
+if TYPE_CHECKING:  # torch is slow to import, and the workers of a preparation, which import this file, do without it
+    from tim.tokenizers import Tokenizer
 
 SAMPLED = 2000  # captions
 USUAL_TOKENS = 77  # text.max_tokens by default
@@ -49,5 +52,7 @@ def measure(captions: Sequence[str], *, tokenizer: Tokenizer) -> CaptionLengths:
 
 def beyond_usual(captions: Sequence[str]) -> int:
     """How many captions have more than `USUAL_TOKENS` of CLIP's tokens. A token is at least one byte, so short ones are not tokenized."""
+    from tim.tokenizers import BytePairs
+
     long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
     return measure(long, tokenizer=BytePairs(max_tokens=USUAL_TOKENS)).cut if long else 0

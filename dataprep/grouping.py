@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dataprep.chunks import CHUNK_SCHEMA, CHUNK_SIZE, ChunkTables
 from dataprep.files import publish
-from dataprep.plan import MISFIT, Plan
+from dataprep.plan import MISFIT, TAKEN_DOWN_COPY, Plan
 from dataprep.records import TAKEN_DOWN
 
 BLOCK_BYTES = 64 << 20
@@ -83,7 +83,7 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
     captions, lists, extras = (block.column(name).to_pylist() for name in ("caption", "captions", "extra"))
     for position in positions[plan.taken_down[positions]].tolist():
         row = position - start
-        reasons[row], details[row] = TAKEN_DOWN, "same bytes as an image that a corpus has taken down"
+        reasons[row], details[row] = TAKEN_DOWN, TAKEN_DOWN_COPY
         captions[row], lists[row], extras[row] = "", [], "{}"
     texts = {
         "caption": captions,

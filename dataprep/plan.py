@@ -25,6 +25,7 @@ Ints = NDArray[np.int64]
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
 MISFIT = "bad-record"
+TAKEN_DOWN_COPY = "same bytes as an image that a corpus has taken down"  # detail
 
 
 class ShardConfig(BaseModel):

@@ -24,7 +24,7 @@ from dataprep.known import Known, read_known
 from dataprep.labels import describe_classes
 from dataprep.manifest import Account, write_corpus_files
 from dataprep.plan import Plan, make_plan
-from dataprep.rejections import NothingKept, find_examples
+from dataprep.rejections import NothingKept, example_lines, find_examples
 from dataprep.report import census, render
 from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
 from dataprep.sidecars import extended_sidecars, listed_sidecars
@@ -114,7 +114,7 @@ def prepare(
     if not plan.kept and base is None:
         _leave_nothing(job.store)
         raise NothingKept(account, examples=examples)
-    return account
+    return replace(account, notes=[*account.notes, *example_lines(examples)])
 
 
 def prepare_part(

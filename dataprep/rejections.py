@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.manifest import Account
-from dataprep.plan import Plan
+from dataprep.plan import MISFIT, TAKEN_DOWN_COPY, Plan
+from dataprep.records import TAKEN_DOWN
 from pipeline.errors import DetailedError
 
 _EXAMPLES = 3  # of each reason
@@ -46,6 +47,13 @@ def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]
     return dict(sorted(found.items()))
 
 
+def example_lines(examples: Mapping[str, Sequence[Example]]) -> list[str]:
+    """A line for each example: source, path and what was wrong."""
+    return [
+        f"{example['source']}/{example['path']}: {example['detail'] or reason}" for reason, shown in examples.items() for example in shown
+    ]
+
+
 def _verdict(row: Mapping[str, str], *, position: int, plan: Plan) -> tuple[str, str]:
     """Reason and detail of an input; duplicates are found by the plan, here of images of other corpora."""
     if row["reason"]:
@@ -54,13 +62,14 @@ def _verdict(row: Mapping[str, str], *, position: int, plan: Plan) -> tuple[str,
         if original >= 0:
             words = "same bytes as" if reason == "duplicate" else "looks like"
             return reason, f"{words} {plan.known.id(original)}" if original < len(plan.known) else f"{words} another input"
-    return "bad-record", plan.misfits.get(position, "")
+    if plan.taken_down[position]:
+        return TAKEN_DOWN, TAKEN_DOWN_COPY
+    return MISFIT, plan.misfits.get(position, "")
 
 
 def _lines(account: Account, *, examples: Mapping[str, Sequence[Example]]) -> Iterator[str]:
     yield f"0 of {account.inputs} inputs kept"
     for reason, number in sorted(account.rejected.items(), key=lambda item: (-item[1], item[0])):
         yield f"  {reason}  {number}"
-        for example in examples.get(reason, ()):
-            yield f"    {example['source']}/{example['path']}: {example['detail'] or reason}"
+        yield from (f"    {line}" for line in example_lines({reason: examples.get(reason, ())}))
     yield from (f"note: {note}" for note in account.notes)

@@ -67,6 +67,6 @@ def test_models_and_preparation_work_without_deepspeed() -> None:
 
 
 def test_the_command_line_and_the_schema_load_without_torch() -> None:
-    """It takes seconds to import, and `--help`, `prepare` and `recipes` do not need it."""
-    check = "import sys, launch.cli, launch.config; assert 'torch' not in sys.modules"
+    """It takes seconds and memory to import, and `--help`, `recipes` and every worker of `prepare` do without it."""
+    check = "import sys, launch.cli, launch.config, dataprep.prepare, dataprep.indexing; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

@@ -148,8 +148,9 @@ def test_no_copy_brings_back_what_was_taken_down(corpus: Path, tmp_path: Path) -
     assert row_of(tmp_path / "both", "a.jpg")["reason"] == "takedown"
     assert row_of(tmp_path / "both", "a.jpg")["caption"] == ""
     prepare([str(corpus)], out=tmp_path / "D", config=config())
+    (raw / "c.json").write_text('{"rank": 12, "similarity": 0.5}')
     grown = prepare([str(raw)], out=tmp_path / "D", config=config(), growth=Growth(append=True, retry=True))
-    assert grown.rejected == {"bad-record": 2, "takedown": 3}  # the corpus has a rank for every sample
+    assert grown.rejected == {"bad-record": 1, "takedown": 3}  # b lacks what every sample of the corpus has
     assert not any("raw a" in path.read_text() for path in (tmp_path / "D").glob("*.json"))
     for name in ("both", "D"):
         assert verify(tmp_path / name).problems == []
