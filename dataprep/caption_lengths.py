@@ -52,7 +52,9 @@ def measure(captions: Sequence[str], *, tokenizer: Tokenizer) -> CaptionLengths:
 
 def beyond_usual(captions: Sequence[str]) -> int:
     """How many captions have more than `USUAL_TOKENS` of CLIP's tokens. A token is at least one byte, so short ones are not tokenized."""
+    long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
+    if not long:
+        return 0
     from tim.tokenizers import BytePairs
 
-    long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
-    return measure(long, tokenizer=BytePairs(max_tokens=USUAL_TOKENS)).cut if long else 0
+    return measure(long, tokenizer=BytePairs(max_tokens=USUAL_TOKENS)).cut

@@ -10,6 +10,8 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from dataprep import executor
+from tests import reused_workers
 from tests.pipeline.servers import s3_server
 
 
@@ -32,6 +34,14 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set TIM_SHARED")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reused_workers() -> Iterator[None]:
+    """Pools of preparations hand their workers on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "LocalWorker", reused_workers.take)
+        yield
 
 
 @pytest.fixture(scope="session")

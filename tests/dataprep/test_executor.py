@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from dataprep.executor import LocalPool, WorkerDied
+from dataprep.worker import LocalWorker
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def test_a_death_is_told_with_its_place_and_can_be_worked_around() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_leaving_the_pool_ends_its_processes() -> None:
+def test_leaving_the_pool_ends_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dataprep.executor.LocalWorker", LocalWorker)  # other tests hand theirs on
     with LocalPool(2) as pool:
         processes = set(pool.map(process_id, range(6)))
     assert processes

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dataprep.executor import LocalPool, WorkerDied
 from dataprep.inputs import Part
@@ -135,7 +137,9 @@ def test_memory_is_limited() -> None:
 
 
 def test_a_picture_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
-    files = {"large.png": photo(1, height=12_000, width=12_000, format="PNG"), "a.jpg": photo(2), "b.jpg": photo(3)}
+    blank = io.BytesIO()
+    Image.new("RGB", (12_000, 12_000)).save(blank, "PNG", compress_level=1)
+    files = {"large.png": blank.getvalue(), "a.jpg": photo(2), "b.jpg": photo(3)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, pool=LocalPool(1, memory=700_000_000))
     assert (account.kept, account.rejected) == (2, {"crashed": 1})

@@ -11,14 +11,14 @@ from dataprep.prepare import PrepareConfig, prepare
 from launch.cli import main
 from tests.distributed import jobs
 
-PHOTOS = 40
+PHOTOS = 24
 SHORT = [
     "network.params.depth=2",
     "network.params.hidden_size=64",
     "network.params.num_heads=2",
-    "train.steps=12",
-    "train.warmup=4",
-    "checkpoint.every=4",
+    "train.steps=8",
+    "train.warmup=2",
+    "checkpoint.every=3",
     "log.every=1",
     "loader.workers=1",
 ]
@@ -49,16 +49,16 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, 
     assert jobs.foreign_lines(log) == []
 
     job = jobs.start(*command, f"run_dir={broken}", log=log)
-    jobs.wait_for_row(broken, 6, job, log=log)
+    jobs.wait_for_row(broken, 4, job, log=log)
     assert jobs.kill_and_watch(job) == []
     assert not (broken / "model").exists()
     assert jobs.run(*command, f"run_dir={broken}", log=log) == 0, log.read_text()
 
     assert "continuing from" in log.read_text()
     assert jobs.story(broken, columns=COLUMNS) == jobs.story(unbroken, columns=COLUMNS)
-    assert [row[0] for row in jobs.story(broken, columns=COLUMNS)] == list(range(1, 13))
+    assert [row[0] for row in jobs.story(broken, columns=COLUMNS)] == list(range(1, 9))
     assert (broken / "model" / "model.safetensors").read_bytes() == (unbroken / "model" / "model.safetensors").read_bytes()
-    assert (broken / "latest").read_text() == "step-000012\n"
+    assert (broken / "latest").read_text() == "step-000008\n"
 
     pictures = tmp_path / "pictures"
     sizes = ["--size", "512x128,128x512,256x256", "--steps", "1"]

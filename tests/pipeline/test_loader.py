@@ -339,13 +339,13 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_left_empty(
     whole = list(islice(make_loader(corpus), 3))
     victim = whole[0].ids[5]
     came = []
-    for workers in (1, 2):
+    for workers in (1, 2) if number == signal.SIGSEGV else (2,):
         loader = make_loader(corpus, workers=workers, max_bad_fraction=0.2, timeout=2 if number is None else 60)
         loader._decode = Dying(loader._decode, key=victim.partition("/")[2], number=number)
         came.append(list(islice(loader, 3)))
         loader.close()
         assert loader.samples_failed == sum(id == victim for step in whole for id in step.ids) > 0
-    assert_same(*came)
+    assert_same(came[0], came[-1])
     for step, before in zip(came[0], whole, strict=True):
         assert (step.ids, step.images, step.tokens) == (before.ids, before.images, before.tokens)
         for batch, same in zip(step.batches, before.batches, strict=True):
