@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import math
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -158,11 +159,20 @@ def _headline(found: Sequence[Census], *, names: Sequence[str]) -> str:
     return "".join(lines)
 
 
+def _rejected_today(each: Census) -> Counter[str]:
+    """Reasons as they are called today, so that corpora of several versions can be compared."""
+    counts: Counter[str] = Counter()
+    for reason, number in each.manifest["rejected"].items():
+        counts["damaged" if reason == "truncated" else reason] += number
+    return counts
+
+
 def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
-    reasons = sorted({reason for each in found for reason in each.manifest["rejected"]})
-    reasons.sort(key=lambda reason: -max(each.manifest["rejected"].get(reason, 0) for each in found))
+    rejected = [_rejected_today(each) for each in found]
+    reasons = sorted({reason for counts in rejected for reason in counts})
+    reasons.sort(key=lambda reason: -max(counts[reason] for counts in rejected))
     rows = [("kept", [each.manifest["totals"]["kept"] for each in found])]
-    rows += [(reason, [each.manifest["rejected"].get(reason, 0) for each in found]) for reason in reasons]
+    rows += [(reason, [counts[reason] for counts in rejected]) for reason in reasons]
     rows.append(("inputs", [each.manifest["totals"]["inputs"] for each in found]))
     lines = []
     for what, counts in rows:

@@ -95,14 +95,7 @@ def write_sidecar(
             keys = corpus.read(number, columns=("key",)).column("key")
             columns = make(number).select(schema.names).cast(schema).add_column(0, "key", keys)
             files = _write(store, columns, table=table, texts=texts, made_of=made_of)
-        shards[shard.table] = SidecarShard(
-            table=table,
-            sha256=_digest(files.table),
-            of=shard.table_digest,
-            texts=texts,
-            texts_bytes=len(files.texts),
-            texts_sha256=_digest(files.texts) if texts else "",
-        )
+        shards[shard.table] = _described(files, table=table, texts=texts, of=shard.table_digest)
         done += shard.count
         progress(done)
     columns = tuple(schema.names) + tuple(column for column in TEXT_COLUMNS if "captions" in schema.names and column not in schema.names)
@@ -148,10 +141,14 @@ def _written_beside(store: Store, columns: pa.Table, *, shard: Shard, name: str)
     table = f"{shard.table.removesuffix('.parquet')}.{name}.parquet"
     texts = f"{table.removesuffix('.parquet')}.jsonl" if "captions" in columns.column_names else ""
     files = _write(store, columns, table=table, texts=texts, made_of=json_digest([FORMAT, shard.table_sha256, "nothing said yet"]))
+    return _described(files, table=table, texts=texts, of=shard.table_sha256)
+
+
+def _described(files: _Files, *, table: str, texts: str, of: str) -> SidecarShard:
     return SidecarShard(
         table=table,
         sha256=_digest(files.table),
-        of=shard.table_sha256,
+        of=of,
         texts=texts,
         texts_bytes=len(files.texts),
         texts_sha256=_digest(files.texts) if texts else "",

@@ -51,6 +51,11 @@ def test_addresses_are_taken_out(caption: str, clean: str) -> None:
     assert texts(caption, strip_urls=True) == ([clean] if clean else [])
 
 
+def test_each_line_is_a_caption_where_that_is_asked_for() -> None:
+    assert texts("a fox\n\n a hen \r\na fox", "snow", per_line=True) == ["a fox", "a hen", "snow"]
+    assert texts("a fox\n\n a hen \r\na fox", "snow") == ["a fox a hen a fox", "snow"]
+
+
 @given(st.lists(st.text(), max_size=4), st.booleans(), st.booleans(), st.integers(1, 30), st.integers(1, 3))
 def test_what_is_left_is_clean_in_order_and_within_limits(captions: list[str], html: bool, urls: bool, most: int, count: int) -> None:
     found = texts(*captions, strip_html=html, strip_urls=urls, max_characters=most, max_count=count)

@@ -165,6 +165,12 @@ def test_two_corpora_side_by_side(corpus: Path, tmp_path: Path) -> None:
     assert {value for tag, name, value in page.attributes if (tag, name) == ("rect", "class")} == {"a", "b"}
     report([corpus, corpus], out=tmp_path / "same.html", config=ReportConfig())
     assert "(A)" in Page((tmp_path / "same.html").read_text("utf-8")).text
+    old = Path(shutil.copytree(corpus, tmp_path / "old")) / "manifest.json"
+    old.write_text(old.read_text().replace('"damaged"', '"truncated"'))  # as earlier versions called it
+    report([corpus, old.parent], out=tmp_path / "old.html", config=ReportConfig())
+    account = Page((tmp_path / "old.html").read_text("utf-8")).text.partition("What became of the inputs")[2][:2000]
+    assert account.count("damaged") == 1
+    assert "truncated" not in account
 
 
 def test_what_came_later_is_in_it_and_what_was_taken_down_is_not_shown(corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Run by test_engine.py under torchrun, on two ranks: `Engine`, `ShardedEMA` and checkpoint files and activation
+"""Run by test_engine.py on two ranks: `Engine`, `ShardedEMA` and checkpoint files and activation
 checkpointing, against one process doing the same."""
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 from launch.metrics import read_rows
@@ -36,12 +38,21 @@ def run(*arguments: str, log: Path) -> int:
         job.kill()
 
 
-def run_ranks(module: str, *arguments: str) -> None:
-    """Run a module of these tests to its end on two ranks; fail with what it said where that fails."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", module, *arguments]
+def run_ranks(module: str, *arguments: str, log: Path) -> None:
+    """Run `python -m MODULE ARGUMENTS…` to its end on two ranks; fail with what they said where that fails."""
+    server = _rank_server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
+    server.stdin.flush()
+    assert json.loads(server.stdout.readline() or "[]") == [0, 0], log.read_text()
+
+
+@cache
+def _rank_server() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.distributed.rank_server"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stderr[-5000:]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes], *, log: Path) -> None:

@@ -56,8 +56,7 @@ def test_two_ranks_train_the_classes_of_the_corpus_and_none(corpus: Path, tmp_pa
     config.write_text(f"corpus: {corpus}\n{CONFIG}")
     with pytest.raises(ConfigError, match=r"has class 2, but network\.params\.num_classes 2 means 0 to 1"):
         make_planner(load_config(config, overrides=["network.params.num_classes=2"]))
-    assert jobs.run("launch", str(config), "--nproc-per-node", "2", f"run_dir={run}", log=log) == 0, log.read_text()
-    assert jobs.foreign_lines(log) == []
+    jobs.run_ranks("launch.cli", "train", str(config), f"run_dir={run}", log=log)
     assert all(row["failed"] == row["skipped_steps"] == 0 for row in read_rows(run / "metrics.jsonl"))
 
     network, spec = load_model(run / "model")

@@ -54,7 +54,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     assert "do not divide" not in said
 
     more = [f"train.steps={killed + 6}", "train.zero=3"]
-    assert jobs.run(*command, *more, log=log) == 0, log.read_text()
+    jobs.run_ranks("launch.cli", "train", str(config), *more, log=log)
     assert ", which 1 process wrote" in log.read_text()
     assert "changed since: train.zero: 1 → 3" in log.read_text()
     planner = plan_from_checkpoint(broken, arguments=[])

@@ -32,7 +32,7 @@ Reports = dict[str, list[dict[str, Any]]]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two ranks have left reports and checkpoints of all cases."""
     folder = tmp_path_factory.mktemp("engine")
-    jobs.run_ranks("tests.distributed.engine_worker", str(folder), *CASES)
+    jobs.run_ranks("tests.distributed.engine_worker", str(folder), *CASES, log=folder / "log")
     return folder
 
 

@@ -41,9 +41,8 @@ def config(figures: Path, tmp_path: Path) -> Path:
 def test_two_ranks_that_were_stopped_do_what_one_process_does(config: Path, tmp_path: Path) -> None:
     alone, together, plain = tmp_path / "alone", tmp_path / "together", tmp_path / "plain"
     train(load_config(config, overrides=[f"run_dir={alone}", f"train.steps={STEPS}"]), quiet=True)
-    command = ["launch", str(config), "--nproc-per-node", "2", f"run_dir={together}"]
     for steps in (3, STEPS):  # at 3 the copy of the average is older than the average
-        assert jobs.run(*command, f"train.steps={steps}", log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        jobs.run_ranks("launch.cli", "train", str(config), f"run_dir={together}", f"train.steps={steps}", log=tmp_path / "log")
     one, two = read_rows(alone / "metrics.jsonl"), read_rows(together / "metrics.jsonl")
     assert [row["step"] for row in two] == list(range(1, STEPS + 1))
     for expected, row in zip(one, two, strict=True):

@@ -52,7 +52,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, 
     jobs.wait_for_row(broken, 4, job, log=log)
     assert jobs.kill_and_watch(job) == []
     assert not (broken / "model").exists()
-    assert jobs.run(*command, f"run_dir={broken}", log=log) == 0, log.read_text()
+    jobs.run_ranks("launch.cli", "train", "photos", f"corpus={corpus}", *SHORT, f"run_dir={broken}", log=log)
 
     assert "continuing from" in log.read_text()
     assert jobs.story(broken, columns=COLUMNS) == jobs.story(unbroken, columns=COLUMNS)

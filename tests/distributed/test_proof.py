@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from dataprep.synthetic import figures, random_view
+from launch import proof
+from launch.cli import main
+from launch.demo import RECIPE
 from launch.proof import OBJECTIVES, STEPS, describe_proof, energy_distance, scores
+from tests.distributed import jobs
 
 
 def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_parts_two() -> None:
@@ -45,19 +48,13 @@ def test_the_mean_of_all_pictures_of_a_prompt_has_the_colours_but_no_speckles() 
     assert mean["picture"] > 0.04
 
 
-def bench(folder: Path, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "launch.cli", "bench", "objective", "--out", "proof", *arguments, "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    one_core = partial(os.sched_setaffinity, 0, [min(os.sched_getaffinity(0))])  # one rank each, four times: other tests start two
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=3500, check=False, preexec_fn=one_core
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(done.stdout)
+def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_two_ranks(overrides: Sequence[str]) -> None:
+        jobs.run_ranks("launch.cli", "train", RECIPE, *overrides, log=tmp_path / "log")
 
-
-def test_every_objective_trains_and_is_scored(tmp_path: Path) -> None:
-    found = bench(tmp_path, "--steps", "2", "--pictures", "10")
+    monkeypatch.setattr(proof, "train", on_two_ranks)  # the demo's, which starts two interpreters each time
+    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
     assert list(found["scores"]) == list(OBJECTIVES)
     for name in OBJECTIVES:
         assert [int(count) for count in found["scores"][name]] == list(STEPS)
@@ -70,7 +67,11 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_transition_model_is_ahead_of_flow_matching_in_one_step(tmp_path: Path) -> None:
-    found = bench(tmp_path, "--steps", "400")["scores"]
+    command = [sys.executable, "-m", "launch.cli", "bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "400", "--json"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3500, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    found = json.loads(done.stdout)["scores"]
     flow = found.pop("flow matching")
     for name, row in found.items():
         assert row["1"]["speckled"] > flow["1"]["speckled"] + 0.3, name

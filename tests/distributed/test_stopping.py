@@ -65,7 +65,7 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> Non
     assert (run / "latest").read_text() == f"step-{stopped_at:06d}\n"
     assert not (run / "lock").exists()
 
-    assert jobs.run(*command, log=log) == 0, log.read_text()
+    jobs.run_ranks("launch.cli", "train", str(config), log=log)
     rows = read_rows(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 16))
     assert [row["ids_digest"] for row in rows] == planned_digests(load_config(config))

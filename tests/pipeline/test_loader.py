@@ -340,7 +340,7 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_left_empty(
     victim = whole[0].ids[5]
     came = []
     for workers in (1, 2) if number == signal.SIGSEGV else (2,):
-        loader = make_loader(corpus, workers=workers, max_bad_fraction=0.2, timeout=2 if number is None else 60)
+        loader = make_loader(corpus, workers=workers, max_bad_fraction=0.2, timeout=5 if number is None else 60)
         loader._decode = Dying(loader._decode, key=victim.partition("/")[2], number=number)
         came.append(list(islice(loader, 3)))
         loader.close()
@@ -352,7 +352,7 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_left_empty(
             assert batch.weights.tolist() == [float(id != victim) for id in batch.ids]
             kept = [i for i, weight in enumerate(batch.weights) if weight]
             assert all(torch.equal(batch.images[i], same.images[i]) and torch.equal(batch.noise[i], same.noise[i]) for i in kept)
-    how = "was stuck for 2 s" if number is None else f"was killed by signal {number:d} ({signal.Signals(number).name})"
+    how = "was stuck for 5 s" if number is None else f"was killed by signal {number:d} ({signal.Signals(number).name})"
     assert re.search(rf"reader-\d \(pid \d+\) {re.escape(how)} at sample {victim} of .*\.tar: a new one does its work again", caplog.text)
     assert re.search(rf"sample {victim} of .*\.tar cannot be read, its place stays empty: .*crashed: .* {re.escape(how)}", caplog.text)
 
