@@ -319,18 +319,18 @@ def test_no_bytes_end_a_run(tmp_path_factory: pytest.TempPathFactory, junk: byte
     assert all(isinstance(record, (dict, str)) for _, record in rows)
 
 
+WITHOUT_NUL = st.text(st.characters(codec="utf-8", exclude_characters="\0"))  # Python 3.10 does not write one
+
+
 @settings(deadline=None, max_examples=100)
-@given(st.lists(st.tuples(st.text(), st.text()), max_size=5))
+@given(st.lists(st.tuples(WITHOUT_NUL, WITHOUT_NUL), max_size=5))
 def test_what_csv_writes_is_read_back(rows: list[tuple[str, str]]) -> None:
     import csv
 
     text = io.StringIO(newline="")
     csv.writer(text).writerows([("a", "b"), *rows])
     found = list(read_delimited(io.BytesIO(text.getvalue().encode("utf-8", "replace"))))
-    wanted = [{"a": a, "b": b} for a, b in rows]
-    assert [record for _, record in found] == json.loads(json.dumps(wanted).encode("utf-8").decode()) or any(
-        "\x00" in a + b for a, b in rows
-    )
+    assert [record for _, record in found] == [{"a": a, "b": b} for a, b in rows]
 
 
 @settings(max_examples=50)
