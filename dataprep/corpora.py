@@ -133,10 +133,7 @@ def is_corpus(folder: str) -> bool:
 
     Raises ValueError if it holds what is left of one: its sidecars, whose takedown marks must not be lost.
     """
-    found = _manifest(folder)
-    if found is None and _read(join(folder, SIDECARS)) is not None:
-        raise ValueError(f"{folder}: has {SIDECARS} but no sound {MANIFEST}: run `tim verify --repair` on it first")
-    return found is not None
+    return _manifest(folder) is not None
 
 
 def corpora_below(folder: str, files: Iterable[str]) -> list[str]:
@@ -180,19 +177,21 @@ def _check_sidecar_files(corpus: Corpus, number: int) -> None:
 
 def _shard_names(folder: str) -> set[str]:
     """Names of the tars that lie in a corpus's folder, none if it is no corpus."""
-    if not is_corpus(folder):
-        return set()
-    names = (shard["name"] for shard in (_manifest(folder) or {})["shards"])
+    names = [shard["name"] for shard in (_manifest(folder) or {}).get("shards", ())]
     return {name for name in names if "/" not in name}
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest of a corpus, of whatever format; None where there is none, or one of something else."""
+    """The manifest of a corpus, of whatever format; None where there is none, or one of something else. Raises as `is_corpus`."""
     try:
         found = json.loads(_read(join(folder, MANIFEST)) or b"null")
     except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("shards"), list) and "totals" in found else None
+        found = None
+    if isinstance(found, dict) and isinstance(found.get("shards"), list) and "totals" in found:
+        return found
+    if _read(join(folder, SIDECARS)) is not None:
+        raise ValueError(f"{folder}: has {SIDECARS} but no sound {MANIFEST}: run `tim verify --repair` on it first")
+    return None
 
 
 def _read(file: str) -> bytes | None:

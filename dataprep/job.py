@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -115,26 +115,26 @@ def open_job(
         "against": [{"name": corpus.name, "digest": corpus.digest} for corpus in others],
         **({"classes": classes} if classes else {}),
     }
-    job = Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base={}, identity=identity)
-    return replace(job, base=_read_base_manifest(job)) if growth else job
+    job = Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base=base or {}, identity=identity)
+    if growth:
+        _check_base(job)
+    return job
 
 
-def _read_base_manifest(job: Job) -> Mapping[str, Any]:
-    """The manifest of the corpus that is to grow. Raises ValueError unless it was prepared with the same settings."""
+def _check_base(job: Job) -> None:
+    """Raises ValueError unless the corpus that is to grow was prepared with the same settings."""
     place = job.store.place
-    manifest = read_manifest(job.store.place)
-    if "columns" not in manifest:
+    if "columns" not in job.base:
         raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
-    changed = ", ".join(all_differences(manifest["config"], job.identity["config"]))
+    changed = ", ".join(all_differences(job.base["config"], job.identity["config"]))
     if changed:
         remedy = "a corpus grows with the settings that it has: leave them out, or prepare a new one"
         raise ValueError(f"{place}: was prepared with another {changed}; {remedy}")
     begun = begun_in(job.work)
-    if begun and begun.get("grows") == json_digest(manifest):
-        changed = differences(begun, replace(job, base=manifest).record)
+    if begun and begun.get("grows") == json_digest(job.base):
+        changed = differences(begun, job.record)
         if changed:
             raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
-    return manifest
 
 
 def with_own_settings(out: str | Path, *, given: PrepareConfig) -> PrepareConfig:
