@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dataprep.chunks import CHUNK_SCHEMA, CHUNK_SIZE, ChunkTables
 from dataprep.files import publish
-from dataprep.plan import MISFIT, TAKEN_DOWN_COPY, Plan
+from dataprep.plan import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
 from dataprep.records import TAKEN_DOWN
 
 BLOCK_BYTES = 64 << 20
@@ -69,14 +69,14 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
     """The block's rows with what the plan says of them."""
     reasons, details = block.column("reason").to_pylist(), block.column("detail").to_pylist()
     exact, near = plan.exact[positions].tolist(), plan.near[positions].tolist()
-    rejecting = [(exact, "duplicate", "same bytes as"), *([(near, "near-duplicate", "looks like")] if plan.drops_near else [])]
+    rejecting = [(exact, DUPLICATE), *([(near, NEAR_DUPLICATE)] if plan.drops_near else [])]
     first = len(plan.known)
-    names = tables.names({original - first for originals, _, _ in rejecting for original in originals if original >= first})
-    for originals, reason, words in rejecting:
+    names = tables.names({original - first for originals, _ in rejecting for original in originals if original >= first})
+    for originals, reason in rejecting:
         for row, original in enumerate(originals):
             if original >= 0:
                 name = plan.known.id(original) if original < first else names[original - first]
-                reasons[row], details[row] = reason, f"{words} {name}"
+                reasons[row], details[row] = reason, f"{DUPLICATE_OF[reason]} {name}"
     start = int(positions[0])
     for position in positions[np.isin(positions, list(plan.misfits))].tolist():
         reasons[position - start], details[position - start] = MISFIT, plan.misfits[position]

@@ -24,7 +24,8 @@ from dataprep.records import SCALED_DOWN, TAKEN_DOWN
 Ints = NDArray[np.int64]
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
-MISFIT = "bad-record"
+MISFIT, DUPLICATE, NEAR_DUPLICATE = "bad-record", "duplicate", "near-duplicate"
+DUPLICATE_OF = {DUPLICATE: "same bytes as", NEAR_DUPLICATE: "looks like"}  # details, before the name of the other image
 TAKEN_DOWN_COPY = "same bytes as an image that a corpus has taken down"  # detail
 
 
@@ -157,8 +158,8 @@ def make_plan(
     overruled = {
         TAKEN_DOWN: int(copies.sum()),
         MISFIT: len(misfits),
-        "duplicate": int((exact >= 0).sum()),
-        "near-duplicate": int((near >= 0).sum()) if drops_near else 0,
+        DUPLICATE: int((exact >= 0).sum()),
+        NEAR_DUPLICATE: int((near >= 0).sum()) if drops_near else 0,
     }
     for reason, count in overruled.items():
         counts[reason] = counts.get(reason, 0) + count

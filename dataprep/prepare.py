@@ -24,7 +24,7 @@ from dataprep.known import Known, read_known
 from dataprep.labels import describe_classes
 from dataprep.manifest import Account, write_corpus_files
 from dataprep.plan import Plan, make_plan
-from dataprep.rejections import NothingKept, example_lines, find_examples
+from dataprep.rejections import NothingKept, example_lines, find_examples, in_words
 from dataprep.report import census, render
 from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
 from dataprep.sidecars import extended_sidecars, listed_sidecars
@@ -191,7 +191,7 @@ def _account(plan: Plan, *, examined: Examined, base: Base | None, images: Image
         return Account(inputs=inputs, kept=plan.kept, rejected=dict(plan.rejected), notes=notes, shards=shards)
     old = base.account
     if not plan.kept:
-        return replace(old, notes=[*notes, f"nothing was added: of {inputs} inputs none could be kept ({_in_words(plan.rejected)})"])
+        return replace(old, notes=[*notes, f"nothing was added: of {inputs} inputs none could be kept ({in_words(plan.rejected)})"])
     rejected = Counter(old.rejected)
     rejected.subtract(examined.replaced)
     rejected.update(plan.rejected)
@@ -202,10 +202,6 @@ def _account(plan: Plan, *, examined: Examined, base: Base | None, images: Image
         notes=list(dict.fromkeys([*old.notes, *notes])),
         shards=shards,
     )
-
-
-def _in_words(rejected: Mapping[str, int]) -> str:
-    return ", ".join(f"{reason} {number}" for reason, number in rejected.items()) or "there is none"
 
 
 def _leave_nothing(store: Store) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.manifest import Account
-from dataprep.plan import MISFIT, TAKEN_DOWN_COPY, Plan
+from dataprep.plan import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
 from dataprep.records import TAKEN_DOWN
 from pipeline.errors import DetailedError
 
@@ -21,9 +21,8 @@ class NothingKept(DetailedError):
     """No input could be kept. The lines have the account, up to three examples of each reason, and the notes."""
 
     def __init__(self, account: Account, *, examples: Mapping[str, Sequence[Example]]) -> None:
-        counts = ", ".join(f"{reason} {number}" for reason, number in account.rejected.items()) or "there is none"
         super().__init__(
-            f"no usable image among {account.inputs} inputs ({counts}): nothing was written",
+            f"no usable image among {account.inputs} inputs ({in_words(account.rejected)}): nothing was written",
             lines=tuple(_lines(account, examples=examples)),
             data={**asdict(account), "examples": {reason: list(shown) for reason, shown in examples.items()}},
         )
@@ -47,6 +46,11 @@ def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]
     return dict(sorted(found.items()))
 
 
+def in_words(rejected: Mapping[str, int]) -> str:
+    """How many inputs were rejected for each reason."""
+    return ", ".join(f"{reason} {number}" for reason, number in rejected.items()) or "there is none"
+
+
 def example_lines(examples: Mapping[str, Sequence[Example]]) -> list[str]:
     """A line for each example: source, path and what was wrong."""
     return [
@@ -58,10 +62,10 @@ def _verdict(row: Mapping[str, str], *, position: int, plan: Plan) -> tuple[str,
     """Reason and detail of an input; duplicates are found by the plan, here of images of other corpora."""
     if row["reason"]:
         return row["reason"], row["detail"]
-    for reason, original in (("duplicate", int(plan.exact[position])), ("near-duplicate", int(plan.near[position]))):
+    for reason, original in ((DUPLICATE, int(plan.exact[position])), (NEAR_DUPLICATE, int(plan.near[position]))):
         if original >= 0:
-            words = "same bytes as" if reason == "duplicate" else "looks like"
-            return reason, f"{words} {plan.known.id(original)}" if original < len(plan.known) else f"{words} another input"
+            name = plan.known.id(original) if original < len(plan.known) else "another input"
+            return reason, f"{DUPLICATE_OF[reason]} {name}"
     if plan.taken_down[position]:
         return TAKEN_DOWN, TAKEN_DOWN_COPY
     return MISFIT, plan.misfits.get(position, "")
