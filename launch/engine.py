@@ -6,6 +6,7 @@ and divided by the step's planned image count, so they do not depend on how imag
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from launch.device import choose_device
 from launch.fragments import Fragment, Scattered, Shapes
 from launch.muon import Muon, hidden_matrices
+from pipeline.foreign_warnings import HIDDEN
 
 Result = TypeVar("Result")
 
@@ -308,6 +310,11 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callabl
     return (lambda decorated: decorated) if function is None else function
 
 
+def _can_be_acted_on(record: logging.LogRecord) -> bool:
+    """Whether a line of DeepSpeed's log is for our users: that it does not know our Muon is not."""
+    return HIDDEN not in os.environ or "untested optimizer" not in record.getMessage()
+
+
 def _import_deepspeed() -> Any:
     """Import DeepSpeed and attach it to the process group.
 
@@ -324,6 +331,7 @@ def _import_deepspeed() -> Any:
             raise
         raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8,<0.20'") from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
     with mock.patch.object(torch, "compile", _uncompiled):
         import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -18,6 +18,7 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
+    assert "[WARNING]" not in done.stderr  # DeepSpeed's log
     result = json.loads(done.stdout)
     assert [row["steps"] for row in result["scores"]] == list(STEPS)
     assert all(0 <= row["all"] <= min(row["shape"], row["colours"]) <= 1 for row in result["scores"])
