@@ -13,6 +13,10 @@ JP2_MAGIC, J2K_MAGIC = b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"
 _JP2_COLOURS = {16: "sRGB", 17: "gray"}
 _JP2_REFUSED = {12: "CMYK", 14: "CIELab", 18: "sYCC", 20: "e-sRGB", 21: "ROMM-RGB", 24: "e-sYCC"}
 
+_BMP_OS2_HEADERS = (12, 16)  # bytes; they name no compression
+_BMP_HEADERS = (*_BMP_OS2_HEADERS, 40, 52, 56, 64, 108, 124)
+_BMP_REFUSED = {2: "4-bit run lengths", 4: "JPEG data, or of OS/2's 24-bit run lengths", 5: "PNG data"}  # by compression
+
 
 def webp_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) that a WebP header claims, None for other files and for headers that are cut off."""
@@ -115,3 +119,21 @@ def prepare_ppm(data: bytes, *, max_decode_pixels: int) -> Prepared:
     if data[:2] in (b"Pf", b"PF"):
         raise unsupported("its levels are floating-point numbers")
     return Prepared(data=data)
+
+
+def prepare_bmp(data: bytes, *, max_decode_pixels: int) -> Prepared:
+    """Refuse BMPs that Pillow reads wrongly or not at all: 4-bit run lengths come out garbled in Pillow 12."""
+    compression = int.from_bytes(data[30:34], "little") if _bmp_header_size(data) not in _BMP_OS2_HEADERS else 0
+    if compression in _BMP_REFUSED:
+        raise unsupported(f"BMP of {_BMP_REFUSED[compression]}")
+    return Prepared(data=data, refusal="BMP of a layout that Pillow does not know")
+
+
+def is_bmp(data: bytes) -> bool:
+    """Whether a file begins like a BMP: its two letters, and a header of a size that there is."""
+    return data.startswith(b"BM") and _bmp_header_size(data) in _BMP_HEADERS
+
+
+def _bmp_header_size(data: bytes) -> int:
+    size = int.from_bytes(data[14:18], "little")
+    return size if len(data) >= 14 + size else 0

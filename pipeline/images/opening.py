@@ -18,6 +18,8 @@ from pipeline.images.containers import (
     GIF_MAGIC,
     J2K_MAGIC,
     JP2_MAGIC,
+    is_bmp,
+    prepare_bmp,
     prepare_gif,
     prepare_jp2,
     prepare_ppm,
@@ -99,6 +101,8 @@ def _kind(data: bytes) -> tuple[tuple[str, ...], Any, bool]:
         return ("HEIF",), _prepare_heif, True
     if brand in _AVIF_BRANDS or brand in _OPEN_BRANDS:
         return ("AVIF",), partial(prepare_media, decoder_crops=False), True
+    if is_bmp(data):
+        return ("BMP",), prepare_bmp, True
     if data.startswith(_PPM_MAGIC):
         return ("PPM",), prepare_ppm, False
     return _FORMATS, _prepare_nothing, False
