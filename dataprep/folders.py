@@ -19,7 +19,8 @@ from dataprep.records import RawSample
 from dataprep.tables import Table
 from dataprep.unread import Unread
 from pipeline.errors import one_line
-from pipeline.fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, parse_json, read_fields
+from pipeline.fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, read_fields
+from pipeline.json_record import parse_json
 from pipeline.remote import is_remote
 from pipeline.tally import listed, printable
 from pipeline.text import UndecodableText, decode_text
@@ -262,16 +263,17 @@ class ImageFolder:
             plain = [
                 decode_text(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and not _is_json(name)
             ]
-            records = [parse_json(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and _is_json(name)]
+            parsed = [parse_json(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and _is_json(name)]
         except UndecodableText as error:
             return RawSample(source=self.name, path=file, reason="bad-record", detail=f"the text beside it is {error}")
-        if unread is not None or (None in records and not any(plain)):
-            detail = f"its text cannot be read: {one_line(unread)}" if unread else "the .json beside it is not a JSON object"
+        records, useless = [one for one in parsed if isinstance(one, dict)], [one for one in parsed if isinstance(one, str)]
+        if unread is not None or (useless and not any(plain)):
+            detail = f"its text cannot be read: {one_line(unread)}" if unread else f"the .json beside it is {useless[0]}"
             return RawSample(source=self.name, path=file, reason="bad-record", detail=detail)
-        self._useless_json += records.count(None)
+        self._useless_json += len(useless)
         record: Mapping[str, Value] = {}
         for more in reversed(records):
-            record = {**record, **(more or {})}
+            record = {**record, **more}
         record = with_file_name(record, columns=self._sidecar_columns, name=file)
         fields = read_fields(record, columns=self._sidecar_columns) if record else Fields(captions=(), label=None, extra={})
         captions = tuple(plain)

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+from pipeline.json_record import Record, as_record, json_problem, parse_record
 from pipeline.text import find_undecodable, open_text
 
-Record = dict[str, Any]
 JsonRow = tuple[int, "Record | str"]
 
 _NEXT = re.compile(r"\}\s*,\s*(?=\{)")
@@ -48,17 +48,6 @@ def read_json(stream: BinaryIO, *, encoding: str = "") -> Iterator[JsonRow]:
         yield from enumerate(_rows_of(whole) if isinstance(whole, dict) else [whole], start=1)
 
 
-def parse_record(text: str, *, line: int) -> Record | str:
-    """The object that a text holds, or what is wrong with it. `line`: the line of the file that the text begins in."""
-    try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        return _problem(error, line=line + error.lineno - 1, column=error.colno)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets without end
-        return f"not JSON: {error} (line {line})"
-    return record if isinstance(record, dict) else f"not a JSON object but {_kind(record)}"
-
-
 def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str]]:
     """(text, line it begins in, record or what is wrong with it) of each element of the array that opens before `start`."""
     decoder = json.JSONDecoder()
@@ -82,12 +71,12 @@ def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str
                 raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
         except json.JSONDecodeError as error:
             inside = line + len(_LINE_END.findall(text, at, error.pos))
-            yield "", line, _problem(error, line=inside, column=error.colno)
+            yield "", line, json_problem(error, line=inside)
         except (ValueError, RecursionError) as error:
             yield "", line, f"not JSON: {error} (line {line})"
         else:
             known |= value.keys() if isinstance(value, dict) else set()
-            yield text[at:end], line, value if isinstance(value, dict) else f"not a JSON object but {_kind(value)}"
+            yield text[at:end], line, as_record(value)
             at = following + text.startswith(",", following)
             continue
         resumed = _next_object(text, at, decoder=decoder, known=known)
@@ -116,7 +105,7 @@ def _rows_of(whole: Record) -> Iterator[Record | str]:
         return
     tables = [value for value in whole.values() if _is_table(value)]
     if len(tables) == 1:
-        yield from (row if isinstance(row, dict) else f"not a JSON object but {_kind(row)}" for row in tables[0])
+        yield from (as_record(row) for row in tables[0])
     elif whole and all(isinstance(value, (dict, str)) or _is_texts(value) for value in whole.values()):
         for path, said in whole.items():
             yield {"file_name": path, **said} if isinstance(said, dict) else {"file_name": path, "caption": said}
@@ -133,7 +122,7 @@ def _rows_of_coco(images: list[Any], annotations: list[Any]) -> Iterator[Record 
     known: set[str] = set()
     for image in images:
         if not isinstance(image, dict):
-            yield f"not a JSON object but {_kind(image)}"
+            yield as_record(image)
             continue
         key = str(image.get("id"))
         known.add(key)
@@ -141,10 +130,6 @@ def _rows_of_coco(images: list[Any], annotations: list[Any]) -> Iterator[Record 
     for key in captions:
         if key not in known:
             yield f"{len(captions[key])} caption(s) of image_id {key}, which is not among the images"
-
-
-def _problem(error: json.JSONDecodeError, *, line: int, column: int) -> str:
-    return f"not JSON: {error.msg} (line {line}, column {column})"
 
 
 def _skip_space(text: str, at: int) -> int:
@@ -158,7 +143,3 @@ def _is_table(value: Any) -> bool:
 
 def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _kind(value: Any) -> str:
-    return {list: "an array", str: "a string", bool: "a truth value", int: "a number", float: "a number"}.get(type(value), "null")

@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import zstandard
 
 from dataprep.delimited import MAX_LINE_BYTES, read_delimited, read_header
-from dataprep.json_tables import parse_record, read_json
+from dataprep.json_tables import read_json
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from pipeline.digests import stream_digest
 from pipeline.errors import one_line
+from pipeline.json_record import parse_record
 from pipeline.remote import is_remote
 from pipeline.text import find_undecodable, open_text
 

@@ -22,7 +22,8 @@ from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
 from pipeline.captions import MAX_TEXT_BYTES
 from pipeline.errors import one_line
-from pipeline.fields import Value, parse_json, read_fields
+from pipeline.fields import Value, read_fields
+from pipeline.json_record import parse_json
 from pipeline.remote import is_remote, read_file, read_ranges, size_of
 from pipeline.tally import Tally, listed
 from pipeline.tar import BlockReader, Member, members, split_name
@@ -171,11 +172,12 @@ class Shards:
         if found.json:
             with _naming(found.json.name):
                 parsed = parse_json(read(found.json), encoding=self._columns.encoding)
-            if parsed is None and not any(texts):
-                raise ValueError(f"{found.json.name} is not a JSON object")
-            if parsed is None:
+            if isinstance(parsed, dict):
+                record = parsed
+            elif any(texts):
                 self._left_out.add(".json")
-            record = parsed or {}
+            else:
+                raise ValueError(f"{found.json.name} is {parsed}")
         if found.cls:
             record = {**record, "label": text_of(found.cls).strip()}
         return record, texts

@@ -8,8 +8,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from pipeline.text import decode_text
-
 Value = str | int | float | bool | list | dict | None
 
 IMAGE_EXTENSIONS = (
@@ -172,13 +170,3 @@ def as_label(value: Value) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
         return None
     return value
-
-
-def parse_json(payload: bytes | memoryview, *, encoding: str = "") -> dict[str, Value] | None:
-    """The object in a JSON file, None if it holds none. Raises UndecodableText."""
-    text = decode_text(payload, encoding=encoding)
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return record if isinstance(record, dict) else None

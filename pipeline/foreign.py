@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from pipeline.captions import MAX_TEXT_BYTES, clean_captions
-from pipeline.fields import RECOMPUTED, TAKEN, Value, parse_json, read_fields
+from pipeline.fields import RECOMPUTED, TAKEN, Value, read_fields
 from pipeline.images import Rejection
 from pipeline.images.headers import Size, careful_size, quick_size
+from pipeline.json_record import parse_json
 from pipeline.tar import BlockReader, Member, members
 from pipeline.tar_samples import TarSample, TarSamples, is_used, key_of, kind_of
 from pipeline.text import UndecodableText, decode_text
@@ -168,9 +169,11 @@ def _read_payload(sample: _Sample, kind: str, payload: bytes, *, name: str) -> N
         elif kind == "cls":
             sample.label = decode_text(payload).strip()
         else:
-            sample.record = parse_json(payload)
-            if sample.record is None and not sample.text:
-                sample.problem = sample.problem or ("bad-record", f"{name} is not a JSON object")
+            parsed = parse_json(payload)
+            if isinstance(parsed, dict):
+                sample.record = parsed
+            elif not sample.text:
+                sample.problem = sample.problem or ("bad-record", f"{name} is {parsed}")
     except UndecodableText as error:
         sample.problem = sample.problem or ("bad-record", f"{name} is {error}")
 

@@ -18,8 +18,9 @@ from pipeline.captions import MAX_TEXT_BYTES, clean_captions, normalise
 from pipeline.draws import generator, generators, to_uniform
 from pipeline.errors import kind_and_line
 from pipeline.feature_reading import FeatureDecoder, SampleFeatures
-from pipeline.fields import parse_json, read_fields
+from pipeline.fields import read_fields
 from pipeline.images import load_image
+from pipeline.json_record import parse_json
 from pipeline.steps import Member, PlannedSample
 from pipeline.storage import BadShard, Part, ShardReader
 from pipeline.tags import TagShuffle
@@ -203,7 +204,8 @@ def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: me
     first = decode_text(_bytes(text))
     if sample.caption == 0 and first and not first.isspace():
         return normalise(first)[0]
-    captions, _ = clean_captions([first, *read_fields(parse_json(bytes(_bytes(record))) or {}).captions])
+    parsed = parse_json(bytes(_bytes(record)))
+    captions, _ = clean_captions([first, *(read_fields(parsed).captions if isinstance(parsed, dict) else ())])
     return captions[sample.caption] if captions else ""
 
 

@@ -79,7 +79,7 @@ def test_files_beside_the_pictures(tmp_path: Path) -> None:
     a, b, c, d = source.samples()
     assert (a.captions, a.label, a.extra) == (("from txt", "from caption", "from json", "another"), 4, {"score": 2})
     assert (b.captions, d.captions) == (("only this",), ())
-    assert (c.reason, c.detail) == ("bad-record", "the .json beside it is not a JSON object")
+    assert (c.reason, c.detail) == ("bad-record", "the .json beside it is not a JSON object but an array")
     assert source.notes() == ["f: 1 text file(s) without an image of the same name were left out"]
 
 

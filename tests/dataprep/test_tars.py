@@ -21,6 +21,7 @@ from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
 from dataprep.sources import open_sources
 from tests.dataprep.helpers import photo, write_tar
+from tests.pipeline.test_foreign import jpeg
 
 STEMS = st.sampled_from(["0", "1", "./0", "./sub/0", "img_1.5x", "2023.01", "2023.02", "k.input", "k", ".hidden", "é" * 90, "d.d/0"])
 EXTENSIONS = st.sampled_from(["jpg", "png", "PNG", "txt", "TXT", "caption", "json", "cls", "npy", "seg.png", "en.txt", ""])
@@ -127,6 +128,15 @@ def test_keys_that_come_twice_or_have_several_images(tmp_path: Path) -> None:
     assert rows_of("a.left.jpg", "a.right.jpg", "a.txt", folder=tmp_path) == [
         (None, "a.left.jpg", "bad-record"), (None, "a.right.jpg", "bad-record"),
     ]  # fmt: skip
+
+
+def test_a_broken_json_member_is_named_with_its_line_by_prepare_and_index_alike(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "t.tar", [("a.jpg", jpeg()), ("a.json", b'{\n "caption": "x",\n}')])
+    [sample], _ = prepared(tar)
+    [row] = read_foreign(str(tar))[0].table.to_pylist()
+    assert sample.detail == row["detail"]
+    assert sample.detail.startswith("a.json is not JSON: ")
+    assert "(line 3, column 1)" in sample.detail or "(line 2, column 16)" in sample.detail  # newer Pythons point at the comma
 
 
 def test_notes_name_at_most_ten_extensions_and_tars(tmp_path: Path) -> None:
