@@ -64,7 +64,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
         account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=cluster.cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
-    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *shortened(steps)]
+    overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *(shortened(steps) if steps else [])]
     config = load_config(RECIPE, overrides=overrides)
     processes = _processes(config)
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
@@ -73,9 +73,8 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
         f"{summary['samples_per_step']:.0f} pictures of mixed sizes a step"
     )
 
-    console.line(
-        f"3/4 train: {config.train.steps} steps, the same as `tim launch {RECIPE} --nproc-per-node {processes} {' '.join(overrides)}`"
-    )
+    same = shlex.join(["tim", "launch", RECIPE, "--nproc-per-node", str(processes), *overrides])
+    console.line(f"3/4 train: {config.train.steps} steps, the same as `{same}`")
     train(overrides)
 
     console.line(f"4/4 sample: {len(SIZES)} sizes in {', '.join(map(str, STEPS))} steps, and {PROMPTS_SCORED} prompts read back")
@@ -121,9 +120,12 @@ def next_command(model: Path, *, out: Path) -> str:
     return shlex.join([*tim, "sample", str(model), "--prompt", NEXT_PROMPT, "--size", NEXT_SIZES, "--steps", "1,8", "--out", str(out)])
 
 
-def shortened(steps: int | None) -> list[str]:
-    """Overrides for so many training steps; none for the recipe's own number."""
-    return [f"train.steps={steps}", f"train.warmup={steps // 20}"] if steps else []
+def shortened(steps: int) -> list[str]:
+    """Overrides for so many training steps, in which everything comes as early as in the recipe's own number of them."""
+    recipe = load_config(RECIPE)
+    share = steps / recipe.train.steps
+    stages = [stage.model_dump(exclude_none=True) | {"step": max(1, round(share * stage.step))} for stage in recipe.plan.schedule]
+    return [f"train.steps={steps}", f"train.warmup={round(share * recipe.train.warmup)}", f"plan.schedule={json.dumps(stages)}"]
 
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
