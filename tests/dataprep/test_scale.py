@@ -138,7 +138,7 @@ def test_memory_is_limited() -> None:
 
 def test_a_picture_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
     blank = io.BytesIO()
-    Image.new("RGB", (12_000, 12_000)).save(blank, "PNG", compress_level=1)
+    Image.new("1", (12_000, 12_000)).save(blank, "PNG", compress_level=0)
     files = {"large.png": blank.getvalue(), "a.jpg": photo(2), "b.jpg": photo(3)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, pool=LocalPool(1, memory=700_000_000))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -29,23 +30,40 @@ def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], env=environment, stdout=output, stderr=output)
 
 
-def run(*arguments: str, log: Path) -> int:
-    """`tim ARGUMENTS…` to its end; the exit code."""
-    job = start(*arguments, log=log)
-    try:
-        return job.wait(PATIENCE)
-    finally:
-        job.kill()
-
-
 def run_ranks(module: str, *arguments: str, log: Path) -> None:
     """Run `python -m MODULE ARGUMENTS…` to its end on two ranks; fail with what they said where that fails."""
+    start_ranks(module, *arguments, log=log)
+    assert _answer() == [0, 0], log.read_text()
+
+
+def start_ranks(module: str, *arguments: str, log: Path) -> Ranks:
+    """`python -m MODULE ARGUMENTS…` on two ranks in the background, one job at a time."""
     server = _rank_server()
     assert server.stdin is not None
-    assert server.stdout is not None
     server.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
     server.stdin.flush()
-    assert json.loads(server.stdout.readline() or "[]") == [0, 0], log.read_text()
+    return Ranks(pids=_answer())
+
+
+@dataclass(frozen=True)
+class Ranks:
+    pids: list[int]
+
+    def poll(self) -> int | None:
+        """None while all of them live."""
+        return None if all(Path(f"/proc/{pid}").exists() for pid in self.pids) else -1
+
+    def kill(self) -> None:
+        """Kill all of them with -9."""
+        for pid in self.pids:
+            os.kill(pid, signal.SIGKILL)
+        assert _answer() == [-signal.SIGKILL] * len(self.pids)
+
+
+def _answer() -> list[int]:
+    server = _rank_server()
+    assert server.stdout is not None
+    return json.loads(server.stdout.readline() or "[]")
 
 
 @cache
@@ -55,13 +73,13 @@ def _rank_server() -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes], *, log: Path) -> None:
+def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | Ranks, *, log: Path) -> None:
     """Wait until the run has logged a step; fail where it ends before."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_rows(run_dir / "metrics.jsonl")):
             return
-        assert job.poll() is None, f"ended with {job.returncode}: {log.read_text()}"
+        assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
         time.sleep(0.02)
     raise AssertionError(f"no step {step} in {PATIENCE} s: {log.read_text()}")
 
@@ -88,9 +106,9 @@ def story(run_dir: Path, *, columns: Sequence[str]) -> list[list[object]]:
     return [[row[column] for column in columns] for row in read_rows(run_dir / "metrics.jsonl")]
 
 
-def foreign_lines(log: Path) -> list[str]:
+def foreign_lines(output: str) -> list[str]:
     """The lines of a training's output that are not its own: warnings and notices of libraries."""
-    return [line for line in log.read_text().splitlines() if not _OWN_LINE.match(line)]
+    return [line for line in output.splitlines() if not _OWN_LINE.match(line)]
 
 
 def _environment(path: Path) -> list[bytes]:

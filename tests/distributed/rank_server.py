@@ -1,6 +1,7 @@
 """Run by `jobs.run_ranks`: forks ranks after it has imported what a training imports, which is most of what a short one costs.
 
-Reads jobs as lines of JSON and answers each with the exit codes of its ranks. Tests of launching itself use `tim launch`.
+Reads jobs as lines of JSON. Answers each with the pids of its ranks, and at their end with their exit codes. Tests of launching itself
+use `tim launch`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def main() -> None:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         ranks = [_fork(rank, port=port, **job) for rank in range(2)]
+        print(json.dumps(ranks), flush=True)
         print(json.dumps(_exit_codes(ranks)), flush=True)
 
 

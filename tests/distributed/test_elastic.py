@@ -34,10 +34,9 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     config, log, unbroken, broken = (tmp_path / name for name in ("run.yaml", "log", "unbroken", "broken"))
     config.write_text(f"corpus: {figures}\nrun_dir: {broken}\n{CONFIG}")
 
-    command = ["launch", str(config), "--nproc-per-node", "2"]
-    job = jobs.start(*command, log=log)
-    jobs.wait_for_row(broken, 5, job, log=log)
-    assert jobs.kill_and_watch(job) == []
+    ranks = jobs.start_ranks("launch.cli", "train", str(config), log=log)
+    jobs.wait_for_row(broken, 5, ranks, log=log)
+    ranks.kill()
     assert "3 packs a step do not divide among 2 processes: up to 25% of their time may be waiting" in log.read_text()
 
     found = checkpoint.newest(broken)

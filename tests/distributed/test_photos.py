@@ -44,15 +44,14 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    command = ["launch", "photos", "--nproc-per-node", "2", f"corpus={corpus}", *SHORT]
-    assert jobs.run(*command, f"run_dir={unbroken}", log=log) == 0, log.read_text()
-    assert jobs.foreign_lines(log) == []
-
-    job = jobs.start(*command, f"run_dir={broken}", log=log)
+    command = ["photos", f"corpus={corpus}", *SHORT]
+    job = jobs.start("launch", "--nproc-per-node", "2", *command, f"run_dir={broken}", log=log)
     jobs.wait_for_row(broken, 4, job, log=log)
     assert jobs.kill_and_watch(job) == []
+    assert jobs.foreign_lines(log.read_text()) == []
     assert not (broken / "model").exists()
-    jobs.run_ranks("launch.cli", "train", "photos", f"corpus={corpus}", *SHORT, f"run_dir={broken}", log=log)
+    for run in (broken, unbroken):
+        jobs.run_ranks("launch.cli", "train", *command, f"run_dir={run}", log=log)
 
     assert "continuing from" in log.read_text()
     assert jobs.story(broken, columns=COLUMNS) == jobs.story(unbroken, columns=COLUMNS)

@@ -14,7 +14,10 @@ from launch import data_benchmark, peers
 from launch.cli import main
 
 
-def test_the_loader_is_measured_and_others_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_loader_is_measured_and_others_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_benchmark, "PIXELS_PER_STEP", 64 * 64**2)
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(8):
