@@ -10,6 +10,10 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+# Before torch is imported: with a thread for each core in each of two processes, all of them wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from dataprep import executor
 from tests import reused_workers
 from tests.pipeline.servers import s3_server

@@ -24,4 +24,4 @@ print(device.type, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_the_memory_of_large_tensors_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120, check=True)
     device, faults = done.stdout.split()
-    assert device == "cuda" or int(faults) < 10_000, "5 products of 48 MB touch 117,000 pages if the memory of none is kept"
+    assert device == "cuda" or int(faults) < 30_000, "5 products of 48 MB touch 117,000 pages if the memory of none is kept"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from launch import checkpoint, history
+from launch.cli import main
 from launch.config import ConfigError, load_config
 from launch.export import export
 from launch.metrics import read_rows
@@ -105,6 +108,22 @@ def test_a_change_of_the_plan_is_refused_by_name_and_replanned(
     assert line in capsys.readouterr().err
     assert f"# {line}\n" in (folder / "config.yaml").read_text()
     assert [str(each) for each in history.read(folder).replans] == [line]
+
+
+def test_replanning_as_it_is_typed(begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`tim plan` shows what would begin, and `tim launch` hands the flag to its ranks."""
+    changed = ["plan.tokens_per_pack=96", f"corpus={begun / 'corpus'}", f"run_dir={begun / 'run'}"]
+    look = ["plan", "--from", str(begun / "run"), changed[0], "--steps", "2", "--json"]
+    with pytest.raises(SystemExit, match="2"):
+        main(look)
+    assert "plan.tokens_per_pack was 64 and is 96" in capsys.readouterr().err
+    assert main([*look, "--replan"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples_per_step"] > 0
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", str(begun / "run.yaml"), *changed[1:], "--replan"])
+    assert "--replan: goes with --from CHECKPOINT" in capsys.readouterr().err
+    assert main(["launch", str(begun / "run.yaml"), *changed, "--nproc-per-node", "2", "--replan", "--dry-run"]) == 0
+    assert "--replan" in shlex.split(capsys.readouterr().out)
 
 
 def test_a_replanned_run_keeps_its_weights_and_is_resumed_exactly(
