@@ -9,6 +9,7 @@ from pipeline.images.prepared import Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 JXL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
+_HEADER_BYTES = 12  # of a codestream, which say the size
 _SIDE_BITS = (9, 13, 18, 30)
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 
@@ -27,24 +28,19 @@ def prepare_jxl(data: bytes, *, max_decode_pixels: int) -> Prepared:
 def jxl_plugin() -> bool:
     """Whether Pillow reads JPEG XL from now on."""
     try:
-        import pillow_jxl  # noqa: F401  # pyright: ignore[reportMissingImports]
+        from pillow_jxl import JpegXLImagePlugin
     except ImportError:
         return False
+    JpegXLImagePlugin.DECODE_THREADS = 0  # none but this one: each process decodes images of its own
     return True
 
 
 def jxl_size(data: bytes) -> tuple[int, int]:
     """(height, width) as stored (ISO/IEC 18181-1, SizeHeader). Raises `Rejection`."""
-    stream = data
-    if not data.startswith(JXL_MAGIC[0]):
-        stream = b""
-        for kind, start, end in boxes(data):
-            if kind in (b"jxlc", b"jxlp"):
-                stream = data[start + (4 if kind == b"jxlp" else 0) : end]
-                break
-    if not stream.startswith(JXL_MAGIC[0]) or len(stream) < 12:
+    stream = data if data.startswith(JXL_MAGIC[0]) else _codestream(data)
+    if not stream.startswith(JXL_MAGIC[0]):
         raise damaged("its header is cut off")
-    bits, position = int.from_bytes(stream[2:12], "little"), 0
+    bits, position = int.from_bytes(stream[2:_HEADER_BYTES], "little"), 0
 
     def take(count: int) -> int:
         nonlocal position
@@ -59,3 +55,14 @@ def jxl_size(data: bytes) -> tuple[int, int]:
     height = side(small)
     ratio = _RATIOS.get(take(3))
     return height, side(small) if ratio is None else height * ratio[0] // ratio[1]
+
+
+def _codestream(data: bytes) -> bytes:
+    """The codestream in a container, which may lie there in parts, as far as its size is said in it."""
+    stream = b""
+    for kind, start, end in boxes(data):
+        if kind in (b"jxlc", b"jxlp"):
+            stream += data[start + (4 if kind == b"jxlp" else 0) : end]
+            if len(stream) >= _HEADER_BYTES:
+                break
+    return stream
