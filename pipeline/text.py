@@ -92,7 +92,7 @@ def _codec(head: bytes, *, encoding: str) -> tuple[str, int]:
 
 
 def _undecodable(codec: str, *, byte: int, position: int, is_stated: bool) -> UndecodableText:
-    remedy = "" if is_stated else "; if it has another encoding, name it: columns.encoding=cp1252, for example"
+    remedy = "" if is_stated else "; if it has another encoding, name it: tim prepare … columns.encoding=cp1252"
     return UndecodableText(f"not {codec.upper()} at byte {position} (0x{byte:02x}){remedy}")
 
 
