@@ -21,7 +21,9 @@ def prepare_jxl(data: bytes, *, max_decode_pixels: int) -> Prepared:
     height, width = jxl_size(data)
     check_size(height, width, max_decode_pixels=max_decode_pixels)
     check_claim(height, width, length=len(data))
-    return Prepared(data=data)
+    # The codestream says its orientation, and libjxl has turned it: EXIF counts only for a JPEG inside (ISO/IEC 18181-2).
+    holds_jpeg = not data.startswith(JXL_MAGIC[0]) and any(kind == b"jbrd" for kind, _, _ in boxes(data))
+    return Prepared(data=data, info={} if holds_jpeg else {"exif": None})
 
 
 @lru_cache(maxsize=1)

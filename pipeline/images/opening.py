@@ -184,8 +184,6 @@ def exif_orientation(image: Image.Image) -> int:
 
     Of a PNG that Pillow opened by itself this decodes the pixels: decode first.
     """
-    if image.format == "JXL" and not getattr(image, "jpeg", False):
-        return 1  # its codestream says the orientation, and libjxl has turned it; EXIF counts only for a JPEG inside
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
