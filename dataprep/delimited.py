@@ -138,8 +138,11 @@ class _Reader:
         end = self._end() if first.count('"') % 2 else 0
         if end:
             lines = self._lines.span(0, end)
-            problem = next((found for line in lines if (found := self._problem(line))), "")
-            return problem or self._parse(lines), end + 1
+            number = self._lines.number
+            for place, line in enumerate(lines):
+                if problem := self._problem(line):
+                    return f"{problem} (line {number + place} of a row in lines {number} to {number + end})", end + 1
+            return self._parse(lines), end + 1
         if self._delimiter == "\t":
             return first.rstrip(_ENDS).split("\t"), 1
         is_open = first.count('"') % 2 and "end of data" in message
