@@ -26,7 +26,7 @@ OBJECTIVES = {
     "transition, bf16 difference": ("objective.derivative_precision=bf16",),
     "transition, exact derivative": ("objective.derivative=jvp",),
 }
-SHAPES = ("circle",)  # colours are learned in hundreds of updates, which shape is asked for in a thousand: the demo shows that
+SHAPES = ("circle",)  # colours are learned in a hundred updates, shapes in several hundred: the demo shows that
 SHIFT = 24  # pixels: times less close to noise than the demo's, for speckles are decided in weaker noise than shapes are
 SETTINGS = (  # beside the demo's
     *(f"objective.shift={SHIFT}", f"sampling.shift={SHIFT}"),

@@ -29,7 +29,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(folder / "set"), str(folder / "t.tar")]
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_kills_at_random_times_change_no_byte(sources: list[str], tmp_path: Path, kills: int) -> None:
     began = time.monotonic()
     start_prepare(sources, out=tmp_path / "whole", config=CONFIG, workers=2).wait()

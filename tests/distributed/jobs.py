@@ -36,17 +36,19 @@ def run_ranks(module: str, *arguments: str, log: Path) -> None:
     assert _answer() == [0, 0], log.read_text()
 
 
-def start_ranks(module: str, *arguments: str, log: Path) -> Ranks:
+def start_ranks(module: str, *arguments: str, log: Path) -> RankProcesses:
     """`python -m MODULE ARGUMENTS…` on two ranks in the background, one job at a time."""
     server = _rank_server()
     assert server.stdin is not None
     server.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
     server.stdin.flush()
-    return Ranks(pids=_answer())
+    return RankProcesses(pids=_answer())
 
 
 @dataclass(frozen=True)
-class Ranks:
+class RankProcesses:
+    """The two ranks of a job of the rank server."""
+
     pids: list[int]
 
     def poll(self) -> int | None:
@@ -73,7 +75,7 @@ def _rank_server() -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | Ranks, *, log: Path) -> None:
+def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:
     """Wait until the run has logged a step; fail where it ends before."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:

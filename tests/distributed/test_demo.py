@@ -19,6 +19,7 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
+    assert "[WARNING]" not in done.stderr  # DeepSpeed's log
     training = done.stderr.partition("\n3/4 train")[2].partition("\n4/4 sample")[0].partition("\n")[2]
     assert training
     assert jobs.foreign_lines(training) == []

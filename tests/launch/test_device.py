@@ -13,10 +13,12 @@ def product():
     return torch.ones(12_000_000, device=device) * 2
 for _ in range(10):
     product()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(5):
-    product()
-print(device.type, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        product()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(device.type, min(faults() for _ in range(3)))  # the allocator may still take one more block
 """
 
 
@@ -24,4 +26,4 @@ print(device.type, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_the_memory_of_large_tensors_is_used_again() -> None:
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, timeout=120, check=True)
     device, faults = done.stdout.split()
-    assert device == "cuda" or int(faults) < 30_000, "5 products of 48 MB touch 117,000 pages if the memory of none is kept"
+    assert device == "cuda" or int(faults) < 10_000, "5 products of 48 MB touch 117,000 pages if the memory of none is kept"
