@@ -13,8 +13,7 @@ import pyarrow.compute as pc
 
 from dataprep.caption_lengths import beyond_usual, sample_captions
 from dataprep.charts import Histogram
-from dataprep.semantic import DUPLICATES
-from dataprep.shards import TABLE_COLUMNS
+from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS
 from pipeline.account import take_account
 from pipeline.index import Corpus
 from pipeline.planner import PlanConfig, Planner
@@ -29,7 +28,7 @@ MOST_SCORES = 24  # further columns of numbers that are drawn
 MOST_STEPS, RANKS = 20, 8  # that are planned
 SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
-LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", DUPLICATES: "semantic"}
+LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", SEMANTIC_DUPLICATE: "semantic"}
 """Columns that name the picture which is kept in the place of another, and of which kind its duplicates are."""
 
 _LOG_FINEST = -2  # a quarter of an octave

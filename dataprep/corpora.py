@@ -16,9 +16,8 @@ import pyarrow as pa
 
 from dataprep.columns import ColumnConfig
 from dataprep.places import join
-from dataprep.records import TAKEN_DOWN, RawSample
-from dataprep.semantic import DUPLICATES
-from dataprep.shards import TABLE_COLUMNS
+from dataprep.records import RawSample
+from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS, TAKEN_DOWN
 from dataprep.tables import plain
 from pipeline.digests import json_digest
 from pipeline.errors import one_line
@@ -30,7 +29,7 @@ from pipeline.sidecars import SIDECARS, TAKEDOWN, TEXT_COLUMNS, provider
 MANIFEST = "manifest.json"
 TAGS = "source_tags"
 _ORIGIN = {"source": "source_source", "path": "source_path"}
-_FILTER_ONLY = ("source", "path", "near_duplicate_of", DUPLICATES)  # keys of the old corpus, or said anew in the new one
+_FILTER_ONLY = ("source", "path", "near_duplicate_of", SEMANTIC_DUPLICATE)  # keys of the old corpus, or said anew in the new one
 _READ = ("key", "sha256", "captions", "label", "image_offset", "image_length", "original_height", "original_width")
 
 

@@ -25,7 +25,8 @@ from dataprep.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.dedup import perceptual_hash
 from dataprep.files import process_name
 from dataprep.filters import FilterConfig, Filters, Subject
-from dataprep.records import SCALED_DOWN, RawSample
+from dataprep.records import RawSample
+from dataprep.row_schema import SCALED_DOWN
 from dataprep.thumbnails import thumbnail
 from pipeline.errors import one_line
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image

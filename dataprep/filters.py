@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dataprep.records import FILTER_PREFIX
+from dataprep.row_schema import FILTER_PREFIX
 from pipeline.fields import Value
 from pipeline.where import Where
 

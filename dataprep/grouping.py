@@ -17,7 +17,7 @@ import pyarrow as pa
 from dataprep.chunks import CHUNK_SCHEMA, CHUNK_SIZE, ChunkTables
 from dataprep.files import publish
 from dataprep.plan import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
-from dataprep.records import TAKEN_DOWN
+from dataprep.row_schema import TAKEN_DOWN
 
 BLOCK_BYTES = 64 << 20
 SLICE_ROWS = 1024

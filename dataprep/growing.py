@@ -20,7 +20,8 @@ from dataprep.dedup import Fingerprints
 from dataprep.known import Known
 from dataprep.manifest import Account, kept_rows, read_account, read_columns, read_tables
 from dataprep.plan import Columns
-from dataprep.records import TAKEN_DOWN, RawSample
+from dataprep.records import RawSample
+from dataprep.row_schema import TAKEN_DOWN
 from dataprep.shards import Shard
 from dataprep.store import Store
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.dedup import DedupConfig, Fingerprints, exact_duplicates, near_duplicates
 from dataprep.known import NOTHING_KNOWN, Known
-from dataprep.records import SCALED_DOWN, TAKEN_DOWN
+from dataprep.row_schema import SCALED_DOWN, TAKEN_DOWN
 
 Ints = NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""The records of preparation: an input as a source names it, and the vocabulary of what may become of it."""
+"""One input as its source describes it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from pipeline.fields import Value
-
-REASONS: tuple[str, ...] = (
-    "missing",
-    "empty",
-    "not-an-image",
-    "damaged",
-    "unsupported",
-    "too-large",
-    "too-small",
-    "aspect",
-    "no-caption",
-    "duplicate",
-    "near-duplicate",
-    "takedown",
-    "bad-record",
-    "crashed",
-    "takedown",
-)
-TAKEN_DOWN = "takedown"
-FILTER_PREFIX = "filter:"
-SCALED_DOWN = "scaled-down"
-"""What `detail` says of a kept image that is stored smaller than it came."""
 
 
 @dataclass(frozen=True, slots=True)

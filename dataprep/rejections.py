@@ -8,7 +8,7 @@ from dataclasses import asdict
 from dataprep.chunks import CHUNK_SIZE, ChunkTables
 from dataprep.manifest import Account
 from dataprep.plan import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
-from dataprep.records import TAKEN_DOWN
+from dataprep.row_schema import TAKEN_DOWN
 from pipeline.errors import DetailedError
 
 _EXAMPLES = 3  # of each reason

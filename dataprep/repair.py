@@ -41,7 +41,8 @@ from dataprep.manifest import (
 )
 from dataprep.plan import ColumnKind, Columns
 from dataprep.report import ReportConfig, census, render
-from dataprep.shards import TABLE_COLUMNS, Shard, shard_name, shard_number, shard_stats, table_bytes, table_schema
+from dataprep.row_schema import TABLE_COLUMNS
+from dataprep.shards import Shard, shard_name, shard_number, shard_stats, table_bytes, table_schema
 from dataprep.store import open_store
 from pipeline.digests import file_digest
 from pipeline.errors import one_line

@@ -20,7 +20,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dataprep.clip import Clip, Head, Precision, model_file, probability
 from dataprep.decoding import Decoded, Decoders, Picture
 from dataprep.lookahead import ahead
-from dataprep.semantic import DUPLICATES, EMBEDDING, mark_duplicates
+from dataprep.row_schema import SEMANTIC_DUPLICATE
+from dataprep.semantic import EMBEDDING, mark_duplicates
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
 from pipeline.digests import file_digest
 from pipeline.index import Corpus
@@ -69,7 +70,7 @@ class ScoreConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_columns(self) -> ScoreConfig:
-        taken = {*RESERVED, SIMILARITY, AESTHETIC, EMBEDDING, DUPLICATES}
+        taken = {*RESERVED, SIMILARITY, AESTHETIC, EMBEDDING, SEMANTIC_DUPLICATE}
         for name in self.labels:
             if name in taken or not name.isidentifier():
                 raise ValueError(f"labels: {name!r} cannot be the name of a column: take a word of letters, digits and _ that is free")

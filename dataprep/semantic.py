@@ -15,6 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dataprep.dedup import Ints, keep_first
+from dataprep.row_schema import SEMANTIC_DUPLICATE
 from dataprep.sidecars import opened_for_sidecars, write_sidecar
 from pipeline.index import Corpus
 from pipeline.progress import Progress
@@ -24,7 +25,7 @@ from pipeline.source import integers
 if TYPE_CHECKING:
     import torch
 
-EMBEDDING, DUPLICATES = "embedding", "semantic_duplicate_of"
+EMBEDDING = "embedding"
 _BLOCK = 2048  # of which all pairs may be alike, at some 60 bytes a pair
 
 
@@ -68,14 +69,14 @@ def mark_duplicates(
         ids = _ids(corpora, wanted=set(original[original >= 0].tolist()))
         texts = ["" if of < 0 else ids[of] for of in original[fixed:].tolist()]
         starts = np.cumsum([0, *[shard.count for shard in corpus.shards]]).tolist()
-        schema = pa.schema([(DUPLICATES, pa.string())])
+        schema = pa.schema([(SEMANTIC_DUPLICATE, pa.string())])
         write_sidecar(
             corpus,
             store=store,
             name=name,
             schema=schema,
             identity={"threshold": threshold, "embeddings": embeddings.digest, "against": [_digest(other) for other in others]},
-            make=lambda shard: pa.Table.from_pydict({DUPLICATES: texts[starts[shard] : starts[shard + 1]]}, schema=schema),
+            make=lambda shard: pa.Table.from_pydict({SEMANTIC_DUPLICATE: texts[starts[shard] : starts[shard + 1]]}, schema=schema),
         )
     return int((original[fixed:] >= 0).sum())
 

@@ -20,26 +20,14 @@ import pyarrow.parquet as pq
 
 from dataprep.grouping import GROUP_SCHEMA, rows_of_shard
 from dataprep.plan import ColumnKind, Columns
+from dataprep.row_schema import TABLE_FIELDS
 from dataprep.store import Store
 from dataprep.thumbnails import thumbnail
 from pipeline.images import read_image
 
-MEMBERS = ("image", "text", "cls", "json")
 _SHOWN = 8  # near duplicates of a shard that have a thumbnail
 
-_TABLE_FIELDS = [
-    *((name, pa.string()) for name in ("key", "source", "path", "status", "reason", "detail")),
-    *((name, pa.int32()) for name in ("width", "height", "original_width", "original_height")),
-    ("caption", pa.string()),
-    ("captions", pa.list_(pa.string())),
-    ("label", pa.int32()),
-    *((name, pa.string()) for name in ("sha256", "duplicate_of", "near_duplicate_of", "phash")),
-    *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "length")),
-    ("thumbnail", pa.binary()),  # of some rejected pictures, for the report
-]
-TABLE_COLUMNS = frozenset(name for name, _ in _TABLE_FIELDS)
-
-_COPIED = [name for name, _ in _TABLE_FIELDS if name in GROUP_SCHEMA.names]
+_COPIED = [name for name, _ in TABLE_FIELDS if name in GROUP_SCHEMA.names]
 _SHARD_FILE = re.compile(r"(\d{6,})(\.tar|\.parquet|_stats\.json)")
 _OF_SHARD = re.compile(r"(\d{6,})(\.|_stats\.json)")
 _TEXT = ColumnKind(table=pa.string(), is_number_in_json=False)
@@ -94,7 +82,7 @@ def number_of_file(name: str) -> int | None:
 
 
 def table_schema(columns: Mapping[str, ColumnKind]) -> pa.Schema:
-    return pa.schema([*_TABLE_FIELDS, *((name, kind.table) for name, kind in columns.items())])
+    return pa.schema([*TABLE_FIELDS, *((name, kind.table) for name, kind in columns.items())])
 
 
 def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[Shard | None]:

@@ -22,7 +22,8 @@ import pyarrow.parquet as pq
 
 from dataprep.files import LOCK, claimed_work
 from dataprep.manifest import kept_rows
-from dataprep.shards import MEMBERS, Shard
+from dataprep.row_schema import MEMBERS
+from dataprep.shards import Shard
 from dataprep.store import Store, open_store
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line

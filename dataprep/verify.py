@@ -21,7 +21,8 @@ from dataprep.files import TEMPORARY_SUFFIX, WORK
 from dataprep.indexing import KIND, read_foreign
 from dataprep.job import begun_in
 from dataprep.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account
-from dataprep.shards import MEMBERS, number_of_file
+from dataprep.row_schema import MEMBERS
+from dataprep.shards import number_of_file
 from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
 from pipeline.digests import file_digest, json_digest

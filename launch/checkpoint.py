@@ -28,8 +28,8 @@ from typing import Any
 from torch import Tensor
 
 from launch import fragments
-from launch.engine import Ranks
 from launch.fragments import Fragment, Scattered, Shapes
+from launch.ranks import Ranks
 from pipeline.digests import file_digest
 
 FORMAT = 2

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from launch.engine import Ranks
 from launch.fragments import Fragment
+from launch.ranks import Ranks
 from tim import PackedTokens
 from tim.packed import Condition
 

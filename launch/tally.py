@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from launch.engine import Ranks
 from launch.metrics import KINDS
+from launch.ranks import Ranks
 from pipeline.loader import Batch
 from tim.objective import Losses
 

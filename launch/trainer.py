@@ -22,12 +22,13 @@ from launch.cluster import die_with_launcher
 from launch.config import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
 from launch.ema import ShardedEMA
-from launch.engine import Engine, Ranks, process_group
+from launch.engine import Engine
 from launch.export import export
 from launch.history import History
 from launch.initial import load_initial, other_surroundings
 from launch.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.planning import check_models, make_cache, make_encoder, make_planner
+from launch.ranks import Ranks, process_group
 from launch.replica import Replica
 from launch.resuming import restore_plan, trainer_state
 from launch.signals import listening

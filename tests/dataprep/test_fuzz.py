@@ -28,8 +28,9 @@ from dataprep.examine import ImageConfig, Piece, Rules, examine_piece
 from dataprep.filters import FilterConfig
 from dataprep.indexing import read_foreign
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.records import FILTER_PREFIX, REASONS, RawSample
+from dataprep.records import RawSample
 from dataprep.report import ReportConfig, render
+from dataprep.row_schema import FILTER_PREFIX, REASONS
 from dataprep.sources import open_sources
 from dataprep.verify import ShardCheck, check_shard, verify
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image

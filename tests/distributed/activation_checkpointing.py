@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from launch.engine import Engine, Ranks
+from launch.engine import Engine
+from launch.ranks import Ranks
 from tests.tim.tiny import tiny_network
 from tim import PackedText, PackedTokens
 

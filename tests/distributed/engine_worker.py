@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from launch import checkpoint
 from launch.checkpoint import Checkpoint, Facts
 from launch.ema import ShardedEMA
-from launch.engine import ADAM_EPSILON, Engine, Ranks, process_group
+from launch.engine import ADAM_EPSILON, Engine
 from launch.muon import orthogonalise
+from launch.ranks import Ranks, process_group
 from tests.distributed import activation_checkpointing
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step

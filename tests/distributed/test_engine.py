@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from launch import checkpoint
-from launch.engine import Ranks, process_group
+from launch.ranks import Ranks, process_group
 from tests.distributed import engine_worker, jobs
 
 CASES = ("1-fp32-adamw", "2-fp32-adamw", "3-fp32-adamw", "2-bf16-adamw", "1-fp32-muon", "2-fp32-muon")

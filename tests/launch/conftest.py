@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from launch.engine import Ranks, process_group
+from launch.ranks import Ranks, process_group
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from launch import checkpoint
 from launch.checkpoint import CheckpointError, Facts, check, find, newest
-from launch.engine import Ranks
+from launch.ranks import Ranks
 
 PART = "weights-00000.safetensors"
 

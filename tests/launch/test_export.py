@@ -12,9 +12,9 @@ from torch import Tensor
 
 from launch import checkpoint
 from launch.config import load_config
-from launch.engine import Ranks
 from launch.export import export, model_folder, spec_of
 from launch.fragments import Fragment
+from launch.ranks import Ranks
 from tim import TransitionTransformer
 from tim.official import read_weights
 from tim.weights import load_model

@@ -15,9 +15,9 @@ from dataprep.encode import EncodeConfig
 from dataprep.encode import encode as encode_corpus
 from launch.config import Config, ConfigError, load_config
 from launch.encoding import needs
-from launch.engine import Ranks
 from launch.export import spec_of
 from launch.planning import check_ready, make_planner
+from launch.ranks import Ranks
 from launch.trainer import Trainer
 from pipeline.index import Corpus
 from tests.pipeline.conftest import Sample, write_corpus

@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from launch.engine import Ranks
 from launch.export import export
 from launch.initial_weights import load_weights
+from launch.ranks import Ranks
 from tests.launch.test_export import CONFIG, save_checkpoint
 
 

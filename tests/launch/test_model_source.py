@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from launch.config import load_config
-from launch.engine import Ranks
 from launch.export import export, spec_of
 from launch.model_source import Replacements, generator_of, open_model
+from launch.ranks import Ranks
 from tests.launch.test_cli import Done, Tim, tim
 from tests.launch.test_export import save_checkpoint
 from tests.tim.models import autoencoder, bert

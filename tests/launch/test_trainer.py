@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from launch.config import ConfigError, TrainConfig, load_config
-from launch.engine import Ranks
+from launch.ranks import Ranks
 from launch.tally import Tally
 from launch.trainer import learning_rate, train
 from pipeline.loader import Batch
