@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 
 from dataprep.annotation_table import EXAMPLES, Damage, as_parquet
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
-from pipeline.captions import clean_captions
+from pipeline.corpus.captions import clean_captions
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.sidecars import TAKEDOWN
 from pipeline.digests import file_digest
-from pipeline.index import Corpus
 from pipeline.progress import Progress, unseen
-from pipeline.sidecars import TAKEDOWN
 
 Captions = Literal["first", "last", "only"]
 

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.tables import COLUMNAR, Table, kind_of, plain
+from pipeline.corpus.sidecars import TAKEDOWN
 from pipeline.errors import one_line
-from pipeline.sidecars import TAKEDOWN
 
 EXAMPLES = 3  # of what cannot be used that are named
 _BATCH = 10_000  # rows that are in memory

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 
 if TYPE_CHECKING:  # torch is slow to import, and the workers of a preparation, which import this file, do without it
     from tim.tokenizers import Tokenizer

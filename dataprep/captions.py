@@ -11,8 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.captions import clean_captions
-from pipeline.fields import Value
+from pipeline.corpus.captions import clean_captions
+from pipeline.corpus.record_fields import Value
 
 LANGUAGE = "caption_language"
 _URL = re.compile(r"(?:\b[a-z][a-z0-9+.-]{1,9}://|\bwww\.)[^\s<>\"']+", re.IGNORECASE)

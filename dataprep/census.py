@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 from dataprep.caption_lengths import beyond_usual, sample_captions
 from dataprep.charts import Histogram
 from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS
-from pipeline.account import take_account
-from pipeline.index import Corpus
-from pipeline.planner import PlanConfig, Planner
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.sidecars import TAKEDOWN
+from pipeline.planning.plan_statistics import take_account
+from pipeline.planning.planner import PlanConfig, Planner
+from pipeline.planning.summary import plan_summary
 from pipeline.progress import Progress, unseen
-from pipeline.resolution import target_sizes
-from pipeline.sidecars import TAKEDOWN
-from pipeline.source import Source
-from pipeline.summary import plan_summary
+from pipeline.size_rule import target_sizes
+from pipeline.streams.corpus_view import Source
 
 KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
 MOST_SCORES = 24  # further columns of numbers that are drawn
@@ -67,7 +67,7 @@ class Census:
 
     name: str
     manifest: Mapping[str, Any]
-    plan: dict[str, Any]  # of `pipeline.summary`, or {"error": why there is none}
+    plan: dict[str, Any]  # of `pipeline.planning.summary`, or {"error": why there is none}
     by_source: dict[str, Counter[str]] = field(default_factory=dict)  # "" counts what is kept, the others go by reason
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (⌊2·log2 width⌋, ⌊2·log2 height⌋)
     pixels: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.fields import IMAGE_EXTENSIONS, STANDARD, Columns, names_column
-from pipeline.text import check_encoding
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, STANDARD, Columns, names_column
+from pipeline.corpus.text_decoding import check_encoding
 
 _PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file", "img", *IMAGE_EXTENSIONS)
 _URLS = ("url", "image_url", "img_url", "image_link", "link", "contenturl")

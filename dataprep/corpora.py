@@ -19,12 +19,12 @@ from dataprep.places import join
 from dataprep.records import RawSample
 from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS, TAKEN_DOWN
 from dataprep.tables import plain
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.record_fields import Columns, read_fields
+from pipeline.corpus.sidecars import SIDECARS, TAKEDOWN, TEXT_COLUMNS, provider
 from pipeline.digests import json_digest
 from pipeline.errors import one_line
-from pipeline.fields import Columns, read_fields
-from pipeline.index import Corpus
-from pipeline.remote import is_remote, read_file
-from pipeline.sidecars import SIDECARS, TAKEDOWN, TEXT_COLUMNS, provider
+from pipeline.storage.remote import is_remote, read_file
 
 MANIFEST = "manifest.json"
 TAGS = "source_tags"

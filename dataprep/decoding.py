@@ -9,8 +9,8 @@ from types import MappingProxyType, TracebackType
 import numpy as np
 
 from pipeline.images import Pixels, Rejection, load_image
-from pipeline.resolution import Crop
-from pipeline.workers import WorkerPool
+from pipeline.loading.worker_pool import WorkerPool
+from pipeline.size_rule import Crop
 
 CRASHED = "crashed"
 _TIMEOUT = 600.0  # seconds that one picture may take
@@ -73,7 +73,7 @@ class Decoders:
 def decode_picture(
     picture: Picture, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
 ) -> Decoded:
-    """In this process. An image is one part (see `pipeline.workers.Decode`)."""
+    """In this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
     if lost:
         return CRASHED
     begin(0)

@@ -26,8 +26,8 @@ from contextlib import suppress
 from itertools import islice
 from typing import BinaryIO
 
-from pipeline.fields import IMAGE_EXTENSIONS
-from pipeline.text import find_undecodable, open_text
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
+from pipeline.corpus.text_decoding import find_undecodable, open_text
 
 MAX_LINE_BYTES = 16 << 20  # of a line; multi-line records are looked for in as many characters
 _PEEK = 100  # lines that are looked at to learn which columns name images

@@ -28,12 +28,12 @@ from dataprep.files import JOB, WORK, claimed, publish, publish_text, size_in_wo
 from dataprep.identity import difference
 from dataprep.manifest import MANIFEST
 from dataprep.shards import shard_name
-from pipeline.feature_members import pack, text_name
-from pipeline.feature_writing import features_manifest
-from pipeline.features import EMPTY, KIND
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
+from pipeline.features.manifest import EMPTY, KIND
+from pipeline.features.tensors import pack, text_name
+from pipeline.features.writer import features_manifest
 from pipeline.progress import Progress, unseen
-from pipeline.remote import is_remote
+from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
     import torch

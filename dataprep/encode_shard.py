@@ -17,15 +17,15 @@ from dataprep.encoders import EncodeConfig, Encoders, View
 from dataprep.files import publish, publish_text
 from dataprep.lookahead import ahead
 from dataprep.shards import shard_name
+from pipeline.corpus.corpus import Corpus
 from pipeline.digests import file_digest
-from pipeline.feature_members import text_name
-from pipeline.feature_writing import FeatureWriter
-from pipeline.features import FORMAT
+from pipeline.features.manifest import FORMAT
+from pipeline.features.tensors import text_name
+from pipeline.features.writer import FeatureWriter
 from pipeline.images import Pixels
-from pipeline.index import Corpus
-from pipeline.resolution import Crop, target_sizes
-from pipeline.source import integers
-from pipeline.storage import Part, ShardReader
+from pipeline.size_rule import Crop, target_sizes
+from pipeline.storage.shard_reader import Part, ShardReader
+from pipeline.streams.corpus_view import integers
 
 PIECE_PIXELS, PIECE_SAMPLES = 32 * 1024 * 1024, 256  # that are decoded and encoded together; part of what makes the bytes
 _COLUMNS = ("key", "width", "height", "captions", "image_offset", "image_length")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from pipeline.resolution import Crop, SizeRule
+from pipeline.size_rule import Crop, SizeRule
 
 if TYPE_CHECKING:
     import torch
@@ -166,7 +166,7 @@ class Encoders:
 
     def pictures(self, views: Sequence[View]) -> list[dict[str, Tensor]]:
         """What a feature shard has of each view: its latent, its deviation where the codec draws, and what a teacher sees."""
-        from pipeline.feature_members import latent_name, tokens_name
+        from pipeline.features.tensors import latent_name, tokens_name
 
         if not views:
             return []

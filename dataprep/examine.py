@@ -30,7 +30,7 @@ from dataprep.row_schema import SCALED_DOWN
 from dataprep.thumbnails import thumbnail
 from pipeline.errors import one_line
 from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
-from pipeline.remote import is_remote, read_ranges
+from pipeline.storage.remote import is_remote, read_ranges
 
 PIECE_SIZE, PIECE_BYTES = 32, 32 << 20
 _URLS_AT_ONCE = 16

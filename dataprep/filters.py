@@ -19,8 +19,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dataprep.row_schema import FILTER_PREFIX
-from pipeline.fields import Value
-from pipeline.where import Where
+from pipeline.corpus.record_fields import Value
+from pipeline.corpus.row_filter import Where
 
 _MEASURED_PIXELS = 1 << 20  # larger pictures are measured at a whole fraction of their sides, so that thresholds mean the same for all
 
@@ -31,7 +31,7 @@ class FilterConfig(BaseModel):
     `side` is of the shorter one in `min_side` and of the longer one in `max_side`, aspect = longer / shorter, bytes are the input file's,
     captions are measured after cleaning, and of several the first. `min_sharpness`: variance of the Laplacian of the luma, in levels²
     (blurred photographs have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat picture has 0.
-    `where`: names and expressions over the sources' columns (`pipeline.where`), such as {clip: similarity >= 0.28}.
+    `where`: names and expressions over the sources' columns (`pipeline.corpus.row_filter`), such as {clip: similarity >= 0.28}.
     An input that lacks a column that is asked for is rejected; one that no source has at all is taken for a mistake.
     """
 

@@ -18,12 +18,12 @@ from dataprep.places import base_name, join, read_texts
 from dataprep.records import RawSample
 from dataprep.tables import Table
 from dataprep.unread import Unread
+from pipeline.bounded_counter import listed, printable
+from pipeline.corpus.json_record import parse_json
+from pipeline.corpus.record_fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, read_fields
+from pipeline.corpus.text_decoding import UndecodableText, decode_text
 from pipeline.errors import one_line
-from pipeline.fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, read_fields
-from pipeline.json_record import parse_json
-from pipeline.remote import is_remote
-from pipeline.tally import listed, printable
-from pipeline.text import UndecodableText, decode_text
+from pipeline.storage.remote import is_remote
 
 IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")

@@ -17,9 +17,9 @@ from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import base_name, facts
 from dataprep.records import RawSample
+from pipeline.corpus.record_fields import CLASS_NAME
 from pipeline.errors import one_line
-from pipeline.fields import CLASS_NAME
-from pipeline.remote import is_remote
+from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
     from datasets import Features, IterableDataset, IterableDatasetDict

@@ -27,11 +27,11 @@ from dataprep.manifest import MANIFEST, Account, account_entries
 from dataprep.places import is_pattern, named_files
 from dataprep.shards import Shard, shard_name
 from dataprep.tars import DOTTED_TAKEN, members_left_out, open_tar, sidecar_table
-from pipeline.foreign import ForeignShard, index_tar, unreadable
-from pipeline.index import FORMAT, read_manifest
+from pipeline.bounded_counter import MOST_NAMES, Tally
+from pipeline.corpus.corpus import FORMAT, read_manifest
+from pipeline.corpus.foreign_tar import ForeignShard, index_tar, unreadable
 from pipeline.progress import Progress, unseen
-from pipeline.remote import is_remote
-from pipeline.tally import MOST_NAMES, Tally
+from pipeline.storage.remote import is_remote
 
 __all__ = ["index"]
 

@@ -30,9 +30,9 @@ from dataprep.report import ReportConfig
 from dataprep.shards import number_of_file, shard_number, stats_name
 from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
 from dataprep.store import Store, open_store
+from pipeline.corpus.corpus import Corpus, read_manifest
+from pipeline.corpus.row_filter import unknown_column
 from pipeline.digests import json_digest
-from pipeline.index import Corpus, read_manifest
-from pipeline.where import unknown_column
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

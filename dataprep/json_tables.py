@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
-from pipeline.json_record import Record, as_record, json_problem, parse_record
-from pipeline.text import find_undecodable, open_text
+from pipeline.corpus.json_record import Record, as_record, json_problem, parse_record
+from pipeline.corpus.text_decoding import find_undecodable, open_text
 
 JsonRow = tuple[int, "Record | str"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dataprep.dedup import Fingerprints
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 
 _COLUMNS = ("sha256", "phash", "width", "height", "image_length")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from dataprep.tables import Table
-from pipeline.fields import CLASS_NAME, Columns, Fields, Value, as_label, values_at
+from pipeline.corpus.record_fields import CLASS_NAME, Columns, Fields, Value, as_label, values_at
 
 _PEEK = 1000  # rows that are looked at to learn whether labels are texts
 _MAX_CLASSES = 100_000

@@ -19,9 +19,9 @@ from dataprep.labels import no_caption_hint, text_labels, with_class
 from dataprep.places import join
 from dataprep.records import RawSample
 from dataprep.tables import Table, plain
-from pipeline.fields import IMAGE_EXTENSIONS, Columns, Fields, read_fields, values_at
-from pipeline.remote import is_remote
-from pipeline.text import decode_text
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, Columns, Fields, read_fields, values_at
+from pipeline.corpus.text_decoding import decode_text
+from pipeline.storage.remote import is_remote
 
 _IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img")
 _NETWORK = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")

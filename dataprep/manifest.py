@@ -17,9 +17,9 @@ from dataprep.lookahead import ahead
 from dataprep.plan import ColumnKind, Columns
 from dataprep.shards import Shard, table_schema
 from dataprep.store import Store
+from pipeline.corpus.corpus import FORMAT
+from pipeline.corpus.sidecars import SIDECARS
 from pipeline.digests import file_digest, json_digest
-from pipeline.index import FORMAT
-from pipeline.sidecars import SIDECARS
 
 MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
 _READ_AHEAD = 4

@@ -30,9 +30,9 @@ from dataprep.listing import Listing
 from dataprep.lists import sample_of
 from dataprep.places import facts, is_unreachable, join, open_file
 from dataprep.records import RawSample
+from pipeline.corpus.text_decoding import decode_text
 from pipeline.errors import kind_and_line, one_line
-from pipeline.remote import is_remote
-from pipeline.text import decode_text
+from pipeline.storage.remote import is_remote
 
 INDEX = "index.json"
 _PICTURES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first

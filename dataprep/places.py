@@ -13,9 +13,9 @@ from typing import BinaryIO
 
 from dataprep.listing import Listing
 from dataprep.walk import Walk, is_hidden, is_hidden_image
-from pipeline import remote
-from pipeline.captions import MAX_TEXT_BYTES
-from pipeline.remote import is_remote
+from pipeline.corpus.captions import MAX_TEXT_BYTES
+from pipeline.storage import remote
+from pipeline.storage.remote import is_remote
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")

@@ -30,8 +30,8 @@ from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
 from dataprep.sidecars import extended_sidecars, listed_sidecars
 from dataprep.sources import Source, all_samples
 from dataprep.store import Store
+from pipeline.corpus.sidecars import Sidecar
 from pipeline.progress import Progress, unseen
-from pipeline.sidecars import Sidecar
 
 __all__ = ["Account", "Growth", "Part", "PrepareConfig", "prepare", "prepare_part"]
 

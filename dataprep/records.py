@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pipeline.fields import Value
+from pipeline.corpus.record_fields import Value
 
 
 @dataclass(frozen=True, slots=True)

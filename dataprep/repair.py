@@ -44,13 +44,13 @@ from dataprep.report import ReportConfig, census, render
 from dataprep.row_schema import TABLE_COLUMNS
 from dataprep.shards import Shard, shard_name, shard_number, shard_stats, table_bytes, table_schema
 from dataprep.store import open_store
+from pipeline.corpus.corpus import FORMAT, read_manifest
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
-from pipeline.fields import IMAGE_EXTENSIONS
 from pipeline.images import Rejection, read_image
-from pipeline.index import FORMAT, read_manifest
 from pipeline.progress import Progress, unseen
-from pipeline.tar import BlockReader, Member, members
+from pipeline.storage.tar import BlockReader, Member, members
 
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
 _MADE_ELSEWHERE = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar

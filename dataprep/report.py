@@ -25,9 +25,9 @@ from dataprep.executor import LocalPool, Pool
 from dataprep.files import publish_text, size_in_words
 from dataprep.manifest import REPORT
 from dataprep.thumbnails import thumbnails
-from pipeline.index import Corpus, read_manifest
+from pipeline.corpus.corpus import Corpus, read_manifest
+from pipeline.corpus.sidecars import Sidecar, read_sidecars
 from pipeline.progress import Progress, unseen
-from pipeline.sidecars import Sidecar, read_sidecars
 
 _LONGEST_TEXT = 300  # characters of a caption, path or message that are shown
 _MOST_SOURCES = 40

@@ -23,12 +23,12 @@ from dataprep.lookahead import ahead
 from dataprep.row_schema import SEMANTIC_DUPLICATE
 from dataprep.semantic import EMBEDDING, mark_duplicates
 from dataprep.sidecars import RESERVED, opened_for_sidecars, write_sidecar
+from pipeline.corpus.corpus import Corpus
 from pipeline.digests import file_digest
-from pipeline.index import Corpus
 from pipeline.progress import Progress, unseen
-from pipeline.resolution import Crop
-from pipeline.source import integers
-from pipeline.storage import BadShard, Part, ShardReader
+from pipeline.size_rule import Crop
+from pipeline.storage.shard_reader import BadShard, Part, ShardReader
+from pipeline.streams.corpus_view import integers
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from dataprep.dedup import Ints, keep_first
 from dataprep.row_schema import SEMANTIC_DUPLICATE
 from dataprep.sidecars import opened_for_sidecars, write_sidecar
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.sidecars import Sidecar, provider
 from pipeline.progress import Progress
-from pipeline.sidecars import Sidecar, provider
-from pipeline.source import integers
+from pipeline.streams.corpus_view import integers
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""Writing sidecar tables (`pipeline.sidecars`): a table beside every shard of a finished corpus, and the list of them, written last.
+"""Writing sidecar tables (`pipeline.corpus.sidecars`): a table beside every shard of a finished corpus, and the list of them, written last.
 
 A shard's table appears whole or not at all, and says in its metadata what it was made of: a run that was killed goes on with the shards
 that lack one. The tars and tables of the corpus are not touched.
@@ -25,10 +25,10 @@ from dataprep.manifest import kept_rows
 from dataprep.row_schema import MEMBERS
 from dataprep.shards import Shard
 from dataprep.store import Store, open_store
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.sidecars import FORMAT, SIDECARS, TEXT_COLUMNS, Sidecar, SidecarShard, read_sidecars
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
-from pipeline.index import Corpus
-from pipeline.sidecars import FORMAT, SIDECARS, TEXT_COLUMNS, Sidecar, SidecarShard, read_sidecars
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _IDENTITY = b"tim_sidecar"

@@ -25,7 +25,7 @@ from dataprep.tables import kind_of, kind_of_list
 from dataprep.tars import TAR_SUFFIXES, Shards
 from dataprep.unread import unread_notes
 from pipeline.errors import one_line
-from pipeline.remote import is_remote
+from pipeline.storage.remote import is_remote
 
 _NAME = r"[A-Za-z_][\w-]*"
 _NAMED = re.compile(rf"({_NAME})=(.+)", re.ASCII | re.DOTALL)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dataprep.files import TEMPORARY_SUFFIX, WORK, publish
-from pipeline.remote import file_sizes, filesystem, is_remote, read_file, remove_file, write_file
+from pipeline.storage.remote import file_sizes, filesystem, is_remote, read_file, remove_file, write_file
 
 
 def open_store(out: str | Path, *, work: str | Path | None) -> tuple[Store, Path]:

@@ -25,11 +25,11 @@ import zstandard
 from dataprep.delimited import MAX_LINE_BYTES, read_delimited, read_header
 from dataprep.json_tables import read_json
 from dataprep.places import base_name, facts, is_unreachable, open_file
+from pipeline.corpus.json_record import parse_record
+from pipeline.corpus.text_decoding import find_undecodable, open_text
 from pipeline.digests import stream_digest
 from pipeline.errors import one_line
-from pipeline.json_record import parse_record
-from pipeline.remote import is_remote
-from pipeline.text import find_undecodable, open_text
+from pipeline.storage.remote import is_remote
 
 Row = tuple[int, "dict[str, Any] | str"]
 

@@ -1,4 +1,4 @@
-"""WebDataset shards as sources: members of one key are one sample, in whatever order they come (`pipeline.tar_samples`)."""
+"""WebDataset shards as sources: members of one key are one sample, in whatever order they come (`pipeline.corpus.tar_samples`)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from dataprep.columns import ColumnConfig, describe_encoding, of_json, with_file
 from dataprep.places import base_name, facts, is_unreachable, open_file
 from dataprep.records import RawSample
 from dataprep.tables import decompressed, plain
-from pipeline.captions import MAX_TEXT_BYTES
+from pipeline.bounded_counter import Tally, listed
+from pipeline.corpus.captions import MAX_TEXT_BYTES
+from pipeline.corpus.json_record import parse_json
+from pipeline.corpus.record_fields import Value, read_fields
+from pipeline.corpus.tar_samples import TarSample, TarSamples
+from pipeline.corpus.text_decoding import UndecodableText, decode_text
 from pipeline.errors import one_line
-from pipeline.fields import Value, read_fields
-from pipeline.json_record import parse_json
-from pipeline.remote import is_remote, read_file, read_ranges, size_of
-from pipeline.tally import Tally, listed
-from pipeline.tar import BlockReader, Member, members, split_name
-from pipeline.tar_samples import TarSample, TarSamples
-from pipeline.text import UndecodableText, decode_text
+from pipeline.storage.remote import is_remote, read_file, read_ranges, size_of
+from pipeline.storage.tar import BlockReader, Member, members, split_name
 
 TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataprep.executor import Pool
 from pipeline.images import Pixels, Rejection, read_image
-from pipeline.storage import ShardReader
+from pipeline.storage.shard_reader import ShardReader
 
 LARGEST_SIDE = 160  # pixels
 _QUALITY = 75

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataprep.places import base_name, join, read_texts
 from dataprep.tables import kind_of
 from dataprep.tars import TAR_SUFFIXES
-from pipeline.tally import MOST_NAMES, Tally, listed
+from pipeline.bounded_counter import MOST_NAMES, Tally, listed
 
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".tbz2", ".txz")
 _MOST_TEXTS = 20  # text files that are looked into

@@ -25,10 +25,10 @@ from dataprep.row_schema import MEMBERS
 from dataprep.shards import number_of_file
 from dataprep.sidecars import check_sidecars, sidecar_files
 from dataprep.tars import open_tar
+from pipeline.corpus.corpus import read_manifest
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
-from pipeline.index import read_manifest
 from pipeline.progress import Progress, unseen
 
 _MANY = 20  # problems per shard that are told one by one

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.fields import IMAGE_EXTENSIONS
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 
 _WORDS = {
     "followed": "link(s) to folders were followed",

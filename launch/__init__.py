@@ -1,0 +1,1 @@
+"""A configuration to a running job: commands, training, sampling."""

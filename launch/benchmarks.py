@@ -20,11 +20,11 @@ from torch import Tensor
 
 from launch.baselines import DenseNetwork, Padding, dense_attention
 from launch.device import choose_device
+from pipeline.corpus.corpus import Corpus
 from pipeline.cost import DIFFUSION, TRANSITION
 from pipeline.images import exif_orientation
-from pipeline.index import Corpus
 from pipeline.progress import Progress
-from pipeline.resolution import SizeRule, target_sizes
+from pipeline.size_rule import SizeRule, target_sizes
 from tim import PackedText, PackedTokens, Segments, TransitionObjective, TransitionTransformer, transports
 from tim import sample as draw
 from tim.attention import BACKENDS, Needs, attention, choose_backend

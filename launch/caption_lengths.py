@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dataprep.caption_lengths import CaptionLengths, measure, sample_captions
 from launch.config import Config
-from pipeline.planner import Planner
+from pipeline.planning.planner import Planner
 from tim.tokenizers import Tokenizer
 
 

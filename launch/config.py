@@ -15,8 +15,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 import configs
 from launch import configfile
 from launch.configfile import ConfigError, Impossible
-from pipeline.plan import PlanConfig, Weight
-from pipeline.where import Where
+from pipeline.corpus.row_filter import Where
+from pipeline.planning.config import PlanConfig, Weight
 
 __all__ = ["Config", "ConfigError", "load_config", "recipe_names", "recipe_path"]
 

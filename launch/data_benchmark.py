@@ -20,14 +20,14 @@ from dataprep.prepare import PrepareConfig, prepare
 from launch import peers
 from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
+from pipeline.corpus.corpus import Corpus
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
-from pipeline.index import Corpus
-from pipeline.loader import Loader
-from pipeline.planner import PlanConfig, Planner
+from pipeline.loading.loader import Loader
+from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
 from pipeline.steps import PlannedSample
-from pipeline.storage import Part, ShardReader
+from pipeline.storage.shard_reader import Part, ShardReader
 
 STRIDE = 32  # pixels per token side, and per latent cell, as with the codec of the published text-to-image network
 CHANNELS = 32

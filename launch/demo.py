@@ -25,7 +25,7 @@ from launch.console import STOPPED, Console
 from launch.metrics import read_rows
 from launch.planning import make_planner
 from launch.preview import grid
-from pipeline.summary import plan_summary
+from pipeline.planning.summary import plan_summary
 
 RECIPE = "demo"
 PICTURES = 3000

@@ -12,7 +12,7 @@ from launch import configfile
 from launch.cluster import LAUNCHER, cores, die_with_launcher, run_in_processes
 from launch.config import Config, load_config
 from launch.console import Console
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 
 
 def settings(like: str | None, *, overrides: Sequence[str]) -> EncodeConfig:

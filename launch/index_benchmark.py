@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dataprep.indexing import IndexTask, index_shard, read_foreign
-from pipeline.index import Corpus
-from pipeline.planner import PlanConfig, Planner
+from pipeline.corpus.corpus import Corpus
+from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
 
 Data = dict[str, Any]

@@ -99,7 +99,7 @@ def plan(
     with session(as_json=as_json, debug=debug) as console:
         from launch.caption_lengths import caption_lengths
         from launch.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes, typed_config
-        from pipeline.summary import plan_summary
+        from pipeline.planning.summary import plan_summary
 
         options = {
             "stride": stride,

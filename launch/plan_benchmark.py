@@ -16,12 +16,12 @@ import numpy as np
 
 from launch.benchmarks import picture_sizes
 from pipeline.cost import DIFFUSION, Floats, Ints, image_costs
-from pipeline.dealing import deal, waited_for
-from pipeline.packing import NO_ROOM, fill_holes
-from pipeline.planner import PlanConfig, Planner
+from pipeline.packing.packing import NO_ROOM, fill_holes
+from pipeline.packing.rank_assignment import deal, waited_for
+from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
-from pipeline.sizes import SizeCorpus, Sizes
 from pipeline.steps import Step
+from pipeline.streams.size_only_corpus import SizeCorpus, Sizes
 
 PLAN = PlanConfig(stride=32, max_tokens=16_384, tokens_per_pack=32_768, packs_per_step=128)
 WIDTH = 1152  # of the network

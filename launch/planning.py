@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 
 from launch.arguments import one_config, split_overrides
 from launch.config import Config, ConfigError, load_config
-from pipeline.features import Features
-from pipeline.index import Corpus
-from pipeline.planner import PlanConfig, Planner
-from pipeline.remote import is_remote
-from pipeline.shardcache import ShardCache
-from pipeline.sizes import read_sizes
-from pipeline.source import Source
-from pipeline.tags import TagShuffle
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.tags import TagShuffle
+from pipeline.features.manifest import Features
+from pipeline.planning.planner import PlanConfig, Planner
+from pipeline.storage.remote import is_remote
+from pipeline.storage.shard_cache import ShardCache
+from pipeline.streams.corpus_view import Source
+from pipeline.streams.size_only_corpus import read_sizes
 
 if TYPE_CHECKING:
     from tim.text import TextEncoder

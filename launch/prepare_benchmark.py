@@ -26,7 +26,7 @@ from PIL import Image
 from launch import prepare_peers
 from launch.environments import environment, run_json
 from launch.turns import BOUND, OURS, compare, take_turns
-from pipeline.fields import IMAGE_EXTENSIONS
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.progress import Progress
 

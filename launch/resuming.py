@@ -9,9 +9,9 @@ from launch import checkpoint
 from launch.config import Config, ConfigError
 from launch.fragments import Shapes
 from launch.history import History, Replan
-from pipeline.loader import Loader
-from pipeline.plan_changes import PlanChange
-from pipeline.planner import Planner
+from pipeline.loading.loader import Loader
+from pipeline.planning.plan_changes import PlanChange
+from pipeline.planning.planner import Planner
 
 _CONFIG_KEYS = {
     "width": "network.params.hidden_size",

@@ -64,7 +64,7 @@ def describe_recipes(texts: Mapping[str, str]) -> str:
 
 
 def describe_plan(summary: Mapping[str, Any]) -> str:
-    """What `pipeline.summary.plan_summary` found, on one screen."""
+    """What `pipeline.planning.summary.plan_summary` found, on one screen."""
     account = summary["account"]
     steps, ranks = len(summary["steps"]), summary["ranks"]
     left_out = sum(account["left_out"].values())

@@ -8,7 +8,7 @@ import torch
 
 from launch.metrics import KINDS
 from launch.ranks import Ranks
-from pipeline.loader import Batch
+from pipeline.loading.loader import Batch
 from tim.objective import Losses
 
 MOST_NAMED = 8

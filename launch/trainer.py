@@ -33,9 +33,9 @@ from launch.replica import Replica
 from launch.resuming import restore_plan, trainer_state
 from launch.signals import listening
 from launch.tally import Tally
-from pipeline.feature_reading import empty_text
-from pipeline.loader import Batch, LoadedStep, Loader
-from pipeline.planner import Planner
+from pipeline.loading.feature_reader import empty_text
+from pipeline.loading.loader import Batch, LoadedStep, Loader
+from pipeline.planning.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, transports
 from tim.attention import Needs, choose_backend
 from tim.objective import Guide

@@ -1,0 +1,1 @@
+"""Shards to packed batches: what is in a training step."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cost import Floats, Ints
-from pipeline.draws import Hashes
+from pipeline.randomness import Hashes
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 from dataprep import executor
 from tests import reused_workers
-from tests.pipeline.servers import s3_server
+from tests.pipeline.storage.servers import s3_server
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests import REPOSITORY
+
 MAY_IMPORT = {
     "launch": {"launch", "dataprep", "pipeline", "tim", "configs"},
     "dataprep": {"dataprep", "pipeline", "tim"},
@@ -41,8 +42,8 @@ def test_the_walk_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     module = tmp_path / "tim" / "inner" / "a.py"
     module.parent.mkdir(parents=True)
     lines = ["import os.path", "def f():", "    from launch.cli import main", "    from . import b", "    from ..c import d"]
-    module.write_text("\n".join([*lines, "    import_module('pipeline.index')"]))
-    assert imported(module) == {"os.path", "launch.cli", "tim.inner", "tim.c", "pipeline.index"}
+    module.write_text("\n".join([*lines, "    import_module('pipeline.corpus.corpus')"]))
+    assert imported(module) == {"os.path", "launch.cli", "tim.inner", "tim.c", "pipeline.corpus.corpus"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile
 
 from pipeline.images.colour import to_rgb, to_srgb
 from pipeline.images.encode import Pixels
-from pipeline.images.jpeg import decode_whole_jpeg, plain_jpeg_size
+from pipeline.images.formats.jpeg import decode_whole_jpeg, plain_jpeg_size
 from pipeline.images.opening import Opened, animated, exif_orientation, open_again, open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, check_claim, check_size, damage_rejected, damaged
 

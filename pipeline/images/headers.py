@@ -9,8 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from pipeline.images.containers import webp_size
 from pipeline.images.decode import read_image
+from pipeline.images.formats.containers import webp_size
 from pipeline.images.opening import exif_orientation, open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_claim, check_size
 

@@ -13,8 +13,8 @@ from typing import Any
 from PIL import AvifImagePlugin, Image, ImageFile, ImagePalette, UnidentifiedImageError
 
 from pipeline.errors import one_line
-from pipeline.images.boxes import prepare_media
-from pipeline.images.containers import (
+from pipeline.images.formats.boxes import prepare_media
+from pipeline.images.formats.containers import (
     GIF_MAGIC,
     J2K_MAGIC,
     JP2_MAGIC,
@@ -25,12 +25,12 @@ from pipeline.images.containers import (
     prepare_ppm,
     prepare_webp,
 )
-from pipeline.images.jpeg import JPEG_MAGIC, JpegHeader, read_jpeg_header, tidy_jpeg
-from pipeline.images.jxl import JXL_MAGIC, prepare_jxl
-from pipeline.images.png import PNG_MAGIC, prepare_png
-from pipeline.images.prepared import Prepared
+from pipeline.images.formats.jpeg import JPEG_MAGIC, JpegHeader, read_jpeg_header, tidy_jpeg
+from pipeline.images.formats.jxl import JXL_MAGIC, prepare_jxl
+from pipeline.images.formats.png import PNG_MAGIC, prepare_png
+from pipeline.images.formats.prepared import Prepared
+from pipeline.images.formats.tiff import TIFF_MAGIC, prepare_tiff
 from pipeline.images.rejection import Rejection, check_claim, check_size, damage_rejected, damaged, unsupported
-from pipeline.images.tiff import TIFF_MAGIC, prepare_tiff
 
 # Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")

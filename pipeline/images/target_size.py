@@ -8,7 +8,7 @@ import simplejpeg
 
 from pipeline.images.decode import is_clean_jpeg, read_image
 from pipeline.images.encode import Pixels
-from pipeline.images.jpeg import JPEG_MAGIC, decode_jpeg, plain_jpeg_size
+from pipeline.images.formats.jpeg import JPEG_MAGIC, decode_jpeg, plain_jpeg_size
 from pipeline.images.opening import open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, check_size
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from dataprep.prepare import PrepareConfig
+from tests import REPOSITORY
 
 PREPARE = """
 import json, sys
@@ -28,7 +29,7 @@ prepare(told.pop("sources"), config=PrepareConfig.model_validate(told.pop("confi
 
 def start_prepare(sources: Sequence[Path | str], *, config: PrepareConfig, **told: Any) -> subprocess.Popen[str]:
     """`prepare` in a process of its own, which can be killed. `told`: its further arguments."""
-    process = subprocess.Popen([sys.executable, "-c", PREPARE], cwd=Path(__file__).parents[2], stdin=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", PREPARE], cwd=REPOSITORY, stdin=subprocess.PIPE, text=True)
     assert process.stdin is not None
     with process.stdin:
         json.dump({"sources": sources, "config": config.model_dump(mode="json"), **told}, process.stdin, default=str)

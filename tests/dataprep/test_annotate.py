@@ -22,11 +22,12 @@ from dataprep.indexing import index
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.sidecars import remove_sidecar
 from dataprep.verify import verify
-from pipeline.index import Corpus
-from pipeline.loader import Loader
-from pipeline.plan import PlanConfig
-from pipeline.planner import Planner
-from pipeline.source import Source
+from pipeline.corpus.corpus import Corpus
+from pipeline.loading.loader import Loader
+from pipeline.planning.config import PlanConfig
+from pipeline.planning.planner import Planner
+from pipeline.streams.corpus_view import Source
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, photo, write_folder
 
 COUNT = 24
@@ -245,7 +246,7 @@ def dying(path):
 store.publish = dying
 annotate({str(corpus)!r}, table=Path({str(table)!r}), on="key")
 """
-    process = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], env=os.environ, check=False)
+    process = subprocess.run([sys.executable, "-c", command], cwd=REPOSITORY, env=os.environ, check=False)
     assert process.returncode == -signal.SIGKILL
     assert not (corpus / "sidecars.json").exists()
     assert read(corpus, "caption")[0]["caption"].startswith("old")  # half a sidecar is none

@@ -16,7 +16,7 @@ from dataprep.indexing import index
 from dataprep.prepare import Growth, PrepareConfig, prepare
 from dataprep.verify import verify
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder, write_tar
-from tests.pipeline.servers import RangeServer, range_server
+from tests.pipeline.storage.servers import RangeServer, range_server
 
 COUNT = 12
 TAKEN_DOWN = ("001.jpg", "007.jpg")

@@ -22,20 +22,20 @@ from safetensors.torch import save_file
 
 from dataprep.encode import EncodeConfig, Encoded, encode
 from dataprep.encode_shard import encode_shard
-from pipeline.feature_members import latent_name, text_name, unpack
-from pipeline.feature_reading import empty_text
-from pipeline.features import Features
+from pipeline.corpus.corpus import Corpus
+from pipeline.features.manifest import Features
+from pipeline.features.tensors import latent_name, text_name, unpack
 from pipeline.images import load_image
-from pipeline.index import Corpus
-from pipeline.loader import Loader
-from pipeline.planner import PlanConfig, Planner
-from pipeline.resolution import SizeRule, target_size
+from pipeline.loading.feature_reader import empty_text
+from pipeline.loading.loader import Loader
+from pipeline.planning.planner import PlanConfig, Planner
+from pipeline.size_rule import SizeRule, target_size
+from tests import REPOSITORY
 from tests.pipeline.conftest import Sample, varied, write_corpus
 from tests.tim.models import autoencoder, bert
 from tests.tim.test_alignment import radio_weights
 from tim import codecs, text
 
-ROOT = Path(__file__).parents[2]
 SETTINGS: dict[str, Any] = {"max_tokens": (16, 30), "patch_size": 2, "flip": True, "dtype": "float32"}
 SHARDS = [
     varied(7, seed=1),
@@ -220,7 +220,7 @@ def test_a_decoder_that_takes_its_process_down_costs_one_picture(corpus: Corpus,
         "decode = simplejpeg.decode_jpeg\n"
         "simplejpeg.decode_jpeg = lambda data, **options: os.abort() if b'BOOM' in bytes(data) else decode(data, **options)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{REPOSITORY}")
     row = corpus.read(1, columns=("key", "image_offset", "image_length")).to_pylist()[1]
     with open(corpus.shards[1].path, "r+b") as tar:
         tar.seek(row["image_offset"] + row["image_length"] - 12)
@@ -317,7 +317,7 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path, models: dict[str, Any
 def start(*arguments: str, log: Path, launcher: tuple[str, ...] = ("launch.cli",)) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", *launcher, *arguments]
     with log.open("ab") as output:
-        return subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=output)
+        return subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=output)
 
 
 def kill_after(shards: set[str], job: subprocess.Popen[bytes], *, out: Path, log: Path) -> dict[str, int]:

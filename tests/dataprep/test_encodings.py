@@ -17,7 +17,7 @@ from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
 from dataprep.rejections import NothingKept
 from dataprep.sources import SourceConfig, open_sources
-from pipeline.reading import decode_caption
+from pipeline.loading.pack_reader import decode_caption
 from pipeline.steps import Member, PlannedSample
 from tests.dataprep.helpers import photo, table_rows, write_folder, write_tar
 

@@ -33,9 +33,9 @@ from dataprep.report import ReportConfig, render
 from dataprep.row_schema import FILTER_PREFIX, REASONS
 from dataprep.sources import open_sources
 from dataprep.verify import ShardCheck, check_shard, verify
+from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
 from pipeline.images.headers import careful_size, quick_size
-from pipeline.index import Corpus, read_manifest
 from tests.dataprep.helpers import photo, write_folder
 from tests.dataprep.mutations import damaged, parquets, pictures, tables, tars
 

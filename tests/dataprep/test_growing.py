@@ -17,10 +17,11 @@ from dataprep.job import with_own_settings
 from dataprep.prepare import Growth, PrepareConfig, prepare
 from dataprep.repair import repair
 from dataprep.verify import verify
-from pipeline.index import Corpus
-from pipeline.plan import PlanConfig
-from pipeline.resolution import LEFT_OUT_REASONS
-from pipeline.source import Source
+from pipeline.corpus.corpus import Corpus
+from pipeline.planning.config import PlanConfig
+from pipeline.size_rule import LEFT_OUT_REASONS
+from pipeline.streams.corpus_view import Source
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 4}})
@@ -142,7 +143,7 @@ def test_a_kill_leaves_the_old_corpus_or_the_new_one(tmp_path: Path, moment: str
     shutil.copytree(out, unbroken)
     expected = prepare([str(new)], out=unbroken, config=CONFIG, growth=APPEND)
     command = [sys.executable, "-c", ADDITION, str(new), str(out), moment]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         process.stdin.write(CONFIG.model_dump_json().encode())
         process.stdin.close()

@@ -18,9 +18,9 @@ from dataprep.indexing import IndexedShard, IndexTask, _keys_may_repeat, finishe
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.shards import Shard
 from dataprep.verify import verify
-from pipeline.index import Corpus
-from pipeline.loader import Loader
-from pipeline.planner import PlanConfig, Planner
+from pipeline.corpus.corpus import Corpus
+from pipeline.loading.loader import Loader
+from pipeline.planning.planner import PlanConfig, Planner
 from tests.dataprep.helpers import digests, photo, photo_folder, write_tar
 
 

@@ -30,8 +30,9 @@ from dataprep.records import RawSample
 from dataprep.rejections import NothingKept
 from dataprep.sources import SourceConfig, open_sources
 from dataprep.tables import Table, kind_of, kind_of_list, read_jsonl
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
-from tests.pipeline.servers import range_server
+from tests.pipeline.storage.servers import range_server
 
 ROWS = [{"path": "a.jpg", "alt": "one", "score": 1}, {"path": "deep/b.jpg", "alt": "two", "score": 2}]
 
@@ -227,12 +228,12 @@ def test_a_picture_that_takes_its_downloader_down_costs_itself_alone(tmp_path: P
     write_folder(
         tmp_path,
         {
-            "site/sitecustomize.py": b"import os, pipeline.remote as remote\n"
+            "site/sitecustomize.py": b"import os, pipeline.storage.remote as remote\n"
             b"read = remote.read_ranges\n"
             b"remote.read_ranges = lambda ranges: os.abort() if any('boom' in part[0] for part in ranges) else read(ranges)\n"
         },
     )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{Path(__file__).parents[2]}")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{REPOSITORY}")
     names = ["0.jpg", "1.jpg", "boom.jpg", "3.jpg"]
     write_folder(tmp_path / "web", {name: photo(number) for number, name in enumerate(names)})
     with range_server(tmp_path / "web") as server:

@@ -19,7 +19,7 @@ from dataprep.packed import PackedSamples
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.sources import open_sources
 from tests.dataprep.helpers import digests, member, photo, row_of
-from tests.pipeline.servers import range_server
+from tests.pipeline.storage.servers import range_server
 
 ENCODINGS = {"image": "jpeg", "n": "int", "p": "pkl", "text": "str", "w": "uint16"}
 LENGTHS = {"n": 8, "w": 2}

@@ -14,7 +14,7 @@ from dataprep.indexing import index
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.repair import repair
 from dataprep.verify import verify
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 from tests.dataprep.helpers import digests, photo, table_rows, write_folder
 
 CONFIG = PrepareConfig.model_validate({"name": "mended", "shards": {"max_samples": 4}})

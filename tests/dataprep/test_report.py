@@ -24,9 +24,9 @@ from dataprep.charts import MOST_BINS, Histogram, histogram
 from dataprep.indexing import index
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report import ReportConfig, report
-from pipeline.index import Corpus, read_manifest
-from pipeline.planner import Planner
-from pipeline.summary import plan_summary
+from pipeline.corpus.corpus import Corpus, read_manifest
+from pipeline.planning.planner import Planner
+from pipeline.planning.summary import plan_summary
 from tests.dataprep.helpers import digests, photo, photo_folder, table_rows, write_folder
 
 VOID = {"meta", "img", "path"}

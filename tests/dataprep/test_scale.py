@@ -16,6 +16,7 @@ from dataprep.executor import LocalPool, WorkerDied
 from dataprep.inputs import Part
 from dataprep.prepare import Growth, PrepareConfig, prepare, prepare_part
 from launch.cli import main
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, photo, photo_folder, row_of, start_prepare, write_folder
 from tests.dataprep.test_executor import Job, square, walk
 
@@ -163,7 +164,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(many: Path, reference: di
     """The limit is one on the size of files: the first stops the tables of pass 1, the second the shards."""
     out = tmp_path / "C"
     command = FULL_DISK.format(limit=limit, source=str(many), out=str(out), config=CONFIG.model_dump())
-    done = subprocess.run([sys.executable, "-c", command], cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, len(done.stdout.splitlines())) == (errno.EFBIG, 1), done.stderr
     assert "the disk is full; what is finished is kept: make room, and run the same command again" in done.stdout
     assert not list(out.rglob("*.tmp"))

@@ -15,7 +15,7 @@ from dataprep.examine import ImageConfig
 from dataprep.manifest import read_account
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.verify import verify
-from pipeline.index import read_manifest
+from pipeline.corpus.corpus import read_manifest
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
 
 FILES = {"small.jpg": (40, 48), "wide.jpg": (60, 300), "tall.jpg": (256, 64), "large.jpg": (200, 240), "narrow.jpg": (20, 600)}

@@ -23,13 +23,12 @@ from dataprep.verify import verify
 from launch.cli import main
 from launch.config import load_config
 from launch.planning import make_planner
-from pipeline.index import Corpus
-from pipeline.source import Source
+from pipeline.corpus.corpus import Corpus
+from pipeline.streams.corpus_view import Source
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 from tests.tim import models
 
 WIDTH = 32
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_scores_are_what_open_clip_says(clip: Path, corpus: Path, tmp_path: Path
 
 
 def _rule() -> Any:
-    from pipeline.resolution import SizeRule
+    from pipeline.size_rule import SizeRule
 
     return SizeRule(stride=8, max_tokens=64)
 

@@ -21,7 +21,7 @@ from dataprep.prepare import PrepareConfig, prepare
 from dataprep.records import RawSample
 from dataprep.sources import open_sources
 from tests.dataprep.helpers import photo, write_tar
-from tests.pipeline.test_foreign import jpeg
+from tests.pipeline.corpus.test_foreign_tar import jpeg
 
 STEMS = st.sampled_from(["0", "1", "./0", "./sub/0", "img_1.5x", "2023.01", "2023.02", "k.input", "k", ".hidden", "é" * 90, "d.d/0"])
 EXTENSIONS = st.sampled_from(["jpg", "png", "PNG", "txt", "TXT", "caption", "json", "cls", "npy", "seg.png", "en.txt", ""])

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 
 from launch.metrics import read_rows
+from tests import REPOSITORY
 
 PATIENCE = 500.0  # seconds
-ROOT = Path(__file__).parents[2]
 # What a training says of itself on standard error, and `tim launch` on standard output.
 _OWN_LINE = re.compile(r"\d+\.\d+M parameters · \d+ process|step \d+/\d+ · loss |saved \S+$|model: \S+$|\S+: trained for \d+ steps$")
 
@@ -72,7 +72,7 @@ def _answer() -> list[int]:
 def _rank_server() -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.distributed.rank_server"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:

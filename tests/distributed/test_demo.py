@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from launch.demo import PICTURES, READ_ON, SIZES, STEPS
+from tests import REPOSITORY
 from tests.distributed import jobs
 
 
@@ -42,4 +43,4 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
 
 
 def test_the_demo_says_where_to_read_on() -> None:
-    assert f"\n## {READ_ON}\n" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    assert f"\n## {READ_ON}\n" in (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -12,8 +12,8 @@ import pytest
 from launch.cli import main
 from launch.config import Config, load_config
 from launch.metrics import read_rows
-from pipeline.index import Corpus
-from pipeline.planner import Planner
+from pipeline.corpus.corpus import Corpus
+from pipeline.planning.planner import Planner
 from tests.distributed import jobs
 
 CONFIG = """\

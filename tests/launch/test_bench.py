@@ -15,7 +15,7 @@ from launch.baselines import DenseNetwork
 from launch.benchmarks import grids_of
 from launch.cli import main
 from launch.fit import fit_gamma
-from pipeline.planner import PlanConfig
+from pipeline.planning.planner import PlanConfig
 from tests.tim.tiny import tiny_network
 from tim import PackedText, PackedTokens
 

@@ -11,7 +11,7 @@ import pytest
 from launch.config import load_config
 from launch.encoding import settings
 from launch.planning import check_ready, make_planner
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 from tests.launch.test_cli import Tim, refused, tim
 from tests.pipeline.conftest import varied, write_corpus
 

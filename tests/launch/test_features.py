@@ -19,9 +19,9 @@ from launch.export import spec_of
 from launch.planning import check_ready, make_planner
 from launch.ranks import Ranks
 from launch.trainer import Trainer
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 from tests.pipeline.conftest import Sample, write_corpus
-from tests.pipeline.feature_writer import write_features
+from tests.pipeline.features.feature_writer import write_features
 from tests.tim.models import autoencoder, bert
 from tests.tim.test_alignment import radio_weights
 from tim import Generator, PackedText, TransitionTransformer, codecs, text

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.foreign_warnings import HIDDEN
+from tests import REPOSITORY
 
-ROOT = Path(__file__).parents[2]
 # What a command and a worker do first, and then warnings of another library and of our own modules.
 LIBRARY = """
 import warnings
@@ -41,7 +41,7 @@ OWN_OR_FOR_USERS = {
 def shown(tmp_path: Path, *options: str, user: str | None = None) -> set[str]:
     (tmp_path / "library.py").write_text(LIBRARY)
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONWARNINGS", HIDDEN)}
-    environment["PYTHONPATH"] = f"{ROOT}:{tmp_path}"
+    environment["PYTHONPATH"] = f"{REPOSITORY}:{tmp_path}"
     if user is not None:
         environment["PYTHONWARNINGS"] = user
     done = subprocess.run([sys.executable, "-c", COMMAND, WORKER, *options], env=environment, capture_output=True, text=True, check=True)

@@ -12,7 +12,7 @@ import pytest
 from launch.config import ConfigError, load_config
 from launch.planning import make_planner
 from launch.tables import describe_plan
-from pipeline.summary import plan_summary
+from pipeline.planning.summary import plan_summary
 from tests.pipeline.conftest import Sample, write_corpus
 
 CONFIG = """

@@ -10,7 +10,7 @@ from launch.config import ConfigError, TrainConfig, load_config
 from launch.ranks import Ranks
 from launch.tally import Tally
 from launch.trainer import learning_rate, train
-from pipeline.loader import Batch
+from pipeline.loading.loader import Batch
 from tim.objective import Losses
 
 

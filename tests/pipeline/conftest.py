@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline.index import Corpus
+from pipeline.corpus.corpus import Corpus
 
 _MEMBERS = [f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")]
 SCHEMA = pa.schema(

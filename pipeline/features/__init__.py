@@ -1,0 +1,1 @@
+"""Cached latents and text features: their manifest, tensors and writer."""

@@ -1,7 +1,0 @@
-"""What the fork server of the readers imports, with the warnings of other libraries hidden first: the readers inherit both."""
-
-from pipeline.foreign_warnings import hide_if_asked
-
-hide_if_asked()
-
-import pipeline.reading  # noqa: E402, F401

@@ -1,0 +1,1 @@
+"""Headers of image files, checked before a decoder sees them."""

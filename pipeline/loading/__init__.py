@@ -1,0 +1,1 @@
+"""Planned packs to batches on a device: worker processes read and decode."""

@@ -1,0 +1,343 @@
+"""Planned packs as tensors: worker processes read ahead, in order, and what they have read ahead is never part of the state."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.cost import DIFFUSION
+from pipeline.loading.feature_reader import FeatureDecoder
+from pipeline.loading.pack_reader import Failure, PackReader, ReadPack
+from pipeline.loading.worker_pool import Decode, WorkerPool, start_fork_server
+from pipeline.packing.rank_assignment import deal
+from pipeline.steps import PlannedSample, Step
+from pipeline.storage.shard_reader import ShardCache, ShardFacts, ShardReader
+
+if TYPE_CHECKING:
+    from pipeline.corpus.corpus import Corpus
+    from pipeline.planning.planner import Planner
+
+logger = logging.getLogger(__name__)
+
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pack of B images of different sizes, in planned order: as pixels and captions, or as their features.
+
+    `images` are uint8 (3, h, w), in memory (h, w, 3); `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64
+    −1 where dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a
+    sample that could not be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens`
+    are the planned ones.
+
+    What the corpus has features of takes the place of what they were made of, all in float32: `latents` of the noise's shapes that of
+    images (none), `texts`, (M, F) each, that of captions (""). `teacher` (T, D) is what an alignment teacher sees. `codec_noise`, like
+    `noise`, is there for a codec that draws the latents of images. Images, latents, teacher and noise are on the loader's device, the
+    rest is on the host.
+    """
+
+    ids: list[str]
+    images: list[Tensor]
+    captions: list[str]
+    labels: Tensor
+    kinds: Tensor
+    uniforms: Tensor
+    noise: list[Tensor]
+    weights: Tensor
+    tokens: int
+    codec_noise: list[Tensor] | None = None
+    latents: list[Tensor] | None = None
+    texts: list[Tensor] | None = None
+    teacher: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedStep:
+    """A step with the packs of this rank. `images`, `tokens`, `fill` and `ids` are of all ranks; `state` is the plan's after the step."""
+
+    index: int
+    images: int
+    tokens: int
+    fill: float
+    batches: list[Batch]
+    ids: tuple[str, ...]
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """A step whose packs are being read."""
+
+    step: Step
+    packs: list[tuple[PlannedSample, ...]]
+    state: dict[str, Any]
+
+
+class Loader:
+    """The steps of a plan, without end, from where its state stands.
+
+    Args:
+        planner: belongs to the loader from now on.
+        seed: of times, noise and tags.
+        rank, world_size: which packs of each step are read; every rank gets equally many.
+        lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3), or once a step; which packs they get depends on it.
+        channels, factor: latent channels, and pixels per latent cell, of the codec.
+        codec_draws: whether it draws the latents of images.
+        teacher: whether an alignment teacher's tokens are wanted, or else images for it to see.
+        workers: processes that read; 0 reads in this one, which a decoder that crashes then ends.
+        prefetch: steps that are read ahead.
+        max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
+        on_bad_shard: whether a shard that is missing, cut off or not what its digest says stops reading with RuntimeError, or leaves
+            the places of its samples empty, which `samples_skipped` counts.
+        verify: compare local shards with their digests before they are first read.
+        cache: where remote shards are kept whole; None reads the wanted parts of them.
+        timeout: seconds without progress after which reading stops with RuntimeError, or gives up the sample that is being decoded.
+        device: where images and noise go; to a GPU from pinned memory, without waiting.
+    """
+
+    def __init__(
+        self,
+        planner: Planner,
+        *,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        lockstep: bool = False,
+        channels: int,
+        factor: int,
+        codec_draws: bool = False,
+        teacher: bool = False,
+        workers: int = 2,
+        prefetch: int = 2,
+        max_bad_fraction: float = 0.01,
+        on_bad_shard: Literal["error", "skip"] = "error",
+        verify: bool = False,
+        cache: ShardCache | None = None,
+        timeout: float = 300.0,
+        device: torch.device | None = None,
+    ) -> None:
+        if planner.stride % factor:
+            raise ValueError(f"plan.stride {planner.stride} is no multiple of the codec's {factor} pixels per latent cell")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+        if workers < 0 or prefetch < 1:
+            raise ValueError(f"loader.workers {workers} must be at least 0, loader.prefetch {prefetch} at least 1")
+        if not 0 <= max_bad_fraction <= 1 or timeout <= 0:
+            raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
+        self.samples_seen = 0  # by this rank, since this object was made
+        self.samples_failed = 0
+        self.samples_skipped = 0  # those of bad shards, which are not among the failed ones
+        self._planner = planner
+        geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
+        parts, decoder = (), None
+        if (features := planner.corpora[0].features) is not None:
+            parts = features.parts
+            width = features.teacher["width"] if teacher and features.teacher else None
+            decoder = FeatureDecoder(**geometry, latents="latents" in parts, empty=features.empty, teacher=width)
+        reader = PackReader(
+            **geometry,
+            shards=ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify),
+            pixels="latents" not in parts or (teacher and "teacher" not in parts),
+            captions="captions" not in parts,
+            features=decoder,
+            codec_draws=codec_draws and "latents" not in parts,
+            shuffle_tags=planner.shuffle_tags,
+        )
+        self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
+        self._decode: Decode[Any, ReadPack] = reader.decode
+        self._rank = rank
+        self._world_size = world_size
+        self._lockstep = lockstep
+        self._channels = channels
+        self._factor = factor
+        self._workers = workers
+        self._prefetch = prefetch
+        self._max_bad_fraction = max_bad_fraction
+        self._on_bad_shard = on_bad_shard
+        self._bad_shards: set[str] = set()
+        self._timeout = timeout
+        self._device = device
+        self._state = planner.state_dict()
+        self._ahead: deque[_Ahead] = deque()
+        self._pool: WorkerPool[tuple[PlannedSample, ...], ReadPack] | None = None
+        self._iterations = 0
+        if workers:
+            start_fork_server()
+
+    def __iter__(self) -> Iterator[LoadedStep]:
+        """Endless. An earlier iterator ends.
+
+        A sample at which a worker dies, or is stuck, twice is one that cannot be read. Raises RuntimeError if too many samples fail, if
+        nothing comes from storage, or if workers die without end.
+        """
+        self.close()
+        self._planner.load_state_dict(self._state)
+        if self._workers:
+            steps_ahead = self._steps_ahead()
+            self._pool = WorkerPool(self._fetch, self._decode, workers=self._workers, timeout=self._timeout, name=_part_name)
+        else:
+            steps_ahead = 0
+        iteration = self._iterations
+        while iteration == self._iterations:
+            while len(self._ahead) <= steps_ahead:
+                self._plan_one_more()
+            ahead = self._ahead.popleft()
+            read = self._read(ahead.packs)
+            batches = [self._batch(pack, samples=samples) for pack, samples in zip(read, ahead.packs, strict=True)]
+            self._state = ahead.state
+            self._stop_if_too_many_failed()
+            yield LoadedStep(
+                index=ahead.step.index,
+                images=ahead.step.images,
+                tokens=ahead.step.tokens,
+                fill=ahead.step.fill,
+                batches=batches,
+                ids=ahead.step.ids,
+                state=ahead.state,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan's state after the last step that was handed out, whatever was read ahead."""
+        return self._state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step at which `state` was taken. Raises ValueError if it is of another plan."""
+        self.close()
+        self._planner.load_state_dict(state)
+        self._state = state
+
+    def replan(self, state: dict[str, Any]) -> None:
+        """Begin the plan at the step at which `state` of another one was taken (`Planner.replan`)."""
+        self.close()
+        self._planner.replan(state)
+        self._state = self._planner.state_dict()
+
+    def close(self) -> None:
+        """End the workers and what iterates; iterating anew starts them again."""
+        self._iterations += 1
+        self._ahead.clear()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def _plan_one_more(self) -> None:
+        step = self._planner.next_step()
+        hands = deal(step, ranks=self._world_size, lockstep=self._lockstep)
+        packs = [pack.samples for pack in hands[self._rank]]
+        self._ahead.append(_Ahead(step=step, packs=packs, state=self._planner.state_dict()))
+        if self._pool is not None:
+            for samples in packs:
+                self._pool.put(samples)
+
+    def _read(self, packs: list[tuple[PlannedSample, ...]]) -> list[ReadPack]:
+        if self._pool is None:
+            return [self._decode(self._fetch(samples)) for samples in packs]
+        try:
+            return [self._pool.get() for _ in packs]
+        except RuntimeError:
+            self.close()
+            raise
+
+    def _steps_ahead(self) -> int:
+        """How many steps are read ahead: `prefetch`, as far as shared memory holds them."""
+        if not os.path.isdir(_SHARED_MEMORY):
+            return self._prefetch
+        stride, cells = self._planner.stride, self._planner.stride // self._factor
+        packs = -(-self._planner.plan.most_packs // self._world_size)
+        step_bytes = packs * self._planner.plan.tokens_per_pack * (3 * stride**2 + 4 * self._channels * cells**2)
+        found = os.statvfs(_SHARED_MEMORY)
+        free = found.f_bavail * found.f_frsize
+        possible = free // (2 * step_bytes) - 1  # one more is being trained; half is for the other ranks of this machine
+        if possible < 0:
+            raise RuntimeError(
+                f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, reading by worker processes needs {2 * step_bytes / 1e6:.0f} MB: "
+                "enlarge it (docker run --shm-size), or set loader.workers=0"
+            )
+        if possible < self._prefetch:
+            logger.warning("reading %d steps ahead instead of %d, because %s is small", possible, self._prefetch, _SHARED_MEMORY)
+        return min(self._prefetch, possible)
+
+    def _batch(self, pack: ReadPack, *, samples: tuple[PlannedSample, ...]) -> Batch:
+        cells = [(self._channels, height // self._factor, width // self._factor) for height, width in pack.sizes]
+
+        def split(flat: Tensor | None, shapes: Sequence[tuple[int, int, int]]) -> list[Tensor] | None:
+            if flat is None:
+                return None
+            parts = self._on_device(flat).split([math.prod(shape) for shape in shapes])
+            return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+        weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
+        for failure in pack.failures:
+            weights[failure.position] = 0
+            self._account(failure, samples[failure.position])
+        self.samples_seen += len(samples)
+        return Batch(
+            ids=[sample.id for sample in samples] or [""],
+            images=[image.permute(2, 0, 1) for image in split(pack.pixels, [(*size, 3) for size in pack.sizes]) or []],
+            captions=pack.captions,
+            labels=torch.tensor([sample.label for sample in samples] or [-1]),
+            kinds=torch.tensor([sample.kind for sample in samples] or [DIFFUSION]),
+            uniforms=torch.from_numpy(pack.uniforms),
+            noise=split(pack.noise, cells) or [],
+            weights=weights,
+            tokens=sum(sample.tokens for sample in samples),
+            codec_noise=split(pack.codec_noise, cells),
+            latents=split(pack.latents, cells),
+            texts=None if pack.texts is None else list(pack.texts.split(pack.text_lengths)),
+            teacher=None if pack.teacher is None else self._on_device(pack.teacher),
+        )
+
+    def _on_device(self, flat: Tensor) -> Tensor:
+        """One copy for all images of a pack; into pinned memory first, from where a GPU fetches it while this process goes on."""
+        if self._device is None or self._device.type == "cpu":
+            return flat
+        return (flat.pin_memory() if self._device.type == "cuda" else flat).to(self._device, non_blocking=True)
+
+    def _account(self, failure: Failure, sample: PlannedSample) -> None:
+        """Log and count a sample that could not be read, or stop because of its shard; a bad shard is logged once."""
+        tar = sample.features_tar or sample.tar
+        if not failure.bad_shard:
+            self.samples_failed += 1
+            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, tar, failure.reason)
+            return
+        if self._on_bad_shard == "error":
+            self.close()
+            raise RuntimeError(f"sample {sample.id} cannot be read: {failure.reason}")
+        self.samples_skipped += 1
+        if tar not in self._bad_shards:
+            self._bad_shards.add(tar)
+            logger.warning("the places of all samples of %s stay empty: %s", tar, failure.reason)
+
+    def _stop_if_too_many_failed(self) -> None:
+        """Judged as soon as so many samples were seen that at least one of them may have failed."""
+        failed, allowed = self.samples_failed, self._max_bad_fraction * self.samples_seen
+        if failed > allowed and (allowed >= 1 or self._max_bad_fraction == 0):
+            self.close()
+            raise RuntimeError(
+                f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
+                "allows: see the warnings above, `tim verify` on the corpus names all of them"
+            )
+
+
+def _part_name(samples: tuple[PlannedSample, ...], part: int) -> str:
+    return f"sample {samples[part].id} of {samples[part].features_tar or samples[part].tar}"
+
+
+def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:
+    """What manifests say of the shards that are read."""
+    facts: dict[str, ShardFacts] = {}
+    for corpus in corpora:
+        facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}
+        facts |= {shard.texts: ShardFacts(shard.texts_bytes, shard.texts_sha256) for shard in corpus.shards if shard.texts}
+        if corpus.features is not None:
+            facts |= {shard.tar: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.features.shards}
+    return facts

@@ -1,0 +1,236 @@
+"""What a worker process does: planned samples → their bytes → pixels, captions, time draws and noise. A pure function of the plan.
+
+Kept free of pyarrow, pydantic and the planner, because every worker process imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.corpus.captions import MAX_TEXT_BYTES, clean_captions, normalise
+from pipeline.corpus.json_record import parse_json
+from pipeline.corpus.record_fields import read_fields
+from pipeline.corpus.tags import TagShuffle
+from pipeline.corpus.text_decoding import decode_text
+from pipeline.errors import kind_and_line
+from pipeline.images import load_image
+from pipeline.loading.feature_reader import FeatureDecoder, SampleFeatures
+from pipeline.randomness import generator, generators, to_uniform
+from pipeline.steps import Member, PlannedSample
+from pipeline.storage.shard_reader import BadShard, Part, ShardReader
+
+
+class Failure(NamedTuple):
+    """A sample that could not be read: its position in the pack, why, and whether because its whole shard cannot."""
+
+    position: int
+    reason: str
+    bad_shard: bool = False
+
+
+class FetchedPack(NamedTuple):
+    """The bytes of a pack: for every sample those of its image, text and json file, and of its features, or why they cannot be read.
+
+    What a sample does not have or need is empty.
+    """
+
+    samples: Sequence[PlannedSample]
+    images: list[memoryview | OSError]
+    texts: list[memoryview | OSError]
+    records: list[memoryview | OSError]
+    features: list[memoryview | OSError]
+
+
+class ReadPack(NamedTuple):
+    """A pack as it travels between processes: few large tensors, because each costs a file descriptor.
+
+    `pixels` is uint8, all images one after the other, (h, w, 3) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
+    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Where a codec draws latents, `codec_noise` is
+    like `noise`. From features come `latents`, float32 like `noise`, zero for a failed one; `texts`, float32 (M, F) each of
+    `text_lengths` M; and `teacher`, float32 (T, D). None is what is not read.
+    """
+
+    pixels: Tensor | None
+    noise: Tensor
+    sizes: list[tuple[int, int]]
+    captions: list[str]
+    uniforms: NDArray[np.float64]
+    failures: list[Failure]
+    codec_noise: Tensor | None = None
+    latents: Tensor | None = None
+    texts: Tensor | None = None
+    text_lengths: tuple[int, ...] = ()
+    teacher: Tensor | None = None
+
+
+class PackReader:
+    """Reads packs. Belongs to one process from its first read on; one thread may fetch a pack while another decodes one.
+
+    Args:
+        seed: of times, noise, tags and what a codec draws.
+        stride: pixels per token side.
+        channels: of a latent.
+        factor: pixels per latent cell.
+        shards: where bytes come from.
+        pixels, captions: whether images and captions are read; from `features` comes what is not.
+        codec_draws: whether the codec that encodes the images draws its latents.
+        shuffle_tags: for captions that are lists of tags.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        stride: int,
+        channels: int,
+        factor: int,
+        shards: ShardReader,
+        pixels: bool = True,
+        captions: bool = True,
+        features: FeatureDecoder | None = None,
+        codec_draws: bool = False,
+        shuffle_tags: TagShuffle | None = None,
+    ) -> None:
+        self._seed = seed
+        self._stride = stride
+        self._channels = channels
+        self._factor = factor
+        self._shards = shards
+        self._pixels = pixels
+        self._captions = captions
+        self._features = features
+        self._codec_draws = codec_draws
+        self._shuffle_tags = shuffle_tags
+
+    def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
+        """The bytes of a pack, from all its shards at once."""
+        wanted: list[list[Part]] = [[], [], [], []]
+        for sample in samples:
+            if self._pixels:
+                wanted[0].append(Part(sample.tar, sample.image.offset, sample.image.length))
+            if self._captions:
+                wanted[1].append(_text_part(sample, sample.text))
+                wanted[2].append(_text_part(sample, sample.json))
+            if self._features:
+                wanted[3].append(Part(sample.features_tar, sample.features.offset, sample.features.length))
+        found = iter(self._shards.read_parts([part for parts in wanted for part in parts]))
+        nothing: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
+        return FetchedPack(samples, *([next(found) for _ in parts] or nothing for parts in wanted))
+
+    def decode(
+        self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
+    ) -> ReadPack:
+        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy of one stride.
+
+        `begin` is told the position of every sample before its bytes are looked at, and −1 after the last. Samples at positions in `lost`
+        are not looked at: they fail for the reasons given.
+        """
+        samples = fetched.samples
+        area = sum(sample.height * sample.width for sample in samples) or self._stride**2
+        pixels = np.zeros(3 * area if self._pixels else 0, dtype=np.uint8)
+        blank = self._features.blank() if self._features else None
+        sizes: list[tuple[int, int]] = []
+        captions: list[str] = []
+        features: list[SampleFeatures] = []
+        failures: list[Failure] = []
+        filled = 0
+        for position, (sample, data, text, record, encoded) in enumerate(zip(*fetched, strict=True)):
+            try:
+                if position in lost:
+                    raise ValueError(lost[position])
+                begin(position)
+                image = _decode_image(sample, data) if self._pixels else None
+                caption = self._caption(sample, text, record) if self._captions else ""
+                found = self._features.decode(sample, encoded) if self._features else None
+                size = sample.height, sample.width
+            except Exception as error:  # a shard cut off, a broken image or caption file, what safetensors makes of one that is damaged
+                reason = lost[position] if position in lost else kind_and_line(error)
+                failures.append(Failure(position=position, reason=reason, bad_shard=isinstance(error, BadShard)))
+                image, caption, found, size = None, "", blank, (self._stride, self._stride)
+            if image is not None:
+                pixels[filled : filled + image.size].reshape(*size, 3)[:] = image
+            filled += 3 * size[0] * size[1]
+            sizes.append(size)
+            captions.append(caption)
+            if found is not None:
+                features.append(found)
+        begin(-1)
+        if not samples:
+            filled, sizes, captions, features = 3 * area, [(self._stride, self._stride)], [""], [blank] if blank else []
+        texts = [each.text for each in features if each.text is not None]
+        return ReadPack(
+            pixels=torch.from_numpy(pixels[:filled]) if self._pixels else None,
+            noise=self._noise("noise", samples, sizes=sizes),
+            sizes=sizes,
+            captions=captions,
+            uniforms=time_draws(self._seed, samples) if samples else np.full((1, 2), 0.5),
+            failures=failures,
+            codec_noise=self._noise("codec", samples, sizes=sizes) if self._codec_draws else None,
+            latents=_joined([each.latent.reshape(-1) for each in features if each.latent is not None]),
+            texts=_joined(texts),
+            text_lengths=tuple(map(len, texts)),
+            teacher=_joined([each.teacher for each in features if each.teacher is not None]),
+        )
+
+    def _caption(self, sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
+        caption = decode_caption(sample, text, record)
+        if self._shuffle_tags is None or not caption:
+            return caption
+        return self._shuffle_tags.apply(caption, generator=generator(self._seed, "tags", sample.visit, sample.id))
+
+    def _noise(self, purpose: str, samples: Sequence[PlannedSample], *, sizes: Sequence[tuple[int, int]]) -> Tensor:
+        """Of all samples, one after the other; zero for the dummy of an empty pack."""
+        shapes = [(self._channels, height // self._factor, width // self._factor) for height, width in sizes]
+        if not samples:
+            return torch.zeros(shapes[0]).reshape(-1)
+        streams = generators(self._seed, purpose, [sample.visit for sample in samples], [sample.id for sample in samples])
+        drawn = [stream.standard_normal(shape, dtype=np.float32).reshape(-1) for stream, shape in zip(streams, shapes, strict=True)]
+        return torch.from_numpy(np.concatenate(drawn))
+
+
+def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
+    """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none.
+
+    Raises UndecodableText."""
+    if sample.caption < 0:
+        return ""
+    first = decode_text(_bytes(text))
+    if sample.caption == 0 and first and not first.isspace():
+        return normalise(first)[0]
+    parsed = parse_json(bytes(_bytes(record)))
+    captions, _ = clean_captions([first, *(read_fields(parsed).captions if isinstance(parsed, dict) else ())])
+    return captions[sample.caption] if captions else ""
+
+
+def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float64]:
+    """(B, 2): the two numbers in (0, 1) that the times of each sample follow from on this visit."""
+    streams = generators(seed, "times", [sample.visit for sample in samples], [sample.id for sample in samples])
+    return to_uniform(np.stack([stream.integers(0, 2**64, 2, dtype=np.uint64) for stream in streams]))
+
+
+def _text_part(sample: PlannedSample, member: Member) -> Part:
+    """Where a text stands, as far as anybody reads it; next to the image where there is none, or where the caption is dropped."""
+    if sample.caption < 0 or not member.exists:
+        return Part(sample.tar, sample.image.offset, 0)
+    return Part(sample.texts, member.offset, min(member.length, MAX_TEXT_BYTES))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+    return torch.cat(list(parts)) if parts else None
+
+
+def _decode_image(sample: PlannedSample, data: memoryview | OSError) -> NDArray[np.uint8]:
+    return load_image(_bytes(data), resize=sample.resize, crop=(sample.height, sample.width), flip=sample.flip)
+
+
+def _bytes(found: memoryview | OSError) -> memoryview:
+    if isinstance(found, OSError):
+        raise found
+    return found

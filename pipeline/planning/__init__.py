@@ -1,0 +1,1 @@
+"""Steps of packs from metadata alone: configuration, planner, state and summary."""

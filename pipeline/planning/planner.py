@@ -1,0 +1,271 @@
+"""Corpora to steps of packs, from metadata alone: checks a plan, follows its schedule and keeps its state.
+
+`pipeline.planning.shard_group` selects and packs the images of a step, from all shards or, with `plan.groups`, from each part of them.
+Nothing here depends on ranks: `pipeline.packing.rank_assignment` assigns packs to ranks afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.tags import TagShuffle
+from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.digests import json_digest
+from pipeline.planning.config import PlanConfig
+from pipeline.planning.plan_changes import PlanChange, PlanChangedError, counts_of, plan_changes
+from pipeline.planning.plan_statistics import take_account
+from pipeline.planning.shard_group import Group
+from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
+from pipeline.streams.corpus_view import Source
+from pipeline.streams.mixture import Mixture, mixture_shares
+from pipeline.streams.sample_stream import DrawRule, Part
+
+__all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step"]
+
+FORMAT = 3
+
+
+class _Stage(NamedTuple):
+    """What holds from a step on. shares: of the corpora, whole numbers; kind_shares: of images with r = t and with r = 0."""
+
+    plan: PlanConfig
+    shares: tuple[int, ...]
+    kind_shares: tuple[float, float]
+
+
+class Planner:
+    """The endless, seeded, resumable sequence of steps over one or more corpora.
+
+    Args:
+        corpora: what to train on; what a corpus has of further settings (weight, repeats, cap, where, exclude) stands in a `Source`.
+        plan: the plan section, with its stride.
+        seed: every draw of the plan follows from it.
+        width: the network's width, for the cost of attention.
+        diffusion_share, consistency_share: shares of images with r = t and with r = 0, until the schedule changes them; the rest has r < t.
+        caption_dropout: share of images whose caption or class is dropped.
+        caption_weights: relative weights of a sample's 1st, 2nd, … caption; further ones weigh as much as the last.
+        shuffle_tags: how captions are shuffled that are lists of tags.
+
+    Raises ValueError for an impossible plan, in one line.
+    """
+
+    def __init__(
+        self,
+        corpora: Sequence[Corpus | Source],
+        *,
+        plan: PlanConfig,
+        seed: int,
+        width: int,
+        diffusion_share: float,
+        consistency_share: float,
+        caption_dropout: float = 0.0,
+        caption_weights: Sequence[float] = (1.0,),
+        shuffle_tags: TagShuffle | None = None,
+    ) -> None:
+        self.sources = tuple(corpus if isinstance(corpus, Source) else Source(corpus) for corpus in corpora)
+        self.corpora = tuple(source.corpus for source in self.sources)
+        _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
+        if plan.stride is None:
+            raise ValueError("plan.stride is not known: it is the codec's pixels per latent cell times the network's patch size")
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
+        if not caption_weights or min(caption_weights) < 0 or max(caption_weights) == 0:
+            raise ValueError(f"caption_weights {list(caption_weights)} must be at least 0, and one of them above")
+        self.plan = plan
+        self.stride = plan.stride
+        self.seed = seed
+        self.width = width
+        self.shuffle_tags = shuffle_tags
+        self._check_groups()
+        self._accounts: dict[int, dict[str, Any]] = {}
+        self._stages = {
+            first: _Stage(
+                plan.at(first), self._mixture_shares(first), plan.kind_shares_at(first, first=(diffusion_share, consistency_share))
+            )
+            for first in (0, *(stage.step for stage in plan.schedule))
+        }
+        _check_kinds(self._stages)
+        self._now, shares, kind_shares = self._stages[0]
+        for corpus in self.corpora:
+            corpus.check_features(rules=[stage.plan.size_rule for stage in self._stages.values()], flips=plan.flip > 0)
+        draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
+        self._groups = [
+            Group(
+                Mixture(
+                    self.sources,
+                    shares=shares,
+                    rule=self._now.size_rule,
+                    draw_rule=draw_rule,
+                    window=plan.window,
+                    part=Part(number, of=plan.groups),
+                ),
+                plan=self._now,
+                width=width,
+                kind_shares=kind_shares,
+            )
+            for number in range(plan.groups)
+        ]
+        self.places = self._groups[0].places
+        self._step = 0
+        self._inputs: dict[str, Any] = {
+            "corpora": [source.identity for source in self.sources],
+            "seed": seed,
+            "width": width,
+            "diffusion_share": diffusion_share,
+            "consistency_share": consistency_share,
+            "caption_dropout": caption_dropout,
+            "caption_weights": list(caption_weights),
+            "shuffle_tags": None if shuffle_tags is None else asdict(shuffle_tags),
+            **{f"plan.{key}": value for key, value in plan.model_dump(mode="json").items()},
+        }
+        self.plan_hash = json_digest([FORMAT, self._inputs])
+
+    def next_step(self) -> Step:
+        """Plan one step more. Raises ValueError if a table cannot be read, or if the plan leaves every sample of a corpus out."""
+        if self._step in self._stages and self._step:
+            self._enter(self._step)
+        packed = [group.next_packs() for group in self._groups]
+        packs = self._now.packs_per_step
+        table = StepTable(
+            columns=Columns.join([each.samples for each in packed]),
+            kinds=np.concatenate([each.kinds for each in packed]),
+            costs=np.concatenate([each.costs for each in packed]),
+            places=self.places,
+        )
+        assigned = np.concatenate([each.packs + number * packs // len(packed) for number, each in enumerate(packed)])
+        step = Step(
+            index=self._step,
+            packs=table.split(assigned, packs=packs),
+            table=table,
+            tokens_per_pack=self.plan.tokens_per_pack,
+            groups=len(packed),
+        )
+        self._step += 1
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the plan stands, before its next step: JSON-able, small, the same on every rank."""
+        return {
+            "format": FORMAT,
+            "plan_hash": self.plan_hash,
+            "inputs": self._inputs,
+            "counts": counts_of(self.sources),
+            "step": self._step,
+            "groups": [group.state_dict() for group in self._groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken. Raises PlanChangedError, a ValueError, naming what differs if it is of another plan."""
+        changes = self.changes_since(state)
+        if changes:
+            raise PlanChangedError(changes)
+        self._step = state["step"]
+        self._enter(max(self._step - 1, 0))
+        for group, saved in zip(self._groups, state["groups"], strict=True):
+            group.load_state_dict(saved)
+
+    def replan(self, state: dict[str, Any]) -> None:
+        """Begin this plan at the step at which `state` of another one was taken: a function of that state and of this plan's inputs.
+
+        Every corpus starts a new epoch, and visits count on from above the largest that the other plan has reached: no draw of it
+        (hash of seed, purpose, visit, id) comes again. What it carried over is planned as any other sample. Raises ValueError if
+        `state` is of another format.
+        """
+        self._check_format(state)
+        epoch = 1 + max(source["epoch"] for group in state["groups"] for source in group["sources"])
+        self._step = state["step"]
+        for group in self._groups:
+            group.begin(epoch)
+        self._enter(max(self._step - 1, 0))
+
+    def changes_since(self, state: dict[str, Any]) -> list[PlanChange]:
+        """How this plan's inputs differ from those of a saved plan. Raises ValueError if `state` is of another format."""
+        self._check_format(state)
+        if state["plan_hash"] == self.plan_hash:
+            return []
+        return plan_changes(state, inputs=self._inputs, sources=self.sources)
+
+    @staticmethod
+    def _check_format(state: dict[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            raise ValueError(f"the saved plan is of format {state.get('format')!r}, this version of tim reads format {FORMAT}")
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """The schedule: from which step on which limits hold, and the shares of corpora and of kinds (r = t, r = 0) of the images."""
+        return [
+            {
+                "step": first,
+                "max_tokens": plan.max_tokens,
+                "packs_per_step": plan.packs_per_step,
+                "shares": {corpus.name: share / sum(shares) for corpus, share in zip(self.corpora, shares, strict=True)},
+                "diffusion_share": kind_shares[0],
+                "consistency_share": kind_shares[1],
+            }
+            for first, (plan, shares, kind_shares) in self._stages.items()
+        ]
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """Counts over all samples in the present stage (`pipeline.planning.plan_statistics`). Reads all sizes of the corpora once."""
+        return self._account(self._now)
+
+    def _account(self, plan: PlanConfig) -> dict[str, Any]:
+        if plan.max_tokens not in self._accounts:
+            self._accounts[plan.max_tokens] = take_account(self.sources, rule=plan.size_rule)
+        return self._accounts[plan.max_tokens]
+
+    def _mixture_shares(self, step: int) -> tuple[int, ...]:
+        def samples() -> list[int]:
+            return [corpus["samples"] for corpus in self._account(self.plan.at(0))["corpora"]]
+
+        return mixture_shares(self.sources, scheduled=self.plan.weights_at(step), samples=samples)
+
+    def _check_groups(self) -> None:
+        """Every group has packs in every step, and shards of every corpus."""
+        groups = self.plan.groups
+        for source in self.sources:
+            for what, count in (("shards", len(source.corpus.shards)), ("samples by its cap", source.cap)):
+                if groups > 1 and count is not None and count < groups:
+                    raise ValueError(f"corpus {source.name} has {count} {what}, which plan.groups {groups} cannot share: lower it")
+
+    def _enter(self, step: int) -> None:
+        """Plan as the schedule says for `step`."""
+        self._now, shares, kind_shares = self._stages[max(first for first in self._stages if first <= step)]
+        for group in self._groups:
+            group.enter(self._now, shares=shares, kind_shares=kind_shares)
+
+
+def _check_kinds(stages: Mapping[int, _Stage]) -> None:
+    """Raises ValueError for shares of kinds that cannot be."""
+    for first, (_, _, (diffusion, consistency)) in stages.items():
+        if min(diffusion, consistency) < 0 or diffusion + consistency > 1 + 1e-9:
+            where = f"plan.schedule: from step {first} on " if first else ""
+            raise ValueError(
+                f"{where}diffusion_share {diffusion:g} and consistency_share {consistency:g} must be at least 0 and at most 1 together"
+            )
+
+
+def _check_corpora(corpora: Sequence[Corpus], *, shuffle_tags: TagShuffle | None) -> None:
+    """Raises ValueError for corpora that cannot be planned together."""
+    names = [corpus.name for corpus in corpora]
+    if not any(corpus.count for corpus in corpora):
+        raise ValueError("there is nothing to plan: " + (f"corpus {names[0]} has no samples" if names else "no corpus is given"))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two corpora are named '{twice}': give one of them another name, ids of samples begin with it")
+    parts = {corpus.name: () if corpus.features is None else corpus.features.parts for corpus in corpora}
+    without_features = next((corpus.name for corpus in corpora if corpus.features is None), None)
+    if without_features is not None and any(corpus.features is not None for corpus in corpora):
+        raise ValueError(f"corpus {without_features} has no features and another has: give them for all corpora or for none")
+    unlike = next((name for name in names if parts[name] != parts[names[0]]), None)
+    if unlike is not None:
+        said = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], unlike))
+        raise ValueError(f"features of different kinds: {said}; encode the same of both")
+    if shuffle_tags is not None and "captions" in parts[names[0]]:
+        raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")

@@ -1,0 +1,1 @@
+"""Bytes of shards: tar members, remote files, range reads and the local shard cache."""

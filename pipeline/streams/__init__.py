@@ -1,0 +1,1 @@
+"""Samples in seeded order, from one corpus or many."""

@@ -1,0 +1,232 @@
+"""The endless, seeded stream of one corpus: shards in random order, samples in random order within a window of shards, epoch after epoch.
+
+Only the tables of one window are in memory, or those of 16 shards. A position in the stream is (epoch, window, position), so that
+resuming reads one window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipeline.cost import Ints
+from pipeline.randomness import draws, uniforms
+from pipeline.size_rule import SizeRule
+from pipeline.steps import Columns
+from pipeline.streams.corpus_view import Source, integers
+from pipeline.streams.shuffle import shard_order, window_order
+
+_MEMBERS = ("image_offset", "image_length", "text_offset", "text_length", "json_offset", "json_length")
+_SHARDS_KEPT = 16  # at least: a small corpus is read once
+_COLUMNS = ("key", "label", "captions", *_MEMBERS)
+
+
+@dataclass(frozen=True, slots=True)
+class DrawRule:
+    """How samples are drawn: from `seed`; the shares of those whose condition is dropped and of those that are mirrored; and the relative
+    weights of a sample's 1st, 2nd, … caption, of which the last holds for all further ones."""
+
+    seed: int
+    caption_dropout: float = 0.0
+    caption_weights: tuple[float, ...] = (1.0,)
+    flip: float = 0.0
+
+
+_Index = TypeVar("_Index", int, Ints)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Every `of`-th thing, from thing `number` on."""
+
+    number: int = 0
+    of: int = 1
+
+    def size(self, count: int) -> int:
+        """How many of `count` things are in the part."""
+        return len(range(self.number, count, self.of))
+
+    def member(self, index: _Index) -> _Index:
+        """Which thing the part's `index`-th one is; of an array, those of all its elements."""
+        return index * self.of + self.number
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a stream stands: after `position` rows of window `window` of epoch `epoch`, of which `taken` samples were taken so far."""
+
+    epoch: int = 0
+    window: int = 0
+    position: int = 0
+    taken: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The samples of a window in their order, and the position of each among all its rows, those left out included."""
+
+    epoch: int
+    window: int
+    samples: Columns
+    positions: Ints
+
+
+class SampleStream:
+    """The samples of a source, each once per epoch, or `source.cap` of them. `window` shards are shuffled together.
+
+    `first_place` is the number of its first shard among those of all sources; the stream has a `part` of them, the same in every epoch.
+    """
+
+    def __init__(self, source: Source, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int, part: Part) -> None:
+        self.position = Position()
+        self._source = source
+        self._rule = rule
+        self._draw_rule = draw_rule
+        self._shards_per_window = window
+        self._first_place = first_place
+        self._part = part
+        self._shards = part.size(len(source.corpus.shards))
+        self._cap = None if source.cap is None else part.size(source.cap)
+        self._windows = -(-self._shards // window)
+        self._open_shards: dict[int, tuple[Columns, int]] = {}
+        self._open_window: _Window | None = None
+
+    def resize(self, rule: SizeRule) -> None:
+        """Go on under another size rule, from the same position."""
+        if rule != self._rule:
+            self._rule = rule
+            self._open_shards = {}
+            self._open_window = None
+
+    def take(self, count: int) -> tuple[Columns, Ints]:
+        """The next `count` samples, and where the stream stands after each of them: (count, 4), the fields of `Position`.
+
+        Raises ValueError if an epoch goes by in which every sample is left out.
+        """
+        assert count > 0, count
+        parts: list[Columns] = []
+        positions: list[Ints] = []
+        windows_without = 0
+        while count > 0:
+            window, at = self._window_at_position(), self.position
+            start = int(np.searchsorted(window.positions, at.position))
+            left = len(window.samples) - start
+            if self._cap is not None:
+                left = min(left, self._cap - at.taken)
+            if left <= 0:
+                windows_without += 1
+                if windows_without > 2 * self._windows:  # the rest of this epoch, and all of the next
+                    raise ValueError(
+                        f"the plan leaves out every sample of corpus {self._source.name}: see `tim plan`, loosen plan.min_tokens, "
+                        "plan.max_aspect or what its `where` and `exclude` ask for"
+                    )
+                self._next_window()
+                continue
+            windows_without = 0
+            end = start + min(count, left)
+            after = np.empty((end - start, 4), dtype=np.int64)
+            after[:, 0], after[:, 1], after[:, 2] = at.epoch, at.window, window.positions[start:end] + 1
+            after[:, 3] = at.taken + 1 + np.arange(end - start)
+            parts.append(window.samples.take(slice(start, end)))
+            positions.append(after)
+            self.position = Position(*after[-1].tolist())
+            count -= end - start
+        return Columns.join(parts), np.concatenate(positions)
+
+    def find(self, shard: int, *, rows: Ints, visits: Ints) -> tuple[Columns, NDArray[np.bool_]]:
+        """Those of the samples at `rows` of a shard that the size rule keeps, and which those are: (n,)."""
+        samples, _ = self._shard(shard)
+        index = np.searchsorted(samples.row, rows)
+        found = np.append(samples.row, -1)[index] == rows
+        return self._draw(samples.take(index[found]), visits=visits[found]), found
+
+    def _next_window(self) -> None:
+        at = self.position
+        if at.window + 1 < self._windows and at.taken != self._cap:
+            self.position = Position(epoch=at.epoch, window=at.window + 1, position=0, taken=at.taken)
+        else:
+            self.position = Position(epoch=at.epoch + 1)
+
+    def _window_at_position(self) -> _Window:
+        epoch, window, seed = self.position.epoch, self.position.window, self._draw_rule.seed
+        if self._open_window is not None and (self._open_window.epoch, self._open_window.window) == (epoch, window):
+            return self._open_window
+        first = window * self._shards_per_window
+        positions = np.arange(first, min(first + self._shards_per_window, self._shards))
+        turn = self._part.member(epoch)  # of all parts, every one with an order of its own
+        shards = self._part.member(shard_order(positions, count=self._shards, seed=seed, epoch=turn)).tolist()
+        for shard in shards:
+            self._open_shards[shard] = self._open_shards.pop(shard, None) or self._shard(shard)
+        for shard in list(self._open_shards)[: -max(self._shards_per_window, _SHARDS_KEPT)]:
+            del self._open_shards[shard]
+        samples = Columns.join([self._open_shards[shard][0] for shard in shards])
+        rows = np.cumsum([0, *[self._open_shards[shard][1] for shard in shards]])
+        sample_of_row = np.full(rows[-1], -1)
+        sample_of_row[np.repeat(rows[:-1], [len(self._open_shards[shard][0]) for shard in shards]) + samples.row] = np.arange(len(samples))
+        in_order = sample_of_row[window_order(count=int(rows[-1]), seed=seed, epoch=epoch, window=self._part.member(window))]
+        positions = np.flatnonzero(in_order >= 0)
+        samples = self._draw(samples.take(in_order[positions]), visits=np.full(len(samples), epoch))
+        self._open_window = _Window(epoch=epoch, window=window, samples=samples, positions=positions)
+        return self._open_window
+
+    def _shard(self, shard: int) -> tuple[Columns, int]:
+        """The samples of a shard that are kept, in the order of the tar and not yet drawn for a visit; and how many rows it has."""
+        if shard in self._open_shards:
+            return self._open_shards[shard]
+        table, targets = self._source.select(shard, rule=self._rule, columns=_COLUMNS)
+        kept = np.flatnonzero(targets.left_out == 0)
+        keys = np.array(table.column("key").to_pylist(), dtype=object)[kept]
+        members = np.stack([*(integers(table, member) for member in _MEMBERS), *np.full((2, table.num_rows), -1)], axis=1)[kept]
+        if self._source.corpus.features is not None:
+            members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
+        nothing_drawn = np.zeros(len(kept), dtype=np.int64)
+        samples = Columns(
+            place=np.full(len(kept), self._first_place + shard),
+            row=kept,
+            visit=nothing_drawn,
+            key=keys,
+            id_hash=self._source.hashes(keys.tolist()),
+            label=integers(table, "label")[kept],
+            captions=np.maximum(_lengths(table, "captions"), 1)[kept],
+            members=members,
+            resize_height=targets.resize_height[kept],
+            resize_width=targets.resize_width[kept],
+            height=targets.height[kept],
+            width=targets.width[kept],
+            tokens=targets.tokens[kept],
+            kind_draw=nothing_drawn.astype(np.uint64),
+            caption=nothing_drawn,
+            flip=nothing_drawn.astype(bool),
+        )
+        return samples, table.num_rows
+
+    def _draw(self, samples: Columns, *, visits: Ints) -> Columns:
+        rule, seed, ids = self._draw_rule, self._draw_rule.seed, samples.id_hash
+        dropped = uniforms(seed, "caption-dropout", visits=visits, ids=ids) < rule.caption_dropout
+        captions = _choose(uniforms(seed, "caption", visits=visits, ids=ids), among=samples.captions, weights=rule.caption_weights)
+        return replace(
+            samples,
+            visit=visits,
+            kind_draw=draws(seed, "kind", visits=visits, ids=ids),
+            caption=np.where(dropped, -1, captions),
+            flip=uniforms(seed, "flip", visits=visits, ids=ids) < rule.flip,
+        )
+
+
+def _choose(uniform: NDArray[np.float64], *, among: Ints, weights: Sequence[float]) -> Ints:
+    """One of `among` things each, (n,), in proportion to their `weights`; the first one where all of them weigh nothing."""
+    most = int(among.max(initial=1))
+    up_to = np.cumsum([*weights[:most], *[weights[-1]] * (most - len(weights))])
+    chosen = np.searchsorted(up_to, uniform * up_to[among - 1], side="right")
+    return np.where(up_to[among - 1] > 0, np.minimum(chosen, among - 1), 0)
+
+
+def _lengths(table: pa.Table, column: str) -> Ints:
+    lengths = pc.call_function("list_value_length", [table.column(column)])
+    return pc.fill_null(lengths, 0).to_numpy().astype(np.int64)
