@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pipeline.corpus.corpus import Corpus
 
 if TYPE_CHECKING:  # torch is slow to import, and the workers of a preparation, which import this file, do without it
-    from tim.tokenizers import Tokenizer
+    from tim.text.tokenizers import Tokenizer
 
 SAMPLED = 2000  # captions
 USUAL_TOKENS = 77  # text.max_tokens by default
@@ -55,6 +55,6 @@ def beyond_usual(captions: Sequence[str]) -> int:
     long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
     if not long:
         return 0
-    from tim.tokenizers import BytePairs
+    from tim.text.tokenizers import BytePairs
 
     return measure(long, tokenizer=BytePairs(max_tokens=USUAL_TOKENS)).cut

@@ -316,9 +316,9 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
                     cells += area // (codec["factor"] * config.patch_size) ** 2 * teacher["width"]
         some += [sample.captions[0] for sample in samples[: -(-_TRIED_CAPTIONS // len(corpus.shards))]]
     if (words := config.text) is not None:
-        from tim import text
+        from tim.text import encoders
 
-        tokenize = text.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        tokenize = encoders.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
         lengths = [len(each) for each in tokenize(some)]
         tokens = captions * sum(lengths) // max(1, len(lengths))
         cells += tokens * settings["text"]["width"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from tim.alignment import AlignmentTeacher
     from tim.codecs import Codec
-    from tim.text import TextEncoder
+    from tim.text.encoders import TextEncoder
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -101,7 +101,9 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
 
     Raises ValueError for models that cannot be had. Only the teacher is loaded.
     """
-    from tim import alignment, codecs, pretrained, text
+    from tim import alignment, codecs
+    from tim.pretrained import weight_files
+    from tim.text import encoders
 
     codec = captions = teacher = None
     if (chosen := config.codec) is not None:
@@ -115,13 +117,13 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
             "draws": codecs.draws(chosen.kind),
         }
     if (words := config.text) is not None:
-        width = words.width or text.width(words.kind, words.path)
-        digest = None if words.path is None else text.digest(words.kind, words.path, tokenizer_path=words.tokenizer)
+        width = words.width or encoders.width(words.kind, words.path)
+        digest = None if words.path is None else encoders.digest(words.kind, words.path, tokenizer_path=words.tokenizer)
         captions = {"kind": words.kind, "digest": digest, "width": width, "max_tokens": words.max_tokens, "precision": words.precision}
     if (seen := config.teacher) is not None:
         teacher = {
             "kind": seen.kind,
-            "digest": pretrained.digest(seen.path),
+            "digest": weight_files.digest(seen.path),
             "width": alignment.make(seen.kind, seen.path).width,
             "precision": seen.precision,
         }
@@ -144,7 +146,8 @@ class Encoders:
         """Raises ValueError for models that cannot be had."""
         import torch
 
-        from tim import alignment, codecs, text
+        from tim import alignment, codecs
+        from tim.text import encoders
 
         self.codec: Codec | None = None
         self.text: TextEncoder | None = None
@@ -158,7 +161,7 @@ class Encoders:
                 "max_tokens": words.max_tokens,
                 "precision": words.precision,
             }
-            self.text = text.make(words.kind, words.path, device=device, **settings)
+            self.text = encoders.make(words.kind, words.path, device=device, **settings)
         if (seen := config.teacher) is not None:
             self.teacher = alignment.make(seen.kind, seen.path, device=device, precision=seen.precision)
         self._patch_size = config.patch_size

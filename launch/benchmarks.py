@@ -27,7 +27,7 @@ from pipeline.progress import Progress
 from pipeline.size_rule import SizeRule, target_sizes
 from tim import PackedText, PackedTokens, Segments, TransitionObjective, TransitionTransformer, transports
 from tim import sample as draw
-from tim.attention import BACKENDS, Needs, attention, choose_backend
+from tim.attention.dispatch import BACKENDS, Needs, attention, choose_backend
 from tim.flops import Lengths, activation_bytes, step_flops
 from tim.objective import Network
 

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 from dataprep.caption_lengths import CaptionLengths, measure, sample_captions
 from launch.config import Config
 from pipeline.planning.planner import Planner
-from tim.tokenizers import Tokenizer
+from tim.text.tokenizers import Tokenizer
 
 
 def caption_lengths(config: Config, planner: Planner) -> CaptionLengths | None:
     """Measured on a sample of the captions; None for models of classes, and where the tokenizer is not here: planning does without."""
-    from tim import text
+    from tim.text import encoders
 
     words = config.text
     if config.condition != "text":
         return None
     try:
-        tokenizer = text.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        tokenizer = encoders.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
     except ValueError:
         return None
     return measure(sample_captions(planner.corpora), tokenizer=tokenizer)

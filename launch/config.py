@@ -98,7 +98,7 @@ class TagsConfig(Section):
 class TextConfig(Section):
     kind: Literal["lookup", "open_clip", "hf"] = "lookup"
     """How captions become features; `lookup` is a frozen table of random embeddings, `open_clip` the text tower of a CLIP, `hf` a text
-    encoder or language model of transformers (`tim/text.py`)."""
+    encoder or language model of transformers (`tim/text/encoders.py`)."""
     path: str | None = None
     """The weights of the latter two: a folder, one file of weights in it, a pipeline, or hf://OWNER/NAME[/FOLDER]."""
     tokenizer: str | None = None

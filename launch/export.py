@@ -12,9 +12,9 @@ import yaml
 
 from launch.config import Config, TextConfig, load_config
 from tim import transports
-from tim.official import NETWORK_FILE, OURS, published_config
-from tim.pretrained import HUB
-from tim.weights import ModelSpec, save_model, write_folder
+from tim.model_folder.folder import ModelSpec, save_model, write_folder
+from tim.pretrained.official import NETWORK_FILE, OURS, published_config
+from tim.pretrained.weight_files import HUB
 
 MODEL_FILES = ("config.json", "model.safetensors")
 OFFICIAL_FILES = (NETWORK_FILE, "model.safetensors")

@@ -13,8 +13,9 @@ from launch.config import Config, ConfigError
 from launch.export import run_config, spec_of
 from launch.history import MOST_NAMED, Initial
 from launch.initial_weights import InitialWeights, load_weights
-from tim import TransitionTransformer, pretrained
-from tim.weights import ModelSpec, read_spec
+from tim import TransitionTransformer
+from tim.model_folder.folder import ModelSpec, read_spec
+from tim.pretrained import weight_files
 
 _NOT_COMPARED = ("input_size", "projector_dim", "encoder_depth", "z_dim", "class_dropout_prob", "lora_hidden_size")  # shapes tell
 
@@ -65,7 +66,7 @@ def other_surroundings(config: Config) -> list[str]:
 
 
 def _local(name: str) -> Path:
-    return pretrained.local_folder(name) if name.startswith(pretrained.HUB) else Path(name)
+    return weight_files.local_folder(name) if name.startswith(weight_files.HUB) else Path(name)
 
 
 def _digest(source: Path) -> str:
@@ -73,7 +74,7 @@ def _digest(source: Path) -> str:
     if source.is_dir():
         manifest = source / checkpoint.MANIFEST
         source = manifest if manifest.is_file() else source / "model.safetensors"
-    return pretrained.digest(source)
+    return weight_files.digest(source)
 
 
 def _spec(path: Path) -> ModelSpec | None:

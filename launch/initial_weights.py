@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tim.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
-from tim.weights import read_spec
+from tim.model_folder.folder import read_spec
+from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
 
 ROPE_OF_PUBLISHED = "legacy"
 KINDS = f"a model folder, a run, an official export ({NETWORK_FILE} and weights), or a {', '.join(WEIGHTS)} file"

@@ -15,9 +15,10 @@ import torch
 from launch.config import load_config
 from launch.export import PUBLISHED_GUIDANCE, model_folder, spec_of
 from launch.initial_weights import ROPE_OF_PUBLISHED, InitialWeights, load_weights, read_network_file
-from tim import Generator, TransitionTransformer, codecs, text, transports
-from tim.official import NETWORK_FILE, OURS, network_description
-from tim.weights import ModelSpec, load_model
+from tim import Generator, TransitionTransformer, codecs, transports
+from tim.model_folder.folder import ModelSpec, load_model
+from tim.pretrained.official import NETWORK_FILE, OURS, network_description
+from tim.text import encoders
 
 REMEDY = "--codec, --text and --tokenizer say where these models are"
 
@@ -72,7 +73,7 @@ def replaced(spec: ModelSpec, replacements: Replacements) -> ModelSpec:
     if words is None and (typed := replacements.text or replacements.tokenizer) is not None:
         raise ValueError(f"{'--text' if replacements.text else '--tokenizer'} {typed}: a model of classes reads no text")
     if words is not None and replacements.text is not None:
-        chosen = _chosen(replacements.text, option="--text", kinds=text.TEXT_ENCODERS, kind=words["kind"])
+        chosen = _chosen(replacements.text, option="--text", kinds=encoders.TEXT_ENCODERS, kind=words["kind"])
         kept = {name: value for name, value in words.items() if name in ("max_tokens", "precision")}
         words = {**kept, **chosen}
     if words is not None and replacements.tokenizer is not None:

@@ -21,7 +21,7 @@ from pipeline.streams.corpus_view import Source
 from pipeline.streams.size_only_corpus import read_sizes
 
 if TYPE_CHECKING:
-    from tim.text import TextEncoder
+    from tim.text.encoders import TextEncoder
 
 
 def make_planner(config: Config) -> Planner:
@@ -135,7 +135,8 @@ def check_ready(config: Config) -> Path:
 
 def check_models(config: Config) -> None:
     """Raises ConfigError if a frozen model that has to be run cannot be: codec, text encoder or alignment teacher."""
-    from tim import codecs, text
+    from tim import codecs
+    from tim.text import encoders
 
     parts = _parts(config)
     try:
@@ -145,7 +146,7 @@ def check_models(config: Config) -> None:
         raise ConfigError(f"codec.path: {error}") from error
     try:
         if "captions" not in parts and config.condition == "text":
-            text.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
+            encoders.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
     except ValueError as error:
         raise ConfigError(f"text.path: {error}") from error
     alignment = config.objective.alignment
@@ -155,11 +156,11 @@ def check_models(config: Config) -> None:
 
 def make_encoder(config: Config, *, device: Any) -> TextEncoder:
     """The text encoder of a run. Raises ConfigError where it cannot be had, or makes features of another width than the network takes."""
-    from tim import text
+    from tim.text import encoders
 
     chosen, width = config.text, config.network.params.cap_feat_dim
     try:
-        return text.make(
+        return encoders.make(
             chosen.kind,
             chosen.path,
             tokenizer_path=chosen.tokenizer,
@@ -180,7 +181,9 @@ def _parts(config: Config) -> set[str]:
 
 def _check_encoders(features: Features, config: Config) -> None:
     """Refuse features of another codec, text encoder or teacher than the config's."""
-    from tim import codecs, pretrained, text
+    from tim import codecs
+    from tim.pretrained import weight_files
+    from tim.text import encoders
 
     if features.codec is not None:
         geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
@@ -189,12 +192,12 @@ def _check_encoders(features: Features, config: Config) -> None:
         _expect(features, "codec", found=features.codec, wanted={"kind": config.codec.kind, **weights, **geometry})
     if features.text is not None and config.network.params.cap_feat_dim is not None:
         words = config.text
-        weights = {} if words.path is None else {"digest": text.digest(words.kind, words.path, tokenizer_path=words.tokenizer)}
+        weights = {} if words.path is None else {"digest": encoders.digest(words.kind, words.path, tokenizer_path=words.tokenizer)}
         settings = words.model_dump(include={"max_tokens", "precision"})
         wanted = {"kind": words.kind, **weights, "width": config.network.params.cap_feat_dim, **settings}
         _expect(features, "text", found=features.text, wanted=wanted)
     if (alignment := config.objective.alignment) is not None and features.teacher is not None:
-        weights = {} if alignment.path is None else {"digest": pretrained.digest(alignment.path)}
+        weights = {} if alignment.path is None else {"digest": weight_files.digest(alignment.path)}
         wanted = {"kind": alignment.kind, **weights, "width": config.network.params.z_dim}
         _expect(features, "teacher", found=features.teacher, wanted=wanted)
 

@@ -37,7 +37,7 @@ from pipeline.loading.feature_reader import empty_text
 from pipeline.loading.loader import Batch, LoadedStep, Loader
 from pipeline.planning.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, transports
-from tim.attention import Needs, choose_backend
+from tim.attention.dispatch import Needs, choose_backend
 from tim.objective import Guide
 from tim.packed import Condition
 

@@ -2,11 +2,11 @@
 
 from tim import codecs, text, transports
 from tim.generator import Generator
+from tim.model_folder.folder import ModelSpec
 from tim.network import TransitionTransformer
 from tim.objective import TransitionObjective
 from tim.packed import PackedText, PackedTokens, Segments
 from tim.sampler import sample
-from tim.weights import ModelSpec
 
 __all__ = [
     "Generator", "ModelSpec", "PackedText", "PackedTokens", "Segments", "TransitionObjective", "TransitionTransformer",

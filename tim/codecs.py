@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tim import pretrained
-from tim.pretrained import Location, read_config
+from tim.pretrained import weight_files
+from tim.pretrained.weight_files import Location, read_config
 
 BATCH_PIXELS = 1024 * 1024  # that go through an autoencoder at once: about 5 GB of activations; never less than one image
 TILE = 2048  # pixels; an image with a longer side goes through in overlapping tiles, as the published training did
@@ -146,7 +146,7 @@ def draws(kind: str) -> bool:
 
 
 def make(kind: str, path: str | Path | None = None, *, device: torch.device | str = "cpu") -> Codec:
-    """A codec by name, with the weights at `path` (see `tim.pretrained`). Raises ValueError where it cannot be had."""
+    """A codec by name, with the weights at `path` (see `tim.pretrained.weight_files`). Raises ValueError where it cannot be had."""
     if kind == "pixel":
         return PixelCodec()
     found_at = location(kind, path)
@@ -161,11 +161,11 @@ def make(kind: str, path: str | Path | None = None, *, device: torch.device | st
     except ModuleNotFoundError:
         raise ValueError(f"codec {kind} needs diffusers: pip install 'tim[latent]'") from None
     try:
-        with pretrained.loadable(found_at, stem="diffusion_pytorch_model", pickle_stem="diffusion_pytorch_model") as (weights, arguments):
+        with weight_files.loadable(found_at, stem="diffusion_pytorch_model", pickle_stem="diffusion_pytorch_model") as (weights, arguments):
             how = {**arguments, "torch_dtype": torch.float32, "output_loading_info": True}
             network, said = getattr(diffusers, AUTOENCODERS[kind]).from_pretrained(weights, **how)
-    except pretrained.FAILURES as error:
-        raise pretrained.failure(found_at, error, library="diffusers") from error
+    except weight_files.FAILURES as error:
+        raise weight_files.failure(found_at, error, library="diffusers") from error
     if said["missing_keys"]:
         raise ValueError(f"{folder}: its weights lack {min(said['missing_keys'])}: they are of another model than its config")
     return Autoencoder(network, found, device=device)
@@ -177,8 +177,8 @@ def weights_folder(kind: str, path: str | Path | None) -> Path:
 
 
 def digest(path: str | Path) -> str:
-    """What tells the weights at `path` from others: see `tim.pretrained.digest`. Raises ValueError where there are none."""
-    return pretrained.digest(path, parts=PARTS)
+    """What tells the weights at `path` from others: see `tim.pretrained.weight_files.digest`. Raises ValueError where there are none."""
+    return weight_files.digest(path, parts=PARTS)
 
 
 def location(kind: str, path: str | Path | None) -> Location:
@@ -187,7 +187,7 @@ def location(kind: str, path: str | Path | None) -> Location:
         raise ValueError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}")
     if path is None:
         raise ValueError(f"codec {kind} needs its weights: give its path, a folder that diffusers reads or hf://OWNER/NAME")
-    return pretrained.locate(path, parts=PARTS)
+    return weight_files.locate(path, parts=PARTS)
 
 
 def _described(folder: Path, *, kind: str) -> Geometry:

@@ -9,11 +9,12 @@ from typing import TypeAlias, TypeVar
 import torch
 from PIL import Image
 
-from tim import codecs, text, transports
+from tim import codecs, transports
+from tim.model_folder.folder import ModelSpec, load_model
 from tim.network import TransitionTransformer, check_classes
 from tim.packed import Condition, PackedText
 from tim.sampler import sample, time_grid
-from tim.weights import ModelSpec, load_model
+from tim.text import encoders
 
 T = TypeVar("T")
 Prompt: TypeAlias = str | int  # a text, or for a model of classes the number of one
@@ -37,7 +38,7 @@ class Generator:
         self.codec = codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
         self.text = None
         if spec.text is not None:
-            self.text = text.make(
+            self.text = encoders.make(
                 spec.text["kind"],
                 spec.text.get("path"),
                 tokenizer_path=spec.text.get("tokenizer"),

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tim.attention import attention
+from tim.attention.dispatch import attention
 from tim.packed import PackedText, PackedTokens
 from tim.rope import rotate
 

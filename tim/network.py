@@ -25,8 +25,8 @@ from tim.layers import (
     at_least_float32,
     plain_norm,
 )
-from tim.official import read_weights, unnested
 from tim.packed import Condition, PackedText, PackedTokens
+from tim.pretrained.official import read_weights, unnested
 from tim.rope import LAYOUTS, rotations
 
 # The published parameters and their defaults; `None` marks the required ones. input_size sizes the published rotary table, which
@@ -132,11 +132,11 @@ class TransitionTransformer(nn.Module):
         return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
     def execute(self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False) -> None:
-        """How to run, which changes nothing but speed and memory.
+        """Choose how the network runs. Changes speed and memory only.
 
-        attention: the backend of `tim.attention` for a dtype (others: auto); checkpoint_every: every n-th block keeps its input alone and
-        is computed again in the backward pass (1: all, 0: none); compile: the blocks' norms and MLPs by `torch.compile`, one kernel for
-        what is a chain of passes over the pack's tokens; for packs of any size at once, as only tensors reach them.
+        attention: the backend of `tim.attention.dispatch` by dtype (others: auto). checkpoint_every: every n-th block keeps only its
+        input and is recomputed in the backward pass (1: all, 0: none). compile: fuse the blocks' norms and MLPs with `torch.compile`;
+        one compilation serves packs of all sizes.
         """
         assert checkpoint_every >= 0
         for module in self.modules():

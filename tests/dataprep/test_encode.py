@@ -34,7 +34,8 @@ from tests import REPOSITORY
 from tests.pipeline.conftest import Sample, varied, write_corpus
 from tests.tim.models import autoencoder, bert
 from tests.tim.test_alignment import radio_weights
-from tim import codecs, text
+from tim import codecs
+from tim.text import encoders
 
 SETTINGS: dict[str, Any] = {"max_tokens": (16, 30), "patch_size": 2, "flip": True, "dtype": "float32"}
 SHARDS = [
@@ -80,7 +81,7 @@ def test_every_tensor_is_what_the_model_makes_of_it_alone(corpus: Corpus, models
     config = EncodeConfig.model_validate({**SETTINGS, **models})
     done = encode(corpus.folder, out=tmp_path / "features", config=config, announce=said.append)
     assert done == Encoded(3, 17, sum(len(s.captions) or 1 for shard in SHARDS for s in shard), done.bytes if done else 0, {})
-    codec, encoder = codecs.make(**models["codec"]), text.make(**models["text"])
+    codec, encoder = codecs.make(**models["codec"]), encoders.make(**models["text"])
     rules = [SizeRule(stride=4, max_tokens=tokens) for tokens in (16, 30)]
     largest = 0
     for number, shard in enumerate(corpus.shards):

@@ -25,6 +25,7 @@ from launch.config import load_config
 from launch.planning import make_planner
 from pipeline.corpus.corpus import Corpus
 from pipeline.streams.corpus_view import Source
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 from tests.tim import models
 

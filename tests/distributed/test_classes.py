@@ -17,7 +17,7 @@ from launch.metrics import read_rows
 from launch.planning import make_planner
 from tests.distributed import jobs
 from tim import TransitionTransformer
-from tim.weights import load_model
+from tim.model_folder.folder import load_model
 
 PICTURES = 48
 CONFIG = """\

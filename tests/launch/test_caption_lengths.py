@@ -11,7 +11,7 @@ from launch.caption_lengths import caption_lengths, cut_prompts
 from launch.config import load_config
 from launch.planning import make_planner
 from tests.pipeline.conftest import Sample, write_corpus
-from tim import text
+from tim.text import encoders
 
 CONFIG = """\
 plan: {max_tokens: 16, tokens_per_pack: 64, packs_per_step: 1}
@@ -47,7 +47,7 @@ def test_a_run_knows_how_many_captions_it_cuts(corpus: Path, tmp_path: Path) -> 
 
 
 def test_prompts_that_are_cut_are_named() -> None:
-    tokenizer = text.tokenizer("lookup", max_tokens=8)
+    tokenizer = encoders.tokenizer("lookup", max_tokens=8)
     assert cut_prompts(["a fox", "red " * 6], tokenizer=tokenizer) == []
     assert cut_prompts(["a fox", "red " * 20], tokenizer=tokenizer) == [
         "prompt 'red red red red red red red red red red '… is cut: the first 8 of its 22 tokens are read"

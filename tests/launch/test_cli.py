@@ -20,7 +20,7 @@ from PIL import Image
 from launch.cli import main
 from launch.export import spec_of
 from tim import TransitionTransformer
-from tim.weights import ModelSpec, save_model
+from tim.model_folder.folder import ModelSpec, save_model
 
 COMMANDS = ("demo", "prepare", "index", "encode", "verify", "report", "recipes", "plan", "train", "launch", "sample", "export")
 PATCH = 8

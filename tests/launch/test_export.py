@@ -16,8 +16,8 @@ from launch.export import export, model_folder, spec_of
 from launch.fragments import Fragment
 from launch.ranks import Ranks
 from tim import TransitionTransformer
-from tim.official import read_weights
-from tim.weights import load_model
+from tim.model_folder.folder import load_model
+from tim.pretrained.official import read_weights
 
 CONFIG = """\
 text: {caption_dropout: 0.0, max_tokens: 20}

@@ -24,8 +24,9 @@ from tests.pipeline.conftest import Sample, write_corpus
 from tests.pipeline.features.feature_writer import write_features
 from tests.tim.models import autoencoder, bert
 from tests.tim.test_alignment import radio_weights
-from tim import Generator, PackedText, TransitionTransformer, codecs, text
-from tim.weights import save_model
+from tim import Generator, PackedText, TransitionTransformer, codecs
+from tim.model_folder.folder import save_model
+from tim.text import encoders
 
 CONFIG = """\
 corpus: {path: CORPUS, features: FEATURES}
@@ -52,7 +53,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def encode(corpus: Corpus, folder: Path, config: Path, *, dtype: torch.dtype) -> None:
-    encoder, codec = text.make("lookup", width=16), codecs.make("pixel")
+    encoder, codec = encoders.make("lookup", width=16), codecs.make("pixel")
     rule = make_planner(load_config(config, overrides=[f"corpus={corpus.path}"])).plan.size_rule
     facts = {"kind": "pixel", "factor": codec.factor, "channels": codec.channels}
     write_features(
@@ -85,7 +86,7 @@ def test_a_run_from_features_is_the_run_from_pictures(config: Path, tmp_path: Pa
     expected, weights = trained(load_config(config, overrides=[f"corpus={corpus.path}"]), alone)
     Path(corpus.shards[0].path).write_bytes(bytes(corpus.shards[0].bytes))  # nobody looks at the pictures any more,
     monkeypatch.setattr(codecs, "make", None)  # nor runs a codec
-    monkeypatch.setattr(text, "make", None)  # or a text encoder
+    monkeypatch.setattr(encoders, "make", None)  # or a text encoder
     found, same = trained(load_config(config), alone)
     assert found == expected
     assert all(torch.equal(fragment, same[name]) for name, fragment in weights.items())

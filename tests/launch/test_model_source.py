@@ -21,7 +21,7 @@ from tests.launch.test_cli import Done, Tim, tim
 from tests.launch.test_export import save_checkpoint
 from tests.tim.models import autoencoder, bert
 from tim import Generator, TransitionTransformer
-from tim.weights import read_spec
+from tim.model_folder.folder import read_spec
 
 __all__ = ["tim"]
 

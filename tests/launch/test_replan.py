@@ -22,7 +22,7 @@ from launch.metrics import read_rows
 from launch.planning import plan_from_checkpoint
 from launch.trainer import Trainer, train
 from tests.pipeline.conftest import varied, write_corpus
-from tim.weights import load_model
+from tim.model_folder.folder import load_model
 
 CONFIG = """\
 plan: {max_tokens: 16, tokens_per_pack: 64, packs_per_step: 2}

@@ -82,7 +82,7 @@ def test_codecs_as_they_lie_on_disks(path: str, cases: Path) -> None:
 
 
 def test_a_pickle_of_more_than_tensors_is_refused_in_plain_words(cases: Path) -> None:
-    from tim.official import read_weights
+    from tim.pretrained.official import read_weights
 
     with pytest.raises(
         ValueError, match=r"ns\.pt: .*it holds argparse\.Namespace, which could run code: save its weights alone"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import tim.sdpa
+import tim.attention.sdpa
 from tests.tim.tiny import TINY, TINY_CLASSES
 from tim import PackedText, PackedTokens, TransitionTransformer
 from tim.flops import Lengths, activation_bytes, backward_flops, forward_flops, step_flops
@@ -44,8 +44,8 @@ def lengths(inputs: tuple[PackedTokens, Tensor, Tensor, Condition]) -> Lengths:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_operations_are_those_that_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tim.sdpa, "PAIRS_PER_LAUNCH", 0)  # segments of different lengths in a batch compute masked pairs, too
-    tim.sdpa._batching.cache_clear()
+    monkeypatch.setattr(tim.attention.sdpa, "PAIRS_PER_LAUNCH", 0)  # segments of different lengths in a batch compute masked pairs, too
+    tim.attention.sdpa._batching.cache_clear()
     network = TransitionTransformer.from_official(NETWORKS[name])
     inputs = pack(network)
     alignment = network.projector is not None

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.tim.tiny import TINY, TINY_CLASSES
-from tim import Generator, ModelSpec, TransitionTransformer, codecs, text
-from tim.weights import load_model, save_model
+from tim import Generator, ModelSpec, TransitionTransformer, codecs
+from tim.model_folder.folder import load_model, save_model
+from tim.text import encoders
 
 SPEC = ModelSpec(
     network=TINY,
@@ -41,12 +42,12 @@ def test_pixels_survive_the_codec() -> None:
 
 
 def test_lookup_features_are_fixed_and_tell_captions_apart() -> None:
-    encoder, again = text.make("lookup", width=16), text.make("lookup", width=16)
+    encoder, again = encoders.make("lookup", width=16), encoders.make("lookup", width=16)
     a, b, empty, swapped = encoder.encode(["a red circle on blue", "a red circle", "", "a blue circle on red"])
     assert [len(f) for f in (a, b, empty)] == [7, 5, 2]
     assert torch.equal(a, again.encode(["a red circle on blue"])[0])
     assert not torch.allclose(a.sum(0), swapped.sum(0)) or not torch.equal(a, swapped)
-    long = text.make("lookup", width=16, max_tokens=5).encode(["one two three four five six"])[0]
+    long = encoders.make("lookup", width=16, max_tokens=5).encode(["one two three four five six"])[0]
     assert len(long) == 5
 
 

@@ -28,7 +28,7 @@ def has_tangent(*tensors: Tensor) -> bool:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    """Attention of a pack, (T, H, D); see `tim.attention.attention`."""
+    """Attention of a pack, (T, H, D); see `tim.attention.dispatch.attention`."""
     plan = _batching(q_segments.lengths, kv_segments.lengths, q.device)
     heads, width = q.shape[1:]
     if not plan.batches:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tim import codecs, pretrained, text
-from tim.pretrained import HUB, Location
+from tim import codecs
+from tim.pretrained import weight_files
+from tim.pretrained.weight_files import HUB, Location
+from tim.text import encoders
 
 Section: TypeAlias = dict[str, Any]
 _KEYS = ("path", "tokenizer")
@@ -43,8 +45,8 @@ def copied(codec: Section, words: Section | None) -> tuple[Section, Section | No
         codec["path"] = "codec"
     if words is not None and words.get("path") is not None:
         words = dict(words)
-        models["text_encoder"] = text.location(words["kind"], words["path"])
-        tokenizer = text.tokenizer_location(words["kind"], words["path"], tokenizer_path=words.get("tokenizer"))
+        models["text_encoder"] = encoders.location(words["kind"], words["path"])
+        tokenizer = encoders.tokenizer_location(words["kind"], words["path"], tokenizer_path=words.get("tokenizer"))
         words["path"] = "text_encoder"
         if tokenizer is not None and tokenizer != models["text_encoder"].folder:
             models["tokenizer"] = Location(tokenizer, None)
@@ -55,7 +57,7 @@ def copied(codec: Section, words: Section | None) -> tuple[Section, Section | No
 def copy(location: Location, target: Path) -> None:
     """Copy the files of a model: those that describe it, and its weights or the file of them that was named."""
     target.mkdir()
-    for file in pretrained.files(location):
+    for file in weight_files.files(location):
         shutil.copyfile(file, target / file.name)
 
 

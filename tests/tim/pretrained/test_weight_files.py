@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tim.models import autoencoder, bert
-from tim import codecs, pretrained, text
+from tim import codecs
+from tim.pretrained import weight_files
+from tim.text import encoders
 
 WEIGHTS = "diffusion_pytorch_model"
 IMAGE = torch.arange(3 * 16 * 16, dtype=torch.uint8).view(3, 16, 16)
@@ -78,9 +80,9 @@ def test_a_text_encoder_under_every_name(name: str, encoder: Path, tmp_path: Pat
         torch.save(weights, folder / name)
     else:
         save_file(weights, folder / name, metadata={"format": "pt"})
-    expected = text.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
+    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
     for path in (folder, folder / name):
-        torch.testing.assert_close(text.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
+        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
 
 
 class Bomb:
@@ -102,7 +104,7 @@ def test_what_cannot_be_loaded_is_one_line(vae: Path, encoder: Path, tmp_path: P
     (tmp_path / "note.pt").touch()
     refusals: list[tuple[Any, str]] = [
         (lambda: latent(bomb), "bomb: .*which could run code: save its weights alone"),
-        (lambda: text.make("hf", words, max_tokens=8), "words: .*which could run code: save its weights alone"),
+        (lambda: encoders.make("hf", words, max_tokens=8), "words: .*which could run code: save its weights alone"),
         (lambda: latent(cut), "cut: not weights that diffusers reads"),
         (lambda: latent(bare), rf"bare: holds no weights: expected {WEIGHTS}\.safetensors"),
         (lambda: latent("note.pt"), r"note\.pt: weights are read from \.safetensors and \.bin files"),
@@ -140,9 +142,9 @@ def test_parts_of_a_repository(vae: Path, encoder: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for path in ("hf://me/pipe", "hf://me/pipe/vae", f"hf://me/pipe/vae/{WEIGHTS}.bin"):
         torch.testing.assert_close(latent(path), latent(vae))
-    expected = text.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
+    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
     for path in ("hf://me/pipe", "hf://me/pipe/text_encoder"):
-        torch.testing.assert_close(text.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
+        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
     assert not (cache / "unet").exists()
     with pytest.raises(ValueError, match="me/pipe has no folder vqvae"):
-        pretrained.locate("hf://me/pipe/vqvae")
+        weight_files.locate("hf://me/pipe/vqvae")

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tim import pretrained
-from tim.byte_pairs import simple_tokenizer
-from tim.pretrained import HUB, in_words
+from tim.pretrained import weight_files
+from tim.pretrained.weight_files import HUB, in_words
+from tim.text.byte_pairs import simple_tokenizer
 
 KEY = "text.tokenizer"
 PARTS = ("tokenizer",)  # sub-folders of a pipeline that hold a tokenizer
@@ -93,7 +93,7 @@ class PretrainedTokenizer:
         return [list(ids) for ids in self._found(list(captions), **settings)["input_ids"]] if captions else []
 
 
-def tokenizer_folder(encoder: pretrained.Location, *, path: str | Path, tokenizer: str | Path | None) -> Path:
+def tokenizer_folder(encoder: weight_files.Location, *, path: str | Path, tokenizer: str | Path | None) -> Path:
     """The folder of a text encoder's tokenizer: the one that is named; else the encoder's own, or where that has no vocabulary the one
     beside it in a pipeline.
 
@@ -101,7 +101,7 @@ def tokenizer_folder(encoder: pretrained.Location, *, path: str | Path, tokenize
     """
     if tokenizer is not None:
         try:
-            return pretrained.local_folder(tokenizer, parts=PARTS)
+            return weight_files.local_folder(tokenizer, parts=PARTS)
         except ValueError as error:
             raise ValueError(f"{KEY}: {error}") from error
     folder = encoder.folder
@@ -110,7 +110,7 @@ def tokenizer_folder(encoder: pretrained.Location, *, path: str | Path, tokenize
     beside = folder.name.replace(ENCODER, TOKENIZER, 1)
     if str(path).startswith(HUB):
         owner, name = str(path).removeprefix(HUB).split("/")[:2]
-        found = pretrained.local_folder(f"{HUB}{owner}/{name}/{beside}")
+        found = weight_files.local_folder(f"{HUB}{owner}/{name}/{beside}")
     else:
         found = folder.resolve().parent / beside
     if not _has_vocabulary(found):

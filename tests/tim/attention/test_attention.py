@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tim.attention import BACKENDS, Needs, attention, choose_backend
-from tim.flex import _block_mask
+from tim.attention.dispatch import BACKENDS, Needs, attention, choose_backend
+from tim.attention.flex import _block_mask
 from tim.packed import Segments
 
 

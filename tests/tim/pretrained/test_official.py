@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.tim.tiny import TINY
 from tim import TransitionTransformer
-from tim.official import NESTS, read_weights
+from tim.pretrained.official import NESTS, read_weights
 
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tim.attention.sdpa import has_tangent, sdpa
 from tim.packed import Segments
-from tim.sdpa import has_tangent, sdpa
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: 
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    from tim.flex import flex  # imports torch's symbolic shapes: a second that no other backend needs
+    from tim.attention.flex import flex  # imports torch's symbolic shapes: a second that no other backend needs
 
     return flex(q, k, v, q_segments, kv_segments)
 

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tim import model_paths
+from tim.model_folder import paths
 from tim.network import TransitionTransformer
-from tim.pretrained import Location
+from tim.pretrained.weight_files import Location
 
 FORMAT = 1
 log = logging.getLogger(__name__)
@@ -52,10 +52,10 @@ def save_model(
     models: dict[str, Location] = {}
     codec, words = dict(spec.codec), spec.text
     if copy_models:
-        codec, words, models = model_paths.copied(codec, words)
+        codec, words, models = paths.copied(codec, words)
     else:
         moved = {"folder": Path(folder), "home": Path(home or folder)}
-        codec, words = model_paths.relative(codec, **moved), words and model_paths.relative(words, **moved)
+        codec, words = paths.relative(codec, **moved), words and paths.relative(words, **moved)
     spec = replace(spec, codec=codec, text=words)
     text = json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n"
     write_folder(folder, state_dict, name="config.json", text=text, models=models)
@@ -75,7 +75,7 @@ def write_folder(
     save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / name).write_text(text, encoding="utf-8")
     for part, location in (models or {}).items():
-        model_paths.copy(location, partial / part)
+        paths.copy(location, partial / part)
     for path in (partial / "model.safetensors", partial / name):
         _sync(path)
     if folder.exists():
@@ -118,8 +118,8 @@ def read_spec(folder: str | Path) -> ModelSpec:
     if set(content) - {"format"} != names:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
     spec = ModelSpec(**{name: content[name] for name in names})
-    words = spec.text and model_paths.absolute(spec.text, folder=Path(folder))
-    return replace(spec, codec=model_paths.absolute(spec.codec, folder=Path(folder)), text=words)
+    words = spec.text and paths.absolute(spec.text, folder=Path(folder))
+    return replace(spec, codec=paths.absolute(spec.codec, folder=Path(folder)), text=words)
 
 
 def _sync(path: Path) -> None:

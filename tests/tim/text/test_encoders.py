@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tests.tim.models import bert, clip, gemma, t5
-from tim import pretrained, text
+from tim.pretrained import weight_files
+from tim.text import encoders
 
 CAPTIONS = ["a small red picture", "", "the 3 large blue picture number 7 of 9", "the"]
 
@@ -20,8 +21,8 @@ def test_hidden_states_of_transformers_without_padding(write: Callable[[Path], P
     import transformers
 
     folder = write(tmp_path / "model")
-    assert text.width("hf", folder) == width
-    encoder = text.make("hf", folder, width=width, max_tokens=8)
+    assert encoders.width("hf", folder) == width
+    encoder = encoders.make("hf", folder, width=width, max_tokens=8)
     found = encoder.encode(CAPTIONS)
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
     loader: Any = transformers.AutoModelForTextEncoding if write is t5 else transformers.AutoModel
@@ -39,27 +40,27 @@ def test_features_of_clip_are_those_before_its_pooling(tmp_path: Path) -> None:
     import open_clip
 
     folder = clip(tmp_path / "clip")
-    assert text.width("open_clip", folder) == 32
-    encoder = text.make("open_clip", folder, width=32, max_tokens=16)
+    assert encoders.width("open_clip", folder) == 32
+    encoder = encoders.make("open_clip", folder, width=32, max_tokens=16)
     model: Any = open_clip.create_model(f"local-dir:{folder}").eval()
     found = encoder.encode(CAPTIONS)
     with torch.no_grad():
         pooled = model.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(CAPTIONS))
         ours = torch.stack([features[-1] for features in found]) @ model.text_projection  # its last token is the one that CLIP takes
     torch.testing.assert_close(ours, pooled, rtol=1e-4, atol=1e-5)
-    cut = text.make("open_clip", folder, max_tokens=4).encode(CAPTIONS[:1])[0]
+    cut = encoders.make("open_clip", folder, max_tokens=4).encode(CAPTIONS[:1])[0]
     torch.testing.assert_close(cut[:3], found[0][:3], rtol=1e-4, atol=1e-5)
     assert len(cut) == 4
 
 
 @pytest.mark.parametrize("kind", ["hf", "open_clip"])
 def test_captions_do_not_see_their_neighbours(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = text.make(kind, (clip if kind == "open_clip" else bert)(tmp_path / "model"), max_tokens=16)
+    encoder = encoders.make(kind, (clip if kind == "open_clip" else bert)(tmp_path / "model"), max_tokens=16)
     together = encoder.encode(CAPTIONS)
-    monkeypatch.setattr(text, "BATCH_TOKENS", 1)
+    monkeypatch.setattr(encoders, "BATCH_TOKENS", 1)
     for alone, features in zip(encoder.encode(CAPTIONS), together, strict=True):
         torch.testing.assert_close(alone, features, rtol=1e-4, atol=1e-5)
-    half = text.make(kind, tmp_path / "model", max_tokens=16, precision="bf16").encode(CAPTIONS)
+    half = encoders.make(kind, tmp_path / "model", max_tokens=16, precision="bf16").encode(CAPTIONS)
     assert not torch.equal(half[0], together[0])
     torch.testing.assert_close(half[0], together[0], rtol=0.1, atol=0.1)
 
@@ -77,14 +78,14 @@ def test_what_cannot_be_had_is_named(tmp_path: Path) -> None:
     ):
         settings: dict[str, Any] = {"max_tokens": 16, **changes}
         with pytest.raises(ValueError, match=said) as caught:
-            text.make(kind, path, **settings)
+            encoders.make(kind, path, **settings)
         assert "\n" not in str(caught.value)
 
 
 def test_a_digest_is_of_the_weights_and_not_of_where_they_lie(tmp_path: Path) -> None:
     one, other = bert(tmp_path / "one"), bert(tmp_path / "two" / "three")
-    assert pretrained.digest(one) == pretrained.digest(other)
+    assert weight_files.digest(one) == weight_files.digest(other)
     (other / "notes.md").write_text("of no account")
-    assert pretrained.digest(one) == pretrained.digest(other)
+    assert weight_files.digest(one) == weight_files.digest(other)
     (other / "vocab.txt").write_text("x")
-    assert pretrained.digest(one) != pretrained.digest(other)
+    assert weight_files.digest(one) != weight_files.digest(other)

@@ -11,7 +11,7 @@ import torch
 
 from tests.tim.families import FAMILIES, without_tokenizer
 from tests.tim.models import WORDS, bert, clip
-from tim import text
+from tim.text import encoders
 
 REFUSAL = r"has no usable tokenizer \(.*\): missing .*tokenizer\.json.*; name the folder that has them as text\.tokenizer"
 
@@ -39,7 +39,7 @@ def test_every_family_without_a_tokenizer_is_refused_alike(family: str, tmp_path
         if remains is not None:
             (folder / "tokenizer_config.json").write_text(json.dumps(remains))
         with pytest.raises(ValueError, match=REFUSAL) as refusal:
-            text.make("hf", folder, max_tokens=8)
+            encoders.make("hf", folder, max_tokens=8)
         assert str(refusal.value).startswith(str(folder))
         assert "\n" not in str(refusal.value)
 
@@ -58,7 +58,7 @@ def test_a_damaged_tokenizer_is_refused_in_the_same_form(spoil: object, encoder:
         (folder / name).unlink()
     spoil(folder)  # pyright: ignore[reportCallIssue]
     with pytest.raises(ValueError, match="has no usable tokenizer") as refusal:
-        text.make("hf", folder, max_tokens=8)
+        encoders.make("hf", folder, max_tokens=8)
     assert "text.tokenizer" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
@@ -70,45 +70,45 @@ def test_a_vocabulary_of_special_tokens_alone_is_none(encoder: Path, tmp_path: P
     (folder / "vocab.txt").write_text("\n".join(WORDS[:5]))
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     with pytest.raises(ValueError, match=r"it knows no words, special tokens alone"):
-        text.make("hf", folder, max_tokens=8)
-    named = text.make("hf", folder, tokenizer_path=encoder, max_tokens=8)
-    own = text.make("hf", encoder, max_tokens=8)
+        encoders.make("hf", folder, max_tokens=8)
+    named = encoders.make("hf", folder, tokenizer_path=encoder, max_tokens=8)
+    own = encoders.make("hf", encoder, max_tokens=8)
     assert named.tokenizer(["a red picture"]) == own.tokenizer(["a red picture"])
 
 
 def test_the_tokenizer_of_a_pipeline_is_found(encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline_of(encoder, tmp_path / "pipe")
     captions = ["a red picture", ""]
-    expected = text.make("hf", encoder, max_tokens=8).encode(captions)
+    expected = encoders.make("hf", encoder, max_tokens=8).encode(captions)
     with caplog.at_level("INFO"):
         for path in (pipe, pipe / "text_encoder"):
-            for found, wanted in zip(text.make("hf", path, max_tokens=8).encode(captions), expected, strict=True):
+            for found, wanted in zip(encoders.make("hf", path, max_tokens=8).encode(captions), expected, strict=True):
                 torch.testing.assert_close(found, wanted)
     assert "the one beside it is taken" in caplog.text
-    named = text.make("hf", pipe / "text_encoder", tokenizer_path=pipe, max_tokens=8)
+    named = encoders.make("hf", pipe / "text_encoder", tokenizer_path=pipe, max_tokens=8)
     torch.testing.assert_close(named.encode(captions)[0], expected[0])
     (pipe / "text_encoder").rename(pipe / "text_encoder_2")
     (pipe / "tokenizer").rename(pipe / "tokenizer_2")
-    torch.testing.assert_close(text.make("hf", pipe / "text_encoder_2", max_tokens=8).encode(captions)[0], expected[0])
+    torch.testing.assert_close(encoders.make("hf", pipe / "text_encoder_2", max_tokens=8).encode(captions)[0], expected[0])
     shutil.rmtree(pipe / "tokenizer_2")
     with pytest.raises(ValueError, match=REFUSAL):
-        text.make("hf", pipe / "text_encoder_2", max_tokens=8)
+        encoders.make("hf", pipe / "text_encoder_2", max_tokens=8)
 
 
 def test_a_digest_is_of_the_tokenizer_too(encoder: Path, tmp_path: Path) -> None:
     pipe = pipeline_of(encoder, tmp_path / "pipe")
-    before = text.digest("hf", pipe)
-    assert before == text.digest("hf", pipe / "text_encoder", tokenizer_path=pipe / "tokenizer")
-    assert before != text.digest("hf", pipe / "text_encoder", tokenizer_path=encoder)
+    before = encoders.digest("hf", pipe)
+    assert before == encoders.digest("hf", pipe / "text_encoder", tokenizer_path=pipe / "tokenizer")
+    assert before != encoders.digest("hf", pipe / "text_encoder", tokenizer_path=encoder)
     (pipe / "tokenizer" / "vocab.txt").write_text("other")
-    assert before != text.digest("hf", pipe)
-    assert text.digest("hf", encoder) == text.digest("hf", encoder, tokenizer_path=encoder)
+    assert before != encoders.digest("hf", pipe)
+    assert encoders.digest("hf", encoder) == encoders.digest("hf", encoder, tokenizer_path=encoder)
 
 
 def test_lengths_are_those_before_the_cut(encoder: Path, tmp_path: Path) -> None:
     captions = ["a red picture", "", "a " * 30]
     for kind, path in (("hf", encoder), ("open_clip", clip(tmp_path / "clip")), ("lookup", None)):
-        found = text.tokenizer(kind, path, max_tokens=8)
+        found = encoders.tokenizer(kind, path, max_tokens=8)
         assert found.lengths(captions) == [5, 2, 32], kind
         assert [len(ids) for ids in found(captions)] == [5, 2, 8]
         assert found.lengths([]) == []
@@ -136,7 +136,7 @@ def test_words_that_are_all_alike_are_an_error(encoder: Path, tmp_path: Path) ->
         ("hf", encoder, {"tokenizer_path": tmp_path / "nowhere"}, r"text\.tokenizer: .*nowhere: no such folder"),
     ):
         with pytest.raises(ValueError, match=said):
-            text.make(kind, path, **{"max_tokens": 8, **settings})  # pyright: ignore[reportArgumentType]
+            encoders.make(kind, path, **{"max_tokens": 8, **settings})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_tokenizer_of_a_larger_model_is_named(encoder: Path, tmp_path: Path) -> None:
@@ -145,4 +145,4 @@ def test_a_tokenizer_of_a_larger_model_is_named(encoder: Path, tmp_path: Path) -
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:5], *(f"word{i}" for i in range(90)), "red", "blue"]))
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "larger")
     with pytest.raises(ValueError, match=rf"is beyond the text encoder's {len(WORDS)}: text\.tokenizer is of another model"):
-        text.make("hf", encoder, tokenizer_path=tmp_path / "larger", max_tokens=8)
+        encoders.make("hf", encoder, tokenizer_path=tmp_path / "larger", max_tokens=8)

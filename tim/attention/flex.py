@@ -19,7 +19,7 @@ BLOCK = 128  # tokens per side of a mask block
 
 
 def flex(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    """Attention of a pack, (T, H, D); see `tim.attention.attention`. On the CPU the forward pass only, in memory of T × S."""
+    """Attention of a pack, (T, H, D); see `tim.attention.dispatch.attention`. On the CPU the forward pass only, in memory of T × S."""
     if not len(k_SHD) or not len(q_THD):
         return torch.zeros_like(q_THD)
     mask = _block_mask(q_segments.lengths, kv_segments.lengths, q_THD.device)

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from tim.official import unreadable
+from tim.pretrained.official import unreadable
 
 HUB = "hf://"
 PIPELINE = "model_index.json"

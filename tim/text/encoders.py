@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tim import pretrained
-from tim.pretrained import HUB, Location, in_words
-from tim.tokenizers import KEY, BytePairs, PretrainedTokenizer, Tokenizer, tokenizer_folder, transformers_library
+from tim.pretrained import weight_files
+from tim.pretrained.weight_files import HUB, Location, in_words
+from tim.text.tokenizers import KEY, BytePairs, PretrainedTokenizer, Tokenizer, tokenizer_folder, transformers_library
 
 BATCH_TOKENS = 16384  # that go through a tower at once
 PARTS = ("text_encoder",)  # sub-folders of a pipeline that hold a text encoder
@@ -126,7 +126,7 @@ def make(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
 ) -> TextEncoder:
-    """A text encoder by name, with the weights at `path` (see `tim.pretrained`) and the tokenizer at `tokenizer_path`, null: at `path`.
+    """Make a text encoder from the weights at `path` (see `weight_files`) and the tokenizer at `tokenizer_path` (default `path`).
 
     `width` is that of the features: `lookup` makes them as wide as one likes, the others are refused if they are of another width.
     Raises ValueError for an unknown kind, naming the path that holds no such encoder or tokenizer, and where captions that differ have
@@ -170,11 +170,11 @@ def tokenizer_location(kind: str, path: str | Path | None, *, tokenizer_path: st
 def digest(kind: str, path: str | Path, *, tokenizer_path: str | Path | None = None) -> str:
     """sha256 that tells an encoder's weights and tokenizer from others. Raises ValueError where there are none."""
     encoder = location(kind, path)
-    weights = pretrained.digest(path, parts=PARTS if kind == "hf" else ())
+    weights = weight_files.digest(path, parts=PARTS if kind == "hf" else ())
     folder = tokenizer_location(kind, path, tokenizer_path=tokenizer_path)
     if folder is None or (encoder.file is None and folder.resolve() == encoder.folder.resolve()):
         return weights
-    return hashlib.sha256(f"{weights} {pretrained.digest(folder, weights=False)}".encode()).hexdigest()
+    return hashlib.sha256(f"{weights} {weight_files.digest(folder, weights=False)}".encode()).hexdigest()
 
 
 def width(kind: str, path: str | Path | None) -> int:
@@ -212,7 +212,7 @@ def _located(kind: str, path: str | Path | None) -> Location | None:
         return None
     if path is None:
         raise ValueError(f"text encoder {kind} needs its weights: give its path, a folder or {HUB}OWNER/NAME")
-    found = pretrained.locate(path, parts=PARTS if kind == "hf" else ())
+    found = weight_files.locate(path, parts=PARTS if kind == "hf" else ())
     wanted = "open_clip_config.json" if kind == "open_clip" else "config.json"
     if not (found.folder / wanted).is_file():
         raise ValueError(f"{found.folder}: has no {wanted}, which text encoder {kind} needs beside its weights")
@@ -272,11 +272,11 @@ def _transformers_tower(place: Location) -> tuple[torch.nn.Module, Callable[[Ten
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         is_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5 and others, whose decoder is not needed
         kind = transformers.AutoModelForTextEncoding if is_encoder else transformers.AutoModel
-        with pretrained.loadable(place, stem="model", pickle_stem="pytorch_model") as (weights, arguments):
+        with weight_files.loadable(place, stem="model", pickle_stem="pytorch_model") as (weights, arguments):
             how = {**arguments, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
             network, said = kind.from_pretrained(weights, **how)
-    except pretrained.FAILURES as error:
-        raise pretrained.failure(place, error, library="transformers") from error
+    except weight_files.FAILURES as error:
+        raise weight_files.failure(place, error, library="transformers") from error
     missing = sorted(name for name in said["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more: they are of another model than its config")

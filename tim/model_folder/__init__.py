@@ -1,0 +1,1 @@
+"""The model folder: everything that sampling needs."""
