@@ -14,25 +14,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dataprep.captions import LANGUAGE, CaptionConfig, check_languages
-from dataprep.columns import ColumnConfig
-from dataprep.dedup import DedupConfig
-from dataprep.examine import ImageConfig
-from dataprep.files import JOB, LOCK, claimed_work, publish_text
-from dataprep.filters import FilterConfig, Filters
-from dataprep.growing import Growth
-from dataprep.identity import all_differences, differences
-from dataprep.inputs import Part
-from dataprep.known import open_known
-from dataprep.manifest import MANIFEST, Account, read_account
-from dataprep.plan import ShardConfig
-from dataprep.report import ReportConfig
-from dataprep.shards import number_of_file, shard_number, stats_name
-from dataprep.sources import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
-from dataprep.store import Store, open_store
+from dataprep.append import Growth
+from dataprep.config_diff import all_differences, differences
+from dataprep.dedup.perceptual import DedupConfig
+from dataprep.dedup.reference_corpora import open_known
+from dataprep.examine.captions import LANGUAGE, CaptionConfig, check_languages
+from dataprep.examine.examine import ImageConfig
+from dataprep.examine.filters import FilterConfig, Filters
+from dataprep.examine.run import Part
+from dataprep.report.html import ReportConfig
+from dataprep.shards.layout import ShardConfig
+from dataprep.shards.manifest import MANIFEST, Account, read_account
+from dataprep.shards.store import Store, open_store
+from dataprep.shards.writer import number_of_file, shard_number, stats_name
+from dataprep.sources.column_mapping import ColumnConfig
+from dataprep.sources.open import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.corpus.row_filter import unknown_column
 from pipeline.digests import json_digest
+from pipeline.storage.atomic import JOB, LOCK, claimed_work, publish_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

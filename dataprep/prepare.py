@@ -13,23 +13,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dataprep.chunks import ChunkTables, chunk_path
-from dataprep.examine import ImageConfig, Rules
-from dataprep.executor import LocalPool, Pool
-from dataprep.grouping import group_rows
-from dataprep.growing import Base, Growth, Selection, read_base
-from dataprep.inputs import Examined, Part, examine_all, examined_before
+from dataprep.append import Base, Growth, Selection, read_base
+from dataprep.dedup.reference_corpora import Known, read_known
+from dataprep.examine.examine import ImageConfig, Rules
+from dataprep.examine.row_chunks import ChunkTables, chunk_path
+from dataprep.examine.run import Examined, Part, examine_all, examined_before
 from dataprep.job import Job, PrepareConfig, claimed_job, finished_account, open_job
-from dataprep.known import Known, read_known
-from dataprep.labels import describe_classes
-from dataprep.manifest import Account, write_corpus_files
-from dataprep.plan import Plan, make_plan
-from dataprep.rejections import NothingKept, example_lines, find_examples, in_words
-from dataprep.report import census, render
-from dataprep.shards import Shard, ShardTask, finished_shards, write_shard
-from dataprep.sidecars import extended_sidecars, listed_sidecars
-from dataprep.sources import Source, all_samples
-from dataprep.store import Store
+from dataprep.report.html import census, render
+from dataprep.report.rejections import NothingKept, example_lines, find_examples, in_words
+from dataprep.shards.layout import Plan, make_plan
+from dataprep.shards.manifest import Account, write_corpus_files
+from dataprep.shards.regroup import group_rows
+from dataprep.shards.store import Store
+from dataprep.shards.writer import Shard, ShardTask, finished_shards, write_shard
+from dataprep.sidecars.writer import extended_sidecars, listed_sidecars
+from dataprep.sources.class_labels import describe_classes
+from dataprep.sources.open import Source, all_samples
+from dataprep.workers.pool import LocalPool, Pool
 from pipeline.corpus.sidecars import Sidecar
 from pipeline.progress import Progress, unseen
 

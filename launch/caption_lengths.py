@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dataprep.caption_lengths import CaptionLengths, measure, sample_captions
+from dataprep.report.caption_lengths import CaptionLengths, measure, sample_captions
 from launch.config import Config
 from pipeline.planning.planner import Planner
 from tim.text.tokenizers import Tokenizer

@@ -15,7 +15,7 @@ from launch.options import Debug, Json, Workers
 from launch.tables import count, describe_account, describe_annotation, describe_features, describe_scores
 
 if TYPE_CHECKING:
-    from dataprep.executor import Pool
+    from dataprep.workers.pool import Pool
 
 
 def prepare(
@@ -70,9 +70,9 @@ def prepare(
     """
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.job import with_own_settings
-        from dataprep.manifest import REPORT
         from dataprep.prepare import Account, Growth, Part, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
+        from dataprep.shards.manifest import REPORT
         from launch.config import load_config
 
         positional, overrides = split_sources(sources or [], settings=PrepareConfig.model_fields)
@@ -115,7 +115,7 @@ def index(
     Example: tim index "laion/{00000..41407}.tar" --out corpus
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.indexing import index as index_shards
+        from dataprep.index_tars import index as index_shards
 
         with console.progress() as report:
             account = index_shards(shards, out=out, workers=workers or cores(), progress=report)
@@ -125,7 +125,8 @@ def index(
 
 def encode(
     corpus: Annotated[
-        list[str], typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="Folder or URL of a corpus, and settings (dataprep/encoders.py).")
+        list[str],
+        typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="A corpus (folder or URL) and settings (dataprep/features/encoders.py)."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the features: a new one, or one that an earlier run of the same command has begun.")],
     run: Annotated[
@@ -189,9 +190,9 @@ def verify(
     Example: tim verify corpus --repair
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.repair import Repaired
-        from dataprep.repair import repair as repair_corpus
-        from dataprep.verify import verify as verify_corpus
+        from dataprep.checks.repair import Repaired
+        from dataprep.checks.repair import repair as repair_corpus
+        from dataprep.checks.verify import verify as verify_corpus
 
         repaired = Repaired(done=[], lost=[])
         if repair:
@@ -227,8 +228,8 @@ def report(
     Example: tim report corpus --stride 16
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.report import ReportConfig
-        from dataprep.report import report as write_report
+        from dataprep.report.html import ReportConfig
+        from dataprep.report.html import report as write_report
 
         if (corpus is None) == (compare is None):
             raise ValueError("give one CORPUS, or --compare A B (see `tim report --help`)")
@@ -264,8 +265,8 @@ def score(
     Example: tim score corpus model=ViT-L-14 weights=openai aesthetic=sac+logos+ava1-l14-linearMSE.pth
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.score import ScoreConfig
-        from dataprep.score import score as score_corpus
+        from dataprep.sidecars.score import ScoreConfig
+        from dataprep.sidecars.score import score as score_corpus
         from launch.config import load_config
 
         corpus, overrides = one_corpus(arguments)
@@ -305,8 +306,8 @@ def annotate(
     Example: tim annotate corpus --remove recaptioned
     """
     with session(as_json=as_json, debug=debug) as console:
-        from dataprep.annotate import annotate as annotate_corpus
-        from dataprep.sidecars import remove_sidecar
+        from dataprep.sidecars.annotate import annotate as annotate_corpus
+        from dataprep.sidecars.writer import remove_sidecar
 
         if remove is not None:
             if any(given is not None for given in (table, on, name, mark)):
@@ -332,13 +333,13 @@ def annotate(
 def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str | None) -> Pool:
     """The workers of a preparation; `memory` in bytes for each."""
     if executor == "ray":
-        from dataprep.cluster import RayPool
+        from dataprep.workers.ray_pool import RayPool
 
         return RayPool(workers, address=ray_address, memory=memory)
     if executor != "local":
         raise ValueError(f"--executor {executor}: expected local or ray")
     if ray_address is not None:
         raise ValueError(f"--ray-address {ray_address}: goes with --executor ray")
-    from dataprep.executor import LocalPool
+    from dataprep.workers.pool import LocalPool
 
     return LocalPool(workers or cores(), memory=memory)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dataprep.examine import ImageConfig
+from dataprep.examine.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import Figure, figures, read_figure, write_corpus
 from launch import cluster

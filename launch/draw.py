@@ -10,12 +10,12 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from dataprep.files import publish
 from launch.arguments import round_sizes
 from launch.caption_lengths import cut_prompts
 from launch.console import Console
 from launch.model_source import OWN, Replacements, generator_of, open_model
 from launch.preview import grid
+from pipeline.storage.atomic import publish
 
 
 @dataclass(frozen=True, slots=True)

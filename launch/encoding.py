@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataprep.encode import EncodeConfig, Encoded, encode, read_encoded
+from dataprep.features.encode import EncodeConfig, Encoded, encode, read_encoded
 from launch import configfile
 from launch.cluster import LAUNCHER, cores, die_with_launcher, run_in_processes
 from launch.config import Config, load_config

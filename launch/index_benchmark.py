@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dataprep.indexing import IndexTask, index_shard, read_foreign
+from dataprep.index_tars import IndexTask, index_shard, read_foreign
 from pipeline.corpus.corpus import Corpus
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress

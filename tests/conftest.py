@@ -14,7 +14,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from dataprep import executor
+from dataprep.workers import pool
 from tests import reused_workers
 from tests.pipeline.storage.servers import s3_server
 
@@ -44,7 +44,7 @@ def shared() -> Path:
 def _reused_workers() -> Iterator[None]:
     """Pools of preparations hand their workers on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "LocalWorker", reused_workers.take)
+        patch.setattr(pool, "LocalWorker", reused_workers.take)
         yield
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dataprep.worker import WORKER_MEMORY, LocalWorker, Report
+from dataprep.workers.process import WORKER_MEMORY, LocalWorker, Report
 
 _starter = ThreadPoolExecutor(1)  # a worker dies with the thread that started it, and those of a pool end with the pool
 _parked: defaultdict[object, list[ReusedWorker]] = defaultdict(list)

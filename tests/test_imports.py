@@ -69,5 +69,5 @@ def test_models_and_preparation_work_without_deepspeed() -> None:
 
 def test_the_command_line_and_the_schema_load_without_torch() -> None:
     """It takes seconds and memory to import, and `--help`, `recipes` and every worker of `prepare` do without it."""
-    check = "import sys, launch.cli, launch.config, dataprep.prepare, dataprep.indexing; assert 'torch' not in sys.modules"
+    check = "import sys, launch.cli, launch.config, dataprep.prepare, dataprep.index_tars; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

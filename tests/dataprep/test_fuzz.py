@@ -22,17 +22,17 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from dataprep.captions import CaptionConfig
-from dataprep.census import plan_of, take_census
-from dataprep.examine import ImageConfig, Piece, Rules, examine_piece
-from dataprep.filters import FilterConfig
-from dataprep.indexing import read_foreign
+from dataprep.checks.verify import ShardCheck, check_shard, verify
+from dataprep.examine.captions import CaptionConfig
+from dataprep.examine.examine import ImageConfig, Piece, Rules, examine_piece
+from dataprep.examine.filters import FilterConfig
+from dataprep.index_tars import read_foreign
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.records import RawSample
-from dataprep.report import ReportConfig, render
+from dataprep.report.html import ReportConfig, render
+from dataprep.report.statistics import plan_of, take_census
 from dataprep.row_schema import FILTER_PREFIX, REASONS
-from dataprep.sources import open_sources
-from dataprep.verify import ShardCheck, check_shard, verify
+from dataprep.sources.open import open_sources
+from dataprep.sources.raw_sample import RawSample
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
 from pipeline.images.headers import careful_size, quick_size

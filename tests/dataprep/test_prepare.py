@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from dataprep.checks.verify import verify
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.rejections import NothingKept
-from dataprep.verify import verify
+from dataprep.report.rejections import NothingKept
 from pipeline.images import read_image
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, start_prepare, table_rows, write_folder, write_tar
 

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import webdataset
 
+from dataprep.checks.verify import verify
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.verify import verify
 from tests.dataprep.helpers import table_rows
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataprep.executor import LocalPool, WorkerDied
-from dataprep.inputs import Part
+from dataprep.examine.run import Part
 from dataprep.prepare import Growth, PrepareConfig, prepare, prepare_part
+from dataprep.workers.pool import LocalPool, WorkerDied
 from launch.cli import main
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, photo, photo_folder, row_of, start_prepare, write_folder
-from tests.dataprep.test_executor import Job, square, walk
+from tests.dataprep.workers.test_pool import Job, square, walk
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 500}})
 
@@ -69,7 +69,7 @@ def test_ray_writes_the_same_bytes_and_survives_its_workers(
     many: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
-    from dataprep.cluster import RayPool
+    from dataprep.workers.ray_pool import RayPool
 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dataprep.caption_lengths import beyond_usual, measure, sample_captions
+from dataprep.report.caption_lengths import beyond_usual, measure, sample_captions
 from launch.caption_lengths import caption_lengths, cut_prompts
 from launch.config import load_config
 from launch.planning import make_planner

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dataprep.encode import EncodeConfig
-from dataprep.encode import encode as encode_corpus
+from dataprep.features.encode import EncodeConfig
+from dataprep.features.encode import encode as encode_corpus
 from launch.config import Config, ConfigError, load_config
 from launch.encoding import needs
 from launch.export import spec_of

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from dataprep.encoders import EncodeConfig
+from dataprep.features.encoders import EncodeConfig
 from dataprep.prepare import PrepareConfig
 from launch.config import Config
 from launch.configfile import ConfigError, check, dump, read

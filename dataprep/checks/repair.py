@@ -1,0 +1,324 @@
+"""`tim verify --repair`: makes again what follows from the rest of a corpus, and says what is lost.
+
+Of a table that is gone, index.parquet still has the kept rows, and the shard's tar most of what they say; what was rejected stood in the
+table alone. All other files follow from tables and tars. A tar that is gone is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dataprep.dedup.perceptual import perceptual_hash
+from dataprep.index_tars import KIND
+from dataprep.job import begun_in
+from dataprep.report.html import ReportConfig, census, render
+from dataprep.row_schema import TABLE_COLUMNS
+from dataprep.shards.layout import ColumnKind, Columns
+from dataprep.shards.manifest import (
+    INDEX,
+    MANIFEST,
+    README,
+    REPORT,
+    WIDS_INDEX,
+    Account,
+    account_entries,
+    read_account,
+    read_columns,
+    write_corpus_files,
+)
+from dataprep.shards.store import open_store
+from dataprep.shards.writer import Shard, shard_name, shard_number, shard_stats, table_bytes, table_schema
+from dataprep.workers.pool import LocalPool, Pool
+from pipeline.corpus.corpus import FORMAT, read_manifest
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
+from pipeline.digests import file_digest
+from pipeline.errors import one_line
+from pipeline.images import Rejection, read_image
+from pipeline.progress import Progress, unseen
+from pipeline.storage.atomic import WORK, claimed, publish, publish_text
+from pipeline.storage.tar import BlockReader, Member, members
+
+_FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
+_MADE_ELSEWHERE = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar
+_KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What was made again, and what is lost for good, one sentence each."""
+
+    done: list[str]
+    lost: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class TableTask:
+    """A shard whose rows are to be read from its tar. `skip`: positions of pictures that took the decoder down."""
+
+    tar: Path
+    columns: Columns
+    skip: frozenset[int] = frozenset()
+
+
+def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Repaired:
+    """Make again what is missing or damaged and can be derived; what is sound keeps its bytes. `progress`: ("repair", shards, in all).
+
+    Raises ValueError if it is no corpus, is unfinished, is one that `tim index` wrote, or is not in a local folder.
+    """
+    store, _ = open_store(corpus, work=None)
+    folder = Path(store.place)
+    if store.is_remote or not folder.is_dir():
+        raise ValueError(f"{corpus}: not a local folder; copy the corpus to one to repair it")
+    if begun_in(folder / WORK):
+        raise ValueError(f"{corpus}: a preparation has not come to its end: run its command again, or delete {folder / WORK}")
+    done: list[str] = []
+    lost: list[str] = []
+    manifest = _manifest(folder, lost=lost)
+    if manifest.get("kind") == KIND:
+        raise ValueError(f"{corpus}: tables of an index are not repaired but made again: run `tim index` with the same tars")
+    before = {name: _digest(folder / name) for name in _FILES}
+    with claimed(folder) as work, LocalPool(workers) as pool:
+        shards = _repair_tables(folder, manifest=manifest, pool=pool, progress=progress, done=done, lost=lost)
+        if shards is not None:
+            rejected_lost = {**manifest.get("lost", {}), **_rows_lost(manifest, shards=shards)}
+            identity = {name: manifest[name] for name in ("config", "sources", "against") if name in manifest}
+            config = ReportConfig.model_validate(manifest["config"].get("report", {}))
+            write_corpus_files(
+                store,
+                name=manifest["name"],
+                shards=shards,
+                account=read_account(manifest),
+                columns=read_columns(manifest),
+                identity=identity | ({"lost": rejected_lost} if rejected_lost else {}),
+                image_format=manifest["config"].get("images", {}).get("format", "jpg"),
+                report=lambda written: render([census(folder, manifest=written, config=config, pool=pool)], config=config),
+                growth=manifest.get("growth", ()),
+            )
+        shutil.rmtree(work)
+    done += [f"{name}: made again" for name in _FILES if _digest(folder / name) != before[name]]
+    return Repaired(done=done, lost=lost)
+
+
+def read_table(task: TableTask, report: Callable[[int], None]) -> pa.Table:
+    """The kept rows of a shard, as its tar knows them."""
+    with open(task.tar, "rb") as stream:
+        descriptor = stream.fileno()
+        file = BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=os.fstat(descriptor).st_size)
+        samples: dict[str, dict[str, Member]] = {}
+        for member in members(file, tar=task.tar.name):
+            if member.extension in _KINDS and member.problem is None:
+                samples.setdefault(member.key, {})[_KINDS[member.extension]] = member
+        rows = []
+        for position, (key, found) in enumerate(samples.items()):
+            report(position)
+            payloads = {what: os.pread(descriptor, member.length, member.offset) for what, member in found.items()}
+            rows.append(_row(key, found=found, payloads=payloads, columns=task.columns, hashed=position not in task.skip))
+    return pa.Table.from_pylist(rows, schema=table_schema(task.columns.kinds))
+
+
+def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes], columns: Columns, hashed: bool) -> dict[str, Any]:
+    record = json.loads(payloads["json"])
+    if "://" not in record["url"]:  # the path of an input without an address stands there, too
+        record = {**record, "url": "", "path": record["url"]}
+    copied = ("caption", "captions", "width", "height", "original_width", "original_height", "sha256")
+    return {
+        **dict.fromkeys(_MADE_ELSEWHERE, ""),
+        **{name: record[name] for name in copied},
+        "source": record.get("source", ""),  # older shards do not name it
+        "key": key,
+        "path": record.get("path") or record["url"],
+        "status": "success",
+        "reason": "",
+        "label": int(payloads["cls"]) if "cls" in payloads else None,
+        "phash": _hash(payloads["image"]) if hashed else "",
+        **{f"{what}_{name}": getattr(member, name) for what, member in found.items() for name in ("offset", "length")},
+        **{name: _column(record[name], kind=kind) for name, kind in columns.kinds.items() if name in record},
+    }
+
+
+def _hash(image: bytes) -> str:
+    try:
+        value = perceptual_hash(read_image(image).pixels)
+    except Rejection:
+        return ""
+    return "" if value is None else f"{value:016x}"
+
+
+def _column(value: Any, *, kind: ColumnKind) -> Any:
+    """A further column's value in a table, where the JSON of a sample may have to say it as a text."""
+    if kind.table == pa.string() or not isinstance(value, str):
+        return value
+    return json.loads(value) if value else None
+
+
+def _repair_tables(
+    folder: Path, *, manifest: Mapping[str, Any], pool: Pool, progress: Progress, done: list[str], lost: list[str]
+) -> list[Shard] | None:
+    """All shards, with tables and stats that are whole; None if one cannot be had."""
+    shards = [Shard(**entry) for entry in manifest["shards"]]
+    broken = [number for number, shard in enumerate(shards) if _digest(folder / shard.table) != shard.table_sha256]
+    tables: dict[int, tuple[pa.Table, str]] = {}
+    if broken and "index" in manifest and _digest(folder / INDEX) == manifest["index"]["sha256"]:
+        index = pq.ParquetFile(folder / INDEX)
+        tables = {number: (index.read_row_group(number), INDEX) for number in broken}
+    else:
+        whole = [number for number in broken if _digest(folder / shards[number].name) == shards[number].sha256]
+        tasks = [TableTask(tar=folder / shards[number].name, columns=read_columns(manifest)) for number in whole]
+        found = pool.map(read_table, tasks, retry=lambda task, death: replace(task, skip=task.skip | {death.at}))
+        for place, (number, table) in enumerate(zip(whole, found, strict=True)):
+            tables[number] = (table, shards[number].name)
+            lost.append(f"{shards[number].table}: details of its samples, and which of them look like others")
+            progress("repair", place + 1, len(whole))
+    for number in broken:
+        shard = shards[number]
+        if number not in tables:
+            lost.append(f"{shard.table}: neither it nor {shard.name} is whole: restore one of them, or prepare the corpus again")
+            continue
+        table, origin = tables[number]
+        done.append(f"{shard.table}: made again from {origin}")
+        if shard.rows > table.num_rows:
+            lost.append(f"{shard.table}: which inputs were rejected, and why: {shard.rows - table.num_rows} rows")
+        shards[number] = _write_table(folder, shard=shard, table=table)
+    for shard in shards:
+        if _digest(folder / shard.table) == shard.table_sha256:
+            done += _repair_stats(folder, shard=shard)
+        if not (folder / shard.name).is_file():
+            lost.append(f"{shard.name}: {shard.count} samples: restore the file, or prepare the corpus again")
+    return shards if len(tables) == len(broken) else None
+
+
+def _write_table(folder: Path, *, shard: Shard, table: pa.Table) -> Shard:
+    data = table_bytes(table)
+    with publish(folder / shard.table) as stream:
+        stream.write(data)
+    return replace(shard, table_sha256=hashlib.sha256(data).hexdigest(), table_bytes=len(data), rows=table.num_rows)
+
+
+def _repair_stats(folder: Path, *, shard: Shard) -> Iterator[str]:
+    """Where a stats file is whole, what it counts of rejected inputs stays, though their rows may be lost."""
+    path = folder / f"{shard.table.removesuffix('.parquet')}_stats.json"
+    said = _read_json(path)
+    if said.get("shard") == asdict(shard):
+        return
+    if "status_dict" in said:
+        publish_text(path, json.dumps({**said, "shard": asdict(shard)}, indent=1) + "\n")
+    else:
+        neighbours = (_read_json(other).get("job") for other in sorted(folder.glob("[0-9]*_stats.json")))
+        job = next((job for job in neighbours if job), "")
+        publish_text(path, shard_stats(pq.ParquetFile(folder / shard.table).read(), shard=shard, job=job))
+    yield f"{path.name}: made again"
+
+
+def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
+    """The manifest, or what the stats files, or the tables, say of all shards. Raises ValueError if it is no corpus."""
+    if _read_json(folder / MANIFEST):
+        return read_manifest(folder)
+    numbers = sorted({number for path in folder.iterdir() if (number := shard_number(path.name)) is not None})
+    if not numbers or numbers != list(range(len(numbers))):
+        raise ValueError(f"{folder}: not a corpus: it has no {MANIFEST}, and no shards from 000000 on without a gap")
+    shards: list[Shard] = []
+    counts: Counter[str] = Counter()
+    for number in numbers:
+        shard, reasons = _shard(folder, number=number)
+        shards.append(shard)
+        counts.update(reasons)
+    kept = counts.pop("success", 0)
+    account = Account(inputs=kept + counts.total(), kept=kept, rejected=dict(sorted(counts.items())), notes=[], shards=len(shards))
+    lost.append(f"{MANIFEST}: which settings and sources the corpus was prepared with, and notes: it can be used, but not added to")
+    columns, image_format = _seen_columns(folder, shards=shards)
+    return {
+        "format": FORMAT,
+        "name": _read_json(folder / WIDS_INDEX).get("name") or folder.resolve().name,
+        "shards": [asdict(shard) for shard in shards],
+        **account_entries(account, shards=shards),
+        **columns,
+        "config": {"images": {"format": image_format}},
+        "sources": [],
+        "against": [],
+    }
+
+
+def _shard(folder: Path, *, number: int) -> tuple[Shard, dict[str, int]]:
+    """A shard and how many of its inputs were kept ("success") or rejected, by its stats file or else by its table."""
+    stem = shard_name(number)
+    said = _read_json(folder / f"{stem}_stats.json")
+    with suppress(KeyError, TypeError):
+        return Shard(**said["shard"]), dict(said["status_dict"])
+    try:
+        table = pq.ParquetFile(folder / f"{stem}.parquet").read()
+        tar = folder / f"{stem}.tar"
+        reasons = Counter(reason or "success" for reason in table.column("reason").to_pylist())
+        shard = Shard(
+            name=tar.name,
+            count=reasons["success"],
+            bytes=tar.stat().st_size,
+            sha256=file_digest(tar),
+            table=f"{stem}.parquet",
+            table_sha256=file_digest(folder / f"{stem}.parquet"),
+            table_bytes=(folder / f"{stem}.parquet").stat().st_size,
+            rows=table.num_rows,
+        )
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{folder}: without {MANIFEST} and {stem}_stats.json it takes {stem}.parquet to repair: {one_line(error)}"
+        ) from error
+    return shard, dict(reasons)
+
+
+def _seen_columns(folder: Path, *, shards: Sequence[Shard]) -> tuple[dict[str, Any], str]:
+    """What the manifest says of the columns, as a table and a sample show it; and the extension of the images."""
+    for shard in shards:
+        with suppress(OSError, KeyError, ValueError, pa.ArrowException):
+            file = pq.ParquetFile(folder / shard.table)
+            (row,) = (
+                file.read(columns=["key", "json_offset", "json_length", "cls_offset"])
+                .filter(pc.field("key").is_valid())
+                .slice(0, 1)
+                .to_pylist()
+            )
+            with open(folder / shard.name, "rb") as tar:
+                record = json.loads(os.pread(tar.fileno(), row["json_length"], row["json_offset"]))
+                image = tarfile.TarInfo.frombuf(os.pread(tar.fileno(), tarfile.BLOCKSIZE, 0), "utf-8", "replace").name
+            types = {each.name: str(each.type) for each in file.schema_arrow if each.name not in TABLE_COLUMNS}
+            kinds = {
+                name: {"type": kind, "number": kind != "string" and not isinstance(record.get(name), str)} for name, kind in types.items()
+            }
+            return {"columns": kinds, "has_classes": row["cls_offset"] is not None}, image.rpartition(".")[2]
+    raise ValueError(f"{folder}: no shard has both a table and a tar that can be read: prepare the corpus again")
+
+
+def _rows_lost(manifest: Mapping[str, Any], *, shards: Sequence[Shard]) -> dict[str, int]:
+    """By table: how many rows of rejected inputs it has no more."""
+    pairs = zip(manifest["shards"], shards, strict=True)
+    return {shard.table: entry["rows"] - shard.rows for entry, shard in pairs if entry["rows"] > shard.rows}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, {} if there is none."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a file, "" if it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError:
+        return ""

@@ -1,0 +1,257 @@
+"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every picture decoded, keys unique.
+
+The tars of an index have no digest: they are indexed once more, which has to give the same table.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dataprep.index_tars import KIND, read_foreign
+from dataprep.job import begun_in
+from dataprep.row_schema import MEMBERS
+from dataprep.shards.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account
+from dataprep.shards.writer import number_of_file
+from dataprep.sidecars.writer import check_sidecars, sidecar_files
+from dataprep.sources.webdataset import open_tar
+from dataprep.workers.pool import LocalPool, WorkerDied
+from pipeline.corpus.corpus import read_manifest
+from pipeline.digests import file_digest, json_digest
+from pipeline.errors import one_line
+from pipeline.images import Rejection, read_image
+from pipeline.progress import Progress, unseen
+from pipeline.storage.atomic import TEMPORARY_SUFFIX, WORK
+
+_MANY = 20  # problems per shard that are told one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was checked, and every problem found, one sentence each; no problems, a sound corpus."""
+
+    problems: list[str]
+    shards: int
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardCheck:
+    """The work of one process: a shard as the manifest lists it. `crashes_at` ≥ 0: the sample that took the decoder down."""
+
+    corpus: Path
+    entry: dict[str, Any]
+    crashes_at: int = -1
+
+
+def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Report:
+    """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
+    corpus = Path(corpus)
+    manifest = read_manifest(corpus)
+    total = manifest["totals"]["kept"]
+    is_growing = begun_in(corpus / WORK).get("grows") == json_digest(manifest)
+    problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest, is_growing=is_growing)
+
+    def show(done: int) -> None:
+        progress("verify", min(done, total), total)
+
+    is_index = manifest.get("kind") == KIND
+    checks = [ShardCheck(corpus=corpus, entry=entry) for entry in manifest["shards"]]
+    with LocalPool(workers) as pool:
+        for found in pool.map(check_foreign_shard if is_index else check_shard, checks, retry=_stop_before_crash, on_items=show):
+            problems += found
+    show(total)
+    if not is_index:
+        problems += _check_index(corpus, manifest=manifest, is_growing=is_growing)
+    problems += check_sidecars(corpus)
+    return Report(problems=problems, shards=len(checks), samples=total)
+
+
+def check_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
+    """All problems of one shard."""
+    tar_path, table_path = check.corpus / check.entry["name"], check.corpus / check.entry["table"]
+    missing = [f"{path.name}: is missing" for path in (tar_path, table_path) if not path.is_file()]
+    if missing:
+        return missing
+    problems = _check_digest(tar_path, check.entry["sha256"]) + _check_digest(table_path, check.entry["table_sha256"])
+    try:
+        table = pq.read_table(table_path)
+        kept = kept_rows(table).to_pylist()
+    except (pa.ArrowException, KeyError, OSError) as error:
+        return [*problems, f"{table_path.name}: cannot be read: {one_line(error)}"]
+    if len(kept) != check.entry["count"] or table.num_rows != check.entry["rows"]:
+        problems.append(f"{table_path.name}: {len(kept)} of {table.num_rows} rows are kept, the manifest says {check.entry['count']}")
+    details = [*_check_layout(tar_path, rows=kept), *_check_samples(tar_path, rows=kept, crashes_at=check.crashes_at, report=report)]
+    return problems + _first(details, of=tar_path.name)
+
+
+def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> list[str]:
+    """All problems of one shard of an index."""
+    name, table_path = check.entry["name"], check.corpus / check.entry["table"]
+    if not table_path.is_file():
+        return [f"{table_path.name}: is missing"]
+    changed = _check_digest(table_path, check.entry["table_sha256"])
+    if changed:
+        return changed
+    table = pq.read_table(table_path)
+    crashed = frozenset(table.filter(pc.call_function("equal", [table["reason"], "crashed"]))["image_offset"].to_pylist())
+    found, size = read_foreign(name, crashed=crashed)
+    if size != check.entry["bytes"] or not found.table.equals(table):
+        said = next((row["detail"] for row in found.table.to_pylist() if row["path"] == name.rpartition("/")[2]), f"{size} bytes")
+        return [f"{name}: is not what {table_path.name} says ({said}): the tar was changed or damaged, run `tim index` again"]
+    problems = []
+    with open_tar(name) as tar:
+        for position, row in enumerate(kept_rows(table).to_pylist()):
+            report(position)
+            if position == check.crashes_at:
+                problems.append(f"{name}: {row['key']}: its picture takes the decoder down; the samples after it were not checked")
+                break
+            picture = tar.at(row["image_offset"], row["image_length"])
+            problems += [f"{name}: {row['key']}: {problem}" for problem in _check_picture(picture, row=row)]
+    return _first(problems, of=name)
+
+
+def _first(problems: list[str], *, of: str) -> list[str]:
+    """As many as a reader wants to see, and how many more there are."""
+    more = len(problems) - _MANY
+    return problems if more <= 0 else [*problems[:_MANY], f"{of}: and {more} more problems"]
+
+
+def _check_digest(path: Path, expected: str) -> list[str]:
+    return [] if file_digest(path) == expected else [f"{path.name}: its digest is not the manifest's: the file was changed or damaged"]
+
+
+def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
+    if death.at < 0 or death.at == check.crashes_at:
+        raise death
+    return ShardCheck(corpus=check.corpus, entry=check.entry, crashes_at=death.at)
+
+
+def _check_account(manifest: dict[str, Any]) -> list[str]:
+    account, totals = read_account(manifest), manifest["totals"]
+    problems = []
+    if account.inputs != account.kept + sum(account.rejected.values()) or totals["rejected"] != sum(account.rejected.values()):
+        problems.append(f"{MANIFEST}: the account does not add up: {account.inputs} inputs, {account.kept} kept, {account.rejected}")
+    replaced = sum(sum(step["replaced"].values()) for step in manifest.get("growth", ()))  # rows of inputs that were read once more
+    rows = account.inputs + replaced - sum(manifest.get("lost", {}).values())  # what a repair could not bring back
+    for what, total in (("count", account.kept), ("bytes", totals["bytes"]), ("rows", rows)):
+        if sum(shard[what] for shard in manifest["shards"]) != total:
+            problems.append(f"{MANIFEST}: the shards' {what} do not add up to {total}")
+    return problems
+
+
+def _check_strangers(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
+    """Shards that the manifest does not know, and marker files that are gone. What an addition has written so far is no part of the corpus
+    yet."""
+    is_index = manifest.get("kind") == KIND
+    known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | (set() if is_index else {INDEX})
+    known |= sidecar_files(corpus)
+    found = {path.name for pattern in ("*.tar", "*.parquet", f"*{TEMPORARY_SUFFIX}") for path in corpus.glob(pattern)}
+    problems = [f"{WORK}: an addition has not come to its end: run its command again; its shards were not checked"] if is_growing else []
+    first = len(manifest["shards"])
+    added = {name for name in found if name.endswith(TEMPORARY_SUFFIX) or (number_of_file(name) or 0) >= first} if is_growing else set()
+    problems += [f"{name}: not in the manifest" for name in sorted(found - known - added)]
+    markers = [shard["table"].removesuffix(".parquet") + "_stats.json" for shard in manifest["shards"]]
+    markers += [] if is_index else [WIDS_INDEX, README, REPORT]
+    problems += [f"{name}: is missing" for name in markers if not (corpus / name).is_file()]
+    return problems
+
+
+def _check_layout(tar_path: Path, *, rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Members of the tar against offsets and lengths of the table, in order, nothing more and nothing less."""
+    extensions = {"text": "txt", "cls": "cls", "json": "json"}
+    expected = []
+    for row in rows:
+        for member in MEMBERS:
+            if row[f"{member}_offset"] is not None:
+                name = f"{row['key']}.{extensions.get(member, '')}"
+                expected.append((name, row[f"{member}_offset"], row[f"{member}_length"]))
+    try:
+        with tarfile.open(tar_path, "r:") as tar:
+            found = [(info.name, info.offset_data, info.size) for info in tar]
+    except (tarfile.TarError, OSError, ValueError) as error:
+        yield f"{tar_path.name}: cannot be read: {one_line(error)}"
+        return
+    if len(found) != len(expected):
+        yield f"{tar_path.name}: {len(found)} members where the table has {len(expected)}"
+    for (name, offset, length), (expected_name, expected_offset, expected_length) in zip(found, expected, strict=False):
+        same_name = name == expected_name if not expected_name.endswith(".") else name.startswith(expected_name)
+        if not same_name or (offset, length) != (expected_offset, expected_length):
+            yield f"{tar_path.name}: {name} at byte {offset} is not what the table says: {expected_name} at byte {expected_offset}"
+    if len({row["key"] for row in rows}) != len(rows):
+        yield f"{tar_path.name}: keys are repeated"
+
+
+def _check_samples(tar_path: Path, *, rows: list[dict[str, Any]], crashes_at: int, report: Callable[[int], None]) -> Iterator[str]:
+    """Every member read by its offset, as training does it."""
+    with open(tar_path, "rb") as tar:
+        for position, row in enumerate(rows):
+            report(position)
+            if position == crashes_at:
+                yield f"{tar_path.name}: {row['key']}: its picture takes the decoder down; the samples after it were not checked"
+                return
+            yield from (f"{tar_path.name}: {row['key']}: {problem}" for problem in _check_sample(row, tar=tar))
+
+
+def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
+    def payload(member: str) -> bytes:
+        tar.seek(row[f"{member}_offset"])
+        return tar.read(row[f"{member}_length"])
+
+    yield from _check_picture(payload("image"), row=row)
+    if payload("text") != row["caption"].encode("utf-8"):
+        yield "its caption is not the table's"
+    if row["cls_offset"] is not None and payload("cls") != str(row["label"]).encode("ascii"):
+        yield "its class is not the table's"
+    try:
+        record = json.loads(payload("json"))
+    except ValueError:
+        yield "its JSON cannot be read"
+        return
+    compared = ("key", "caption", "captions", "width", "height", "sha256", *(["source"] if "source" in record else []))
+    different = [name for name in compared if record.get(name) != row[name]]
+    if different:
+        yield f"its JSON differs from the table in {', '.join(different)}"
+
+
+def _check_picture(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
+    try:
+        picture = read_image(data)
+        if picture.pixels.shape[:2] != (row["height"], row["width"]):
+            yield f"its picture is {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, the table says {row['width']}x{row['height']}"
+    except Rejection as rejection:
+        yield f"its picture cannot be read: {rejection}"
+
+
+def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
+    """index.parquet: the manifest's digest, one row group a shard with the shard's kept rows, keys unique over the corpus.
+
+    That of an addition takes its place just before the manifest does. It begins with the row groups of the corpus as it was.
+    """
+    path = corpus / manifest["index"]["name"]
+    if not path.is_file():
+        return [f"{path.name}: is missing"]
+    problems = _check_digest(path, manifest["index"]["sha256"])
+    try:
+        index = pq.ParquetFile(path)
+        if is_growing and index.num_row_groups > len(manifest["shards"]):
+            problems = []
+        elif index.num_row_groups != len(manifest["shards"]):
+            return [*problems, f"{path.name}: {index.num_row_groups} row groups for {len(manifest['shards'])} shards"]
+        for group, shard in enumerate(manifest["shards"]):
+            rows = index.read_row_group(group)
+            if not all(key.startswith(shard["table"].removesuffix(".parquet")) for key in rows.column("key").to_pylist()):
+                problems.append(f"{path.name}: a key of row group {group} is not of {shard['table']}: keys may be repeated")
+            if (corpus / shard["table"]).is_file() and not rows.equals(kept_rows(pq.read_table(corpus / shard["table"]))):
+                problems.append(f"{path.name}: row group {group} is not what {shard['table']} keeps")
+    except (pa.ArrowException, KeyError, OSError) as error:
+        problems.append(f"{path.name}: cannot be read: {one_line(error)}")
+    return problems

@@ -1,0 +1,1 @@
+"""Near and exact duplicates, in one corpus and against others."""

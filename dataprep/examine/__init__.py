@@ -1,0 +1,1 @@
+"""Pass 1: inputs to rows, each image decoded once."""

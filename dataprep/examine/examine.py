@@ -1,0 +1,286 @@
+"""Pass 1: inputs → rows that say what each of them is.
+
+Pictures whose bytes cannot be kept are encoded once, into a spool file; those that cannot be read again go there as they are. Workers
+examine pieces of 32 inputs, or fewer that come with many bytes; see `chunks.py` for what becomes of the rows.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from PIL import Image, ImageColor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dataprep.dedup.perceptual import perceptual_hash
+from dataprep.examine.captions import LANGUAGE, CaptionConfig, prepare_captions
+from dataprep.examine.filters import FilterConfig, Filters, Subject
+from dataprep.examine.thumbnails import thumbnail
+from dataprep.row_schema import SCALED_DOWN
+from dataprep.sources.raw_sample import RawSample
+from pipeline.errors import one_line
+from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
+from pipeline.storage.atomic import process_name
+from pipeline.storage.remote import is_remote, read_ranges
+
+PIECE_SIZE, PIECE_BYTES = 32, 32 << 20
+_URLS_AT_ONCE = 16
+MAX_IMAGE_BYTES = 1 << 30
+_CRASHED = "the decoder took its process down, or wanted more memory than a worker may take, twice"
+_LACK_OF_MEMORY = ("insufficient memory", "out of memory", "not enough memory")
+_MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
+
+
+class ImageConfig(BaseModel):
+    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header.
+
+    `background`: what is transparent lies on this colour, a name or "#rrggbb". `max_pixels`, `max_side`: larger images are scaled down to
+    fit, aspect ratio kept; filters see the size before. By default none is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["jpg", "png", "webp"] = "jpg"
+    max_decode_pixels: int = Field(default=MAX_DECODE_PIXELS, ge=1)
+    background: str = "white"
+    max_pixels: int | None = Field(default=None, ge=1)
+    max_side: int | None = Field(default=None, ge=1)
+
+    @field_validator("background")
+    @classmethod
+    def _check_background(cls, background: str) -> str:
+        if len(ImageColor.getrgb(background)) != 3:
+            raise ValueError(f"background {background} is transparent itself")
+        return background
+
+    @property
+    def background_levels(self) -> tuple[int, int, int]:
+        """Red, green and blue, 0 to 255."""
+        red, green, blue = ImageColor.getrgb(self.background)[:3]
+        return red, green, blue
+
+    def stored_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in which an image of this size is stored."""
+        rows, columns = height, width
+        if self.max_side is not None and max(height, width) > self.max_side:
+            rows, columns = (max(1, side * self.max_side // max(height, width)) for side in (height, width))
+        if self.max_pixels is not None and rows * columns > self.max_pixels:
+            rows = max(1, math.isqrt(self.max_pixels * height // width))
+            columns = max(1, min(math.isqrt(self.max_pixels * width // height), self.max_pixels // rows))
+            rows = min(rows, self.max_pixels // columns)
+        return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The part of the configuration that judges one input by itself."""
+
+    images: ImageConfig
+    captions: CaptionConfig
+    filters: FilterConfig
+    hashes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A unit of work: inputs of the chunk whose table is to be `table`. `crashed`: indices of inputs that must not be touched again."""
+
+    samples: tuple[RawSample, ...]
+    table: Path
+    ends_chunk: bool
+    rules: Rules
+    suspects: frozenset[int] = frozenset()
+    crashed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedPiece:
+    """The rows of a piece, by `chunks.CHUNK_SCHEMA`."""
+
+    rows: list[dict[str, Any]]
+    table: Path
+    ends_chunk: bool
+
+
+def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
+    """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
+    rows: list[dict[str, Any]] = []
+    shown: set[str] = set()
+    filters = Filters(piece.rules.filters)
+    with open(piece.table.parent / f"spool-{process_name()}.bin", "ab") as spool:
+        at_once = 1 if piece.suspects else _URLS_AT_ONCE  # so that a death under a download has one culprit
+        fetched: dict[int, bytes | OSError] = {}
+        for index, sample in enumerate(piece.samples):
+            report(index)
+            if index % at_once == 0:
+                due = range(index, min(index + at_once, len(piece.samples)))
+                fetched = _fetch({i: piece.samples[i] for i in due if i not in piece.crashed})
+            answer = fetched.pop(index, None)
+            if isinstance(answer, OSError):
+                sample = replace(sample, reason="missing", detail=one_line(answer))
+            elif answer is not None:
+                sample = replace(sample, data=answer)
+            if index in piece.crashed:
+                rows.append({**_blank_row(sample), "reason": "crashed", "detail": _CRASHED})
+            else:
+                rows.append(examine(sample, rules=piece.rules, filters=filters, spool=spool, shown=shown))
+        if any(row["is_spooled"] for row in rows):
+            spool.flush()
+            os.fsync(spool.fileno())
+    return ExaminedPiece(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
+
+
+def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
+    """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool.
+
+    `shown`: reasons of which a rejected picture has been kept as a thumbnail; a new one is added.
+    """
+    found = prepare_captions(sample.captions, extra=sample.extra, config=rules.captions)
+    captions, was_cut = found.texts, found.was_cut
+    if found.language:
+        sample = replace(sample, extra={**sample.extra, LANGUAGE: found.language})
+    row = _blank_row(sample)
+    row.update(caption=captions[0] if captions else "", captions=captions)
+    _weigh_texts(row)
+    if sample.reason:
+        return row
+    try:
+        data = _read(sample)
+    except OSError as error:
+        return {**row, "reason": "missing", "detail": f"cannot be read: {error.strerror}"}
+    except Rejection as rejection:
+        return {**row, "reason": rejection.reason, "detail": rejection.detail}
+    row.update(sha256=hashlib.sha256(data).hexdigest(), input_bytes=len(data))
+    try:
+        picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
+    except Rejection as rejection:
+        if _lacked_memory(rejection):
+            raise MemoryError from rejection  # of this process: what becomes of the input is the pool's to say
+        return {**row, "reason": rejection.reason, "detail": rejection.detail}
+
+    height, width = picture.pixels.shape[:2]
+    stored_height, stored_width = rules.images.stored_size(height, width)
+    is_scaled = (stored_height, stored_width) != (height, width)
+    original_height, original_width = sample.original_size or (picture.original_height, picture.original_width)
+    row.update(
+        width=width,
+        height=height,
+        original_width=original_width,
+        original_height=original_height,
+        detail=", ".join([*picture.changes, *([SCALED_DOWN] if is_scaled else []), *(["caption-cut"] if was_cut else [])]),
+    )
+    subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra={**sample.filter_only, **sample.extra})
+    rejection = found.rejection or _rejection(subject, sample=sample, rules=rules, filters=filters)
+    if subject.measured:
+        row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
+        _weigh_texts(row)
+    if rejection:
+        row.update(reason=rejection[0], detail=rejection[1])
+        if row["reason"] not in shown:
+            shown.add(row["reason"])
+            row["thumbnail"] = thumbnail(picture.pixels)
+        return row
+    if rules.hashes:
+        value = perceptual_hash(picture.pixels)
+        row["phash"] = "" if value is None else f"{value:016x}"
+    if is_scaled:
+        picture = _scaled(picture, size=(stored_height, stored_width))
+        row.update(width=stored_width, height=stored_height)
+    return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
+
+
+def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
+    """Of those inputs whose pictures lie behind URLs, asked for all at once: the bytes, or why they cannot be had."""
+    remote = {index: sample for index, sample in samples.items() if is_remote(sample.file) and sample.data is None and not sample.reason}
+    ends = [None if sample.length is None else sample.offset + sample.length for sample in remote.values()]
+    ranges = [(sample.file, sample.offset, end) for sample, end in zip(remote.values(), ends, strict=True)]
+    return dict(zip(remote, read_ranges(ranges), strict=True))
+
+
+def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Filters) -> tuple[str, str] | None:
+    limit = _MAX_STORED_SIDE[rules.images.format]
+    height, width = rules.images.stored_size(subject.height, subject.width)
+    if max(height, width) > limit:
+        return "too-large", f"{width}x{height}, a .{rules.images.format} file holds at most {limit} px a side"
+    if rules.captions.required and not subject.caption and sample.label is None:
+        return "no-caption", sample.detail or "no caption and no class"
+    return filters.rejection(subject)
+
+
+def _scaled(picture: Picture, *, size: tuple[int, int]) -> Picture:
+    """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
+    pixels = np.asarray(Image.fromarray(picture.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    return replace(picture, pixels=pixels, clean=False)
+
+
+def _weigh_texts(row: dict[str, Any]) -> None:
+    row["text_bytes"] = len(
+        json.dumps([row["caption"], row["captions"], row["caption"], row["path"], row["path"], row["source"], row["extra"]])
+    )
+
+
+def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
+    """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
+    can_be_kept = picture.clean and rules.images.format == "jpg"
+    if can_be_kept and sample.data is None:
+        return {"is_spooled": False, "file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
+    stored = data if can_be_kept else encode_image(picture.pixels, format=rules.images.format)
+    offset = spool.tell()
+    spool.write(stored)
+    return {"is_spooled": True, "file": os.fsencode(Path(spool.name).name), "offset": offset, "length": len(stored)}
+
+
+def _blank_row(sample: RawSample) -> dict[str, Any]:
+    return {
+        "source": _utf8(sample.source),
+        "path": _utf8(sample.path),
+        "reason": sample.reason,
+        "detail": _utf8(sample.detail),
+        "caption": "",
+        "captions": [],
+        "label": sample.label,
+        "sha256": sample.sha256,
+        "phash": "",
+        "thumbnail": None,
+        "extra": json.dumps(dict(sample.extra), sort_keys=True),
+        "text_bytes": 0,
+        "input_bytes": 0,
+        "is_spooled": False,
+        "file": b"",
+    }
+
+
+def _read(sample: RawSample) -> bytes:
+    """The picture's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
+    if sample.data is not None and len(sample.data) <= MAX_IMAGE_BYTES:
+        return sample.data
+    if sample.data is not None:
+        raise Rejection("too-large", detail=f"a file of {len(sample.data)} bytes")
+    status = os.stat(sample.file)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a file")  # opening a pipe might wait for ever
+    with open(sample.file, "rb") as stream:
+        length = status.st_size if sample.length is None else sample.length
+        if length > MAX_IMAGE_BYTES:
+            raise Rejection("too-large", detail=f"a file of {length} bytes")
+        stream.seek(sample.offset)
+        return stream.read(length)
+
+
+def _lacked_memory(rejection: Rejection) -> bool:
+    """Whether a decoder gave up for want of memory; some of them say so in words alone."""
+    return isinstance(rejection.__cause__, MemoryError) or any(sign in rejection.detail.lower() for sign in _LACK_OF_MEMORY)
+
+
+def _utf8(text: str) -> str:
+    """File names and messages may hold bytes that are no UTF-8; tables and JSON cannot."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

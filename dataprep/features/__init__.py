@@ -1,0 +1,1 @@
+"""Encode a corpus: cached latents and text features."""

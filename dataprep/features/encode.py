@@ -1,0 +1,330 @@
+"""`tim encode`: a corpus's pictures and captions → feature shards (DESIGN §4). Read `encode` from top to bottom.
+
+Processes, one for each GPU, share the shards: whoever is free takes the next. A shard appears whole or not at all, so that a run that was
+killed goes on where it was, and ends with the same bytes; so does a corpus that has grown. Nothing depends on the number of processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataprep.config_diff import difference
+from dataprep.features.encode_shard import EncodedShard, encode_shard, finished_shard, read_samples
+from dataprep.features.encoders import EncodeConfig, Encoders, identity
+from dataprep.shards.manifest import MANIFEST
+from dataprep.shards.writer import shard_name
+from dataprep.workers.decode_pool import Decoders
+from pipeline.corpus.corpus import Corpus
+from pipeline.features.manifest import EMPTY, KIND
+from pipeline.features.tensors import pack, text_name
+from pipeline.features.writer import features_manifest
+from pipeline.progress import Progress, unseen
+from pipeline.storage.atomic import JOB, WORK, claimed, publish, publish_text, size_in_words
+from pipeline.storage.remote import is_remote
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
+__all__ = ["EncodeConfig", "Encoded", "encode"]
+
+Announce = Callable[[str], None]
+
+_POLL_SECONDS = 0.2
+_PATIENCE = timedelta(days=7)  # how long processes wait for the main one, which looks at all tables first
+_TRIED_CAPTIONS = 2000  # whose lengths tell how long captions are
+_DONE = "done-"  # what the files of processes that count begin with
+_LISTED = ("name", "bytes", "sha256", "table", "table_sha256", "of")  # of a shard in the manifest
+_MEMBER_BYTES = 1024  # header, padding and names of tensors
+_DIGITS = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Content of a folder of features. `rejected` counts, by reason, samples whose image could not be decoded; `cut` captions longer
+    than `text.max_tokens`."""
+
+    shards: int
+    samples: int
+    captions: int
+    bytes: int
+    rejected: dict[str, int]
+    cut: int = 0
+
+
+def encode(
+    corpus: str | Path,
+    *,
+    out: str | Path,
+    config: EncodeConfig,
+    progress: Progress = unseen,
+    announce: Announce | None = None,
+) -> Encoded | None:
+    """Encode all of a corpus into the folder `out`. Called alike by every process that accelerate or torchrun started, or by one alone;
+    the main one alone is told what is there in the end.
+
+    The same command continues a run that was cut short, returns at once if the folder is finished, and encodes what is new if the corpus
+    has grown. `announce` is told how many bytes to expect before the work starts; `progress` is called with ("encode", samples done, all).
+
+    Raises ValueError if the corpus, a model or `out` cannot be used, or holds features of other settings; OSError if a shard of the corpus
+    cannot be read.
+    """
+    import torch
+    from accelerate import PartialState
+
+    team = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+    done = None
+    with _reproducible(team) as device:
+        opened, out = Corpus.open(corpus), Path(out)
+        if team.is_main_process:
+            done = _lead(opened, out=out, config=config, team=team, device=device, progress=progress, announce=announce)
+        else:
+            _help(opened, out=out, config=config, team=team, device=device)
+    if team.num_processes > 1:
+        team.destroy_process_group()
+    return done
+
+
+def _help(corpus: Corpus, *, out: Path, config: EncodeConfig, team: PartialState, device: torch.device) -> None:
+    """The part of a process that is not the main one: its share of the shards, between the main one's beginning and end."""
+    team.wait_for_everyone()
+    if not (out / MANIFEST).is_file():
+        encoders, tally = Encoders(config, device=device), _Tally(corpus, out=out, team=team)
+        _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
+    team.wait_for_everyone()
+
+
+def _lead(
+    corpus: Corpus,
+    *,
+    out: Path,
+    config: EncodeConfig,
+    team: PartialState,
+    device: torch.device,
+    progress: Progress,
+    announce: Announce | None,
+) -> Encoded:
+    """The main process's part: what is said and checked once, and its share of the shards."""
+    _check_place(out, corpus=corpus)
+    settings = features_manifest(**identity(config), dtype=config.dtype, zstd=config.zstd, flipped=config.flip, rules=config.rules)
+    _check_settings(out, settings=settings)
+    encoders = None
+    if not _is_finished(out, corpus=corpus):
+        if announce is not None:
+            announce(_expectation(corpus, config=config, settings=settings, out=out))
+        encoders = Encoders(config, device=device)
+    existed = out.is_dir()
+    with claimed(out) as work, _nothing_left_behind(out, corpus=corpus, existed=existed):
+        if encoders is not None:
+            _begin(out, corpus=corpus, settings=settings, encoders=encoders)
+        team.wait_for_everyone()
+        if encoders is not None:
+            tally = _Tally(corpus, out=out, team=team, progress=progress)
+            _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
+            manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, tally=tally))
+            publish_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        team.wait_for_everyone()
+        shutil.rmtree(work)
+    return read_encoded(out)
+
+
+@contextmanager
+def _nothing_left_behind(out: Path, *, corpus: Corpus, existed: bool) -> Iterator[None]:
+    """After an error before any shard is finished, remove the files of the job, and the folder if it did not exist before."""
+    try:
+        yield
+    except BaseException:
+        if not any(finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards)):
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if not existed:
+                out.rmdir()
+        raise
+
+
+def read_encoded(out: Path) -> Encoded:
+    """What a finished folder's manifest says is in it."""
+    manifest = json.loads((out / MANIFEST).read_text("utf-8"))
+    return Encoded(shards=len(manifest["shards"]), rejected=manifest["rejected"], **manifest["totals"])
+
+
+@contextmanager
+def _reproducible(team: PartialState) -> Iterator[torch.device]:
+    """This process's device. On a CPU it runs one thread: with others sums come out otherwise; there are processes for the cores."""
+    import torch
+
+    device, threads = torch.device(team.device or "cpu"), torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _workers(team: PartialState) -> int:
+    """How many processes decode pictures for one that encodes."""
+    return max(1, len(os.sched_getaffinity(0)) // team.num_processes)
+
+
+def _check_place(out: Path, *, corpus: Corpus) -> None:
+    """Raises ValueError if `out` is no place for features."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder")
+    if not is_remote(corpus.folder) and corpus.path.resolve() in (out.resolve(), *out.resolve().parents):
+        raise ValueError(f"{out}: lies in the corpus {corpus.path}; give a folder elsewhere")
+    if not out.is_dir():
+        return
+    ours = re.compile(rf"\d{{6,}}(\.tar|\.parquet|_stats\.json)(\..+\.tmp)?|(manifest\.json|{re.escape(EMPTY)}).*|{re.escape(WORK)}")
+    strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
+    if strangers:
+        raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and no features; give a new or empty folder")
+
+
+def _check_settings(out: Path, *, settings: dict[str, Any]) -> None:
+    """Raises ValueError if `out` holds features that were made otherwise, finished or not, naming what differs."""
+    before, state = out / MANIFEST, "finished"
+    if not before.is_file():
+        before, state = out / WORK / JOB, "unfinished"
+    if not before.is_file():
+        return
+    found = json.loads(before.read_text("utf-8"))
+    if state == "finished" and found.get("kind") != KIND:
+        raise ValueError(f"{out}: holds a corpus, not features; give a new folder")
+    if state == "unfinished":
+        if found.get("version") != version("tim"):
+            raise ValueError(
+                f"{out}: holds features that tim {found.get('version')} has begun; finish them with it, or give another folder"
+            )
+        found = found["settings"]
+    changed = next((said for name in settings if (said := difference(found.get(name), settings[name], at=name))), "")
+    if changed:
+        raise ValueError(f"{out}: holds {state} features with another {changed}; give another folder, or delete this one")
+
+
+def _is_finished(out: Path, *, corpus: Corpus) -> bool:
+    """Whether `out` has a manifest, and all shards of the corpus as it is now."""
+    shards = (finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards))
+    return (out / MANIFEST).is_file() and all(shards) and not _beyond(out, shards=len(corpus.shards))
+
+
+def _beyond(out: Path, *, shards: int) -> list[Path]:
+    """Files of shards that the corpus no longer has."""
+    return [path for path in out.glob("[0-9]*") if int(re.split(r"[._]", path.name)[0]) >= shards]
+
+
+def _begin(out: Path, *, corpus: Corpus, settings: dict[str, Any], encoders: Encoders) -> None:
+    """What the main process does before the others start: the job is written down."""
+    work = out / WORK
+    publish_text(work / JOB, json.dumps({"version": version("tim"), "settings": settings}, indent=1))
+    (out / MANIFEST).unlink(missing_ok=True)  # it says nothing of the shards that are about to be written
+    for file in [*_beyond(out, shards=len(corpus.shards)), *work.glob(f"{_DONE}*")]:
+        file.unlink()
+    if encoders.text is not None:
+        with publish(out / EMPTY) as stream:
+            stream.write(pack({text_name(0): encoders.captions([""])[0]}))
+
+
+def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, tally: _Tally) -> None:
+    """Encode shards until every one is finished or in the hands of another process."""
+    with Decoders(workers) as decoders:
+        for number, shard in enumerate(corpus.shards):
+            with _taken(out / WORK / f"{shard_name(number)}.lock") as mine:
+                if mine and finished_shard(out, number=number, of=shard.digest) is None:
+                    encode_shard(corpus, number, out=out, config=config, encoders=encoders, decoders=decoders, report=tally.add)
+
+
+@contextmanager
+def _taken(lock: Path) -> Iterator[bool]:
+    """Whether this process has the lock; it ends with the process, however that ends."""
+    with open(lock, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+class _Tally:
+    """How many samples are done: each process notes its own in a file, the main one adds them up and reports."""
+
+    def __init__(self, corpus: Corpus, *, out: Path, team: PartialState, progress: Progress | None = None) -> None:
+        finished = [shard.count for i, shard in enumerate(corpus.shards) if finished_shard(out, number=i, of=shard.digest)]
+        self._known = sum(finished)
+        self._total = corpus.count
+        self._file = out / WORK / f"{_DONE}{team.process_index}"
+        self._progress = progress
+        self._mine = 0
+        self.show()
+
+    def add(self, samples: int) -> None:
+        self._mine += samples
+        self._file.write_text(str(self._mine))
+        self.show()
+
+    def show(self) -> None:
+        if self._progress is not None:
+            done = sum(int(file.read_text() or 0) for file in self._file.parent.glob(f"{_DONE}*"))
+            self._progress("encode", min(self._known + done, self._total), self._total)
+
+
+def _wait_for_all(corpus: Corpus, *, out: Path, tally: _Tally) -> list[EncodedShard]:
+    """The finished shards, as soon as they all are; whoever started the processes ends this one if another fails."""
+    shards: list[EncodedShard] = []
+    for number, shard in enumerate(corpus.shards):
+        while (found := finished_shard(out, number=number, of=shard.digest)) is None:
+            time.sleep(_POLL_SECONDS)
+            tally.show()
+        shards.append(found)
+    return shards
+
+
+def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard]) -> dict[str, Any]:
+    rejected = sum((Counter(shard.rejected) for shard in shards), Counter())
+    totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("samples", "captions", "bytes", "cut")}
+    entries = [{name: value for name, value in asdict(shard).items() if name in _LISTED} for shard in shards]
+    return {**settings, "totals": totals, "rejected": dict(sorted(rejected.items())), "shards": entries}
+
+
+def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, Any], out: Path) -> str:
+    """How much there will be, in one line: latents to the byte, captions by the lengths of some of them."""
+    cells = pictures = tokens = captions = 0
+    some: list[str] = []
+    for number, shard in enumerate(corpus.shards):
+        samples = read_samples(corpus, number, config=config) if shard.count else []
+        for sample in samples:
+            area = sum(height * width for _, _, height, width in sample.crops) * (1 + config.flip)
+            pictures += len(sample.crops) * (1 + config.flip)
+            captions += len(sample.captions)
+            if (codec := settings["codec"]) is not None:
+                cells += area // codec["factor"] ** 2 * codec["channels"] * (1 + codec["draws"])
+                if (teacher := settings["teacher"]) is not None:
+                    cells += area // (codec["factor"] * config.patch_size) ** 2 * teacher["width"]
+        some += [sample.captions[0] for sample in samples[: -(-_TRIED_CAPTIONS // len(corpus.shards))]]
+    if (words := config.text) is not None:
+        from tim.text import encoders
+
+        tokenize = encoders.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        lengths = [len(each) for each in tokenize(some)]
+        tokens = captions * sum(lengths) // max(1, len(lengths))
+        cells += tokens * settings["text"]["width"]
+    expected = cells * _DIGITS[config.dtype] + corpus.count * _MEMBER_BYTES
+    parts = [f"{pictures} pictures"] * (pictures > 0) + [f"{captions} captions"] * (words is not None)
+    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    compressed = " before compression" if config.zstd else ""
+    return f"{corpus.count} samples, {' and '.join(parts)}: about {size_in_words(expected)}{compressed}; {size_in_words(free)} are free"

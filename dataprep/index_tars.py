@@ -1,0 +1,272 @@
+"""`tim index`: tars that others wrote → a corpus folder that refers to them. They are neither changed nor copied.
+
+Every tar gets a table and a stats file, its commit marker, as a prepared shard has them; manifest.json is written last. A tar that has
+both is not read again, which is how a run that was killed goes on, and how a corpus grows. A tar that cannot be read is a row of the
+account.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from dataprep.shards.manifest import MANIFEST, Account, account_entries
+from dataprep.shards.writer import Shard, shard_name
+from dataprep.sources.files.paths import is_pattern, named_files
+from dataprep.sources.webdataset import DOTTED_TAKEN, members_left_out, open_tar, sidecar_table
+from dataprep.workers.pool import LocalPool, WorkerDied
+from pipeline.bounded_counter import MOST_NAMES, Tally
+from pipeline.corpus.corpus import FORMAT, read_manifest
+from pipeline.corpus.foreign_tar import ForeignShard, index_tar, unreadable
+from pipeline.progress import Progress, unseen
+from pipeline.storage.atomic import JOB, WORK, claimed, publish, publish_text
+from pipeline.storage.remote import is_remote
+
+__all__ = ["index"]
+
+KIND = "index"
+_QUALIFIED = "keys of different tars may be equal: in ids of samples the number of the tar stands before them"
+
+
+@dataclass(frozen=True, slots=True)
+class IndexTask:
+    """One tar to read, in another process if need be. `crashed` are the offsets of images that took the decoder down."""
+
+    number: int
+    tar: str
+    out: Path
+    crashed: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedShard:
+    """A finished shard: its entry in the manifest, its rejected rows by reason, its least and greatest key, what there is to say, and
+    how many members were left out, by extension (`has_dotted`: some of them for the dots in their names)."""
+
+    shard: Shard
+    rejected: dict[str, int]
+    first_key: str
+    last_key: str
+    notes: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
+    has_dotted: bool = False
+
+
+def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = unseen) -> Account:
+    """Make a corpus of the tars that `shards` name ("x/{000..999}.tar", "x/*.tar", URLs) in the folder `out`, and give account of it.
+
+    The same command continues a run that was cut short; with more tars at the end it reads only those. `progress` is called with
+    ("index", tars done, tars in all).
+
+    Raises ValueError if no tar is there or `out` cannot be used, RuntimeError if no sample in any of them can.
+    """
+    out = Path(out)
+    if not shards:
+        raise ValueError("no shards: name at least one tar")
+    tars = [tar for spec in shards for tar in _find_tars(spec)]
+    if len(set(tars)) < len(tars):
+        twice = next(tar for tar, times in Counter(tars).items() if times > 1)
+        raise ValueError(f"{twice}: named twice; a tar may stand in a corpus once")
+    _check_output(out)
+    with claimed(out):
+        found = _index_all(tars, out=out, workers=workers, progress=progress)
+        _forget(out, first=len(tars))  # an earlier run had more tars
+        account = _account(found)
+        if account.kept:
+            _write_manifest(out, name=_name(shards[0], tars[0]), found=found, account=account)
+        else:
+            _forget(out, first=0)
+        shutil.rmtree(out / WORK)
+    if not account.kept:
+        if not any(out.iterdir()):
+            out.rmdir()
+        reasons = ", ".join(f"{reason} {count}" for reason, count in account.rejected.items()) or "they are empty"
+        said = "".join(f"; {note}" for note in account.notes)
+        raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written{said}")
+    return account
+
+
+def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
+    """Read one tar and write its table and stats, in this order. `report` names the image that Pillow is about to be asked about."""
+    found, size = read_foreign(task.tar, crashed=task.crashed, report=report)
+    table, stats = _names(task.number)
+    buffer = io.BytesIO()
+    pq.write_table(found.table, buffer, compression="zstd", row_group_size=max(1, found.table.num_rows))
+    with publish(task.out / table) as stream:
+        stream.write(buffer.getbuffer())
+    keys = [key for key in found.table.column("key").to_pylist() if key is not None]
+    shard = Shard(
+        name=task.tar,
+        count=len(keys),
+        bytes=size,
+        sha256=None,
+        table=table,
+        table_sha256=hashlib.sha256(buffer.getbuffer()).hexdigest(),
+        table_bytes=buffer.getbuffer().nbytes,
+        rows=found.table.num_rows,
+    )
+    rejected = found.table.filter(found.table.column("key").is_null()).select(["path", "reason", "detail"]).to_pylist()
+    notes = [f"{task.tar}: {row['reason']}: {row['detail']}" for row in rejected if row["path"] == os.path.basename(task.tar)]
+    done = IndexedShard(
+        shard=shard,
+        rejected=dict(sorted(Counter(row["reason"] for row in rejected).items())),
+        first_key=min(keys, default=""),
+        last_key=max(keys, default=""),
+        notes=notes,
+        left_out=dict(found.left_out),
+        has_dotted=found.has_dotted,
+    )
+    publish_text(task.out / stats, json.dumps({"format": FORMAT, **asdict(done)}, indent=1, ensure_ascii=False) + "\n")
+    return done
+
+
+def read_foreign(
+    tar: str, *, crashed: frozenset[int] = frozenset(), report: Callable[[int], None] = lambda offset: None
+) -> tuple[ForeignShard, int]:
+    """What lies in a tar at a path or URL, and its bytes. Where it cannot be read, a single rejected row says so."""
+    name = os.path.basename(tar)
+    try:
+        with open_tar(tar) as file:
+            return index_tar(file, tar=name, sidecar=sidecar_table(tar), crashed=crashed, on_risk=report), file.size
+    except FileNotFoundError:
+        return unreadable(name, reason="missing", detail="there is no such tar"), 0
+    except OSError as error:
+        return unreadable(name, reason="bad-record", detail=f"cannot be read: {error}"), 0
+
+
+def _find_tars(spec: str) -> list[str]:
+    """All tars that a pattern names, those that are missing included: holes in a download are rows of the account. Raises ValueError."""
+    names = named_files(spec)
+    if not is_remote(spec):
+        names = [os.path.abspath(name) for name in names]
+        if not any(map(os.path.exists, names)):
+            raise ValueError(f"{spec}: no file matches")
+    strange = next((name for name in names if not name.lower().endswith(".tar") or os.path.isdir(name)), None)
+    if strange:
+        raise ValueError(f"{strange}: not a .tar; compressed ones can be prepared from, but not read at any offset")
+    return names
+
+
+def _name(spec: str, tar: str) -> str:
+    """What a corpus is called: by its folder, or a single tar by its own name."""
+    *folders, base = tar.removesuffix(".tar").split("/")
+    return (folders[-1:] or [""])[0] or "data" if "{" in spec or is_pattern(spec) else base
+
+
+def finished(out: Path, *, number: int, tar: str) -> IndexedShard | None:
+    """The shard, if its stats say that it is complete, its table is there in full length, and the tar (if local) still has its length."""
+    table, stats = _names(number)
+    try:
+        said = json.loads((out / stats).read_text("utf-8"))
+        shard = Shard(**said.pop("shard"))
+        if said.pop("format") != FORMAT or (shard.name, shard.table) != (tar, table) or not shard.bytes:
+            return None
+        lengths = (out / table).stat().st_size, shard.bytes if is_remote(tar) else os.stat(tar).st_size
+        return IndexedShard(shard=shard, **said) if lengths == (shard.table_bytes, shard.bytes) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _forget(out: Path, *, first: int) -> None:
+    """Remove the tables and stats of the shards from `first` on."""
+    for stats in out.glob("[0-9]*_stats.json"):
+        number = int(stats.name.removesuffix("_stats.json"))
+        if number >= first:
+            for name in _names(number):
+                (out / name).unlink(missing_ok=True)
+
+
+def _names(number: int) -> tuple[str, str]:
+    return f"{shard_name(number)}.parquet", f"{shard_name(number)}_stats.json"
+
+
+def _check_output(out: Path) -> None:
+    """Raises ValueError if `out` holds anything but an index, finished or not."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a folder")
+    if not out.is_dir():
+        return
+    if ((out / MANIFEST).is_file() and read_manifest(out).get("kind") != KIND) or (out / WORK / JOB).is_file():
+        raise ValueError(f"{out}: holds a corpus that `tim prepare` made; give another folder")
+    ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\..+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
+    strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
+    if strangers:
+        raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and not an index; give a new or empty folder")
+
+
+def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progress) -> list[IndexedShard]:
+    """Every tar's shard; those that are finished are not read again."""
+    found = [finished(out, number=number, tar=tar) for number, tar in enumerate(tars)]
+    missing = [number for number, shard in enumerate(found) if shard is None]
+    if missing:
+        (out / MANIFEST).unlink(missing_ok=True)  # it says nothing of the tables that are about to be written
+
+    def show(done: int) -> None:
+        progress("index", len(tars) - len(missing) + done, len(tars))
+
+    show(0)
+    tasks = (IndexTask(number=number, tar=tars[number], out=out) for number in missing)
+    with LocalPool(workers) as pool:
+        results = pool.map(index_shard, tasks, retry=_without_culprit)
+        for done, (number, shard) in enumerate(zip(missing, results, strict=True), start=1):
+            found[number] = shard
+            show(done)
+    return [shard for shard in found if shard]
+
+
+def _without_culprit(task: IndexTask, death: WorkerDied) -> IndexTask:
+    """After a worker's death: the image that Pillow was asked about is left out as `crashed`."""
+    if death.at < 0 or death.at in task.crashed:
+        raise death
+    return replace(task, crashed=task.crashed | {death.at})
+
+
+def _account(found: Sequence[IndexedShard]) -> Account:
+    rejected: Counter[str] = Counter()
+    notes = [note for shard in found for note in shard.notes]
+    if len(notes) > MOST_NAMES:
+        notes[MOST_NAMES:] = [f"there are {len(notes) - MOST_NAMES} more notes on tars: their stats files have them"]
+    left_out = Tally()
+    for shard in found:
+        rejected.update(shard.rejected)
+        for extension, count in shard.left_out.items():
+            left_out.add(extension, count)
+    has_dotted = any(shard.has_dotted for shard in found)
+    if left_out.total():
+        notes.append(members_left_out(left_out, has_dotted=has_dotted))
+    elif has_dotted:
+        notes.append(DOTTED_TAKEN)
+    if _keys_may_repeat(found):
+        notes.append(_QUALIFIED)
+    kept = sum(shard.shard.count for shard in found)
+    inputs = kept + rejected.total()
+    return Account(inputs=inputs, kept=kept, rejected=dict(sorted(rejected.items())), notes=notes, shards=len(found))
+
+
+def _keys_may_repeat(found: Sequence[IndexedShard]) -> bool:
+    """Whether two shards may have a key in common: what is known of each are its least and its greatest."""
+    ranges = sorted((shard.first_key, shard.last_key) for shard in found if shard.shard.count)
+    return any(following[0] <= before[1] for before, following in pairwise(ranges))
+
+
+def _write_manifest(out: Path, *, name: str, found: Sequence[IndexedShard], account: Account) -> None:
+    manifest = {
+        "format": FORMAT,
+        "kind": KIND,
+        "name": name,
+        "qualified_keys": _QUALIFIED in account.notes,
+        **account_entries(account, shards=[each.shard for each in found]),
+        "shards": [asdict(each.shard) for each in found],
+    }
+    publish_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,1 @@
+"""What is in a corpus: statistics, charts, the HTML report."""

@@ -1,0 +1,1 @@
+"""Pass 2: rows to shards."""

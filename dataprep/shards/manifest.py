@@ -1,0 +1,157 @@
+"""The files that make shards a corpus: index.parquet, index.json, README.md, report.html, and manifest.json, which takes its place last."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dataprep.shards.layout import ColumnKind, Columns
+from dataprep.shards.store import Store
+from dataprep.shards.writer import Shard, table_schema
+from dataprep.workers.prefetch import ahead
+from pipeline.corpus.corpus import FORMAT
+from pipeline.corpus.sidecars import SIDECARS
+from pipeline.digests import file_digest, json_digest
+
+MANIFEST, INDEX, WIDS_INDEX, README, REPORT = "manifest.json", "index.parquet", "index.json", "README.md", "report.html"
+_READ_AHEAD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of the inputs: inputs = kept + Σ rejected. `notes` are sentences for people, `shards` is a count."""
+
+    inputs: int
+    kept: int
+    rejected: dict[str, int]
+    notes: list[str]
+    shards: int
+
+
+def account_entries(account: Account, *, shards: Sequence[Shard]) -> dict[str, Any]:
+    """What a manifest says of the account, for `read_account` to read."""
+    totals = {"inputs": account.inputs, "kept": account.kept, "rejected": sum(account.rejected.values())}
+    totals["bytes"] = sum(shard.bytes for shard in shards)
+    return {"totals": totals, "rejected": account.rejected, "notes": account.notes}
+
+
+def read_account(manifest: Mapping[str, Any]) -> Account:
+    totals = manifest["totals"]
+    return Account(
+        inputs=totals["inputs"],
+        kept=totals["kept"],
+        rejected=dict(manifest["rejected"]),
+        notes=list(manifest["notes"]),
+        shards=len(manifest["shards"]),
+    )
+
+
+def write_corpus_files(
+    store: Store,
+    *,
+    name: str,
+    shards: Sequence[Shard],
+    account: Account,
+    columns: Columns,
+    identity: Mapping[str, Any],
+    image_format: str,
+    report: Callable[[dict[str, Any]], str],
+    growth: Sequence[Mapping[str, Any]] = (),
+    sidecars: str = "",
+) -> None:
+    """Write the index, both lists of shards, the card and the report, and put them in their places one right after the other, the manifest
+    last.
+
+    `identity` (config and sources) goes into the manifest as it is. `growth`: what was added to the corpus after it was first finished, see
+    `dataprep.append`. `report` makes the page of the manifest. `sidecars`: the new list of them, where it changes.
+    """
+    wids = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
+    with ExitStack() as files:  # left in reverse order
+        manifest_file = files.enter_context(store.publish(MANIFEST))
+        index_file = files.enter_context(store.publish(INDEX))
+        with pq.ParquetWriter(index_file, table_schema(columns.kinds), compression="zstd") as writer:
+            for shard, table in zip(shards, read_tables(store, shards=shards), strict=True):
+                writer.write_table(kept_rows(table), row_group_size=max(1, shard.count))
+        index_file.flush()
+        manifest = {
+            "format": FORMAT,
+            "name": name,
+            "shards": [asdict(shard) for shard in shards],
+            "index": {"name": INDEX, "sha256": file_digest(Path(index_file.name))},
+            **account_entries(account, shards=shards),
+            "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
+            "has_classes": columns.has_classes,
+            **identity,
+            "config_hash": json_digest(identity["config"]),
+            **({"growth": list(growth)} if growth else {}),
+        }
+        manifest_file.write(_pretty(manifest))
+        lists = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}
+        if sidecars:
+            files.enter_context(store.publish(SIDECARS)).write(sidecars.encode("utf-8"))
+        files.enter_context(store.publish(WIDS_INDEX)).write(_pretty(lists))
+        files.enter_context(store.publish(REPORT)).write(report(manifest).encode("utf-8"))
+        files.enter_context(store.publish(README)).write(_card(name=name, account=account, image_format=image_format).encode("utf-8"))
+
+
+def read_columns(manifest: Mapping[str, Any]) -> Columns:
+    """What all samples of a corpus have in common."""
+    types = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
+    kinds = {name: ColumnKind(table=types[kind["type"]], is_number_in_json=kind["number"]) for name, kind in manifest["columns"].items()}
+    return Columns(kinds=kinds, has_classes=manifest["has_classes"])
+
+
+def read_tables(store: Store, *, shards: Sequence[Shard], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The tables of shards in their order, a few of them read ahead."""
+
+    def read(shard: Shard) -> pa.Table:
+        return pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=columns)
+
+    return ahead(read, shards, by=_READ_AHEAD)
+
+
+def kept_rows(table: pa.Table) -> pa.Table:
+    return table.filter(table.column("key").is_valid())
+
+
+def _pretty(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _card(*, name: str, account: Account, image_format: str) -> str:
+    """A data set card whose header makes `datasets.load_dataset(FOLDER)` read the shards as WebDataset."""
+    reasons = "".join(f"| {reason} | {count} |\n" for reason, count in account.rejected.items())
+    return f"""---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: "*.tar"
+---
+
+# {name}
+
+{account.kept} captioned pictures in {account.shards} WebDataset shard(s), prepared by `tim prepare` from {account.inputs} inputs.
+
+| | |
+| --- | --- |
+| kept | {account.kept} |
+{reasons}
+A sample is `KEY.{image_format}`, `KEY.txt` (its caption) and `KEY.json`; `KEY.cls` is its class where there are classes.
+`000000.parquet` has a row for every input of a shard, those that were rejected and why included; `index.parquet` has the kept ones
+of all shards, with byte offsets.
+
+```python
+datasets.load_dataset("FOLDER")
+datasets.load_dataset("webdataset", data_files="FOLDER/*.tar", streaming=True)
+webdataset.WebDataset("FOLDER/{{000000..{account.shards - 1:06d}}}.tar")
+```
+"""

@@ -1,0 +1,269 @@
+"""`tim score`: what an open_clip model says of the pictures of a finished corpus, as a sidecar table. Read `score` from top to bottom.
+
+One batch of pictures is in memory, and the next one is read and decoded meanwhile. A run that was killed goes on with the shards that
+lack a table.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dataprep.row_schema import SEMANTIC_DUPLICATE
+from dataprep.sidecars.open_clip_model import Clip, Head, Precision, model_file, probability
+from dataprep.sidecars.semantic_dedup import EMBEDDING, mark_duplicates
+from dataprep.sidecars.writer import RESERVED, opened_for_sidecars, write_sidecar
+from dataprep.workers.decode_pool import Decoded, Decoders, Picture
+from dataprep.workers.prefetch import ahead
+from pipeline.corpus.corpus import Corpus
+from pipeline.digests import file_digest
+from pipeline.progress import Progress, unseen
+from pipeline.size_rule import Crop
+from pipeline.storage.shard_reader import BadShard, Part, ShardReader
+from pipeline.streams.corpus_view import integers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIMILARITY, AESTHETIC = "similarity", "aesthetic"
+_DECODED_SIDE = 2.0  # times the model's; larger pictures are decoded at a fraction of their size first
+
+
+class LabelConfig(BaseModel):
+    """A zero-shot label: how probable it is that one of the `positive` texts says what a picture is, rather than a `negative` one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    positive: tuple[str, ...] = Field(min_length=1)
+    negative: tuple[str, ...] = Field(min_length=1)
+
+
+class ScoreConfig(BaseModel):
+    """What to score.
+
+    `model`: a folder with open_clip_config.json and weights, `hf-hub:ORG/NAME`, or an architecture (ViT-L-14) with `weights`, a file or a
+    published tag. `similarity`: cosine of picture and first caption. `aesthetic`: the weights file of a linear head on the embedding.
+    `labels`: a column for each, by its name. `embeddings`: keep them, in half precision. `duplicates`: pictures whose embeddings have
+    at least this cosine are semantic duplicates; the table names the larger one (needs and keeps embeddings).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    weights: str | None = None
+    precision: Precision = "fp32"
+    batch: int = Field(default=64, ge=1)
+    device: str | None = None
+    similarity: bool = True
+    aesthetic: Path | None = None
+    labels: dict[str, LabelConfig] = Field(default_factory=dict)
+    embeddings: bool = False
+    duplicates: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> ScoreConfig:
+        taken = {*RESERVED, SIMILARITY, AESTHETIC, EMBEDDING, SEMANTIC_DUPLICATE}
+        for name in self.labels:
+            if name in taken or not name.isidentifier():
+                raise ValueError(f"labels: {name!r} cannot be the name of a column: take a word of letters, digits and _ that is free")
+        if not self.score_columns.names:
+            raise ValueError("similarity, aesthetic, labels, embeddings, duplicates: all are off, so there is nothing to score")
+        return self
+
+    @property
+    def keeps_embeddings(self) -> bool:
+        return self.embeddings or self.duplicates is not None
+
+    @property
+    def score_columns(self) -> pa.Schema:
+        """The columns, but for the embeddings, whose width only the model knows."""
+        names = [*[SIMILARITY] * self.similarity, *[AESTHETIC] * (self.aesthetic is not None), *self.labels]
+        return pa.schema([(name, pa.float32()) for name in names] + [(EMBEDDING, pa.list_(pa.float16()))] * self.keeps_embeddings)
+
+
+@dataclass(slots=True)
+class Scored:
+    """What came of it. `unreadable` samples have no scores; `means` are of the scores that were computed by this run."""
+
+    sidecar: str
+    samples: int
+    unreadable: int = 0
+    computed: int = 0
+    means: dict[str, float] = field(default_factory=dict)
+    duplicates: int | None = None
+
+
+def score(
+    corpus: str | Path,
+    *,
+    config: ScoreConfig,
+    name: str = "scores",
+    against: Sequence[str | Path] = (),
+    workers: int = 1,
+    progress: Progress = unseen,
+) -> Scored:
+    """Score all pictures of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
+
+    `against`: corpora that were scored with the same model; with `duplicates`, pictures that these have are duplicates, too. `workers`:
+    processes that decode. `progress` is called with ("score", samples, samples in all).
+
+    Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
+    """
+    if against and config.duplicates is None:
+        raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
+    model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
+    with opened_for_sidecars(corpus, name=name) as (opened, store), Decoders(workers) as decoders, ThreadPoolExecutor(workers) as threads:
+        result = Scored(sidecar=name, samples=opened.count)
+        scorer = _Scorer(
+            opened,
+            model=model,
+            config=config,
+            decoders=decoders,
+            threads=threads,
+            result=result,
+            progress=lambda n: progress("score", n, opened.count),
+        )
+        identity = _identity(config)
+        scores = write_sidecar(
+            opened, store=store, name=name, schema=scorer.schema, identity=identity, make=scorer.shard, progress=scorer.finished
+        )
+    if config.duplicates is not None:
+        result.duplicates = mark_duplicates(
+            corpus,
+            name=f"{name}-duplicates",
+            threshold=config.duplicates,
+            against=against,
+            embeddings=scores,
+            device=model.device,
+            progress=progress,
+        )
+    return result
+
+
+class _Scorer:
+    """Scores shards, one after the other."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        *,
+        model: Clip,
+        config: ScoreConfig,
+        decoders: Decoders,
+        threads: ThreadPoolExecutor,
+        result: Scored,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._corpus = corpus
+        self._model = model
+        self._config = config
+        self._decoders = decoders
+        self._threads = threads
+        self._result = result
+        self._progress = progress
+        self._done = 0
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._reader = ShardReader(max_open_files=4)
+        self._head = None if config.aesthetic is None else Head(config.aesthetic, device=model.device)
+        self._labels = {name: (model.read(label.positive), model.read(label.negative)) for name, label in config.labels.items()}
+        width = model.read(["a picture"]).shape[1]
+        if self._head is not None:
+            self._head(model.read(["a picture"]))  # refuses another width before anything is scored
+        fields = [field for field in config.score_columns if field.name != EMBEDDING]
+        if config.keeps_embeddings:
+            made_by = {"model": f"{config.model} {config.weights or ''}".strip()}
+            fields.append(pa.field(EMBEDDING, pa.list_(pa.float16(), width), metadata=made_by))
+        self.schema = pa.schema(fields)
+
+    def shard(self, number: int) -> pa.Table:
+        """The scores of a shard's samples; null where a picture cannot be read."""
+        table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
+        self._result.computed += table.num_rows
+        columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
+        with closing(self._batches(number, table=table)) as batches:
+            for start, pictures in batches:
+                there = [start + place for place, picture in enumerate(pictures) if picture is not None]
+                self._result.unreadable += len(pictures) - len(there)
+                if there:
+                    seen = [picture for picture in pictures if picture is not None]
+                    captions = [table.column("caption")[row].as_py() or "" for row in there]
+                    for name, values in self._scores(seen, captions=captions).items():
+                        for row, value in zip(there, values, strict=True):
+                            columns[name][row] = value
+                self._progress(self._done + start + len(pictures))
+        self._add_up(columns)
+        return pa.Table.from_pydict(columns, schema=self.schema)
+
+    def finished(self, samples: int) -> None:
+        """The shards with so many samples, all together, have their tables."""
+        self._done = samples
+        self._progress(samples)
+
+    def _scores(self, pictures: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
+        seen = self._model.see(pictures)
+        scores: dict[str, Any] = {}
+        if self._config.similarity:
+            scores[SIMILARITY] = (seen * self._model.read(captions)).sum(dim=-1).tolist()
+        if self._head is not None:
+            scores[AESTHETIC] = self._head(seen).tolist()
+        for name, (positive, negative) in self._labels.items():
+            scores[name] = probability(seen, positive=positive, negative=negative, scale=self._model.scale).tolist()
+        if self._config.keeps_embeddings:
+            scores[EMBEDDING] = list(seen.half().cpu().numpy())
+        return scores
+
+    def _batches(self, number: int, *, table: pa.Table) -> Generator[tuple[int, list[Tensor | None]], None, None]:
+        """The pictures of a shard in batches, preprocessed, None for one that cannot be read; the next batch is read meanwhile."""
+        heights, widths, offsets, lengths = (integers(table, name).tolist() for name in ("height", "width", "image_offset", "image_length"))
+        path = self._corpus.shards[number].path
+        crops = [_crop(height, width=width, side=self._model.size) for height, width in zip(heights, widths, strict=True)]
+        parts = [Part(path, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
+
+        def load(start: int) -> tuple[int, list[Tensor | None]]:
+            end = start + self._config.batch
+            found = self._reader.read_parts(parts[start:end])
+            pictures: dict[int, Picture] = {}
+            for place, data in enumerate(found):
+                if isinstance(data, BadShard):
+                    raise data
+                if not isinstance(data, OSError):
+                    pictures[place] = Picture(bytes(data), [crops[start + place]])
+            decoded = self._decoders.decode([*pictures.values()])
+            seen = dict(zip(pictures, self._threads.map(self._preprocessed, decoded), strict=True))
+            return start, [seen.get(place) for place in range(len(found))]
+
+        return ahead(load, range(0, len(parts), self._config.batch))
+
+    def _preprocessed(self, decoded: Decoded) -> Tensor | None:
+        return None if isinstance(decoded, str) else self._model.preprocess(decoded[0].transpose(1, 2, 0))
+
+    def _add_up(self, columns: dict[str, list[Any]]) -> None:
+        for name in self.schema.names:
+            known = [value for value in columns[name] if value is not None]
+            if name != EMBEDDING and known:
+                self._sums[name] += sum(known)
+                self._counts[name] += len(known)
+                self._result.means[name] = self._sums[name] / self._counts[name]
+
+
+def _crop(height: int, *, width: int, side: int) -> Crop:
+    """A picture no larger than it needs to be."""
+    factor = min(1.0, _DECODED_SIDE * side / max(min(height, width), 1))
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    return (*size, *size)
+
+
+def _identity(config: ScoreConfig) -> dict[str, Any]:
+    """What the scores follow from: the config and the contents of the files that it names. How they are batched is no part of it."""
+    files = [file for file in (model_file(config.model, weights=config.weights), config.aesthetic) if file is not None]
+    kept = config.model_dump(mode="json", exclude={"batch", "device", "duplicates", "embeddings"})
+    return {**kept, "embeddings": config.keeps_embeddings, "files": [file_digest(file) for file in files]}

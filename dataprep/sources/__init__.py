@@ -1,0 +1,1 @@
+"""Where inputs come from: one reader per layout of raw corpora."""

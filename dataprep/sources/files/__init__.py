@@ -1,0 +1,1 @@
+"""Paths and URLs, and listing the files under them."""

@@ -1,0 +1,152 @@
+"""Files and folders to read from, on this machine or behind a URL, and the patterns that name many of them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from glob import escape, glob, has_magic
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from dataprep.sources.files.file_listing import Listing
+from dataprep.sources.files.walk import Walk, is_hidden, is_hidden_image
+from pipeline.corpus.captions import MAX_TEXT_BYTES
+from pipeline.storage import remote
+from pipeline.storage.remote import is_remote
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id", "lfs")  # what servers call the digest of a file
+_TEXTS_AT_ONCE = 64
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """ "a{00..02}b{x,y}" → all names in order; a range keeps the width of its bounds, as in a shell. Raises ValueError."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    before, inside, after = pattern[: match.start()], match.group(1), pattern[match.end() :]
+    span = _RANGE.fullmatch(inside)
+    if span is None:
+        choices = inside.split(",")
+    else:
+        low, high = span.groups()
+        if int(high) < int(low) or int(high) - int(low) > 1_000_000:
+            raise ValueError(f"{pattern}: the range {{{inside}}} has no order or no end in sight")
+        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
+        choices = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
+    return [before + choice + rest for choice in choices for rest in expand_braces(after)]
+
+
+def is_pattern(spec: str) -> bool:
+    """Whether a name has wildcards, and is not itself the name of a file."""
+    return has_magic(spec) and not Path(spec).exists()
+
+
+def names_many(spec: str) -> bool:
+    """Whether a name stands for several files: by braces or wildcards. A name that exists never does."""
+    if is_remote(spec):
+        return bool(_BRACES.search(spec))
+    return not os.path.exists(os.path.expanduser(spec)) and bool(_BRACES.search(spec) or has_magic(spec))
+
+
+def named_files(spec: str) -> list[str]:
+    """The files that a path or URL with braces, and a path with wildcards, stand for; what has no wildcards need not be there.
+
+    A file or folder that exists under the very name, or under a first part of it, is meant as it is.
+    """
+    if is_remote(spec):
+        return expand_braces(spec)
+    path = os.path.expanduser(spec)
+    if os.path.exists(path):
+        return [path]
+    folder = _existing_folder(path)
+    found: list[str] = []
+    for name in expand_braces(path[len(folder) :]):
+        inner = _existing_folder(folder + name)
+        is_literal = os.path.exists(folder + name) or not has_magic(name)
+        found += [folder + name] if is_literal else sorted(glob(escape(inner) + (folder + name)[len(inner) :]))
+    return found
+
+
+def _existing_folder(path: str) -> str:
+    """The longest first part of a path that is a folder, with its slash; "" if there is none."""
+    end = len(path)
+    while (end := path.rfind("/", 0, end)) >= 0:
+        if os.path.isdir(path[: end + 1]):
+            return path[: end + 1]
+    return ""
+
+
+def expand(spec: str) -> list[str]:
+    """The same, where all that is on this machine must be there. Raises ValueError."""
+    found = named_files(spec)
+    if not found:
+        raise ValueError(f"{spec}: no file matches")
+    gone = next((file for file in found if not is_remote(file) and not os.path.exists(file)), None)
+    if gone:
+        raise ValueError(f"{gone}: no such file or folder")
+    return found
+
+
+def join(folder: str, name: str) -> str:
+    """The path or URL of a file by its name in a folder."""
+    return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
+
+
+def list_files(folder: str) -> Listing:
+    """Every visible file below a folder; linked folders are followed once. Raises OSError."""
+    if is_remote(folder):
+        found = remote.list_files(folder)
+        hidden = sum(is_hidden_image(base_name(name)) for name in found if is_hidden(base_name(name)))
+        listing = Listing.of_files({name: size for name, size in found.items() if not any(map(is_hidden, name.split("/")))})
+        listing.notes = (f"{hidden} hidden image(s) were left out",) if hidden else ()
+        return listing
+    walk = Walk(folder)
+    listing = Listing(walk.folders())
+    listing.notes = tuple(walk.notes())
+    return listing
+
+
+def open_file(file: str) -> BinaryIO:
+    """A file at a path or URL, to read from and to seek in. Raises OSError."""
+    return remote.open_file(file) if is_remote(file) else open(file, "rb")
+
+
+def read_texts(files: Iterator[str | None]) -> Iterator[bytes | OSError | None]:
+    """Small files, of which many behind URLs are asked for at once: their first megabyte, or why it cannot be read; None for None."""
+    while group := list(islice(files, _TEXTS_AT_ONCE)):
+        urls = [file for file in group if file and is_remote(file)]
+        answers = dict(zip(urls, remote.read_ranges([(url, 0, None) for url in urls]), strict=True)) if urls else {}
+        yield from (answers[file] if file in answers else _read_head(file) if file else None for file in group)
+
+
+def facts(files: Sequence[str]) -> str:
+    """A digest of the names of files, their sizes and, behind URLs, of what the server says of their contents. Raises OSError."""
+    digest = hashlib.sha256()
+    for file in files:
+        said = remote.facts_of(file) if is_remote(file) else {"size": os.path.getsize(file)}
+        version = [str(said[name]) for name in _VERSIONS if said.get(name)][:1]
+        digest.update("\0".join([base_name(file), str(said.get("size")), *version, "\n"]).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def is_unreachable(file: str, error: Exception) -> bool:
+    """Whether a file could not be read because of the network or its server, which says nothing of what is in the file."""
+    return is_remote(file) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+
+
+def base_name(file: str) -> str:
+    """The last part of a path or URL."""
+    return file.rstrip("/").rpartition("/")[2]
+
+
+def _read_head(file: str) -> bytes | OSError:
+    try:
+        with open(file, "rb") as stream:
+            return stream.read(MAX_TEXT_BYTES)
+    except OSError as error:
+        return error

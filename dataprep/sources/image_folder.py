@@ -1,0 +1,325 @@
+"""Image folders as sources: pictures with a `metadata` table, with files beside them, or with their folders' names as classes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice, tee
+from pathlib import Path, PurePosixPath
+
+from dataprep.sources.class_labels import text_labels
+from dataprep.sources.column_mapping import FILE_NAME, ColumnConfig, choose, describe, describe_encoding, of_json, with_file_name
+from dataprep.sources.files.file_listing import Listing, folded
+from dataprep.sources.files.paths import base_name, join, read_texts
+from dataprep.sources.image_list import sample_of
+from dataprep.sources.raw_sample import RawSample
+from dataprep.sources.tabular.tables import Table
+from dataprep.sources.unread_files import Unread
+from pipeline.bounded_counter import listed, printable
+from pipeline.corpus.json_record import parse_json
+from pipeline.corpus.record_fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, read_fields
+from pipeline.corpus.text_decoding import UndecodableText, decode_text
+from pipeline.errors import one_line
+from pipeline.storage.remote import is_remote
+
+IMAGE_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_TEXTS = (".txt", ".caption")
+_SIDECARS = (*_TEXTS, ".json")  # in order of preference
+_DRIVE = re.compile(r"[A-Za-z]:/")
+
+
+def holds_images(files: Listing) -> bool:
+    """Whether the files of a folder make it an image folder."""
+    return any(_is_image(file) or base_name(file) in METADATA_NAMES for file in files)
+
+
+class ImageFolder:
+    """A folder of pictures, read recursively in sorted order, linked folders last; hidden files are passed over.
+
+    A metadata file speaks for its folder and all below it: pictures that it does not list are no inputs, and are counted in `notes()`.
+    Elsewhere a text belongs to the image of its name: `a.txt` or `a.jpg.txt` to `a.jpg`, with the suffix in any case; where no text has
+    the very name of an image, one that differs in case belongs to it. `files` are all files below `path`, a folder or its URL.
+    """
+
+    layout = "folder"
+    tags: tuple[str, ...] = ()
+
+    def __init__(self, path: str, *, files: Listing, name: str, columns: ColumnConfig) -> None:
+        self.path = path
+        self.root = None if is_remote(path) else Path(path).resolve()
+        self.name = name
+        self._files = files
+        self._metadata = _metadata_files(files)
+        self._tables = {folder: Table(join(path, file), encoding=columns.encoding or "") for folder, file in self._metadata.items()}
+        self._columns = {
+            folder: choose(columns, names=table.names, place=table.file, defaults=STANDARD) for folder, table in self._tables.items()
+        }
+        self._sidecar_columns = of_json(columns)
+        self._columns_are_said = columns.captions is not None
+        self._suffixes = self._find_suffixes()
+        self._classes = self._find_classes(columns.folders)
+        self._matched: Counter[str] = Counter()
+        self._borrowed: set[str] = set()  # texts of a name that differs from their image's in case
+        self._useless_json = 0
+        self.classes: Mapping[str, int] = {}  # of text labels in the metadata
+        self._listed = bytearray(len(files))  # of each file, whether its metadata has a row for it
+
+    def reads(self) -> str:
+        """What is read, and from which columns, in a sentence."""
+        read = list(dict.fromkeys(f"{self._tables[folder].name}, {describe(columns)}" for folder, columns in self._columns.items()))
+        if self._classes:
+            first, last = min(self._classes), max(self._classes)
+            read.append(f"the names of {len(self._classes)} folders as classes ({first} is 0, {last} is {len(self._classes) - 1})")
+        elif not read or any(True for _ in self._own_images()):
+            found = [suffix for suffix in _SIDECARS if suffix in self._suffixes]
+            origins = [f"{', '.join(found)} beside the images"] if found else []
+            origins += ["the names of the files"] if FILE_NAME in self._sidecar_columns.captions else []
+            encoding = describe_encoding(self._sidecar_columns) if found else ""
+            read.append(f"captions from {' and '.join(origins)}{encoding}" if origins else "images without captions or classes")
+        return f"{self.name}: {'; '.join(read)}"
+
+    def expected(self) -> int | None:
+        """How many inputs there are, where that is known without reading them."""
+        return None if self._metadata else sum(1 for _ in self._images())
+
+    def digest(self) -> str:
+        """Names and sizes of all files and the contents of the metadata: what makes this source the same as another day's."""
+        digest = self._files.digest()
+        for folder, table in self._tables.items():
+            digest.update(f"{folder}\0{table.digest()}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def class_names(self) -> set[str]:
+        """The classes that the metadata has as text."""
+        return {name for folder, table in self._tables.items() for name in text_labels([table], columns=self._columns[folder])}
+
+    def samples(self) -> Iterator[RawSample]:
+        """All inputs in a fixed order: the rows of the metadata files, then the pictures that no metadata speaks for."""
+        self._listed = bytearray(len(self._files))
+        self._matched.clear()
+        self._borrowed.clear()
+        self._useless_json = 0
+        for folder, table in self._tables.items():
+            for line, record in table.rows():
+                yield self._from_metadata(record, folder=folder, where=f"{self._metadata[folder]}:{line}")
+        yield from self._from_sidecars()
+
+    def notes(self) -> list[str]:
+        """What lies in the folder and is no input, in sentences. Complete once `samples()` has been read to its end."""
+        unlisted = 0
+        unread = Unread(self.path)
+        used = {*self._metadata.values(), *self._borrowed}  # apart from images and the texts of their very names
+        for folder, names in self._files.folders():
+            governed = self._is_governed(folder)
+            images = set() if governed else {_stem(name) for name in names if _is_image(name)}
+            for name in names:
+                file = folder + name
+                if _is_image(name):
+                    number = self._files.number(file) if governed else None
+                    unlisted += number is not None and not self._listed[number]
+                elif file in used or (not governed and self._belongs(folder, name, stems=images)):
+                    continue
+                elif not governed and name.lower().endswith(_TEXTS):
+                    unread.add_text(file)
+                else:
+                    unread.add(file)
+        notes = [f"{unlisted} image(s) not listed by its metadata were left out"] if unlisted else []
+        notes += [f"{count} file name(s) of the metadata were taken {how}" for how, count in sorted(self._matched.items())]
+        if self._useless_json:
+            notes.append(f"{self._useless_json} .json file(s) beside images and their texts are not JSON objects and were not used")
+        return [f"{self.name}: {note}" for note in (*notes, *unread.notes(), *self._files.notes)]
+
+    def _images(self) -> Iterator[str]:
+        return (file for file in self._files if _is_image(file))
+
+    def _own_images(self) -> Iterator[str]:
+        """The pictures that no metadata speaks for."""
+        for folder, names in self._files.folders():
+            if not self._is_governed(folder):
+                yield from (folder + name for name in names if _is_image(name))
+
+    def _is_governed(self, folder: str) -> bool:
+        path = PurePosixPath(folder)
+        return any(str(parent) in self._metadata for parent in (path, *path.parents))
+
+    def _find_classes(self, asked: bool | None) -> dict[str, int]:
+        """Folder name → class: where it is asked for, or where the only thing that is known of each picture is the folder it lies in."""
+        if asked is False:
+            return {}
+        names = {PurePosixPath(folder).name for folder, names in self._files.folders() if any(map(_is_image, names))}
+        if asked is None:
+            is_said = self._metadata or self._suffixes or FILE_NAME in self._sidecar_columns.captions
+            if is_said or "" in names or len(names) < 2:
+                return {}
+        return {name: number for number, name in enumerate(sorted(names - {""}))}
+
+    def _find_suffixes(self) -> set[str]:
+        """The suffixes of texts that belong to an image."""
+        found: set[str] = set()
+        for folder, names in self._files.folders():
+            if self._is_governed(folder) or not any(name.lower().endswith(_SIDECARS) for name in names):
+                continue
+            stems = {_stem(name) for name in names if _is_image(name)}
+            alike = {folded(stem) for stem in stems}
+            for name in names:
+                suffix = os.path.splitext(name)[1].lower()
+                if suffix in _SIDECARS and suffix not in found:
+                    found |= {suffix} if self._belongs(folder, name, stems=stems) or folded(_stem(name)) in alike else set()
+            if len(found) == len(_SIDECARS):
+                break
+        return found
+
+    def _belongs(self, folder: str, name: str, *, stems: Collection[str]) -> bool:
+        """Whether a text has the name of an image in its folder, `stems` being those of all of them."""
+        if not name.lower().endswith(_SIDECARS):
+            return False
+        stem = _stem(name)
+        return stem in stems or (_is_image(stem) and folder + stem in self._files)
+
+    def _beside(self, file: str) -> list[str]:
+        """The texts that belong to an image, in their order of preference."""
+        if not self._suffixes:
+            return []
+        stem = _stem(file)
+        found = [text for text in self._files.starting(f"{stem}.") if _is_text_of(text, image=file)]
+        if not found:
+            alike = [text for text in self._files.starting(f"{stem}.", folds=True) if _is_text_of(folded(text), image=folded(file))]
+            found = [text for text in alike if not self._has_own_image(text)]
+            self._borrowed.update(found)
+        return sorted(found, key=lambda text: (_SIDECARS.index(os.path.splitext(text)[1].lower()), len(text), text))
+
+    def _has_own_image(self, text: str) -> bool:
+        stem = _stem(text)
+        own = (file for file in self._files.starting(f"{stem}.") if _is_image(file) and _stem(file) == stem)
+        return next(own, None) is not None or (_is_image(stem) and stem in self._files)
+
+    def _from_metadata(self, record: Mapping[str, Value] | str, *, folder: str, where: str) -> RawSample:
+        columns = self._columns[folder]
+        if isinstance(record, str):
+            return RawSample(source=self.name, path=where, reason="bad-record", detail=record)
+        file_name = record.get(columns.image)
+        if not isinstance(file_name, str) or not file_name:
+            return RawSample(source=self.name, path=where, reason="bad-record", detail=f"{where} has no {columns.image}")
+        inside = self._find(file_name, folder=folder)
+        if inside is None:
+            detail = f"{where} names a file outside its folder: {printable(file_name)}; paths start from the folder of the metadata"
+            return RawSample(source=self.name, path=where, reason="bad-record", detail=detail)
+        number = self._files.number(inside)
+        if number is not None:
+            self._listed[number] = True
+        record = {**record, columns.image: inside}
+        sample = sample_of(record, source=self.name, columns=columns, where=where, folder=self.path, classes=self.classes)
+        sample = replace(sample, path=inside, file=join(self.path, inside))
+        if number is None:
+            sample = replace(sample, reason="missing", detail=f"no such file in the folder{self._hint(inside)}")
+        return self._with_class(sample)
+
+    def _find(self, file_name: str, *, folder: str) -> str | None:
+        """The file that a row of metadata means, by its name in the source; None for one outside of it."""
+        inside = _normal(os.path.join(folder, file_name))
+        if inside in self._files or "\0" in file_name:
+            return None if "\0" in file_name else inside
+        name, how = file_name, []
+        if "\\" in name:
+            name, how = name.replace("\\", "/"), ["with backslashes"]
+        roots = [self.path.rstrip("/"), *([os.path.abspath(self.path), str(self.root)] if self.root else [])]
+        root = next((root for root in roots if name.startswith(f"{root}/")), None)
+        if root is not None:
+            how.append("by a path from the root")
+        inside = _normal(name[len(root) + 1 :] if root is not None else os.path.join(folder, name))
+        if os.path.isabs(inside) or inside.startswith("../") or inside == ".." or _DRIVE.match(name):
+            return None
+        if inside not in self._files:
+            alike = [file for file in self._files.alike(inside) if _is_image(file)]
+            if len(alike) != 1:
+                return inside
+            inside, how = alike[0], [*how, "in another case or Unicode form"]
+        if how:
+            self._matched[" and ".join(how)] += 1
+        return inside
+
+    def _hint(self, inside: str) -> str:
+        """What there is in place of a file that a row of metadata names."""
+        alike = self._files.alike(inside)
+        if len(alike) > 1:
+            return f"; {listed(alike, count=len(alike))} differ from it in case only"
+        longer = [file for file in self._files.starting(f"{inside}.") if _is_image(file) and _stem(file) == inside]
+        return f"; there is {printable(longer[0])}" if longer else ""
+
+    def _from_sidecars(self) -> Iterator[RawSample]:
+        images, ahead = tee((file, self._beside(file)) for file in self._own_images())
+        contents = read_texts(join(self.path, text) for _, texts in ahead for text in texts)
+        for file, names in images:
+            yield self._with_class(self._from_texts(file, texts=list(zip(names, islice(contents, len(names)), strict=True))))
+
+    def _from_texts(self, file: str, *, texts: Sequence[tuple[str, bytes | OSError | None]]) -> RawSample:
+        unread = next((content for _, content in texts if isinstance(content, OSError)), None)
+        encoding = self._sidecar_columns.encoding
+        try:
+            plain = [
+                decode_text(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and not _is_json(name)
+            ]
+            parsed = [parse_json(content, encoding=encoding) for name, content in texts if isinstance(content, bytes) and _is_json(name)]
+        except UndecodableText as error:
+            return RawSample(source=self.name, path=file, reason="bad-record", detail=f"the text beside it is {error}")
+        records, useless = [one for one in parsed if isinstance(one, dict)], [one for one in parsed if isinstance(one, str)]
+        if unread is not None or (useless and not any(plain)):
+            detail = f"its text cannot be read: {one_line(unread)}" if unread else f"the .json beside it is {useless[0]}"
+            return RawSample(source=self.name, path=file, reason="bad-record", detail=detail)
+        self._useless_json += len(useless)
+        record: Mapping[str, Value] = {}
+        for more in reversed(records):
+            record = {**record, **more}
+        record = with_file_name(record, columns=self._sidecar_columns, name=file)
+        fields = read_fields(record, columns=self._sidecar_columns) if record else Fields(captions=(), label=None, extra={})
+        captions = tuple(plain)
+        return RawSample(
+            source=self.name,
+            path=file,
+            file=join(self.path, file),
+            captions=fields.captions + captions if self._columns_are_said else captions + fields.captions,
+            label=fields.label,
+            extra=fields.extra,
+        )
+
+    def _with_class(self, sample: RawSample) -> RawSample:
+        name = PurePosixPath(sample.path).parent.name
+        if name not in self._classes:
+            return sample
+        return replace(sample, label=self._classes[name], extra={**sample.extra, CLASS_NAME: name})
+
+
+def _stem(file: str) -> str:
+    return os.path.splitext(file)[0]
+
+
+def _is_text_of(text: str, *, image: str) -> bool:
+    """`a.txt` and `a.jpg.txt` are texts of `a.jpg`."""
+    stem, suffix = os.path.splitext(text)
+    return suffix.lower() in _SIDECARS and stem in (image, _stem(image))
+
+
+def _is_json(file: str) -> bool:
+    return file.lower().endswith(".json")
+
+
+def _normal(path: str) -> str:
+    return os.path.normpath(path).replace(os.sep, "/")
+
+
+def _is_image(file: str) -> bool:
+    return file.lower().endswith(IMAGE_SUFFIXES)
+
+
+def _metadata_files(files: Listing) -> dict[str, str]:
+    """Folder ("." for the root) → its metadata file; where a folder has several kinds, JSON lines win, then CSV."""
+    found: dict[str, str] = {}
+    for folder, _ in files.folders():
+        named = [folder + name for name in METADATA_NAMES if folder + name in files]
+        if named:
+            found[str(PurePosixPath(folder))] = named[0]
+    return dict(sorted(found.items()))

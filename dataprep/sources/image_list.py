@@ -1,0 +1,208 @@
+"""Lists of pictures as sources: tables with a column of paths, URLs or the pictures themselves, one input a row.
+
+A relative path starts from the list's folder. A list on this machine is its owner's word: it may name any file and any URL. One that
+comes from elsewhere may not reach for files of this machine: it names URLs, and files below its own folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dataprep.sources.class_labels import no_caption_hint, text_labels, with_class
+from dataprep.sources.column_mapping import ColumnConfig, choose, describe, with_file_name
+from dataprep.sources.files.paths import join
+from dataprep.sources.raw_sample import RawSample
+from dataprep.sources.tabular.inline_images import embedded_image
+from dataprep.sources.tabular.tables import Table, plain
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, Columns, Fields, read_fields, values_at
+from pipeline.corpus.text_decoding import decode_text
+from pipeline.storage.remote import is_remote
+
+_IMAGE_FOLDERS = ("images", "Images", "image", "imgs", "img")
+_NETWORK = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
+
+
+class ImageList:
+    """Tables of the same columns, read one after the other in the given order.
+
+    Neighbouring rows that name the same file with other captions are one input (Flickr8k's five captions an image are five rows).
+    """
+
+    layout = "list"
+    tags: tuple[str, ...] = ()
+
+    def __init__(
+        self, files: Sequence[str], *, name: str, columns: ColumnConfig, root: Path | None = None, notes: Sequence[str] = ()
+    ) -> None:
+        self.name = name
+        self._folder_notes = tuple(notes)
+        self.root = root
+        self.tables = [Table(file, encoding=columns.encoding or "") for file in files]
+        filled = next((table for table in self.tables if table.names), None)
+        if filled is None:
+            raise ValueError(f"{self.tables[0].file}: has no rows that can be read ({self.tables[0].problem or 'it is empty'})")
+        self.columns = choose(columns, names=filled.names, pictures=filled.pictures, place=filled.file)
+        self.classes: Mapping[str, int] = {}
+        self._joined = 0
+
+    def reads(self) -> str:
+        """What is read, and from which columns, in a sentence."""
+        files = self.tables[0].name if len(self.tables) == 1 else f"{len(self.tables)} tables"
+        return f"{self.name}: {files}, {describe(self.columns)}"
+
+    def expected(self) -> int | None:
+        """How many inputs there are, where that is known without reading them."""
+        counts = [table.count for table in self.tables]
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    def digest(self) -> str:
+        """The tables' own digests. The pictures that they name are not looked at."""
+        listing = "".join(f"{table.name}\0{table.digest()}\n" for table in self.tables)
+        return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def class_names(self) -> set[str]:
+        """The classes that the label column has as text."""
+        return text_labels(self.tables, columns=self.columns)
+
+    def samples(self) -> Iterator[RawSample]:
+        """All rows of all tables."""
+        self._joined = 0
+        held: RawSample | None = None
+        for sample in self._rows():
+            joined = _join(held, sample) if held else None
+            self._joined += joined is not None
+            if held and joined is None:
+                yield held
+            held = joined or sample
+        if held:
+            yield held
+
+    def notes(self) -> list[str]:
+        """What became of rows and of files in the folder that are no inputs of their own. Complete once `samples()` has been read to its
+        end."""
+        joined = [f"{self._joined} row(s) are further captions of the image in the row before"] if self._joined else []
+        return [f"{self.name}: {note}" for note in (*joined, *self._folder_notes)]
+
+    def _rows(self) -> Iterator[RawSample]:
+        for table in self.tables:
+            folder = table.file.rpartition("/")[0] or "."
+            for number, record in table.rows():
+                where = f"{table.name}:{number}"
+                yield sample_of(record, source=self.name, columns=self.columns, where=where, folder=folder, classes=self.classes)
+
+
+def _join(held: RawSample, sample: RawSample) -> RawSample | None:
+    """Both rows as one input where the second one has further captions for the file of the first, else None."""
+    is_same = held.file == sample.file and bool(held.file) and held.label == sample.label and not (held.reason or sample.reason)
+    if not is_same or not held.captions or set(sample.captions) <= set(held.captions):
+        return None
+    return replace(held, captions=held.captions + sample.captions)
+
+
+def sample_of(
+    record: Mapping[str, Any] | str,
+    *,
+    source: str,
+    columns: Columns,
+    where: str,
+    folder: str | None,
+    classes: Mapping[str, int] | None = None,
+) -> RawSample:
+    """A row of a table → an input.
+
+    Args:
+        record: the row, or what is wrong with it.
+        where: what the source calls the row.
+        folder: path or URL that relative paths start from; None where a row may name nothing but URLs.
+        classes: numbers of the classes that the label column has as text.
+    """
+    if isinstance(record, str):
+        return RawSample(source=source, path=where, reason="bad-record", detail=record)
+    value = next(values_at(record, columns.image), None)
+    named = ""
+    if isinstance(value, Mapping):  # as the datasets library writes images
+        named = value.get("path") or ""
+        value = value.get("bytes") or named
+    try:
+        record = _with_texts(record, columns=columns)
+        if isinstance(value, str):
+            value = embedded_image(value) or value
+    except ValueError as error:
+        return RawSample(source=source, path=where, reason="bad-record", detail=f"{where}: {error}")
+    rest = {name: plain(item) for name, item in record.items() if name != columns.image and not isinstance(item, bytes)}
+    stated = value if isinstance(value, str) else named if isinstance(named, str) else ""
+    fields = read_fields(with_file_name(rest, columns=columns, name=stated), columns=columns)
+    fields = with_class(fields, record=rest, columns=columns, classes=classes or {})
+    hint = "" if fields.captions else no_caption_hint(rest, columns=columns, classes=classes or {})
+    if isinstance(value, (bytes, bytearray)):
+        if named and f"{columns.image}_path" not in rest:
+            fields.extra[f"{columns.image}_path"] = str(named)
+        return _sample(source, where, fields=fields, data=bytes(value), detail=hint)
+    if value is None or value == "":
+        return _sample(source, where, fields=fields, reason="missing", detail=f"{where} has nothing in {columns.image}")
+    if not isinstance(value, str) or "\0" in value:
+        return _sample(source, where, fields=fields, reason="bad-record", detail=f"{where} has no path in {columns.image}")
+    file = _place(value, folder=folder)
+    if file is None:
+        detail = f"{where} names a file outside of where it comes from: {value}"
+        return _sample(source, where, fields=fields, reason="bad-record", detail=detail)
+    if is_remote(value):
+        fields.extra.setdefault("url", value)
+    return _sample(source, value, fields=fields, file=file, detail=hint)
+
+
+def _with_texts(record: Mapping[str, Any], *, columns: Columns) -> Mapping[str, Any]:
+    """The row with captions and labels that are stored as bytes decoded. Raises UndecodableText."""
+    texts = {name: record[name] for name in (*columns.captions, *columns.labels) if isinstance(record.get(name), bytes)}
+    return {**record, **{name: decode_text(text, encoding=columns.encoding) for name, text in texts.items()}} if texts else record
+
+
+def _place(name: str, *, folder: str | None) -> str | None:
+    """The path or URL that a row means, None for one that it may not name."""
+    if folder is not None and not is_remote(folder):
+        return name if is_remote(name) else _local_file(name, folder=folder)
+    if is_remote(name):
+        *inner, outer = name.split("::")  # zip://a.jpg::https://x/y.zip: a member of an archive
+        is_far = outer.partition("://")[0].lower() in _NETWORK and all(part.startswith("zip://") for part in inner)
+        return name if is_far else None
+    if folder is None or name.startswith("/") or ".." in name.split("/"):
+        return None
+    return join(folder, name)
+
+
+def _local_file(name: str, *, folder: str) -> str:
+    """The file of a name in a list on this machine: below the list's folder, or else where such lists have their images.
+
+    Those places are a folder `Images` or the like beside the list (Flickr8k), and the folder above for a name that begins with the folder's
+    own (kohya's scripts). A name without an extension is that of the image.
+    """
+    file = os.path.join(folder, name)
+    if os.path.isabs(name) or os.path.exists(file):
+        return file
+    own = f"{os.path.basename(os.path.abspath(folder))}/"
+    inner = os.path.join(folder, name.removeprefix(own)) if name.startswith(own) else file
+    stems = [inner, *(os.path.join(folder, beside, name) for beside in _IMAGE_FOLDERS)]
+    endings = [""] if os.path.splitext(name)[1] else ["", *(f".{extension}" for extension in IMAGE_EXTENSIONS)]
+    candidates = (f"{stem}{ending}" for stem in stems for ending in endings)
+    return next((candidate for candidate in candidates if os.path.isfile(candidate)), file)
+
+
+def _sample(
+    source: str, path: str, *, fields: Fields, file: str = "", data: bytes | None = None, reason: str = "", detail: str = ""
+) -> RawSample:
+    return RawSample(
+        source=source,
+        path=path,
+        file=file,
+        data=data,
+        captions=fields.captions,
+        label=fields.label,
+        extra=fields.extra,
+        reason=reason,
+        detail=detail,
+    )

@@ -1,0 +1,292 @@
+"""MosaicML's MDS and litdata's chunks as sources: `index.json` and files of packed samples, which differ in little but their index.
+
+A file begins with its number of samples and their offsets; a sample is the lengths of its values, then the values. Both libraries
+unpickle what was pickled, and litdata deletes compressed chunks once it has unpacked them; here, a pickled column is left out, and files
+are only read.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import zstandard
+from PIL import Image
+
+from dataprep.sources.column_mapping import ColumnConfig, choose, describe
+from dataprep.sources.files.file_listing import Listing
+from dataprep.sources.files.paths import facts, is_unreachable, join, open_file
+from dataprep.sources.image_list import sample_of
+from dataprep.sources.raw_sample import RawSample
+from pipeline.corpus.text_decoding import decode_text
+from pipeline.errors import kind_and_line, one_line
+from pipeline.storage.remote import is_remote
+
+INDEX = "index.json"
+_PICTURES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
+_TEXTS, _PICKLES = ("str", "text"), ("pickle", "pkl")
+_NUMBERS = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+_MOST_BYTES = 1 << 31  # of a file, unpacked
+_BROKEN = (OSError, EOFError, ValueError, struct.error, zlib.error, zstandard.ZstdError)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedFile:
+    """One file: its values' names and formats; the length of each value that is always the same, which no sample repeats."""
+
+    name: str
+    count: int
+    compression: str
+    names: tuple[str, ...]
+    formats: tuple[str, ...]
+    lengths: tuple[int | None, ...]
+
+
+class PackedSamples:
+    """A folder or URL with an `index.json` of MDS or litdata. Pictures of files that are not compressed are read where they lie."""
+
+    tags: tuple[str, ...] = ()
+
+    def __init__(self, folder: str, *, name: str, columns: ColumnConfig) -> None:
+        self.name = name
+        self.path = folder
+        self.root = None if is_remote(folder) else Path(folder).resolve()
+        index = _read_index(folder)
+        self.layout, self.files = _files_of(index, place=join(folder, INDEX))
+        first = self.files[0]
+        kinds = dict(zip(first.names, first.formats, strict=True))
+        pictures = [column for kind in _PICTURES for column, own in kinds.items() if own.partition(":")[0] == kind]
+        self.columns = choose(columns, names=first.names, pictures=pictures, place=folder)
+        self._pickled = sorted(column for column, kind in kinds.items() if kind in _PICKLES)
+
+    def reads(self) -> str:
+        """What is read, and from which columns, in a sentence."""
+        return f"{self.name}: {len(self.files)} file(s) of {self.layout}, {describe(self.columns)}"
+
+    def expected(self) -> int | None:
+        """How many inputs there are, as the index says."""
+        return sum(file.count for file in self.files)
+
+    def digest(self) -> str:
+        """The index, and names and sizes of the files that are there."""
+        files = [join(self.path, file.name) for file in self.files]
+        there = [file for file in files if is_remote(file) or os.path.exists(file)]
+        return hashlib.sha256(facts([join(self.path, INDEX), *there]).encode()).hexdigest()
+
+    def samples(self) -> Iterator[RawSample]:
+        """All samples of all files. What cannot be read is a rejected sample."""
+        for file in self.files:
+            done = 0
+            try:
+                for sample in self._samples_of(file):
+                    done += 1
+                    yield sample
+            except _BROKEN as error:
+                if is_unreachable(self.path, error):
+                    raise
+                detail = f"{file.name} breaks off: {one_line(error)}"
+                yield RawSample(source=self.name, path=f"{file.name}:{done + 1}", reason="bad-record", detail=detail)
+
+    def notes(self) -> list[str]:
+        """What is not read, in sentences."""
+        return [f"{self.name}: {column} is pickled and was left out, because a pickle can run code" for column in self._pickled]
+
+    def _samples_of(self, file: PackedFile) -> Iterator[RawSample]:
+        path = join(self.path, file.name)
+        if is_remote(path) or file.compression:
+            with open_file(path) as stream:
+                yield from self._unpacked(memoryview(_UNPACK[file.compression](stream.read())), file=file, mapped="")
+            return
+        with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            yield from self._unpacked(view, file=file, mapped=path)
+
+    def _unpacked(self, data: memoryview, *, file: PackedFile, mapped: str) -> Iterator[RawSample]:
+        """`mapped`: the local file that the data are, so that its pictures can be read again."""
+        (count,) = struct.unpack_from("<I", data)
+        if count != file.count or 4 + 4 * (count + 1) > len(data):
+            raise ValueError(f"begins with {count} samples where the index has {file.count}")
+        for number in range(count):
+            where = f"{file.name}:{number + 1}"
+            begin, end = struct.unpack_from("<II", data, 4 + 4 * number)
+            try:
+                places = _places(data, begin=begin, end=end, file=file)
+                values = {
+                    name: _value(data[start:stop], kind=kind, encoding=self.columns.encoding)
+                    for name, kind, (start, stop) in zip(file.names, file.formats, places, strict=True)
+                    if kind not in _PICKLES and not (mapped and name == self.columns.image and kind not in _TEXTS and kind != "pil")
+                }
+            except (ValueError, struct.error) as error:
+                yield RawSample(source=self.name, path=where, reason="bad-record", detail=f"{where}: {one_line(error)}")
+                continue
+            if self.columns.image in values:
+                yield sample_of(values, source=self.name, columns=self.columns, where=where, folder=self.path)
+                continue
+            start, stop = places[file.names.index(self.columns.image)]
+            told = sample_of({**values, self.columns.image: b"here"}, source=self.name, columns=self.columns, where=where, folder=self.path)
+            yield replace(told, data=None, file=mapped, offset=start, length=stop - start)
+
+
+def is_packed(folder: str, files: Listing) -> bool:
+    """Whether a folder's `index.json` is one of MDS or litdata."""
+    if INDEX not in files:
+        return False
+    index = _read_index(folder)
+    return "chunks" in index or (index.get("version") == 2 and "shards" in index)
+
+
+def _read_index(folder: str) -> dict[str, Any]:
+    try:
+        with open_file(join(folder, INDEX)) as stream:
+            index = json.load(stream)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{join(folder, INDEX)}: cannot be read: {one_line(error)}") from error
+    return index if isinstance(index, dict) else {}
+
+
+def _files_of(index: Mapping[str, Any], *, place: str) -> tuple[str, list[PackedFile]]:
+    """(name of the format, the files). Raises ValueError for what cannot be read."""
+    try:
+        found = _of_litdata(index) if "chunks" in index else _of_mosaic(index)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{place}: is not as MDS or litdata write it: {kind_and_line(error)}") from error
+    layout, files = found
+    if not files:
+        raise ValueError(f"{place}: lists no files")
+    for file in files:
+        if "/" in file.name or "\\" in file.name or file.name in ("", ".", ".."):
+            raise ValueError(f"{place}: names a file outside its folder: {file.name}")
+        if file.compression not in _UNPACK:
+            known = ", ".join(name for name in _UNPACK if name)
+            raise ValueError(f"{place}: {file.name} is compressed by {file.compression}; what can be read is {known}: write it again")
+    return layout, files
+
+
+def _of_mosaic(index: Mapping[str, Any]) -> tuple[str, list[PackedFile]]:
+    files = []
+    for shard in index["shards"]:
+        if shard["format"] != "mds":
+            raise ValueError(f"a shard of format {shard['format']}")
+        zipped = shard.get("zip_data")
+        names, formats, lengths = shard["column_names"], shard["column_encodings"], shard["column_sizes"]
+        files.append(
+            PackedFile(
+                name=str((zipped or shard["raw_data"])["basename"]),
+                count=int(shard["samples"]),
+                compression=str(shard["compression"]).partition(":")[0] if zipped else "",
+                names=tuple(map(str, names)),
+                formats=tuple(map(str, formats)),
+                lengths=tuple(length or None for length in lengths),
+            )
+        )
+    return "MDS", files
+
+
+def _of_litdata(index: Mapping[str, Any]) -> tuple[str, list[PackedFile]]:
+    config = index["config"]
+    if config.get("encryption") or config.get("ipc_compression") or config.get("item_loader") not in (None, "PyTreeLoader"):
+        raise ValueError("encrypted, or not written for litdata's PyTreeLoader")
+    if config.get("compression_level") not in (None, "chunk"):
+        raise ValueError("compressed within its chunks; write it with compression_level=chunk, or without compression")
+    formats = tuple(map(str, config["data_format"]))
+    names = tuple(_leaves(json.loads(config["data_spec"])[1]))
+    files = [
+        PackedFile(
+            name=str(chunk["filename"]),
+            count=int(chunk["chunk_size"]),
+            compression=str(config.get("compression") or "").partition(":")[0],
+            names=names,
+            formats=formats,
+            lengths=(None,) * len(formats),
+        )
+        for chunk in index["chunks"]
+    ]
+    return "litdata", files
+
+
+def _leaves(spec: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Names of the values in the tree that a sample is: keys of dictionaries, positions in lists, joined by dots."""
+    children: Sequence[Mapping[str, Any]] = spec["children_spec"]
+    if not children:
+        yield prefix or "value"
+        return
+    keys = json.loads(spec["context"]) if "dict" in str(spec["type"]).lower() else range(len(children))
+    for key, child in zip(keys, children, strict=True):
+        yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _places(data: memoryview, *, begin: int, end: int, file: PackedFile) -> list[tuple[int, int]]:
+    """First byte and byte after the last of each value of a sample."""
+    if not 0 <= begin <= end <= len(data):
+        raise ValueError(f"bytes {begin} to {end} are not in the file")
+    free = [length is None for length in file.lengths]
+    told = iter(struct.unpack_from(f"<{sum(free)}I", data[begin:end]))
+    start = begin + 4 * sum(free)
+    places = []
+    for length in file.lengths:
+        stop = start + (next(told) if length is None else length)
+        places.append((start, stop))
+        start = stop
+    if start > end:
+        raise ValueError(f"its values take more bytes than it has: {start - begin} of {end - begin}")
+    return places
+
+
+def _value(data: memoryview, *, kind: str, encoding: str) -> Any:
+    """A value by its format; None for formats that no table holds, pickles among them. Raises ValueError for one that cannot be read."""
+    base = kind.partition(":")[0]
+    if base in _TEXTS:
+        return decode_text(data, encoding=encoding)
+    if base in ("jpeg", "png", "image", "bytes", "file"):
+        return bytes(data)
+    if base == "pil":
+        return _as_file(data)
+    if base == "json":
+        with_brackets = data[:1] in (b"{", b"[", b'"')
+        return json.loads(bytes(data)) if with_brackets else None
+    if base in ("str_int", "str_float", "str_decimal"):
+        return float(bytes(data)) if base != "str_int" else int(bytes(data)[:20])
+    if base in _NUMBERS or (kind.rstrip("0123456789") in ("int", "uint", "float") and kind != "float8"):
+        dtype = np.dtype(_NUMBERS.get(base, kind))
+        return np.frombuffer(data, dtype.newbyteorder("<"), count=1)[0].item()
+    return None
+
+
+def _as_file(data: memoryview) -> bytes:
+    """The raw pixels of a Pillow image, as both libraries write them → an uncompressed TIFF file."""
+    width, height, length = struct.unpack_from("<III", data)
+    mode = bytes(data[12 : 12 + length]).decode("ascii")
+    buffer = io.BytesIO()
+    Image.frombytes(mode, (width, height), bytes(data[12 + length :])).save(buffer, "TIFF")
+    return buffer.getvalue()
+
+
+def _zstd(data: bytes) -> bytes:
+    with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data), read_across_frames=True) as stream:
+        return _bounded(stream)
+
+
+def _bounded(stream: Any) -> bytes:
+    unpacked = cast(bytes, stream.read(_MOST_BYTES + 1))
+    if len(unpacked) > _MOST_BYTES:
+        raise ValueError(f"unpacks to more than {_MOST_BYTES} bytes")
+    return unpacked
+
+
+_UNPACK = {
+    "": bytes,
+    "zstd": _zstd,
+    "gz": lambda data: _bounded(gzip.GzipFile(fileobj=io.BytesIO(data))),
+    "bz2": lambda data: _bounded(bz2.BZ2File(io.BytesIO(data))),
+}

@@ -1,0 +1,1 @@
+"""Tables of inputs: parquet, arrow, CSV, TSV, JSON lines."""
