@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dataprep.report.caption_lengths import CaptionLengths, measure, sample_captions
-from launch.config import Config
+from launch.config.schema import Config
 from pipeline.planning.planner import Planner
 from tim.text.tokenizers import Tokenizer
 

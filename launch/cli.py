@@ -12,10 +12,10 @@ from typing import cast
 
 import typer
 
-from launch.bench import bench
+from launch.commands.bench import bench
+from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
+from launch.commands.model import demo, export, launch, plan, recipes, sample, train
 from launch.console import session
-from launch.corpus_commands import annotate, encode, index, prepare, report, score, verify
-from launch.model_commands import demo, export, launch, plan, recipes, sample, train
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
 # In the order of the help.

@@ -19,12 +19,12 @@ from PIL import Image
 from dataprep.examine.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import Figure, figures, read_figure, write_corpus
-from launch import cluster
-from launch.config import Config, load_config
+from launch.config.schema import Config, load_config
 from launch.console import STOPPED, Console
-from launch.metrics import read_rows
-from launch.planning import make_planner
-from launch.preview import grid
+from launch.distributed import torchrun
+from launch.sampling.image_grid import grid
+from launch.training.build import make_planner
+from launch.training.metrics import read_rows
 from pipeline.planning.summary import plan_summary
 
 RECIPE = "demo"
@@ -61,7 +61,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     if not (pictures / "metadata.jsonl").is_file():
         write_corpus(pictures, count=PICTURES)
     with console.progress() as report:
-        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=cluster.cores(), progress=report)
+        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
     console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
 
     overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *(shortened(steps) if steps else [])]
@@ -104,7 +104,7 @@ def train(overrides: Sequence[str]) -> None:
     Raises RuntimeError if the training fails, and SystemExit if it was stopped.
     """
     config = load_config(RECIPE, overrides=overrides)
-    code = cluster.launch(RECIPE, overrides=overrides, nproc_per_node=_processes(config))
+    code = torchrun.launch(RECIPE, overrides=overrides, nproc_per_node=_processes(config))
     if code == STOPPED:
         raise SystemExit(code)
     if code:
@@ -130,7 +130,7 @@ def shortened(steps: int) -> list[str]:
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
     """The grid's pictures (a row for each size), and the scores by number of steps over prompts at all sizes."""
-    from launch.device import choose_device
+    from launch.distributed.device import choose_device
     from tim import Generator
 
     generator = Generator.from_pretrained(model, device=choose_device())
@@ -204,4 +204,4 @@ def _processes(config: Config) -> int:
     """One process on a GPU; on a CPU one for each core, as far as the packs of a step go."""
     import torch
 
-    return 1 if torch.cuda.is_available() else min(cluster.cores(), config.plan.packs_per_step)
+    return 1 if torch.cuda.is_available() else min(torchrun.cores(), config.plan.packs_per_step)

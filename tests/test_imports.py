@@ -1,10 +1,15 @@
-"""Who may import whom (DESIGN §2): read from the source, so that an import inside a function counts too."""
+"""How the code is laid out (DESIGN §2): who imports whom, and how large files, functions and folders are.
+
+Read from the source, so that an import inside a function counts too.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,23 +23,80 @@ MAY_IMPORT = {
     "tim": {"tim"},
     "configs": set(),
 }
-ROOMS = set(MAY_IMPORT)
-MODULES = [path for room in sorted(ROOMS) for path in sorted((REPOSITORY / room).rglob("*.py"))]
+FLOORS = set(MAY_IMPORT)
+MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 12
+LARGER_FOLDERS: Mapping[str, int] = {}
+LONGER_FILES: Mapping[str, int] = {"launch.config.schema": 530}
+LONGER_FUNCTIONS: Mapping[str, int] = {
+    "dataprep.prepare.prepare": 63,
+    "launch.commands.corpus.prepare": 69,
+    "launch.commands.model.sample": 62,
+    "launch.sampling.draw.draw": 80,
+    "launch.training.trainer.__init__": 77,
+    "pipeline.loading.loader.__init__": 68,
+    "pipeline.planning.planner.__init__": 70,
+    "tim.generator.__call__": 68,
+    "tim.sampler.sample": 66,
+}
+FILES = [path for floor in sorted(FLOORS) for path in sorted((REPOSITORY / floor).rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[tuple[str, str | None]]:
+    """Every module that a file imports, wherever in it, with the name taken from it if there is one."""
+    package = path.relative_to(REPOSITORY).with_suffix("").parts[:-1]
+    for node in ast.walk(_parse(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*above, *([node.module] if node.module else [])))
+            yield from ((module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"import_module", "importlib.import_module", "__import__"}:
+            yield from ((given.value, None) for given in node.args if isinstance(given, ast.Constant) and isinstance(given.value, str))
 
 
 def imported(path: Path) -> set[str]:
-    """The absolute names of all modules that a file imports, wherever in it."""
-    package = path.relative_to(REPOSITORY).with_suffix("").parts[:-1]
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(), filename=str(path))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            names.add(".".join((*above, *([node.module] if node.module else []))))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"import_module", "importlib.import_module", "__import__"}:
-            names.update(argument.value for argument in node.args if isinstance(argument, ast.Constant) and isinstance(argument.value, str))
-    return names
+    return {module for module, _ in imports(path)}
+
+
+@cache
+def _parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@cache
+def module_graph() -> dict[str, set[str]]:
+    """Which of our modules each of them imports. A package's `__init__` stands for the names taken from the package itself."""
+    names = {module_name(path) for path in FILES}
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        found = {f"{module}.{name}" if f"{module}.{name}" in names else module for module, name in imports(path)}
+        graph[module_name(path)] = (found & names) - {module_name(path)}
+    return graph
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The circles of a graph, one for each node that another reached twice on its way."""
+    found: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(node: str, way: list[str]) -> None:
+        if node in way:
+            found.append([*way[way.index(node) :], node])
+            return
+        if node not in done:
+            for other in sorted(graph.get(node, ())):
+                visit(other, [*way, node])
+            done.add(node)
+
+    for node in sorted(graph):
+        visit(node, [])
+    return found
 
 
 def test_the_walk_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,32 +104,76 @@ def test_the_walk_sees_every_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     module = tmp_path / "tim" / "inner" / "a.py"
     module.parent.mkdir(parents=True)
     lines = ["import os.path", "def f():", "    from launch.cli import main", "    from . import b", "    from ..c import d"]
-    module.write_text("\n".join([*lines, "    import_module('pipeline.corpus.corpus')"]))
-    assert imported(module) == {"os.path", "launch.cli", "tim.inner", "tim.c", "pipeline.corpus.corpus"}
+    module.write_text("\n".join([*lines, "    import_module('pipeline.index')"]))
+    assert imported(module) == {"os.path", "launch.cli", "tim.inner", "tim.c", "pipeline.index"}
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c", "b"]]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_rooms_import_only_whom_they_may(path: Path) -> None:
-    room = path.relative_to(REPOSITORY).parts[0]
-    against = {name for name in imported(path) if name.split(".")[0] in ROOMS - MAY_IMPORT[room]}
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_floors_import_only_whom_they_may(path: Path) -> None:
+    floor = path.relative_to(REPOSITORY).parts[0]
+    against = {name for name in imported(path) if name.split(".")[0] in FLOORS - MAY_IMPORT[floor]}
     assert not against, f"{path} must not import {sorted(against)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_no_module_imports_itself_through_others() -> None:
+    assert not circles(module_graph())
+
+
+def test_no_room_imports_itself_through_others() -> None:
+    """A room is a sub-package of a floor with all below it; a module at the top of a floor is one of its own."""
+
+    def room(module: str) -> str:
+        path = REPOSITORY.joinpath(*module.split("."))
+        return ".".join(module.split(".")[:2]) if path.is_dir() or module.count(".") > 1 else module
+
+    graph: dict[str, set[str]] = {}
+    for module, others in module_graph().items():
+        graph.setdefault(room(module), set()).update(room(other) for other in others if room(other) != room(module))
+    floors = {floor: set() for floor in FLOORS}  # entrances take from their rooms what they offer
+    assert not circles({**graph, **floors})
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_private_names_stay_in_their_file(path: Path) -> None:
+    ours = [(module, name) for module, name in imports(path) if module.split(".")[0] in FLOORS]
+    private = [f"{module}.{name}" for module, name in ours if name and name.startswith("_") and not name.startswith("__")]
+    assert not private, f"{path} takes {private}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_files_and_functions_are_short(path: Path) -> None:
+    """Lines of a function count without its docstring."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER_FILES.get(module_name(path), MAX_LINES)
+    for node in ast.walk(_parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            said = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
+            lines = node.end_lineno - node.lineno + 1 - (said.end_lineno - said.lineno + 1 if said else 0)  # pyright: ignore
+            limit = LONGER_FUNCTIONS.get(f"{module_name(path)}.{node.name}", MAX_FUNCTION_LINES)
+            assert lines <= limit, f"{path}: {node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_folders_are_small(folder: Path) -> None:
+    files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= LARGER_FOLDERS.get(str(folder.relative_to(REPOSITORY)), MAX_FILES), f"{folder}: {sorted(files)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_only_the_engine_imports_deepspeed(path: Path) -> None:
-    if path == REPOSITORY / "launch" / "engine.py":
-        return
-    assert not {name for name in imported(path) if name.split(".")[0] == "deepspeed"}
+    if module_name(path) != "launch.training.engine":
+        assert not {name for name in imported(path) if name.split(".")[0] == "deepspeed"}
 
 
 def test_models_and_preparation_work_without_deepspeed() -> None:
     """What samples and what prepares runs on machines where deepspeed cannot be installed."""
     forbid = "import sys; sys.modules['deepspeed'] = None; "
-    modules = "import tim, dataprep.prepare, launch.export, launch.preview, launch.cli"
+    modules = "import tim, dataprep.prepare, launch.checkpoints.export, launch.sampling.image_grid, launch.cli"
     subprocess.run([sys.executable, "-c", forbid + modules], cwd=REPOSITORY, check=True, timeout=120)
 
 
 def test_the_command_line_and_the_schema_load_without_torch() -> None:
     """It takes seconds and memory to import, and `--help`, `recipes` and every worker of `prepare` do without it."""
-    check = "import sys, launch.cli, launch.config, dataprep.prepare, dataprep.index_tars; assert 'torch' not in sys.modules"
+    modules = "launch.cli, launch.config.schema, dataprep.prepare, dataprep.index_tars"
+    check = f"import sys, {modules}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

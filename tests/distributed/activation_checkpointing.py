@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from launch.engine import Engine
-from launch.ranks import Ranks
+from launch.distributed.ranks import Ranks
+from launch.training.engine import Engine
 from tests.tim.tiny import tiny_network
 from tim import PackedText, PackedTokens
 

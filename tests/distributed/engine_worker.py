@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from launch import checkpoint
-from launch.checkpoint import Checkpoint, Facts
-from launch.ema import ShardedEMA
-from launch.engine import ADAM_EPSILON, Engine
-from launch.muon import orthogonalise
-from launch.ranks import Ranks, process_group
+from launch.checkpoints import checkpoint
+from launch.checkpoints.checkpoint import Checkpoint, Facts
+from launch.distributed.ranks import Ranks, process_group
+from launch.training.ema import ShardedEMA
+from launch.training.engine import ADAM_EPSILON, Engine
+from launch.training.muon import orthogonalise
 from tests.distributed import activation_checkpointing
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step

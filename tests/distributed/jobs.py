@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from launch.metrics import read_rows
+from launch.training.metrics import read_rows
 from tests import REPOSITORY
 
 PATIENCE = 500.0  # seconds

@@ -12,9 +12,9 @@ from PIL import Image
 
 from dataprep.prepare import PrepareConfig, prepare
 from launch.cli import main
-from launch.config import ConfigError, load_config
-from launch.metrics import read_rows
-from launch.planning import make_planner
+from launch.config.schema import ConfigError, load_config
+from launch.training.build import make_planner
+from launch.training.metrics import read_rows
 from tests.distributed import jobs
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import checkpoint
-from launch.config import ConfigError, load_config
-from launch.metrics import read_rows
-from launch.planning import plan_from_checkpoint
-from launch.trainer import train
+from launch.checkpoints import checkpoint
+from launch.config.schema import ConfigError, load_config
+from launch.training.build import plan_from_checkpoint
+from launch.training.metrics import read_rows
+from launch.training.trainer import train
 from tests.distributed import jobs
 
 LR = 1e-3

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch import checkpoint
-from launch.ranks import Ranks, process_group
+from launch.checkpoints import checkpoint
+from launch.distributed.ranks import Ranks, process_group
 from tests.distributed import engine_worker, jobs
 
 CASES = ("1-fp32-adamw", "2-fp32-adamw", "3-fp32-adamw", "2-bf16-adamw", "1-fp32-muon", "2-fp32-muon")

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from launch.config import ConfigError, load_config
-from launch.metrics import read_rows
-from launch.trainer import train
+from launch.config.schema import ConfigError, load_config
+from launch.training.metrics import read_rows
+from launch.training.trainer import train
 from tests.distributed import jobs
 from tests.tim.test_alignment import radio_weights
 

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 from dataprep.synthetic import figures, random_view
-from launch import proof, trainer
+from launch.benchmarks import objective
+from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_proof, energy_distance, scores
 from launch.cli import main
-from launch.config import load_config
+from launch.config.schema import load_config
 from launch.demo import RECIPE
-from launch.proof import OBJECTIVES, STEPS, describe_proof, energy_distance, scores
+from launch.training import trainer
 
 
 def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_parts_two() -> None:
@@ -52,7 +53,7 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
     def in_this_process(overrides: Sequence[str]) -> None:
         trainer.train(load_config(RECIPE, overrides=overrides), quiet=True)
 
-    monkeypatch.setattr(proof, "train", in_this_process)  # the demo's, which starts two interpreters each time
+    monkeypatch.setattr(objective, "train", in_this_process)  # the demo's, which starts two interpreters each time
     assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["scores"]) == list(OBJECTIVES)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import history
-from launch.config import load_config
-from launch.metrics import read_rows
-from launch.trainer import train
+from launch.checkpoints import history
+from launch.config.schema import load_config
+from launch.training.metrics import read_rows
+from launch.training.trainer import train
 from tests.distributed import jobs
 
 CONFIG = """\

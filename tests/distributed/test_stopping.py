@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.config import Config, load_config
-from launch.metrics import read_rows
+from launch.config.schema import Config, load_config
+from launch.training.metrics import read_rows
 from pipeline.corpus.corpus import Corpus
 from pipeline.planning.planner import Planner
 from tests.distributed import jobs

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from launch.checkpoints.export import spec_of
 from launch.cli import main
-from launch.export import spec_of
 from tim import TransitionTransformer
 from tim.model_folder.folder import ModelSpec, save_model
 
@@ -102,7 +102,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of a tiny network with random weights."""
-    from launch.config import load_config
+    from launch.config.schema import load_config
 
     folder = tmp_path_factory.mktemp("model")
     (folder / "tiny.yaml").write_text(CONFIG)
@@ -259,8 +259,8 @@ def test_plan_over_bare_sizes(tmp_path: Path, tim: Tim) -> None:
 def test_plan_goes_on_where_a_checkpoint_stands(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
     given = [config, f"corpus={corpus}"]
     ahead = tim("plan", *given, "--steps", "5", "--json").data["steps"]
-    from launch.config import load_config, to_yaml
-    from launch.planning import plan_from_config
+    from launch.config.schema import load_config, to_yaml
+    from launch.training.build import plan_from_config
 
     settings = load_config(config, overrides=[f"corpus={corpus}"])
     planner = plan_from_config(list(map(str, given)))
@@ -305,7 +305,7 @@ def test_launch_says_what_it_would_run(corpus: Path, config: Path, tmp_path: Pat
 
 
 def test_recipes_hold_no_paths_and_load(tim: Tim) -> None:
-    from launch.config import load_config
+    from launch.config.schema import load_config
 
     names = tim("recipes", "--json").data["recipes"]
     assert {"demo", "photos"} <= set(names)

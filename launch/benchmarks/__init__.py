@@ -1,0 +1,1 @@
+"""`tim bench`: measurements, alone and beside other tools."""

@@ -1,0 +1,129 @@
+"""The measurement of `tim bench prepare`: raw pictures to a clean corpus, beside other tools on the same files, and the decoder alone.
+
+Everybody has the same number of processes and is measured as a user meets them: the whole command, its start included. Only the bare
+decoder has no start: its clock runs in the processes, while they do nothing but decode every pixel.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import simplejpeg
+from PIL import Image
+
+from launch.benchmarks import prepare_peers
+from launch.benchmarks.environments import environment, run_json
+from launch.benchmarks.interleaved import BOUND, OURS, compare, take_turns
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
+from pipeline.foreign_warnings import hide_if_asked
+from pipeline.progress import Progress
+
+Data = dict[str, Any]
+_LONGEST = 3600.0  # seconds of one tool
+
+
+def bench_prepare(
+    pictures: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Progress
+) -> Data:
+    """Images a second, and a second of processor time. In `work` are the pictures' copies and the other tools' environments.
+
+    Every copy has a few bytes of its own behind its end, so that none is a duplicate of another. Raises ValueError without pictures.
+    """
+    folder = _copied(pictures, work=work, copies=copies)
+    files = [path for path in sorted(folder.iterdir()) if path.name != "metadata.jsonl"]
+    missing: dict[str, str] = {}
+    runs: dict[str, Callable[[Path], Data]] = {
+        OURS: lambda out: _prepare(folder, out=out, workers=workers),
+        BOUND: lambda out: _decode(files, workers=workers),
+    }
+    for name in prepare_peers.TOOLS:
+        package = name.split(" ")[0]
+        python, absent = Path(sys.executable), {}
+        if package in prepare_peers.PACKAGES:
+            python, absent = environment(work / f"{package}-environment", packages=prepare_peers.PACKAGES[package], install=install)
+        if absent:
+            missing[name] = next(iter(absent.values()))
+        else:
+            runs[name] = partial(_tool, python, name, folder=folder, workers=workers)
+    kept: dict[str, int] = {}
+
+    def measured(name: str) -> dict[str, float]:
+        out = work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        os.sync()  # or what was written before would be on the account of the first one that waits for the disk
+        found = runs[name](out)
+        kept[name] = found["kept"]
+        return {f"images_per_{what}": len(files) / found[f"{what}s"] for what in ("second", "cpu_second")}
+
+    best = take_turns({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
+    shutil.rmtree(work / "out", ignore_errors=True)
+    compared = compare(best, others=prepare_peers.TOOLS)
+    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **compared}
+    return {**data, "not_measured": missing} if missing else data
+
+
+def _copied(pictures: Sequence[Path], *, work: Path, copies: int) -> Path:
+    """A folder with so many copies of all pictures of some folders, and captions."""
+    files = [path for folder in pictures if folder.is_dir() for path in sorted(folder.iterdir())]
+    files = [path for path in files if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    if not files:
+        raise ValueError(f"{', '.join(map(str, pictures))}: no pictures: give folders of them")
+    folder = work / f"pictures-{copies}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = []
+    for copy in range(copies):
+        for number, path in enumerate(files):
+            name = f"{copy:03d}-{number:06d}{path.suffix}"
+            (folder / name).write_bytes(path.read_bytes() + f"{copy:08d}{number:08d}".encode())
+            rows.append(json.dumps({"file_name": name, "text": f"a picture of {path.stem}"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(rows), "utf-8")
+    return folder
+
+
+def _prepare(folder: Path, *, out: Path, workers: int) -> Data:
+    return _timed([sys.executable, "-m", "launch.cli", "prepare", folder, "--out", out, "--workers", workers, "--json"])
+
+
+def _tool(python: Path, name: str, out: Path, *, folder: Path, workers: int) -> Data:
+    return _timed([python, prepare_peers.__file__, name, "--folder", folder, "--out", out, "--workers", workers])
+
+
+def _timed(command: Sequence[object]) -> Data:
+    """What a command says in JSON, with the seconds that it took and those of the processors that it and its children used."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    found = run_json(command, seconds=_LONGEST)
+    passed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {**found, "seconds": passed, "cpu_seconds": used}
+
+
+def _decode(files: Sequence[Path], *, workers: int) -> Data:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=hide_if_asked) as pool:
+        done = list(pool.map(decode_all, [files[first::workers] for first in range(workers)]))
+    rates = sum(count / seconds for count, seconds, _ in done)
+    return {"kept": len(files), "seconds": len(files) / rates, "cpu_seconds": sum(used for _, _, used in done)}
+
+
+def decode_all(files: Sequence[Path]) -> tuple[int, float, float]:
+    """Read and decode files: their number, seconds, and seconds of the processor."""
+    start, busy = time.perf_counter(), time.process_time()
+    for path in files:
+        data = path.read_bytes()
+        if data[:3] == b"\xff\xd8\xff":
+            simplejpeg.decode_jpeg(data, colorspace="RGB")
+        else:
+            Image.open(io.BytesIO(data)).load()
+    return len(files), time.perf_counter() - start, time.process_time() - busy

@@ -1,0 +1,165 @@
+"""`tim export`: a run's checkpoint → a model folder, which holds all that sampling needs and none of what training needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.config.schema import Config, TextConfig, load_config
+from tim import transports
+from tim.model_folder.folder import ModelSpec, save_model, write_folder
+from tim.pretrained.official import NETWORK_FILE, OURS, published_config
+from tim.pretrained.weight_files import HUB
+
+MODEL_FILES = ("config.json", "model.safetensors")
+OFFICIAL_FILES = (NETWORK_FILE, "model.safetensors")
+PUBLISHED_GUIDANCE = 2.5
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """A model folder and the training step that it comes from; `notes` say which newer checkpoints are damaged, and what else to know."""
+
+    folder: Path
+    step: int
+    ema: bool
+    parameters: int
+    notes: tuple[str, ...]
+
+
+def export(
+    run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False, with_models: bool = False
+) -> Exported:
+    """Write the model folder `out` from a run's newest intact checkpoint, or from the one of `step`.
+
+    Works without deepspeed. `ema` takes the averaged weights, else those of the last update; `official` writes what the published code
+    reads instead, `network.yaml` and `model.safetensors`; `with_models` copies codec, text encoder and tokenizer into the folder, too. The
+    folder appears whole or not at all; an older one of the kind is replaced.
+
+    Raises:
+        ValueError: `run` is not a run, has no such checkpoint or no intact one, `out` exists and is something else than a model folder, or
+            the published code could not compute this network.
+    """
+    from launch.checkpoints import checkpoint
+
+    config = run_config(run)
+    check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
+    if official and with_models:
+        raise ValueError("--with-models: the published code takes codec and text encoder from elsewhere; leave out --official")
+    found = checkpoint.find(run, step=step)
+    spec = spec_of(config, step=found.facts.step)
+    published = _published(spec) if official else ""
+    notes = [f"passed over: {problem}" for problem in found.passed_over]
+    state = checkpoint.consolidate(found.folder, ema=ema)
+    if official:
+        if spec.rope != "legacy":
+            notes.append("the published code exchanges the sides of pictures that are not square: only squares come out alike")
+        write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
+    else:
+        save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
+    parameters = sum(tensor.numel() for tensor in state.values())
+    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, notes=tuple(notes))
+
+
+def _published(spec: ModelSpec) -> str:
+    """The network's description for the published code, as YAML."""
+    kind = spec.transport["kind"]
+    transport = transports.make(**spec.transport)
+    settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # those that the config leaves out, too
+    published = published_config(spec.network, rope=spec.rope, transport={**settings, "kind": kind})
+    ours = {"rope": spec.rope, "codec": spec.codec, "text": spec.text, "sampling": spec.sampling}  # for `tim sample`
+    return yaml.safe_dump({**published, OURS: ours}, sort_keys=False)
+
+
+def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
+    """The model folder that `path` means: itself, or a run's `model/`, or its newest checkpoint, exported once to `RUN/exports/`.
+
+    Raises:
+        ValueError: `path` is neither a model folder nor a run with a checkpoint.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder; give a model folder or a run folder")
+    if (path / "config.json").is_file():
+        return path
+    if not (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
+    if is_model(path / "model") and not _trained_on_since(path):
+        say(f"model: {path / 'model'}")
+        return path / "model"
+
+    from launch.checkpoints import checkpoint
+
+    found = checkpoint.find(path)
+    for problem in found.passed_over:
+        say(f"passed over: {problem}")
+    folder = path / "exports" / found.folder.name
+    if not is_model(folder):
+        say(f"exporting {found.folder}")
+        export(path, out=folder, step=found.facts.step)
+    say(f"model: {folder}")
+    return folder
+
+
+def _trained_on_since(run: Path) -> bool:
+    """Whether the run was continued after its `model/` was written, and has saved since."""
+    latest = run / "latest"
+    return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
+
+
+def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
+    """What a run's config says of its model after `step` steps (default: all). Guidance is on by default only where training has
+    dropped conditions for it."""
+    sampling = config.sampling
+    usual = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
+    return ModelSpec(
+        network=config.network.params.model_dump(exclude_none=True),
+        rope=config.network.rope,
+        transport={"kind": config.objective.transport, **config.objective.transport_settings()},
+        codec={"kind": config.codec.kind, **_weights(config.codec.path)},
+        text=_encoder(config.text) if config.condition == "text" else None,
+        sampling={
+            "steps": sampling.steps,
+            "guidance": usual if sampling.guidance is None else sampling.guidance,
+            "interval": list(sampling.interval),
+            "shift": config.objective.shift if sampling.shift is None else sampling.shift,
+            "instantaneous": all(diffusion == 1 for diffusion, _ in config.kind_shares(before=step or config.train.steps)),
+        },
+    )
+
+
+def _encoder(text: TextConfig) -> dict[str, Any]:
+    said = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path), **_weights(text.tokenizer, name="tokenizer")}
+    return said if text.path is None else {**said, "precision": text.precision}
+
+
+def _weights(path: str | None, *, name: str = "path") -> dict[str, str]:
+    """Where a codec's or an encoder's weights are, if it has any; those in a local folder by its full path."""
+    if path is None:
+        return {}
+    return {name: path if path.startswith(HUB) else os.path.abspath(path)}
+
+
+def run_config(run: Path) -> Config:
+    """The resolved config of a run. Raises ValueError if `run` is not a run folder."""
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such folder; give the run_dir of a training run")
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run}: not a run folder: it has no config.yaml")
+    return load_config(run / "config.yaml")
+
+
+def is_model(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in MODEL_FILES)
+
+
+def check_target(out: Path, *, files: Sequence[str] = MODEL_FILES) -> None:
+    """Raises ValueError if writing a folder of these files here would destroy something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file has this name; name a folder")
+    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in files):
+        raise ValueError(f"{out}: holds something else than a model; name a new folder")

@@ -1,0 +1,111 @@
+"""Weights of a trained network, wherever they are: a model folder, a run, a checkpoint, an official export, or a published file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tim.model_folder.folder import read_spec
+from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
+
+ROPE_OF_PUBLISHED = "legacy"
+KINDS = f"a model folder, a run, an official export ({NETWORK_FILE} and weights), or a {', '.join(WEIGHTS)} file"
+
+
+@dataclass(frozen=True, slots=True)
+class InitialWeights:
+    """Weights under the published names, float32 or as stored, on the CPU.
+
+    source: the folder or file they were read from; params: `network.params` of their network and rope: its rotary layout, both None for
+    a bare file, which does not say.
+    """
+
+    source: Path
+    state: dict[str, Tensor]
+    params: dict[str, Any] | None
+    rope: str | None
+
+
+def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
+    """Load the weights of a trained network.
+
+    A run gives those of its newest intact checkpoint (its average with `ema`), or of its `model/` where it keeps no checkpoint; a folder
+    RUN/checkpoints/step-000500 those of that step.
+
+    Raises ValueError naming the path where it is none of these, or damaged.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix in WEIGHTS:
+        return InitialWeights(path, read_weights(path), None, None)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder, and no file of weights; give {KINDS}")
+    if (path / "config.json").is_file():
+        return _of_model(path)
+    if (path / "config.yaml").is_file():
+        return _of_run(path, step=None, ema=ema)
+    if path.parent.name == "checkpoints" and (path.parents[1] / "config.yaml").is_file():
+        return _of_run(path.parents[1], step=_step(path), ema=ema)
+    found = weights_file(path)
+    if not (path / NETWORK_FILE).is_file():
+        return InitialWeights(found, read_weights(found), None, None)
+    content = read_network_file(path)
+    params, _ = network_description(content)
+    return InitialWeights(found, read_weights(found), params, (content.get(OURS) or {}).get("rope", ROPE_OF_PUBLISHED))
+
+
+def weights_file(folder: Path) -> Path:
+    """The one file of weights in a folder. Raises ValueError where there is none, or more than one."""
+    found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file())
+    preferred = [file for file in found if file.name == "model.safetensors"] or found
+    if not preferred:
+        raise ValueError(f"{folder}: neither a model folder nor a run folder, and without weights; give {KINDS}")
+    if len(preferred) > 1:
+        raise ValueError(f"{folder}: holds {', '.join(file.name for file in preferred[:3])}: name the file that is meant")
+    return preferred[0]
+
+
+def read_network_file(folder: Path) -> Mapping[str, Any]:
+    """`network.yaml` of an official export, parsed. Raises ValueError where it is no description of a network."""
+    path = folder / NETWORK_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        network_description(content)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+    return content
+
+
+def _of_model(folder: Path) -> InitialWeights:
+    spec = read_spec(folder)
+    weights = folder / "model.safetensors"
+    try:
+        return InitialWeights(folder, load_file(weights), spec.network, spec.rope)
+    except FileNotFoundError:
+        raise ValueError(f"{folder}: model.safetensors is missing: export the run again with `tim export`") from None
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: {error}") from error
+
+
+def _of_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:
+    from launch.checkpoints import checkpoint
+    from launch.checkpoints.export import is_model, run_config
+
+    network = run_config(run).network
+    if step is None and checkpoint.newest(run) is None and is_model(run / "model"):
+        return _of_model(run / "model")
+    folder = checkpoint.find(run, step=step).folder
+    return InitialWeights(folder, checkpoint.consolidate(folder, ema=ema), network.params.model_dump(exclude_none=True), network.rope)
+
+
+def _step(folder: Path) -> int:
+    number = folder.name.removeprefix("step-")
+    if not number.isdecimal():
+        raise ValueError(f"{folder}: not a checkpoint; give RUN/checkpoints/step-000500")
+    return int(number)

@@ -1,0 +1,108 @@
+"""A run's folder: whose it is, who is writing into it, and whether a configuration may continue it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.checkpoints.checkpoint import write_whole
+from launch.checkpoints.history import History, write
+from launch.config.schema import Config, ConfigError, to_yaml
+
+CONFIG = "config.yaml"
+LOCK = "lock"
+DRAWS = ("text.caption_dropout", "text.caption_weights", "text.shuffle_tags", "network.params.class_dropout_prob")  # of the plan alone
+FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # the weights' meaning hangs on these
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Hold the run's lock. The lock of a process that died, however it died, is nobody's.
+
+    Raises:
+        ConfigError: the run is in use, or the folder holds something else than a run.
+    """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir {run_dir} is a file; give a folder")
+    there = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    if there and CONFIG not in there and there != [LOCK]:
+        raise ConfigError(f"run_dir {run_dir} holds something else than a run ({', '.join(there[:3])}); give another folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(run_dir / LOCK)
+    try:
+        yield
+    finally:
+        (run_dir / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
+    """What differs from the configuration that the run was last trained with, one line a key.
+
+    Raises:
+        ConfigError: the weights would not fit, or would mean something else.
+    """
+    path = run_dir / CONFIG
+    if not path.exists():
+        return []
+    before = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flat(yaml.safe_load(to_yaml(config)))
+    changed = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    for key in changed:
+        if _is_within(key, FIXED) and not _is_within(key, DRAWS):
+            change = f"was {before.get(key)!r} in {path} and is {now.get(key)!r}"
+            raise ConfigError(f"{key} {change}: the run's weights do not fit; go on as before, or give another run_dir")
+    return [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]
+
+
+def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
+    """Write RUN/config.yaml, and as comments above it what the run's history says; and RUN/history.json."""
+    write(run_dir, history)
+    comments = "".join(f"# {line}\n" for line in history.lines())
+    write_whole(run_dir / CONFIG, comments + to_yaml(config))
+
+
+def _is_within(key: str, sections: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{section}.") for section in sections)
+
+
+def _lock(path: Path) -> int:
+    """A POSIX record lock: it ends with the process, and its children do not inherit it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                by = holder or "another process"
+                raise ConfigError(f"run_dir {path.parent} is in use by {by}; wait for it, or give another folder") from None
+            raise OSError(error.errno, f"the file system cannot lock {path}: {error.strerror}") from None
+        try:
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last holder removed the file between our opening and locking it
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} → {"train.lr": 1}"""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

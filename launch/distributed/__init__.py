@@ -1,0 +1,1 @@
+"""Processes of one job: ranks, torchrun, devices."""

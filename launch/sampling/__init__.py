@@ -1,0 +1,1 @@
+"""Draw images from a trained model."""

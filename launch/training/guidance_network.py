@@ -1,0 +1,57 @@
+"""The EMA network that guidance puts into the training target: a whole copy on every rank, in low precision.
+
+The EMA weights are sharded over the ranks (`launch.training.ema`); every n-th step the copy is updated from them, one parameter at a
+time. Its matrices are bfloat16, and it runs under autocast: 2 bytes per parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from launch.checkpoints.tensor_fragments import Fragment
+from launch.distributed.ranks import Ranks
+from tim import PackedTokens
+from tim.packed import Condition
+
+FILE = "replica.safetensors"  # in a checkpoint: between two fillings it is older than the average
+
+
+class Replica:
+    """Empty until `fill` or `load`. Call it like the network."""
+
+    def __init__(self, network: nn.Module, *, ranks: Ranks) -> None:
+        """network: of the right shape, on the meta device; becomes the replica's own."""
+        self.ranks = ranks
+        self.network = network.to_empty(device=ranks.device).eval().requires_grad_(False)
+        for parameter in self.network.parameters():
+            if parameter.ndim > 1:
+                parameter.data = parameter.data.bfloat16()
+
+    def __call__(self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, /) -> PackedTokens:
+        with torch.no_grad(), torch.autocast(self.ranks.device.type, torch.bfloat16):
+            return self.network(packed, t, r, condition)
+
+    @torch.no_grad()
+    def fill(self, average: Mapping[str, Fragment]) -> None:
+        """Put the average together from the fragments of all ranks; all of them call it."""
+        for name, parameter in self.network.named_parameters():
+            whole = torch.zeros(math.prod(parameter.shape), device=self.ranks.device)
+            if name in average:
+                fragment = average[name]
+                whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+            parameter.copy_(self.ranks.total(whole).view(parameter.shape))
+
+    def save(self, folder: Path) -> Path:
+        """Write the copy as it is; the same on all ranks, so one of them is enough."""
+        path = folder / FILE
+        save_file({name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}, path)
+        return path
+
+    def load(self, folder: Path) -> None:
+        self.network.load_state_dict(load_file(folder / FILE))

@@ -1,0 +1,224 @@
+"""What a run says while it trains: rows in metrics.jsonl, TensorBoard curves, and a progress line.
+
+    {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
+     "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …,
+     "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
+
+`loss` is the mean unweighted error of all images since the last row, `loss_KIND` of those of one kind (null if there was none); what is
+minimised is scaled by each image's own error and shows nothing. `loss_alignment` is their mean distance from the alignment teacher (null
+without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed` (images that could not be loaded) and
+`seconds` (training only) count from the run's start. `ids_digest` chains the ids of all samples of all steps so far: two runs with equal
+digests saw the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch.checkpoints.checkpoint import write_whole
+
+KINDS = ("diffusion", "consistency", "transition")
+FIRST_IDS = 4
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over the steps since the last row."""
+
+    steps: int = 0
+    grad_norm: float = 0.0
+    fill: float = 0.0
+    images: int = 0
+    tokens: int = 0
+    raw: list[float] = field(default_factory=lambda: [0.0] * len(KINDS))
+    raw_images: list[int] = field(default_factory=lambda: [0] * len(KINDS))
+    alignment: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepMeasure:
+    """One step, all ranks together. raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher."""
+
+    ids: tuple[str, ...]
+    raw: Sequence[float]
+    raw_images: Sequence[int]
+    grad_norm: float
+    applied: bool
+    lr: float
+    images: int
+    failed: int
+    tokens: int
+    fill: float
+    alignment: float | None = None
+
+
+class Meter:
+    """Adds steps up to rows. Its state is plain JSON, so that a resumed run continues in the middle of a row."""
+
+    def __init__(self) -> None:
+        self._since = Sums()
+        self._total = {"images": 0, "tokens": 0, "failed": 0, "skipped_steps": 0}
+        self._seconds = 0.0
+        self._digest = ""
+        self._clock = time.monotonic()
+        self._row_seconds = 0.0
+
+    def add(self, measure: StepMeasure) -> None:
+        since, total = self._since, self._total
+        since.steps += 1
+        since.fill += measure.fill
+        since.grad_norm += measure.grad_norm
+        since.images += measure.images
+        since.tokens += measure.tokens
+        since.raw = [a + b for a, b in zip(since.raw, measure.raw, strict=True)]
+        since.raw_images = [a + int(b) for a, b in zip(since.raw_images, measure.raw_images, strict=True)]
+        if measure.alignment is not None:
+            since.alignment = (since.alignment or 0.0) + measure.alignment
+        total["images"] += measure.images
+        total["tokens"] += measure.tokens
+        total["failed"] += measure.failed
+        total["skipped_steps"] += not measure.applied
+        self._digest = hashlib.sha256("\n".join([self._digest, *measure.ids]).encode()).hexdigest()[:16]
+        now = time.monotonic()
+        self._seconds += now - self._clock
+        self._row_seconds += now - self._clock
+        self._clock = now
+
+    def row(self, step: int, last: StepMeasure) -> dict[str, Any]:
+        """The row of the steps since the last one; starts the next."""
+        since, seconds = self._since, max(self._row_seconds, 1e-9)
+        kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KINDS, since.raw, since.raw_images, strict=True)}
+        row = {
+            "step": step,
+            "loss": sum(since.raw) / max(1, sum(since.raw_images)),
+            **kinds,
+            "loss_alignment": None if since.alignment is None else since.alignment / max(1, sum(since.raw_images)),
+            "lr": last.lr,
+            "grad_norm": _finite(since.grad_norm / since.steps),
+            **self._total,
+            "fill": since.fill / since.steps,
+            "images_per_second": since.images / seconds,
+            "tokens_per_second": since.tokens / seconds,
+            "seconds": self._seconds,
+            "ids_digest": self._digest,
+            "first_ids": list(last.ids[:FIRST_IDS]),
+        }
+        self._since = Sums()
+        self._row_seconds = 0.0
+        return row
+
+    def pause(self) -> None:
+        """Time from now to the next step is not training time."""
+        self._clock = time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "since": asdict(self._since),
+            "total": self._total,
+            "seconds": self._seconds,
+            "row_seconds": self._row_seconds,
+            "digest": self._digest,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._since = Sums(**state["since"])
+        self._total = dict(state["total"])
+        self._seconds, self._row_seconds, self._digest = state["seconds"], state["row_seconds"], state["digest"]
+        self.pause()
+
+
+class MetricsWriter:
+    """Appends rows to RUN/metrics.jsonl and RUN/tensorboard; rows after `step`, from a run that was interrupted, are taken back."""
+
+    def __init__(self, run_dir: Path, *, step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path = run_dir / "metrics.jsonl"
+        kept = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= step]
+        write_whole(self._path, "".join(kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step" and isinstance(value, (int, float)):
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that was cut off by a crash is left out. Raises ValueError for any other bad line."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class ProgressLine:
+    """Live on a terminal, now and then a plain line in a log; always on standard error. `done`: the steps of an earlier part of the run."""
+
+    def __init__(self, *, steps: int, done: int, quiet: bool) -> None:
+        self._steps = steps
+        self._last = -math.inf
+        self._quiet = quiet
+        self._started = time.monotonic()
+        self._first = done
+        self._live = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            place = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
+            self._live = Progress(*place, TextColumn("{task.description}"), console=Console(stderr=True))
+            self._live.start()
+            self._task = self._live.add_task("", total=steps, completed=done)
+
+    def say(self, text: str) -> None:
+        """A remark above the progress line."""
+        if self._quiet:
+            return
+        if self._live:
+            self._live.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def show(self, step: int, row: dict[str, Any] | None) -> None:
+        """Advance to a step; a row, where there is a new one, changes the figures."""
+        figures = None
+        if row:
+            speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
+            figures = f"loss {row['loss']:.4f} · {speed} · fill {row['fill']:.1%}"
+        if self._live:
+            self._live.update(self._task, completed=step, description=figures)
+        elif figures and not self._quiet and (time.monotonic() - self._last >= SECONDS_BETWEEN_LINES or step == self._steps):
+            self._last = time.monotonic()
+            per_step = (self._last - self._started) / max(1, step - self._first)
+            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._steps - step)))
+            print(f"step {step}/{self._steps} · {figures} · {left} left", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._live:
+            self._live.stop()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,161 @@
+"""A run's checkpoints → model folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from launch.checkpoints import checkpoint
+from launch.checkpoints.export import export, model_folder, spec_of
+from launch.checkpoints.tensor_fragments import Fragment
+from launch.config.schema import load_config
+from launch.distributed.ranks import Ranks
+from tim import TransitionTransformer
+from tim.model_folder.folder import load_model
+from tim.pretrained.official import read_weights
+
+CONFIG = """\
+text: {caption_dropout: 0.0, max_tokens: 20}
+network:
+  params: {patch_size: 8, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}
+train: {steps: 2}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, alone: Ranks) -> Path:
+    """A run folder with checkpoints of steps 3 and 5. All averaged weights are the step number, the others ten times that."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(CONFIG)
+    for step in (3, 5):
+        save_checkpoint(folder, step=step, ranks=alone)
+    return folder
+
+
+def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
+    spec = spec_of(load_config(run / "config.yaml"))
+    shapes = {
+        name: tuple(value.shape) for name, value in TransitionTransformer.from_official(spec.network, rope=spec.rope).state_dict().items()
+    }
+
+    def write(part: Path) -> list[Path]:
+        values = {"ema": float(step), "weights": 10.0 * step}
+        pieces = {
+            kind: {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()}
+            for kind, value in values.items()
+        }
+        return checkpoint.write_pieces(part, pieces, rank=0, shapes=shapes)
+
+    facts = checkpoint.Facts(step=step, world_size=1, config_hash="")
+    checkpoint.save(run, facts, ranks=ranks, write=write, keep_last=9)
+
+
+def some_weight(folder: Path) -> float:
+    network, _ = load_model(folder)
+    values: Tensor = next(network.parameters())
+    return values.flatten()[0].item()
+
+
+def test_the_newest_checkpoint_averaged_by_default(run: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path / "m")
+    assert (done.step, done.ema, done.notes) == (5, True, ())
+    assert some_weight(tmp_path / "m") == 5.0
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    network, spec = load_model(tmp_path / "m")
+    assert done.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert spec.text == {"kind": "lookup", "max_tokens": 20}
+    assert spec.sampling["guidance"] == 1.0  # no caption was ever dropped: there is no unconditional model to guide with
+
+
+def test_another_step_and_the_last_weights(run: Path, tmp_path: Path) -> None:
+    assert export(run, out=tmp_path / "m", step=3, ema=False).step == 3
+    assert some_weight(tmp_path / "m") == 30.0
+    with pytest.raises(ValueError, match="no checkpoint of step 4; there are: 3, 5"):
+        export(run, out=tmp_path / "n", step=4)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path) -> None:
+    weights = run / "checkpoints" / "step-000005" / checkpoint.fragment_file("ema", 0)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    done = export(run, out=tmp_path / "m")
+    assert done.step == 3
+    assert "step-000005" in done.notes[0]
+    with pytest.raises(ValueError, match="step-000005"):
+        export(run, out=tmp_path / "n", step=5)
+    assert not (tmp_path / "n").exists()
+
+
+def test_the_published_format_builds_the_same_network(run: Path, tmp_path: Path) -> None:
+    done = export(run, out=tmp_path / "m", official=True)
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.safetensors", "network.yaml"]
+    model = yaml.safe_load((tmp_path / "m" / "network.yaml").read_text())["model"]
+    assert model["network"]["target"] == "tim.models.t2i.tim_model.TiM"
+    assert model["transport"] == {"target": "tim.schedulers.transports.OT_FM", "params": {"P_mean": 0.0, "P_std": 1.6}}
+    assert not {"z_dim", "lora_hidden_size", "num_classes"} & set(model["network"]["params"])  # unset: the published defaults hold
+    network = TransitionTransformer.from_official(model["network"]["params"])
+    network.load_official(tmp_path / "m" / "model.safetensors")
+    assert all((value == 5.0).all() for value in network.to_official().values())
+    assert "sides of pictures that are not square" in done.notes[0]
+
+    export(run, out=tmp_path / "m", step=3, official=True)
+    assert (next(iter(read_weights(tmp_path / "m" / "model.safetensors").values())) == 3.0).all()
+    with pytest.raises(ValueError, match="something else than a model"):
+        export(run, out=tmp_path / "m")
+    (run / "config.yaml").write_text(CONFIG.replace("network:", "network:\n  rope: centred"))
+    with pytest.raises(ValueError, match="rope: centred is unknown to the published code"):
+        export(run, out=tmp_path / "n", official=True)
+    assert not (tmp_path / "n").exists()
+
+
+def test_an_older_model_is_replaced_and_nothing_else(run: Path, tmp_path: Path) -> None:
+    export(run, out=tmp_path / "m", step=3)
+    export(run, out=tmp_path / "m")
+    assert some_weight(tmp_path / "m") == 5.0
+    with pytest.raises(ValueError, match="something else than a model"):
+        export(run, out=run)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file"):
+        export(run, out=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path, alone: Ranks) -> None:
+    said: list[str] = []
+    exported = model_folder(run, say=said.append)
+    assert some_weight(exported) == 5.0
+    before = (exported / "model.safetensors").stat().st_mtime_ns
+    assert model_folder(run, say=said.append) == exported
+    assert (exported / "model.safetensors").stat().st_mtime_ns == before
+
+    export(run, out=run / "model")
+    assert model_folder(run, say=said.append) == run / "model"
+
+    save_checkpoint(run, step=8, ranks=alone)  # the run was continued
+    later = (run / "model" / "config.json").stat().st_mtime + 10
+    os.utime(run / "latest", (later, later))
+    assert some_weight(model_folder(run, say=said.append)) == 8.0
+
+
+def test_sampling_defaults_follow_the_training_unless_the_config_says_otherwise(run: Path) -> None:
+    config = run / "config.yaml"
+
+    def sampling(*overrides: str) -> dict[str, object]:
+        return spec_of(load_config(config, overrides=overrides)).sampling
+
+    assert sampling() == {"steps": 8, "guidance": 1.0, "interval": [0.0, 1.0], "shift": 1024, "instantaneous": False}
+    assert sampling("sampling.interval=[0, 0.6]")["interval"] == [0.0, 0.6]
+    assert sampling("objective={diffusion_share: 1, consistency_share: 0}")["instantaneous"]  # such a network has never seen r < t
+    later = load_config(
+        config, overrides=["objective={diffusion_share: 1, consistency_share: 0}", "plan.schedule=[{step: 4, diffusion_share: 0.5}]"]
+    )
+    assert [spec_of(later, step=step).sampling["instantaneous"] for step in (4, 5)] == [True, False]
+    assert sampling("text.caption_dropout=0.1")["guidance"] == 2.5
+    assert sampling("objective.shift=null")["shift"] is None
+    chosen = sampling("sampling.steps=4", "sampling.guidance=1.5", "sampling.shift=7")
+    assert (chosen["steps"], chosen["guidance"], chosen["shift"]) == (4, 1.5, 7)

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.training.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure, read_rows
+
+
+def measure(step: int) -> StepMeasure:
+    return StepMeasure(
+        ids=(f"c/{step}", f"c/{step + 1}"),
+        raw=(0.1 * step, 0.0, 0.3),
+        raw_images=(1, 0, 1),
+        grad_norm=1.5 * step,
+        applied=step != 3,
+        lr=1e-3,
+        images=2,
+        failed=step == 4,
+        tokens=10 * step,
+        fill=0.9,
+    )
+
+
+def rows(meter: Meter, steps: range, *, every: int) -> list[dict[str, object]]:
+    written = []
+    for step in steps:
+        meter.add(measure(step))
+        if step % every == 0:
+            written.append(meter.row(step, measure(step)))
+    return written
+
+
+def without_clock(row: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in row.items() if "second" not in key}
+
+
+def test_a_row_adds_up() -> None:
+    row = rows(Meter(), range(1, 5), every=4)[0]
+    assert row["loss"] == pytest.approx((0.1 * (1 + 2 + 3 + 4) + 4 * 0.3) / 8)
+    assert row["loss_diffusion"] == pytest.approx(0.25)
+    assert row["loss_consistency"] is None
+    assert row["loss_transition"] == pytest.approx(0.3)
+    assert (row["images"], row["tokens"], row["failed"], row["skipped_steps"]) == (8, 100, 1, 1)
+    assert row["grad_norm"] == pytest.approx(1.5 * 2.5)
+    assert row["first_ids"] == ["c/4", "c/5"]
+    json.dumps(row, allow_nan=False)
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_a_meter_that_was_saved_in_the_middle_of_a_row_goes_on(stop: int) -> None:
+    whole = rows(Meter(), range(1, 10), every=3)
+    first, second = Meter(), Meter()
+    before = rows(first, range(1, stop + 1), every=3)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    after = rows(second, range(stop + 1, 10), every=3)
+    assert [without_clock(row) for row in [*before, *after]] == [without_clock(row) for row in whole]
+
+
+def test_the_digest_knows_the_order() -> None:
+    one, other = Meter(), Meter()
+    for step in (1, 2):
+        one.add(measure(step))
+    for step in (2, 1):
+        other.add(measure(step))
+    assert one.row(2, measure(2))["ids_digest"] != other.row(2, measure(2))["ids_digest"]
+
+
+def test_rows_that_an_interrupted_run_wrote_ahead_are_taken_back(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, step=0) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": 0.5})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # the power went
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    with MetricsWriter(tmp_path, step=2) as writer:
+        writer.write({"step": 3, "loss": 0.25})
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_log_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"loss": 0.5, "images_per_second": 12.0, "tokens_per_second": 3400.0, "fill": 0.97}
+    with ProgressLine(steps=3, done=0, quiet=False) as progress:
+        progress.say("hello")
+        for step in (1, 2, 3):
+            progress.show(step, row)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "hello"
+    assert lines[1].startswith("step 1/3 · loss 0.5000 · 12.0 images/s · 3,400 tokens/s · fill 97.0%")
+    assert lines[-1].startswith("step 3/3")
+    with ProgressLine(steps=3, done=0, quiet=True) as progress:
+        progress.say("hello")
+        progress.show(1, row)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from launch.config.schema import ConfigError, TrainConfig, load_config
+from launch.distributed.ranks import Ranks
+from launch.training.step_losses import Tally
+from launch.training.trainer import learning_rate, train
+from pipeline.loading.loader import Batch
+from tim.objective import Losses
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    constant = TrainConfig(steps=100, lr=2.0, warmup=4)
+    assert [learning_rate(step, constant) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+    cosine = TrainConfig(steps=104, lr=2.0, warmup=4, schedule="cosine")
+    rates = [learning_rate(step, cosine) for step in range(105)]
+    assert rates[4] == 2.0
+    assert rates[54] == pytest.approx(1.0)
+    assert rates[104] == pytest.approx(0.0)
+    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
+
+
+def batch(*ids: str, weights: list[float], kinds: list[int]) -> Batch:
+    count = len(ids)
+    return Batch(
+        ids=list(ids),
+        images=[torch.zeros(3, 4, 4, dtype=torch.uint8)] * count,
+        captions=[""] * count,
+        labels=torch.full((count,), -1),
+        kinds=torch.tensor(kinds),
+        uniforms=torch.full((count, 2), 0.5, dtype=torch.float64),
+        noise=[torch.zeros(3, 4, 4)] * count,
+        weights=torch.tensor(weights),
+        tokens=count,
+    )
+
+
+def losses(loss: float, raw: list[float], alignment: list[float]) -> Losses:
+    return Losses(torch.tensor(loss), torch.tensor(raw), torch.tensor(alignment))
+
+
+def test_a_step_adds_up_by_kind(alone: Ranks) -> None:
+    tally = Tally()
+    pack = batch("a", "b", "c", "d", weights=[1, 1, 0, 1], kinds=[0, 2, 0, 2])
+    tally.add(pack, losses(3.0, [1.0, 2.0, 99.0, 4.0], [0.5, 0.25, 9.0, 1.0]))
+    tally.add(batch("", weights=[0], kinds=[0]), losses(0.0, [7.0], [7.0]))
+    sums = tally.sums(alone, stop=True)
+    assert (sums.raw, sums.raw_images, sums.failed, sums.stop) == ((1.0, 0.0, 6.0), (1, 0, 2), 1, True)
+    assert sums.alignment == 1.75
+
+
+def test_a_loss_that_is_not_finite_names_its_samples(alone: Ranks) -> None:
+    tally = Tally()
+    tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), losses(1.0, [1.0, 1.0], [0.0, 0.0]))
+    tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
+    with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was not taken"):
+        tally.sums(alone, stop=False)
+
+
+def test_a_run_needs_a_folder() -> None:
+    config = load_config(None, overrides=["network.params={depth: 1, hidden_size: 8, num_heads: 1}", "train.steps=5", "corpus=x"])
+    with pytest.raises(ConfigError, match="run_dir: missing"):
+        train(config)
