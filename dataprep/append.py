@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dataprep.dedup.perceptual import Fingerprints
-from dataprep.dedup.reference_corpora import Known
+from dataprep.dedup.reference_corpora import ReferenceImages
 from dataprep.row_schema import TAKEN_DOWN
-from dataprep.shards.layout import Columns
-from dataprep.shards.manifest import Account, kept_rows, read_account, read_columns, read_tables
+from dataprep.shards.layout import ExtraColumns
+from dataprep.shards.manifest import InputCounts, kept_rows, read_columns, read_input_counts, read_tables
 from dataprep.shards.store import Store
-from dataprep.shards.writer import Shard
+from dataprep.shards.writer import ShardEntry
 from dataprep.sources.raw_sample import RawSample
 
 RETRIED = ("missing", "empty", "not-an-image", "damaged", "truncated", "unsupported", "no-caption", "bad-record", "crashed")
@@ -34,7 +34,7 @@ _COLUMNS = ("key", "source", "path", "reason", "sha256", "phash", "width", "heig
 
 
 @dataclass(frozen=True, slots=True)
-class Growth:
+class AppendMode:
     """How a corpus is to grow: by inputs that are new to it (`append`), by rejected ones that can be read now (`retry`), or by both."""
 
     append: bool
@@ -46,10 +46,10 @@ class Base:
     """The corpus as it is."""
 
     manifest: Mapping[str, Any]
-    shards: Sequence[Shard]
-    account: Account
-    columns: Columns
-    pictures: Known
+    shards: Sequence[ShardEntry]
+    counts: InputCounts
+    columns: ExtraColumns
+    pictures: ReferenceImages
     taken_down: np.ndarray  # (m, 2) uint64, digests as in `Fingerprints`
 
 
@@ -57,10 +57,10 @@ class Selection:
     """Which of the sources' inputs are taken. `ids`: the inputs of the corpus, (n,) of 16 bytes, sorted; `failed`: of those that may be
     read again, the reasons of their rows."""
 
-    def __init__(self, growth: Growth, *, ids: np.ndarray, failed: dict[bytes, list[str]]) -> None:
-        self._growth = growth
+    def __init__(self, append_mode: AppendMode, *, ids: np.ndarray, failed: dict[bytes, list[str]]) -> None:
+        self._growth = append_mode
         self._ids = ids
-        self._failed = failed if growth.retry else {}
+        self._failed = failed if append_mode.retry else {}
         self.replaced: Counter[str] = Counter()
         self._passed: Counter[tuple[str, str]] = Counter()
 
@@ -88,9 +88,9 @@ class Selection:
         return place < len(self._ids) and self._ids[place] == np.array(name, dtype="S16")
 
 
-def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> tuple[Base, Selection]:
+def read_base(store: Store, *, manifest: Mapping[str, Any], append_mode: AppendMode) -> tuple[Base, Selection]:
     """What has to be known of a corpus: one pass over its tables."""
-    shards = [Shard(**shard) for shard in manifest["shards"]]
+    shards = [ShardEntry(**shard) for shard in manifest["shards"]]
     first_added = {step["first_shard"] for step in manifest.get("growth", ())}
     ids: list[np.ndarray] = [np.zeros(0, dtype="S16")]
     keys: list[pa.Array] = []
@@ -118,12 +118,14 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], growth: Growth) -> t
     base = Base(
         manifest=manifest,
         shards=shards,
-        account=read_account(manifest),
+        counts=read_input_counts(manifest),
         columns=read_columns(manifest),
         taken_down=np.concatenate(taken_down),
-        pictures=Known(fingerprints=Fingerprints.join(prints), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)),
+        pictures=ReferenceImages(
+            fingerprints=Fingerprints.join(prints), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)
+        ),
     )
-    return base, Selection(growth, ids=np.unique(np.concatenate(ids)), failed=failed)
+    return base, Selection(append_mode, ids=np.unique(np.concatenate(ids)), failed=failed)
 
 
 def _join(failed: dict[bytes, list[str]], fresh: Iterable[tuple[bytes, str]]) -> None:

@@ -21,16 +21,16 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from dataprep.shards.manifest import MANIFEST, Account, account_entries
-from dataprep.shards.writer import Shard, shard_name
+from dataprep.shards.manifest import MANIFEST, InputCounts, count_entries
+from dataprep.shards.writer import ShardEntry, shard_name
 from dataprep.sources.files.paths import is_pattern, named_files
 from dataprep.sources.webdataset import DOTTED_TAKEN, members_left_out, open_tar, sidecar_table
 from dataprep.workers.pool import LocalPool, WorkerDied
-from pipeline.bounded_counter import MOST_NAMES, Tally
+from pipeline.bounded_counter import MAX_NAMES, BoundedCounter
 from pipeline.corpus.corpus import FORMAT, read_manifest
 from pipeline.corpus.foreign_tar import ForeignShard, index_tar, unreadable
-from pipeline.progress import Progress, unseen
-from pipeline.storage.atomic import JOB, WORK, claimed, publish, publish_text
+from pipeline.progress import Progress, no_progress
+from pipeline.storage.atomic import JOB, WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.remote import is_remote
 
 __all__ = ["index"]
@@ -54,7 +54,7 @@ class IndexedShard:
     """A finished shard: its entry in the manifest, its rejected rows by reason, its least and greatest key, what there is to say, and
     how many members were left out, by extension (`has_dotted`: some of them for the dots in their names)."""
 
-    shard: Shard
+    shard: ShardEntry
     rejected: dict[str, int]
     first_key: str
     last_key: str
@@ -63,7 +63,7 @@ class IndexedShard:
     has_dotted: bool = False
 
 
-def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = unseen) -> Account:
+def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = no_progress) -> InputCounts:
     """Make a corpus of the tars that `shards` name ("x/{000..999}.tar", "x/*.tar", URLs) in the folder `out`, and give account of it.
 
     The same command continues a run that was cut short; with more tars at the end it reads only those. `progress` is called with
@@ -79,22 +79,22 @@ def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress:
         twice = next(tar for tar, times in Counter(tars).items() if times > 1)
         raise ValueError(f"{twice}: named twice; a tar may stand in a corpus once")
     _check_output(out)
-    with claimed(out):
+    with exclusive_lock(out):
         found = _index_all(tars, out=out, workers=workers, progress=progress)
         _forget(out, first=len(tars))  # an earlier run had more tars
-        account = _account(found)
-        if account.kept:
-            _write_manifest(out, name=_name(shards[0], tars[0]), found=found, account=account)
+        counts = _input_counts(found)
+        if counts.kept:
+            _write_manifest(out, name=_name(shards[0], tars[0]), found=found, counts=counts)
         else:
             _forget(out, first=0)
         shutil.rmtree(out / WORK)
-    if not account.kept:
+    if not counts.kept:
         if not any(out.iterdir()):
             out.rmdir()
-        reasons = ", ".join(f"{reason} {count}" for reason, count in account.rejected.items()) or "they are empty"
-        said = "".join(f"; {note}" for note in account.notes)
+        reasons = ", ".join(f"{reason} {count}" for reason, count in counts.rejected.items()) or "they are empty"
+        said = "".join(f"; {note}" for note in counts.notes)
         raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written{said}")
-    return account
+    return counts
 
 
 def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
@@ -106,7 +106,7 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
     with publish(task.out / table) as stream:
         stream.write(buffer.getbuffer())
     keys = [key for key in found.table.column("key").to_pylist() if key is not None]
-    shard = Shard(
+    shard = ShardEntry(
         name=task.tar,
         count=len(keys),
         bytes=size,
@@ -169,7 +169,7 @@ def finished(out: Path, *, number: int, tar: str) -> IndexedShard | None:
     table, stats = _names(number)
     try:
         said = json.loads((out / stats).read_text("utf-8"))
-        shard = Shard(**said.pop("shard"))
+        shard = ShardEntry(**said.pop("shard"))
         if said.pop("format") != FORMAT or (shard.name, shard.table) != (tar, table) or not shard.bytes:
             return None
         lengths = (out / table).stat().st_size, shard.bytes if is_remote(tar) else os.stat(tar).st_size
@@ -232,12 +232,12 @@ def _without_culprit(task: IndexTask, death: WorkerDied) -> IndexTask:
     return replace(task, crashed=task.crashed | {death.at})
 
 
-def _account(found: Sequence[IndexedShard]) -> Account:
+def _input_counts(found: Sequence[IndexedShard]) -> InputCounts:
     rejected: Counter[str] = Counter()
     notes = [note for shard in found for note in shard.notes]
-    if len(notes) > MOST_NAMES:
-        notes[MOST_NAMES:] = [f"there are {len(notes) - MOST_NAMES} more notes on tars: their stats files have them"]
-    left_out = Tally()
+    if len(notes) > MAX_NAMES:
+        notes[MAX_NAMES:] = [f"there are {len(notes) - MAX_NAMES} more notes on tars: their stats files have them"]
+    left_out = BoundedCounter()
     for shard in found:
         rejected.update(shard.rejected)
         for extension, count in shard.left_out.items():
@@ -251,7 +251,7 @@ def _account(found: Sequence[IndexedShard]) -> Account:
         notes.append(_QUALIFIED)
     kept = sum(shard.shard.count for shard in found)
     inputs = kept + rejected.total()
-    return Account(inputs=inputs, kept=kept, rejected=dict(sorted(rejected.items())), notes=notes, shards=len(found))
+    return InputCounts(inputs=inputs, kept=kept, rejected=dict(sorted(rejected.items())), notes=notes, shards=len(found))
 
 
 def _keys_may_repeat(found: Sequence[IndexedShard]) -> bool:
@@ -260,13 +260,13 @@ def _keys_may_repeat(found: Sequence[IndexedShard]) -> bool:
     return any(following[0] <= before[1] for before, following in pairwise(ranges))
 
 
-def _write_manifest(out: Path, *, name: str, found: Sequence[IndexedShard], account: Account) -> None:
+def _write_manifest(out: Path, *, name: str, found: Sequence[IndexedShard], counts: InputCounts) -> None:
     manifest = {
         "format": FORMAT,
         "kind": KIND,
         "name": name,
-        "qualified_keys": _QUALIFIED in account.notes,
-        **account_entries(account, shards=[each.shard for each in found]),
+        "qualified_keys": _QUALIFIED in counts.notes,
+        **count_entries(counts, shards=[each.shard for each in found]),
         "shards": [asdict(each.shard) for each in found],
     }
     publish_text(out / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")

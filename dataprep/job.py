@@ -14,25 +14,25 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from dataprep.append import Growth
+from dataprep.append import AppendMode
 from dataprep.config_diff import all_differences, differences
 from dataprep.dedup.perceptual import DedupConfig
-from dataprep.dedup.reference_corpora import open_known
+from dataprep.dedup.reference_corpora import open_references
 from dataprep.examine.captions import LANGUAGE, CaptionConfig, check_languages
 from dataprep.examine.examine import ImageConfig
 from dataprep.examine.filters import FilterConfig, Filters
-from dataprep.examine.run import Part
+from dataprep.examine.run import JobPart
 from dataprep.report.html import ReportConfig
 from dataprep.shards.layout import ShardConfig
-from dataprep.shards.manifest import MANIFEST, Account, read_account
+from dataprep.shards.manifest import MANIFEST, InputCounts, read_input_counts
 from dataprep.shards.store import Store, open_store
 from dataprep.shards.writer import number_of_file, shard_number, stats_name
 from dataprep.sources.column_mapping import ColumnConfig
-from dataprep.sources.open import FIRST_INPUTS, Source, SourceConfig, SourceName, column_names, number_classes, open_sources
+from dataprep.sources.open import FIRST_INPUTS, InputSource, SourceConfig, SourceName, column_names, number_classes, open_sources
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.corpus.row_filter import unknown_column
 from pipeline.digests import json_digest
-from pipeline.storage.atomic import JOB, LOCK, claimed_work, publish_text
+from pipeline.storage.atomic import JOB, LOCK, locked_work_folder, publish_text
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,17 +68,21 @@ class Job:
     store: Store
     work: Path
     config: PrepareConfig
-    sources: Sequence[Source]
+    sources: Sequence[InputSource]
     against: Sequence[Corpus]
-    growth: Growth | None
+    append_mode: AppendMode | None
     base: Mapping[str, Any]
     identity: Mapping[str, Any]
 
     @property
     def record(self) -> dict[str, Any]:
         """What is written into the work folder, so that no other job takes it for its own."""
-        growth = {"append": self.growth.append, "retry": self.growth.retry, "grows": json_digest(self.base)} if self.growth else {}
-        return {**self.identity, **growth, "version": version("tim")}
+        append_mode = (
+            {"append": self.append_mode.append, "retry": self.append_mode.retry, "grows": json_digest(self.base)}
+            if self.append_mode
+            else {}
+        )
+        return {**self.identity, **append_mode, "version": version("tim")}
 
     @property
     def digest(self) -> str:
@@ -92,7 +96,7 @@ def open_job(
     out: str | Path,
     config: PrepareConfig,
     against: Sequence[str | Path],
-    growth: Growth | None,
+    append_mode: AppendMode | None,
     work: str | Path | None,
 ) -> Job:
     """The arguments are those of `prepare`. Raises ValueError if the sources, `out` or the corpora cannot be used."""
@@ -103,8 +107,8 @@ def open_job(
         for place in [folder.resolve(), *([] if store.is_remote else [Path(store.place).resolve()])]:
             if source.root in (place, *place.parents):
                 raise ValueError(f"{place}: lies inside the source {source.root}; give a folder elsewhere")
-    others = open_known(against)
-    base = read_manifest(store.place) if growth else None
+    others = open_references(against)
+    base = read_manifest(store.place) if append_mode else None
     classes = number_classes(opened, known=None if base is None else base.get("classes", {}))
     identity: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"sources"}),
@@ -115,8 +119,10 @@ def open_job(
         "against": [{"name": corpus.name, "digest": corpus.digest} for corpus in others],
         **({"classes": classes} if classes else {}),
     }
-    job = Job(store=store, work=folder, config=config, sources=opened, against=others, growth=growth, base=base or {}, identity=identity)
-    if growth:
+    job = Job(
+        store=store, work=folder, config=config, sources=opened, against=others, append_mode=append_mode, base=base or {}, identity=identity
+    )
+    if append_mode:
         _check_base(job)
     return job
 
@@ -158,7 +164,7 @@ def _laid_over(below: Any, above: Any) -> Any:
     return {**below, **{name: _laid_over(below.get(name), value) for name, value in above.items()}}
 
 
-def finished_account(job: Job) -> Account | None:
+def finished_input_counts(job: Job) -> InputCounts | None:
     """The account if the place holds this very corpus, None if it is free or holds an unfinished run of it. Raises ValueError otherwise."""
     place, begun = job.store.place, begun_in(job.work)
     found = job.store.sizes()
@@ -170,7 +176,7 @@ def finished_account(job: Job) -> Account | None:
             raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
         if begun and "grows" not in begun:
             shutil.rmtree(job.work)
-        return read_account(manifest)
+        return read_input_counts(manifest)
     if begun:
         changed = differences(begun, job.record)
         if changed:
@@ -194,7 +200,7 @@ def begun_in(work: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
+def locked_job(job: Job, *, part: JobPart | None = None) -> Iterator[None]:
     """Hold the work folder, locked, with the job's record in it.
 
     Raises ValueError if a new job asks for columns that no source has, RuntimeError if another run writes here or the disk is full.
@@ -204,9 +210,9 @@ def claimed_job(job: Job, *, part: Part | None = None) -> Iterator[None]:
     folder = None if job.store.is_remote else Path(job.store.place)
     name = f"part-{part.number}-of-{part.of}" if part else ""
     try:
-        with claimed_work(job.work, place=job.store.place, folder=folder, part=name):
+        with locked_work_folder(job.work, place=job.store.place, folder=folder, part=name):
             begun = begun_in(job.work)
-            if not begun or (job.growth and begun.get("grows") != job.record["grows"]):
+            if not begun or (job.append_mode and begun.get("grows") != job.record["grows"]):
                 _begin(job, anew=bool(begun))
             yield
     except OSError as error:
@@ -236,7 +242,7 @@ def _begin(job: Job, *, anew: bool) -> None:
         for path in job.work.iterdir():
             if not path.name.startswith(LOCK):
                 path.unlink()
-    if job.growth:  # shards of an addition that was given up
+    if job.append_mode:  # shards of an addition that was given up
         first = len(job.base["shards"])
         for name in job.store.sizes():
             number = number_of_file(name)

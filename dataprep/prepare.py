@@ -13,30 +13,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dataprep.append import Base, Growth, Selection, read_base
-from dataprep.dedup.reference_corpora import Known, read_known
+from dataprep.append import AppendMode, Base, Selection, read_base
+from dataprep.dedup.reference_corpora import ReferenceImages, read_references
 from dataprep.examine.examine import ImageConfig, Rules
 from dataprep.examine.row_chunks import ChunkTables, chunk_path
-from dataprep.examine.run import Examined, Part, examine_all, examined_before
-from dataprep.job import Job, PrepareConfig, claimed_job, finished_account, open_job
-from dataprep.report.html import census, render
+from dataprep.examine.run import Examined, JobPart, examine_all, examined_before
+from dataprep.job import Job, PrepareConfig, finished_input_counts, locked_job, open_job
+from dataprep.report.html import corpus_statistics, render
 from dataprep.report.rejections import NothingKept, example_lines, find_examples, in_words
 from dataprep.shards.layout import Plan, make_plan
-from dataprep.shards.manifest import Account, write_corpus_files
+from dataprep.shards.manifest import InputCounts, write_corpus_files
 from dataprep.shards.regroup import group_rows
 from dataprep.shards.store import Store
-from dataprep.shards.writer import Shard, ShardTask, finished_shards, write_shard
+from dataprep.shards.writer import ShardEntry, ShardTask, finished_shards, write_shard
 from dataprep.sidecars.writer import extended_sidecars, listed_sidecars
 from dataprep.sources.class_labels import describe_classes
-from dataprep.sources.open import Source, all_samples
+from dataprep.sources.open import InputSource, all_samples
 from dataprep.workers.pool import LocalPool, Pool
 from pipeline.corpus.sidecars import Sidecar
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 
-__all__ = ["Account", "Growth", "Part", "PrepareConfig", "prepare", "prepare_part"]
+__all__ = ["AppendMode", "InputCounts", "JobPart", "PrepareConfig", "prepare", "prepare_part"]
 
 MANY_SHARDS = 10_000
-_MOST_NAMES = 4  # of sources that make the name of a corpus
+_MAX_NAMES = 4  # of sources that make the name of a corpus
 Announce = Callable[[str], None]
 
 
@@ -46,14 +46,14 @@ def prepare(
     out: str | Path,
     config: PrepareConfig,
     against: Sequence[str | Path] = (),
-    growth: Growth | None = None,
+    append_mode: AppendMode | None = None,
     merge: bool = False,
     work: str | Path | None = None,
     workers: int = 1,
     pool: Pool | None = None,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
     announce: Announce | None = None,
-) -> Account:
+) -> InputCounts:
     """Make a corpus of `sources` and of `config.sources` (see `open_sources`) at `out`, a folder or a URL, and give account of every input.
 
     Pictures that one of the prepared corpora `against` has are duplicates, exact or near ones as among the inputs themselves. With
@@ -67,38 +67,38 @@ def prepare(
     or the disk is full.
     """
     pool = pool or LocalPool(workers)
-    job = open_job(sources, out=out, config=config, against=against, growth=growth, work=work)
-    finished = None if growth else finished_account(job)
+    job = open_job(sources, out=out, config=config, against=against, append_mode=append_mode, work=work)
+    finished = None if append_mode else finished_input_counts(job)
     if finished:
         return finished
 
-    with claimed_job(job), pool:
-        base, selection = read_base(job.store, manifest=job.base, growth=growth) if growth else (None, None)
+    with locked_job(job), pool:
+        base, selection = read_base(job.store, manifest=job.base, append_mode=append_mode) if append_mode else (None, None)
         if base:  # a broken sidecar is told before the work, not after it
             extended_sidecars(job.store, shards=base.shards, first=len(base.shards))
-        examined = examined_before(job.work) if merge or (job.work / Part().marker).exists() else None
+        examined = examined_before(job.work) if merge or (job.work / JobPart().marker).exists() else None
         if merge and examined is None:
             raise RuntimeError(f"{job.store.place}: no part has been examined yet: run --part 1/N, 2/N, … before --merge")
-        examined = examined or _examine(job, part=Part(), selection=selection, pool=pool, progress=progress, announce=announce)
+        examined = examined or _examine(job, part=JobPart(), selection=selection, pool=pool, progress=progress, announce=announce)
         tables = ChunkTables([chunk_path(job.work, number) for number in range(examined.chunks)])
         plan = make_plan(
             tables,
             shards=config.shards,
             dedup=config.dedup,
             seed=config.seed,
-            known=Known.join([*([base.pictures] if base else []), read_known(job.against)]),
+            references=ReferenceImages.join([*([base.pictures] if base else []), read_references(job.against)]),
             columns=base.columns if base else None,
             taken_down=base.taken_down if base else None,
             first_shard=len(base.shards) if base else 0,
         )
-        account = _account(plan, examined=examined, base=base, images=config.images)
+        counts = _input_counts(plan, examined=examined, base=base, images=config.images)
         if plan.kept:
             shards = _write_all(job, plan=plan, tables=tables, pool=pool, progress=progress)
             sidecars = extended_sidecars(job.store, shards=[*base.shards, *shards], first=len(base.shards)) if base else ()
             _finish(
                 job,
                 shards=shards,
-                account=account,
+                counts=counts,
                 plan=plan,
                 base=base,
                 examined=examined,
@@ -113,8 +113,8 @@ def prepare(
     shutil.rmtree(job.work)
     if not plan.kept and base is None:
         _leave_nothing(job.store)
-        raise NothingKept(account, examples=examples)
-    return replace(account, notes=[*account.notes, *example_lines(examples)])
+        raise NothingKept(counts, examples=examples)
+    return replace(counts, notes=[*counts.notes, *example_lines(examples)])
 
 
 def prepare_part(
@@ -122,26 +122,28 @@ def prepare_part(
     *,
     out: str | Path,
     config: PrepareConfig,
-    part: Part,
+    part: JobPart,
     against: Sequence[str | Path] = (),
     work: str | Path | None = None,
     workers: int = 1,
     pool: Pool | None = None,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
     announce: Announce | None = None,
-) -> Examined | Account:
+) -> Examined | InputCounts:
     """One task of a job array: examine the inputs of a part, for `prepare(…, merge=True)` to make the corpus of. The arguments are those
     of `prepare`, the same for all parts; `work` (or `out`, a folder) lies where all see it. Returns the account of a finished corpus."""
     pool = pool or LocalPool(workers)
-    job = open_job(sources, out=out, config=config, against=against, growth=None, work=work)
-    finished = finished_account(job)
+    job = open_job(sources, out=out, config=config, against=against, append_mode=None, work=work)
+    finished = finished_input_counts(job)
     if finished:
         return finished
-    with claimed_job(job, part=part), pool:
+    with locked_job(job, part=part), pool:
         return _examine(job, part=part, selection=None, pool=pool, progress=progress, announce=announce)
 
 
-def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None) -> Examined:
+def _examine(
+    job: Job, *, part: JobPart, selection: Selection | None, pool: Pool, progress: Progress, announce: Announce | None
+) -> Examined:
     """Pass 1."""
     classes = [describe_classes(job.identity["classes"])] if "classes" in job.identity else []
     if announce:
@@ -171,7 +173,7 @@ def _examine(job: Job, *, part: Part, selection: Selection | None, pool: Pool, p
     return examined
 
 
-def _account(plan: Plan, *, examined: Examined, base: Base | None, images: ImageConfig) -> Account:
+def _input_counts(plan: Plan, *, examined: Examined, base: Base | None, images: ImageConfig) -> InputCounts:
     """Of the corpus as it will be."""
     notes = list(examined.notes)
     if plan.left_out:
@@ -188,14 +190,14 @@ def _account(plan: Plan, *, examined: Examined, base: Base | None, images: Image
         notes.append(f"{shards} shards are many for a file system: raise shards.max_bytes or shards.max_samples")
     inputs = plan.kept + sum(plan.rejected.values())
     if base is None:
-        return Account(inputs=inputs, kept=plan.kept, rejected=dict(plan.rejected), notes=notes, shards=shards)
-    old = base.account
+        return InputCounts(inputs=inputs, kept=plan.kept, rejected=dict(plan.rejected), notes=notes, shards=shards)
+    old = base.counts
     if not plan.kept:
         return replace(old, notes=[*notes, f"nothing was added: of {inputs} inputs none could be kept ({in_words(plan.rejected)})"])
     rejected = Counter(old.rejected)
     rejected.subtract(examined.replaced)
     rejected.update(plan.rejected)
-    return Account(
+    return InputCounts(
         inputs=old.inputs + inputs - sum(examined.replaced.values()),
         kept=old.kept + plan.kept,
         rejected={reason: number for reason, number in sorted(rejected.items()) if number},
@@ -209,12 +211,12 @@ def _leave_nothing(store: Store) -> None:
         Path(store.place).rmdir()
 
 
-def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[Shard]:
+def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[ShardEntry]:
     """Pass 2. Shards that are complete are not written again."""
     first, digest = plan.first_shard, job.digest
     shards = finished_shards(job.store, first=first, count=plan.shards, job=digest)
     missing = [place for place, shard in enumerate(shards) if shard is None]
-    known = sum(shard.count for shard in shards if shard)
+    written_before = sum(shard.count for shard in shards if shard)
     groups = group_rows(tables, plan=plan, work=job.work) if missing else ()
     tasks = (
         ShardTask(
@@ -232,19 +234,19 @@ def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progres
     note = f"{plan.kept:,} kept, {sum(plan.rejected.values()):,} rejected"
 
     def show(written: int) -> None:
-        progress("write", min(known + written, plan.kept), plan.kept, note=note)
+        progress("write", min(written_before + written, plan.kept), plan.kept, note=note)
 
     for place, shard in zip(missing, pool.map(write_shard, tasks, on_items=show), strict=True):
         shards[place] = shard
-    show(plan.kept - known)
+    show(plan.kept - written_before)
     return [shard for shard in shards if shard]
 
 
 def _finish(
     job: Job,
     *,
-    shards: Sequence[Shard],
-    account: Account,
+    shards: Sequence[ShardEntry],
+    counts: InputCounts,
     plan: Plan,
     base: Base | None,
     examined: Examined,
@@ -254,33 +256,38 @@ def _finish(
 ) -> None:
     """The files that make the old shards and the new ones a corpus."""
     identity = dict(job.identity)
-    growth: list[Mapping[str, Any]] = []
+    append_mode: list[Mapping[str, Any]] = []
     if base:
         for section in ("sources", "against"):
             old = base.manifest[section]
             identity[section] = [*old, *(entry for entry in identity[section] if entry not in old)]
-        growth = [*base.manifest.get("growth", ()), {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))}]
+        append_mode = [
+            *base.manifest.get("growth", ()),
+            {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))},
+        ]
 
     def report(manifest: dict[str, Any]) -> str:
-        found = census(job.store.place, manifest=manifest, config=job.config.report, pool=pool, sidecars=sidecars, progress=progress)
+        found = corpus_statistics(
+            job.store.place, manifest=manifest, config=job.config.report, pool=pool, sidecars=sidecars, progress=progress
+        )
         return render([found], config=job.config.report)
 
     write_corpus_files(
         job.store,
         name=base.manifest["name"] if base else job.config.name or _joined_name(job.sources),
         shards=[*(base.shards if base else ()), *shards],
-        account=account,
+        counts=counts,
         columns=plan.columns,
         identity=identity,
         image_format=job.config.images.format,
         report=report,
-        growth=growth,
+        append_mode=append_mode,
         sidecars=listed_sidecars(sidecars) if sidecars else "",
     )
 
 
-def _joined_name(sources: Sequence[Source]) -> str:
+def _joined_name(sources: Sequence[InputSource]) -> str:
     """A name for a corpus of these sources."""
     names = [source.name for source in sources]
-    more = len(names) - _MOST_NAMES
-    return "+".join(names if more <= 0 else [*names[:_MOST_NAMES], f"{more}-more"])
+    more = len(names) - _MAX_NAMES
+    return "+".join(names if more <= 0 else [*names[:_MAX_NAMES], f"{more}-more"])

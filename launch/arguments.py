@@ -13,7 +13,7 @@ Choice = TypeVar("Choice", bound=str)
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
 SIZE = re.compile(r"(\d+)[xX×](\d+)", re.ASCII)
-MOST_PIXELS = 4096 * 4096
+MAX_PIXELS = 4096 * 4096
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -82,7 +82,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         width, height = int(match[1]), int(match[2])
         if not width or not height:
             raise ValueError(f"--size {text}: '{part}' has a side of zero pixels")
-        if width * height > MOST_PIXELS:
+        if width * height > MAX_PIXELS:
             raise ValueError(f"--size {text}: '{part}' has more than 4096 x 4096 pixels, the most that is supported")
         sizes.append((height, width))
     return _distinct(sizes)

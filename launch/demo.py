@@ -61,8 +61,8 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     if not (pictures / "metadata.jsonl").is_file():
         write_corpus(pictures, count=PICTURES)
     with console.progress() as report:
-        account = prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
-    console.line(f"    {account.kept} of {account.inputs} kept, rejected: {account.rejected or 'none'}")
+        counts = prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
+    console.line(f"    {counts.kept} of {counts.inputs} kept, rejected: {counts.rejected or 'none'}")
 
     overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *(shortened(steps) if steps else [])]
     config = load_config(RECIPE, overrides=overrides)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-MOST_NAMES = 10  # in a note
-_MOST_HELD = 1000  # different names that are counted one by one
-_MOST_CHARACTERS = 60  # of a name in a note
+MAX_NAMES = 10  # in a note
+_MAX_HELD = 1000  # different names that are counted one by one
+_MAX_CHARACTERS = 60  # of a name in a note
 _REST = ""
 
 
-class Tally:
+class BoundedCounter:
     """A counter whose memory is bounded whatever the names are: beyond a thousand different ones, further names are counted together."""
 
     __slots__ = ("_counts",)
@@ -20,7 +20,7 @@ class Tally:
         self._counts: Counter[str] = Counter(counts or {})
 
     def add(self, name: str, count: int = 1) -> None:
-        known = name in self._counts or len(self._counts) < _MOST_HELD
+        known = name in self._counts or len(self._counts) < _MAX_HELD
         self._counts[name if known else _REST] += count
 
     def total(self) -> int:
@@ -33,7 +33,7 @@ class Tally:
     def __str__(self) -> str:
         """ "12 .svg, 3 .zip and 7 of 4 other kinds": the most frequent first, at most ten names."""
         counts = self.counts()
-        named = [(name, count) for name, count in counts.items() if name != _REST][:MOST_NAMES]
+        named = [(name, count) for name, count in counts.items() if name != _REST][:MAX_NAMES]
         text = ", ".join(f"{count} {printable(name)}" for name, count in named)
         rest = self.total() - sum(count for _, count in named)
         kinds = len(counts) - len(named)
@@ -42,7 +42,7 @@ class Tally:
 
 def listed(names: Iterable[str], *, count: int) -> str:
     """ "a, b, … (12)": the first ten of `count` names, in one line."""
-    named = [printable(name) for name, _ in zip(names, range(MOST_NAMES), strict=False)]
+    named = [printable(name) for name, _ in zip(names, range(MAX_NAMES), strict=False)]
     return ", ".join(named) + (f" and {count - len(named)} more" if count > len(named) else "")
 
 
@@ -50,4 +50,4 @@ def printable(name: str) -> str:
     """A name as one line of text that UTF-8 can hold, cut where it is long."""
     text = name.encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
-    return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 1]}…"

@@ -11,5 +11,5 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: int, total: int | None, /, *, note: str = "") -> None: ...
 
 
-def unseen(stage: str, done: int, total: int | None, /, *, note: str = "") -> None:
+def no_progress(stage: str, done: int, total: int | None, /, *, note: str = "") -> None:
     """Progress that nobody wants to see."""

@@ -29,7 +29,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ShardRef:
     """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the path of the tar, of the file
     that texts and JSON are read from, and of its features ("": it has none)."""
 
@@ -70,7 +70,7 @@ class PlannedSample:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class SampleTable:
     """n samples that the size rule keeps, with their draws, as arrays of length n.
 
     `place` is the shard counted over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 8): offset and length of
@@ -98,29 +98,29 @@ class Columns:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def take(self, indices: Ints | slice) -> Columns:
+    def take(self, indices: Ints | slice) -> SampleTable:
         """The samples at `indices`, in that order."""
-        return Columns(*[getattr(self, name)[indices] for name in _FIELDS])
+        return SampleTable(*[getattr(self, name)[indices] for name in _FIELDS])
 
     @staticmethod
-    def join(parts: Sequence[Columns]) -> Columns:
+    def join(parts: Sequence[SampleTable]) -> SampleTable:
         """One after the other; there must be at least one part."""
         if len(parts) == 1:
             return parts[0]
-        return Columns(*[np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS])
+        return SampleTable(*[np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS])
 
 
-_FIELDS = tuple(field.name for field in fields(Columns))
+_FIELDS = tuple(field.name for field in fields(SampleTable))
 
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
     """The samples of a step with their kinds and costs, and the shards that they lie in."""
 
-    columns: Columns
+    columns: SampleTable
     kinds: Ints
     costs: Floats
-    places: Sequence[Place]
+    places: Sequence[ShardRef]
 
     def split(self, assigned: Ints, *, packs: int, rows: Ints | None = None) -> tuple[Pack, ...]:
         """The samples, or those at `rows`, as packs; `assigned` (n,) is the pack of each."""

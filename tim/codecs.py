@@ -40,11 +40,11 @@ class Latents(NamedTuple):
 
 
 class Codec(Protocol):
-    """Images to latents and back. `draws`: whether latents have deviations."""
+    """Images to latents and back. `is_stochastic`: whether latents have deviations."""
 
     factor: int
     channels: int
-    draws: bool
+    is_stochastic: bool
 
     def latents(self, images: Sequence[Tensor]) -> Latents:
         """uint8 (3, H, W) per image → float32 (C, H/factor, W/factor)."""
@@ -60,7 +60,7 @@ class PixelCodec:
 
     factor = 1
     channels = 3
-    draws = False
+    is_stochastic = False
 
     def latents(self, images: Sequence[Tensor]) -> Latents:
         """uint8 (3, H, W) per image → float32 (3, H, W) in [−1, 1]."""
@@ -80,7 +80,7 @@ class Autoencoder:
     def __init__(self, network: Any, geometry: Geometry, *, device: torch.device | str = "cpu") -> None:
         self.factor, self.channels = geometry
         self.device = torch.device(device)
-        self.draws = type(network).__name__ == "AutoencoderKL"
+        self.is_stochastic = type(network).__name__ == "AutoencoderKL"
         self._network = network.to(self.device).eval().requires_grad_(False)
         self._scale = float(getattr(network.config, "scaling_factor", None) or 1.0)
         self._shift = float(getattr(network.config, "shift_factor", None) or 0.0)
@@ -94,14 +94,14 @@ class Autoencoder:
             pixels = torch.stack([_to_range(images[i].to(self.device)) for i in batch])
             self._tile(pixels.shape[-2:], tile=TILE)
             found = self._network.encode(pixels)
-            if self.draws:
+            if self.is_stochastic:
                 means.update(zip(batch, (found.latent_dist.mean - self._shift) * self._scale, strict=True))
                 deviations.update(zip(batch, found.latent_dist.std * self._scale, strict=True))
             else:
                 latents = found.latents if hasattr(found, "latents") else found.latent
                 means.update(zip(batch, (latents - self._shift) * self._scale, strict=True))
         count = range(len(images))
-        return Latents([means[i] for i in count], [deviations[i] for i in count] if self.draws else None)
+        return Latents([means[i] for i in count], [deviations[i] for i in count] if self.is_stochastic else None)
 
     @torch.no_grad()
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
@@ -120,7 +120,7 @@ class Autoencoder:
             network.tile_sample_min_height = network.tile_sample_min_width = tile
             network.tile_sample_stride_height = network.tile_sample_stride_width = tile * 3 // 4
             network.tile_latent_min_height = network.tile_latent_min_width = tile // self.factor
-        elif self.draws:
+        elif self.is_stochastic:
             network.tile_sample_min_size, network.tile_latent_min_size = tile, tile // self.factor
         else:
             return
@@ -140,7 +140,7 @@ def geometry(kind: str, path: str | Path | None = None) -> Geometry:
     return _described(weights_folder(kind, path), kind=kind)
 
 
-def draws(kind: str) -> bool:
+def is_stochastic(kind: str) -> bool:
     """Whether a codec of this kind draws its latents."""
     return AUTOENCODERS.get(kind) == "AutoencoderKL"
 

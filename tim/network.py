@@ -131,7 +131,9 @@ class TransitionTransformer(nn.Module):
         """A copy of the weights on the CPU under the published names: what `load_official` and the published code read."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
-    def execute(self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False) -> None:
+    def configure_execution(
+        self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False
+    ) -> None:
         """Choose how the network runs. Changes speed and memory only.
 
         attention: the backend of `tim.attention.dispatch` by dtype (others: auto). checkpoint_every: every n-th block keeps only its

@@ -25,31 +25,31 @@ import pyarrow.parquet as pq
 from dataprep.dedup.perceptual import perceptual_hash
 from dataprep.index_tars import KIND
 from dataprep.job import begun_in
-from dataprep.report.html import ReportConfig, census, render
+from dataprep.report.html import ReportConfig, corpus_statistics, render
 from dataprep.row_schema import TABLE_COLUMNS
-from dataprep.shards.layout import ColumnKind, Columns
+from dataprep.shards.layout import ColumnKind, ExtraColumns
 from dataprep.shards.manifest import (
     INDEX,
     MANIFEST,
     README,
     REPORT,
     WIDS_INDEX,
-    Account,
-    account_entries,
-    read_account,
+    InputCounts,
+    count_entries,
     read_columns,
+    read_input_counts,
     write_corpus_files,
 )
 from dataprep.shards.store import open_store
-from dataprep.shards.writer import Shard, shard_name, shard_number, shard_stats, table_bytes, table_schema
+from dataprep.shards.writer import ShardEntry, shard_name, shard_number, shard_stats, table_bytes, table_schema
 from dataprep.workers.pool import LocalPool, Pool
 from pipeline.corpus.corpus import FORMAT, read_manifest
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
-from pipeline.progress import Progress, unseen
-from pipeline.storage.atomic import WORK, claimed, publish, publish_text
+from pipeline.progress import Progress, no_progress
+from pipeline.storage.atomic import WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.tar import BlockReader, Member, members
 
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
@@ -70,11 +70,11 @@ class TableTask:
     """A shard whose rows are to be read from its tar. `skip`: positions of pictures that took the decoder down."""
 
     tar: Path
-    columns: Columns
+    columns: ExtraColumns
     skip: frozenset[int] = frozenset()
 
 
-def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Repaired:
+def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Repaired:
     """Make again what is missing or damaged and can be derived; what is sound keeps its bytes. `progress`: ("repair", shards, in all).
 
     Raises ValueError if it is no corpus, is unfinished, is one that `tim index` wrote, or is not in a local folder.
@@ -91,7 +91,7 @@ def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen)
     if manifest.get("kind") == KIND:
         raise ValueError(f"{corpus}: tables of an index are not repaired but made again: run `tim index` with the same tars")
     before = {name: _digest(folder / name) for name in _FILES}
-    with claimed(folder) as work, LocalPool(workers) as pool:
+    with exclusive_lock(folder) as work, LocalPool(workers) as pool:
         shards = _repair_tables(folder, manifest=manifest, pool=pool, progress=progress, done=done, lost=lost)
         if shards is not None:
             rejected_lost = {**manifest.get("lost", {}), **_rows_lost(manifest, shards=shards)}
@@ -101,12 +101,12 @@ def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen)
                 store,
                 name=manifest["name"],
                 shards=shards,
-                account=read_account(manifest),
+                counts=read_input_counts(manifest),
                 columns=read_columns(manifest),
                 identity=identity | ({"lost": rejected_lost} if rejected_lost else {}),
                 image_format=manifest["config"].get("images", {}).get("format", "jpg"),
-                report=lambda written: render([census(folder, manifest=written, config=config, pool=pool)], config=config),
-                growth=manifest.get("growth", ()),
+                report=lambda written: render([corpus_statistics(folder, manifest=written, config=config, pool=pool)], config=config),
+                append_mode=manifest.get("growth", ()),
             )
         shutil.rmtree(work)
     done += [f"{name}: made again" for name in _FILES if _digest(folder / name) != before[name]]
@@ -130,7 +130,7 @@ def read_table(task: TableTask, report: Callable[[int], None]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=table_schema(task.columns.kinds))
 
 
-def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes], columns: Columns, hashed: bool) -> dict[str, Any]:
+def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes], columns: ExtraColumns, hashed: bool) -> dict[str, Any]:
     record = json.loads(payloads["json"])
     if "://" not in record["url"]:  # the path of an input without an address stands there, too
         record = {**record, "url": "", "path": record["url"]}
@@ -167,9 +167,9 @@ def _column(value: Any, *, kind: ColumnKind) -> Any:
 
 def _repair_tables(
     folder: Path, *, manifest: Mapping[str, Any], pool: Pool, progress: Progress, done: list[str], lost: list[str]
-) -> list[Shard] | None:
+) -> list[ShardEntry] | None:
     """All shards, with tables and stats that are whole; None if one cannot be had."""
-    shards = [Shard(**entry) for entry in manifest["shards"]]
+    shards = [ShardEntry(**entry) for entry in manifest["shards"]]
     broken = [number for number, shard in enumerate(shards) if _digest(folder / shard.table) != shard.table_sha256]
     tables: dict[int, tuple[pa.Table, str]] = {}
     if broken and "index" in manifest and _digest(folder / INDEX) == manifest["index"]["sha256"]:
@@ -201,14 +201,14 @@ def _repair_tables(
     return shards if len(tables) == len(broken) else None
 
 
-def _write_table(folder: Path, *, shard: Shard, table: pa.Table) -> Shard:
+def _write_table(folder: Path, *, shard: ShardEntry, table: pa.Table) -> ShardEntry:
     data = table_bytes(table)
     with publish(folder / shard.table) as stream:
         stream.write(data)
     return replace(shard, table_sha256=hashlib.sha256(data).hexdigest(), table_bytes=len(data), rows=table.num_rows)
 
 
-def _repair_stats(folder: Path, *, shard: Shard) -> Iterator[str]:
+def _repair_stats(folder: Path, *, shard: ShardEntry) -> Iterator[str]:
     """Where a stats file is whole, what it counts of rejected inputs stays, though their rows may be lost."""
     path = folder / f"{shard.table.removesuffix('.parquet')}_stats.json"
     said = _read_json(path)
@@ -230,21 +230,21 @@ def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
     numbers = sorted({number for path in folder.iterdir() if (number := shard_number(path.name)) is not None})
     if not numbers or numbers != list(range(len(numbers))):
         raise ValueError(f"{folder}: not a corpus: it has no {MANIFEST}, and no shards from 000000 on without a gap")
-    shards: list[Shard] = []
+    shards: list[ShardEntry] = []
     counts: Counter[str] = Counter()
     for number in numbers:
         shard, reasons = _shard(folder, number=number)
         shards.append(shard)
         counts.update(reasons)
     kept = counts.pop("success", 0)
-    account = Account(inputs=kept + counts.total(), kept=kept, rejected=dict(sorted(counts.items())), notes=[], shards=len(shards))
+    input_counts = InputCounts(inputs=kept + counts.total(), kept=kept, rejected=dict(sorted(counts.items())), notes=[], shards=len(shards))
     lost.append(f"{MANIFEST}: which settings and sources the corpus was prepared with, and notes: it can be used, but not added to")
     columns, image_format = _seen_columns(folder, shards=shards)
     return {
         "format": FORMAT,
         "name": _read_json(folder / WIDS_INDEX).get("name") or folder.resolve().name,
         "shards": [asdict(shard) for shard in shards],
-        **account_entries(account, shards=shards),
+        **count_entries(input_counts, shards=shards),
         **columns,
         "config": {"images": {"format": image_format}},
         "sources": [],
@@ -252,17 +252,17 @@ def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
     }
 
 
-def _shard(folder: Path, *, number: int) -> tuple[Shard, dict[str, int]]:
+def _shard(folder: Path, *, number: int) -> tuple[ShardEntry, dict[str, int]]:
     """A shard and how many of its inputs were kept ("success") or rejected, by its stats file or else by its table."""
     stem = shard_name(number)
     said = _read_json(folder / f"{stem}_stats.json")
     with suppress(KeyError, TypeError):
-        return Shard(**said["shard"]), dict(said["status_dict"])
+        return ShardEntry(**said["shard"]), dict(said["status_dict"])
     try:
         table = pq.ParquetFile(folder / f"{stem}.parquet").read()
         tar = folder / f"{stem}.tar"
         reasons = Counter(reason or "success" for reason in table.column("reason").to_pylist())
-        shard = Shard(
+        shard = ShardEntry(
             name=tar.name,
             count=reasons["success"],
             bytes=tar.stat().st_size,
@@ -279,7 +279,7 @@ def _shard(folder: Path, *, number: int) -> tuple[Shard, dict[str, int]]:
     return shard, dict(reasons)
 
 
-def _seen_columns(folder: Path, *, shards: Sequence[Shard]) -> tuple[dict[str, Any], str]:
+def _seen_columns(folder: Path, *, shards: Sequence[ShardEntry]) -> tuple[dict[str, Any], str]:
     """What the manifest says of the columns, as a table and a sample show it; and the extension of the images."""
     for shard in shards:
         with suppress(OSError, KeyError, ValueError, pa.ArrowException):
@@ -301,7 +301,7 @@ def _seen_columns(folder: Path, *, shards: Sequence[Shard]) -> tuple[dict[str, A
     raise ValueError(f"{folder}: no shard has both a table and a tar that can be read: prepare the corpus again")
 
 
-def _rows_lost(manifest: Mapping[str, Any], *, shards: Sequence[Shard]) -> dict[str, int]:
+def _rows_lost(manifest: Mapping[str, Any], *, shards: Sequence[ShardEntry]) -> dict[str, int]:
     """By table: how many rows of rejected inputs it has no more."""
     pairs = zip(manifest["shards"], shards, strict=True)
     return {shard.table: entry["rows"] - shard.rows for entry, shard in pairs if entry["rows"] > shard.rows}

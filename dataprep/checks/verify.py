@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from dataprep.index_tars import KIND, read_foreign
 from dataprep.job import begun_in
 from dataprep.row_schema import MEMBERS
-from dataprep.shards.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_account
+from dataprep.shards.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_input_counts
 from dataprep.shards.writer import number_of_file
 from dataprep.sidecars.writer import check_sidecars, sidecar_files
 from dataprep.sources.webdataset import open_tar
@@ -28,7 +28,7 @@ from pipeline.corpus.corpus import read_manifest
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import TEMPORARY_SUFFIX, WORK
 
 _MANY = 20  # problems per shard that are told one by one
@@ -52,7 +52,7 @@ class ShardCheck:
     crashes_at: int = -1
 
 
-def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = unseen) -> Report:
+def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Report:
     """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
     corpus = Path(corpus)
     manifest = read_manifest(corpus)
@@ -136,13 +136,13 @@ def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
 
 
 def _check_account(manifest: dict[str, Any]) -> list[str]:
-    account, totals = read_account(manifest), manifest["totals"]
+    counts, totals = read_input_counts(manifest), manifest["totals"]
     problems = []
-    if account.inputs != account.kept + sum(account.rejected.values()) or totals["rejected"] != sum(account.rejected.values()):
-        problems.append(f"{MANIFEST}: the account does not add up: {account.inputs} inputs, {account.kept} kept, {account.rejected}")
+    if counts.inputs != counts.kept + sum(counts.rejected.values()) or totals["rejected"] != sum(counts.rejected.values()):
+        problems.append(f"{MANIFEST}: the account does not add up: {counts.inputs} inputs, {counts.kept} kept, {counts.rejected}")
     replaced = sum(sum(step["replaced"].values()) for step in manifest.get("growth", ()))  # rows of inputs that were read once more
-    rows = account.inputs + replaced - sum(manifest.get("lost", {}).values())  # what a repair could not bring back
-    for what, total in (("count", account.kept), ("bytes", totals["bytes"]), ("rows", rows)):
+    rows = counts.inputs + replaced - sum(manifest.get("lost", {}).values())  # what a repair could not bring back
+    for what, total in (("count", counts.kept), ("bytes", totals["bytes"]), ("rows", rows)):
         if sum(shard[what] for shard in manifest["shards"]) != total:
             problems.append(f"{MANIFEST}: the shards' {what} do not add up to {total}")
     return problems

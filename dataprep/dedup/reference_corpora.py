@@ -16,7 +16,7 @@ _COLUMNS = ("sha256", "phash", "width", "height", "image_length")
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class ReferenceImages:
     """The pictures of some corpora, one after the other; their names, where each begins, and their keys."""
 
     fingerprints: Fingerprints
@@ -34,7 +34,7 @@ class Known:
         return f"{self.names[corpus]}/{key}" if self.names[corpus] else key
 
     @classmethod
-    def join(cls, parts: Sequence[Known]) -> Known:
+    def join(cls, parts: Sequence[ReferenceImages]) -> ReferenceImages:
         """The pictures of all of them."""
         keys = [own for part in parts for own in part.keys]
         return cls(
@@ -45,10 +45,10 @@ class Known:
         )
 
 
-NOTHING_KNOWN = Known.join([])
+NO_REFERENCES = ReferenceImages.join([])
 
 
-def open_known(paths: Sequence[str | Path]) -> list[Corpus]:
+def open_references(paths: Sequence[str | Path]) -> list[Corpus]:
     """The corpora, folders or URLs. Raises ValueError if one is none, or does not say what its pictures look like."""
     corpora = [Corpus.open(path, check_shards=False) for path in paths]
     for corpus in corpora:
@@ -60,9 +60,9 @@ def open_known(paths: Sequence[str | Path]) -> list[Corpus]:
     return corpora
 
 
-def read_known(corpora: Sequence[Corpus]) -> Known:
+def read_references(corpora: Sequence[Corpus]) -> ReferenceImages:
     """Read the tables of corpora, one shard at a time: about 50 bytes a picture stay in memory."""
-    parts: list[Known] = []
+    parts: list[ReferenceImages] = []
     for corpus in corpora:
         keys: list[pa.Array] = []
         prints: list[Fingerprints] = []
@@ -71,5 +71,5 @@ def read_known(corpora: Sequence[Corpus]) -> Known:
             keys += table.column("key").cast(pa.string()).chunks
             prints.append(Fingerprints.read(table, size="image_length"))
         own = Fingerprints.join(prints)
-        parts.append(Known(fingerprints=own, names=(corpus.name,), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)))
-    return Known.join(parts)
+        parts.append(ReferenceImages(fingerprints=own, names=(corpus.name,), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)))
+    return ReferenceImages.join(parts)

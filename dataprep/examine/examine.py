@@ -28,7 +28,7 @@ from dataprep.examine.thumbnails import thumbnail
 from dataprep.row_schema import SCALED_DOWN
 from dataprep.sources.raw_sample import RawSample
 from pipeline.errors import one_line
-from pipeline.images import MAX_DECODE_PIXELS, Picture, Rejection, encode_image, read_image
+from pipeline.images import MAX_DECODE_PIXELS, DecodedImage, Rejection, encode_image, read_image
 from pipeline.storage.atomic import process_name
 from pipeline.storage.remote import is_remote, read_ranges
 
@@ -216,7 +216,7 @@ def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Fi
     return filters.rejection(subject)
 
 
-def _scaled(picture: Picture, *, size: tuple[int, int]) -> Picture:
+def _scaled(picture: DecodedImage, *, size: tuple[int, int]) -> DecodedImage:
     """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
     pixels = np.asarray(Image.fromarray(picture.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     return replace(picture, pixels=pixels, clean=False)
@@ -228,7 +228,7 @@ def _weigh_texts(row: dict[str, Any]) -> None:
     )
 
 
-def _stored(sample: RawSample, *, data: bytes, picture: Picture, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
+def _stored(sample: RawSample, *, data: bytes, picture: DecodedImage, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
     """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
     can_be_kept = picture.clean and rules.images.format == "jpg"
     if can_be_kept and sample.data is None:

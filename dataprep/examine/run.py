@@ -21,7 +21,7 @@ _MARKER = re.compile(r"examined-(\d+)-of-(\d+)\.json")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class JobPart:
     """Part `number`, from 1 on, of `of` parts; a run that is not shared is part 1 of 1. Every `of`-th chunk belongs to it."""
 
     number: int = 1
@@ -45,7 +45,7 @@ class Examined:
     notes: list[str]
     replaced: Mapping[str, int]
 
-    def save(self, work: Path, *, part: Part) -> None:
+    def save(self, work: Path, *, part: JobPart) -> None:
         publish_text(work / part.marker, json.dumps(asdict(self)))
 
 
@@ -57,7 +57,7 @@ def examined_before(work: Path) -> Examined | None:
             done.setdefault(int(match[2]), set()).add(int(match[1]))
     for of, numbers in done.items():
         if len(numbers) == of:
-            return Examined(**json.loads((work / Part(1, of).marker).read_text("utf-8")))
+            return Examined(**json.loads((work / JobPart(1, of).marker).read_text("utf-8")))
     if done:
         of, numbers = max(done.items())
         missing = sorted(set(range(1, of + 1)) - numbers)
@@ -69,7 +69,7 @@ def examined_before(work: Path) -> Examined | None:
 def examine_all(
     samples: Iterable[RawSample],
     *,
-    part: Part,
+    part: JobPart,
     work: Path,
     rules: Rules,
     pool: Pool,

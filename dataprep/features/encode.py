@@ -31,8 +31,8 @@ from pipeline.corpus.corpus import Corpus
 from pipeline.features.manifest import EMPTY, KIND
 from pipeline.features.tensors import pack, text_name
 from pipeline.features.writer import features_manifest
-from pipeline.progress import Progress, unseen
-from pipeline.storage.atomic import JOB, WORK, claimed, publish, publish_text, size_in_words
+from pipeline.progress import Progress, no_progress
+from pipeline.storage.atomic import JOB, WORK, exclusive_lock, publish, publish_text, size_in_words
 from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def encode(
     *,
     out: str | Path,
     config: EncodeConfig,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
     announce: Announce | None = None,
 ) -> Encoded | None:
     """Encode all of a corpus into the folder `out`. Called alike by every process that accelerate or torchrun started, or by one alone;
@@ -102,7 +102,7 @@ def _help(corpus: Corpus, *, out: Path, config: EncodeConfig, team: PartialState
     """The part of a process that is not the main one: its share of the shards, between the main one's beginning and end."""
     team.wait_for_everyone()
     if not (out / MANIFEST).is_file():
-        encoders, tally = Encoders(config, device=device), _Tally(corpus, out=out, team=team)
+        encoders, tally = Encoders(config, device=device), _EncodeCounts(corpus, out=out, team=team)
         _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
     team.wait_for_everyone()
 
@@ -127,12 +127,12 @@ def _lead(
             announce(_expectation(corpus, config=config, settings=settings, out=out))
         encoders = Encoders(config, device=device)
     existed = out.is_dir()
-    with claimed(out) as work, _nothing_left_behind(out, corpus=corpus, existed=existed):
+    with exclusive_lock(out) as work, _nothing_left_behind(out, corpus=corpus, existed=existed):
         if encoders is not None:
             _begin(out, corpus=corpus, settings=settings, encoders=encoders)
         team.wait_for_everyone()
         if encoders is not None:
-            tally = _Tally(corpus, out=out, team=team, progress=progress)
+            tally = _EncodeCounts(corpus, out=out, team=team, progress=progress)
             _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
             manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, tally=tally))
             publish_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -238,7 +238,7 @@ def _begin(out: Path, *, corpus: Corpus, settings: dict[str, Any], encoders: Enc
             stream.write(pack({text_name(0): encoders.captions([""])[0]}))
 
 
-def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, tally: _Tally) -> None:
+def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, tally: _EncodeCounts) -> None:
     """Encode shards until every one is finished or in the hands of another process."""
     with Decoders(workers) as decoders:
         for number, shard in enumerate(corpus.shards):
@@ -259,7 +259,7 @@ def _taken(lock: Path) -> Iterator[bool]:
         yield True
 
 
-class _Tally:
+class _EncodeCounts:
     """How many samples are done: each process notes its own in a file, the main one adds them up and reports."""
 
     def __init__(self, corpus: Corpus, *, out: Path, team: PartialState, progress: Progress | None = None) -> None:
@@ -282,7 +282,7 @@ class _Tally:
             self._progress("encode", min(self._known + done, self._total), self._total)
 
 
-def _wait_for_all(corpus: Corpus, *, out: Path, tally: _Tally) -> list[EncodedShard]:
+def _wait_for_all(corpus: Corpus, *, out: Path, tally: _EncodeCounts) -> list[EncodedShard]:
     """The finished shards, as soon as they all are; whoever started the processes ends this one if another fails."""
     shards: list[EncodedShard] = []
     for number, shard in enumerate(corpus.shards):

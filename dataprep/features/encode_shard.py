@@ -14,8 +14,8 @@ import numpy as np
 
 from dataprep.features.encoders import EncodeConfig, Encoders, View
 from dataprep.shards.writer import shard_name
-from dataprep.workers.decode_pool import Decoders, Picture
-from dataprep.workers.prefetch import ahead
+from dataprep.workers.decode_pool import DecodeRequest, Decoders
+from dataprep.workers.prefetch import prefetched
 from pipeline.corpus.corpus import Corpus
 from pipeline.digests import file_digest
 from pipeline.features.manifest import FORMAT
@@ -24,7 +24,7 @@ from pipeline.features.writer import FeatureWriter
 from pipeline.images import Pixels
 from pipeline.size_rule import Crop, target_sizes
 from pipeline.storage.atomic import publish, publish_text
-from pipeline.storage.shard_reader import Part, ShardReader
+from pipeline.storage.shard_reader import ByteRange, ShardReader
 from pipeline.streams.corpus_view import integers
 
 PIECE_PIXELS, PIECE_SAMPLES = 32 * 1024 * 1024, 256  # that are decoded and encoded together; part of what makes the bytes
@@ -158,18 +158,18 @@ def _decoded(
 
     def read(piece: list[Sample]) -> tuple[list[Sample], list[list[View] | str]]:
         wanted = [sample for sample in piece if sample.crops]
-        pictures: list[Picture] = []
-        for sample, data in zip(wanted, shards.read_parts([Part(tar, *sample.image) for sample in wanted]), strict=True):
+        pictures: list[DecodeRequest] = []
+        for sample, data in zip(wanted, shards.read_parts([ByteRange(tar, *sample.image) for sample in wanted]), strict=True):
             if isinstance(data, OSError):
                 raise data
-            pictures.append(Picture(bytes(data), sample.crops))
+            pictures.append(DecodeRequest(bytes(data), sample.crops))
         views: dict[str, list[View] | str] = {}
         for sample, found in zip(wanted, decoders.decode(pictures), strict=True):
             views[sample.key] = found if isinstance(found, str) else _views(sample, found, flip=flip)
         return piece, [views.get(sample.key, []) for sample in piece]
 
     try:
-        yield from ahead(read, pieces)
+        yield from prefetched(read, pieces)
     finally:
         shards.close()
 

@@ -114,7 +114,7 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
             "kind": chosen.kind,
             "digest": digest,
             **codecs.geometry(chosen.kind, chosen.path)._asdict(),
-            "draws": codecs.draws(chosen.kind),
+            "draws": codecs.is_stochastic(chosen.kind),
         }
     if (words := config.text) is not None:
         width = words.width or encoders.width(words.kind, words.path)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is slow to import, and the workers of a preparation, 
 
 SAMPLED = 2000  # captions
 USUAL_TOKENS = 77  # text.max_tokens by default
-_MOST_SHARDS = 16  # that are looked into, evenly spread
+_MAX_SHARDS = 16  # that are looked into, evenly spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def sample_captions(corpora: Sequence[Corpus], *, most: int = SAMPLED) -> list[s
     """Captions of evenly spread rows of evenly spread shards, about `most` rows in all and every caption of each."""
     captions: list[str] = []
     for corpus in corpora:
-        shards = range(0, len(corpus.shards), -(-len(corpus.shards) // _MOST_SHARDS) or 1)
+        shards = range(0, len(corpus.shards), -(-len(corpus.shards) // _MAX_SHARDS) or 1)
         rows = max(1, most // (len(corpora) * max(1, len(shards))))
         for shard in shards:
             spoken = corpus.read(shard, columns=("captions",)).column("captions")

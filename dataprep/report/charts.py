@@ -13,11 +13,11 @@ from html import escape
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_BINS = 48
+MAX_BINS = 48
 _FINEST = -60  # bins are never narrower than 2 to this
 _FINEST_BITS = 64  # nor than the largest number divided by 2 to this, which is beyond what floats can tell apart
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 440, 200, 56, 24, 12, 38
-_MOST_TICKS = 8
+_MAX_TICKS = 8
 _SERIES = ("a", "b")
 
 Label = Callable[[float], str]
@@ -42,7 +42,7 @@ class Histogram:
         self._least, self._greatest = min(self._least, float(finite.min())), max(self._greatest, float(finite.max()))
         largest = max(abs(self._least), abs(self._greatest))
         power = max(self.power, math.frexp(largest)[1] - _FINEST_BITS)
-        while math.floor(self._greatest / 2.0**power) - math.floor(self._least / 2.0**power) >= MOST_BINS:
+        while math.floor(self._greatest / 2.0**power) - math.floor(self._least / 2.0**power) >= MAX_BINS:
             power += 1
         self.widen(power)
         bins, counts = np.unique(np.floor(finite / 2.0**power), return_counts=True)
@@ -74,7 +74,7 @@ def histogram(title: str, series: Mapping[str, Histogram], *, label: Label, is_l
     for each in drawn.values():
         each.widen(power)
     first, last = (pick(place for each in drawn.values() for place in each.counts) for pick in (min, max))
-    while last - first >= 2 * MOST_BINS:  # the two corpora lie far apart
+    while last - first >= 2 * MAX_BINS:  # the two corpora lie far apart
         power += 1
         for each in drawn.values():
             each.widen(power)
@@ -189,13 +189,13 @@ def _octave(half: int) -> str:
 
 
 def _whole_ticks(low: float, high: float) -> list[float]:
-    step = max(1, math.ceil((high - low) / _MOST_TICKS))
+    step = max(1, math.ceil((high - low) / _MAX_TICKS))
     return [float(tick) for tick in range(math.ceil(low), math.floor(high) + 1) if tick % step == 0]
 
 
 def _round_ticks(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten."""
-    raw = (high - low) / _MOST_TICKS
+    raw = (high - low) / _MAX_TICKS
     if not (math.isfinite(raw) and raw > 0):
         return [low]
     decade = 10.0 ** math.floor(math.log10(raw))

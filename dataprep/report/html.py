@@ -21,16 +21,16 @@ from pydantic import BaseModel, ConfigDict, Field
 from dataprep.examine.thumbnails import thumbnails
 from dataprep.report.caption_lengths import USUAL_TOKENS
 from dataprep.report.charts import Histogram, data_table, histogram, sizes
-from dataprep.report.statistics import LOOKALIKES, Census, Example, Lookalikes, plan_of, take_census
+from dataprep.report.statistics import LOOKALIKES, CorpusStatistics, Example, Lookalikes, compute_statistics, plan_of
 from dataprep.shards.manifest import REPORT
 from dataprep.workers.pool import LocalPool, Pool
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.corpus.sidecars import Sidecar, read_sidecars
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import publish_text, size_in_words
 
 _LONGEST_TEXT = 300  # characters of a caption, path or message that are shown
-_MOST_SOURCES = 40
+_MAX_SOURCES = 40
 _ASPECTS = {-2: "1:4", -1: "1:2", 0: "1:1", 1: "2:1", 2: "4:1"}
 
 
@@ -49,7 +49,7 @@ def report(
     out: str | Path | None = None,
     config: ReportConfig,
     workers: int = 1,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write the report of a corpus, or of two side by side, to the file `out`; of one by default to its report.html.
 
@@ -64,7 +64,7 @@ def report(
         raise ValueError(f"{page}: there is no folder {page.parent}")
     with LocalPool(workers) as pool:
         found = [
-            census(folder, manifest=manifest, config=config, pool=pool, sidecars=read_sidecars(str(folder)), progress=progress)
+            corpus_statistics(folder, manifest=manifest, config=config, pool=pool, sidecars=read_sidecars(str(folder)), progress=progress)
             for folder, manifest in zip(folders, manifests, strict=True)
         ]
     if len({folder.name for folder in folders}) == 2:
@@ -81,21 +81,21 @@ def report(
     }
 
 
-def census(
+def corpus_statistics(
     corpus: str | Path,
     *,
     manifest: dict[str, Any],
     config: ReportConfig,
     pool: Pool,
     sidecars: tuple[Sidecar, ...] = (),
-    progress: Progress = unseen,
-) -> Census:
+    progress: Progress = no_progress,
+) -> CorpusStatistics:
     """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet.
 
     `sidecars`: what it got later; of shards that are newer than these they say nothing.
     """
     opened = Corpus.of_manifest(manifest, folder=str(corpus), check_shards=False, sidecars=sidecars, partial=True)
-    found = take_census(opened, manifest=manifest, plan=plan_of(config.stride, max_tokens=config.max_tokens), progress=progress)
+    found = compute_statistics(opened, manifest=manifest, plan=plan_of(config.stride, max_tokens=config.max_tokens), progress=progress)
     pairs = [pair for alike in found.lookalikes.values() for pair in alike.pairs]
     examples = [*found.kept, *(example for pair in pairs for example in pair if example)]
     places = dict.fromkeys(example.place for example in examples if example.place)
@@ -110,12 +110,12 @@ def census(
     return found
 
 
-def render(found: Sequence[Census], *, config: ReportConfig) -> str:
+def render(found: Sequence[CorpusStatistics], *, config: ReportConfig) -> str:
     """The page about one corpus, or two side by side."""
     names = _names(found)
     title = " and ".join(names)
     parts = [
-        _section("account", "What became of the inputs", _account(found, names=names)),
+        _section("account", "What became of the inputs", _input_counts(found, names=names)),
         _section("sizes", "Sizes", _sizes(found, names=names)),
         _section("plan", f"Tokens at stride {config.stride}, and what a plan makes of them", _plan(found, names=names, config=config)),
         _section("captions", "Captions and classes", _captions(found, names=names)),
@@ -142,12 +142,12 @@ def render(found: Sequence[Census], *, config: ReportConfig) -> str:
     )
 
 
-def _names(found: Sequence[Census]) -> list[str]:
+def _names(found: Sequence[CorpusStatistics]) -> list[str]:
     names = [_shown(each.name) for each in found]
     return names if len(set(names)) == len(names) else [f"{name} ({letter})" for name, letter in zip(names, "AB", strict=False)]
 
 
-def _headline(found: Sequence[Census], *, names: Sequence[str]) -> str:
+def _headline(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     lines = []
     for colour, name, each in zip("ab", names, found, strict=False):
         key = f'<span class="key" style="background:var(--{colour})"></span>{_bdi(name)}: ' * (len(found) > 1)
@@ -159,7 +159,7 @@ def _headline(found: Sequence[Census], *, names: Sequence[str]) -> str:
     return "".join(lines)
 
 
-def _rejected_today(each: Census) -> Counter[str]:
+def _rejected_today(each: CorpusStatistics) -> Counter[str]:
     """Reasons as they are called today, so that corpora of several versions can be compared."""
     counts: Counter[str] = Counter()
     for reason, number in each.manifest["rejected"].items():
@@ -167,7 +167,7 @@ def _rejected_today(each: Census) -> Counter[str]:
     return counts
 
 
-def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
+def _input_counts(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     rejected = [_rejected_today(each) for each in found]
     reasons = sorted({reason for counts in rejected for reason in counts})
     reasons.sort(key=lambda reason: -max(counts[reason] for counts in rejected))
@@ -198,7 +198,7 @@ def _account(found: Sequence[Census], *, names: Sequence[str]) -> str:
     return "".join(parts)
 
 
-def _by_source(each: Census) -> str:
+def _by_source(each: CorpusStatistics) -> str:
     sources = sorted(each.by_source.items(), key=lambda item: (-item[1].total(), item[0]))
     rows = [
         (
@@ -207,13 +207,13 @@ def _by_source(each: Census) -> str:
             f"{counts['']:,}",
             ", ".join(f"{reason} {n:,}" for reason, n in sorted(counts.items()) if reason),
         )
-        for source, counts in sources[:_MOST_SOURCES]
+        for source, counts in sources[:_MAX_SOURCES]
     ]
-    more = f"<p>and {len(sources) - _MOST_SOURCES:,} more sources</p>" * (len(sources) > _MOST_SOURCES)
+    more = f"<p>and {len(sources) - _MAX_SOURCES:,} more sources</p>" * (len(sources) > _MAX_SOURCES)
     return data_table(("source", "inputs", "kept", "rejected"), rows) + more
 
 
-def _sizes(found: Sequence[Census], *, names: Sequence[str]) -> str:
+def _sizes(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     maps = [sizes(f"Width and height{_suffix(name, found)}", each.sizes) for name, each in zip(names, found, strict=True)]
     return _charts(
         *maps,
@@ -222,7 +222,7 @@ def _sizes(found: Sequence[Census], *, names: Sequence[str]) -> str:
     )
 
 
-def _plan(found: Sequence[Census], *, names: Sequence[str], config: ReportConfig) -> str:
+def _plan(found: Sequence[CorpusStatistics], *, names: Sequence[str], config: ReportConfig) -> str:
     chart = histogram("Tokens of a picture", _series(found, names, lambda each: each.tokens), label=_power, is_log=True)
     facts: dict[str, list[str]] = {}
     for each in found:
@@ -246,21 +246,21 @@ def _plan(found: Sequence[Census], *, names: Sequence[str], config: ReportConfig
 def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
     if "error" in plan:
         return {}
-    account = plan["account"]
-    left_out = ", ".join(f"{reason} {count:,}" for reason, count in account["left_out"].items())
+    input_counts = plan["account"]
+    left_out = ", ".join(f"{reason} {count:,}" for reason, count in input_counts["left_out"].items())
     return {
         "fill of the packs": f"{plan['fill']:.1%}",
         f"busy, of {plan['ranks']} ranks": f"{plan['utilisation']:.1%}",
         "packs a step": f"{plan['packs_per_step']}",
         "pictures a step": f"{plan['samples_per_step']:.1f}",
-        "tokens an epoch": f"{account['tokens_per_epoch']:,}",
-        "scaled down": f"{account['downscaled']:,} (none is scaled up)",
-        "cut off by the crop": f"{account['cropped_pixels']:.1%} of the pixels",
+        "tokens an epoch": f"{input_counts['tokens_per_epoch']:,}",
+        "scaled down": f"{input_counts['downscaled']:,} (none is scaled up)",
+        "cut off by the crop": f"{input_counts['cropped_pixels']:.1%} of the pixels",
         "left out": left_out or "none",
     }
 
 
-def _captions(found: Sequence[Census], *, names: Sequence[str]) -> str:
+def _captions(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     charts = _charts(
         histogram("Characters of the first caption", _series(found, names, lambda each: each.caption_lengths), label=_power, is_log=True),
         histogram("Captions of a picture", _series(found, names, lambda each: each.captions), label=_number, is_whole=True),
@@ -279,7 +279,7 @@ def _captions(found: Sequence[Census], *, names: Sequence[str]) -> str:
     return charts + data_table(_header(names), [(what, *values) for what, values in facts.items() if any(values)])
 
 
-def _scores(found: Sequence[Census], *, names: Sequence[str]) -> str:
+def _scores(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     columns = sorted({column for each in found for column in each.scores})
     charts = [
         histogram(_shown(column), _series(found, names, lambda each, column=column: each.scores.get(column, Histogram())), label=_number)
@@ -289,7 +289,7 @@ def _scores(found: Sequence[Census], *, names: Sequence[str]) -> str:
     return _charts(*charts) + (f"<p>{more:,} more columns of numbers are not drawn.</p>" if more else "")
 
 
-def _rejected(each: Census) -> str:
+def _rejected(each: CorpusStatistics) -> str:
     parts = []
     for reason, examples in sorted(each.rejected.items()):
         count = each.manifest["rejected"].get(reason, len(examples))
@@ -333,15 +333,15 @@ def _charts(*drawn: str) -> str:
     return f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
 
 
-def _series(found: Sequence[Census], names: Sequence[str], pick: Callable[[Census], Histogram]) -> dict[str, Histogram]:
+def _series(found: Sequence[CorpusStatistics], names: Sequence[str], pick: Callable[[CorpusStatistics], Histogram]) -> dict[str, Histogram]:
     return {name: pick(each) for name, each in zip(names, found, strict=True)}
 
 
-def _suffix(name: str, found: Sequence[Census]) -> str:
+def _suffix(name: str, found: Sequence[CorpusStatistics]) -> str:
     return f", {name}" if len(found) > 1 else ""
 
 
-def _of(name: str, found: Sequence[Census]) -> str:
+def _of(name: str, found: Sequence[CorpusStatistics]) -> str:
     return f"{_bdi(name)}: " if len(found) > 1 else ""
 
 

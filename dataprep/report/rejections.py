@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 from dataprep.examine.row_chunks import CHUNK_SIZE, ChunkTables
 from dataprep.row_schema import TAKEN_DOWN
-from dataprep.shards.layout import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
-from dataprep.shards.manifest import Account
+from dataprep.shards.layout import DUPLICATE, DUPLICATE_OF, NEAR_DUPLICATE, SCHEMA_MISMATCH, TAKEN_DOWN_COPY, Plan
+from dataprep.shards.manifest import InputCounts
 from pipeline.errors import DetailedError
 
 _EXAMPLES = 3  # of each reason
-_MOST_CHARACTERS = 300  # of a path or detail
+_MAX_CHARACTERS = 300  # of a path or detail
 
 Example = Mapping[str, str]
 
@@ -20,13 +20,13 @@ Example = Mapping[str, str]
 class NothingKept(DetailedError):
     """No input could be kept. The lines have the account, up to three examples of each reason, and the notes."""
 
-    def __init__(self, account: Account, *, examples: Mapping[str, Sequence[Example]]) -> None:
+    def __init__(self, counts: InputCounts, *, examples: Mapping[str, Sequence[Example]]) -> None:
         super().__init__(
-            f"no usable image among {account.inputs} inputs ({in_words(account.rejected)}): nothing was written",
-            lines=tuple(_lines(account, examples=examples)),
-            data={**asdict(account), "examples": {reason: list(shown) for reason, shown in examples.items()}},
+            f"no usable image among {counts.inputs} inputs ({in_words(counts.rejected)}): nothing was written",
+            lines=tuple(_lines(counts, examples=examples)),
+            data={**asdict(counts), "examples": {reason: list(shown) for reason, shown in examples.items()}},
         )
-        self.account = account
+        self.counts = counts
 
 
 def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]]:
@@ -40,7 +40,7 @@ def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]
             if missing.get(reason, 0) > 0:
                 missing[reason] -= 1
                 example = {"source": row["source"], "path": row["path"], "detail": detail}
-                found.setdefault(reason, []).append({name: text[:_MOST_CHARACTERS] for name, text in example.items()})
+                found.setdefault(reason, []).append({name: text[:_MAX_CHARACTERS] for name, text in example.items()})
         if not any(missing.values()):
             break
     return dict(sorted(found.items()))
@@ -64,16 +64,16 @@ def _verdict(row: Mapping[str, str], *, position: int, plan: Plan) -> tuple[str,
         return row["reason"], row["detail"]
     for reason, original in ((DUPLICATE, int(plan.exact[position])), (NEAR_DUPLICATE, int(plan.near[position]))):
         if original >= 0:
-            name = plan.known.id(original) if original < len(plan.known) else "another input"
+            name = plan.references.id(original) if original < len(plan.references) else "another input"
             return reason, f"{DUPLICATE_OF[reason]} {name}"
     if plan.taken_down[position]:
         return TAKEN_DOWN, TAKEN_DOWN_COPY
-    return MISFIT, plan.misfits.get(position, "")
+    return SCHEMA_MISMATCH, plan.schema_mismatches.get(position, "")
 
 
-def _lines(account: Account, *, examples: Mapping[str, Sequence[Example]]) -> Iterator[str]:
-    yield f"0 of {account.inputs} inputs kept"
-    for reason, number in sorted(account.rejected.items(), key=lambda item: (-item[1], item[0])):
+def _lines(counts: InputCounts, *, examples: Mapping[str, Sequence[Example]]) -> Iterator[str]:
+    yield f"0 of {counts.inputs} inputs kept"
+    for reason, number in sorted(counts.rejected.items(), key=lambda item: (-item[1], item[0])):
         yield f"  {reason}  {number}"
         yield from (f"    {line}" for line in example_lines({reason: examples.get(reason, ())}))
-    yield from (f"note: {note}" for note in account.notes)
+    yield from (f"note: {note}" for note in counts.notes)

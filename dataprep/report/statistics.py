@@ -16,16 +16,16 @@ from dataprep.report.charts import Histogram
 from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.sidecars import TAKEDOWN
-from pipeline.planning.plan_statistics import take_account
+from pipeline.planning.plan_statistics import count_samples
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.planning.summary import plan_summary
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 from pipeline.size_rule import target_sizes
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 
 KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
-MOST_SCORES = 24  # further columns of numbers that are drawn
-MOST_STEPS, RANKS = 20, 8  # that are planned
+MAX_SCORES = 24  # further columns of numbers that are drawn
+MAX_STEPS, RANKS = 20, 8  # that are planned
 SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
 LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", SEMANTIC_DUPLICATE: "semantic"}
@@ -62,7 +62,7 @@ class Lookalikes:
 
 
 @dataclass(slots=True)
-class Census:
+class CorpusStatistics:
     """Counts and examples of one corpus. `scores` are the further columns of numbers; `lookalikes` go by column."""
 
     name: str
@@ -91,50 +91,52 @@ def plan_of(stride: int, *, max_tokens: int) -> PlanConfig:
     return PlanConfig(stride=stride, max_tokens=max_tokens, tokens_per_pack=4 * max_tokens)
 
 
-def take_census(corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig, progress: Progress = unseen) -> Census:
+def compute_statistics(
+    corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig, progress: Progress = no_progress
+) -> CorpusStatistics:
     """Go over all tables, and plan over them as `tim plan` does. `progress`: ("report", shards read, shards in all).
 
     Raises ValueError if a table is missing or damaged.
     """
-    census = Census(name=corpus.name, manifest=manifest, plan=_expected(corpus, plan=plan))
+    statistics = CorpusStatistics(name=corpus.name, manifest=manifest, plan=_expected(corpus, plan=plan))
     numbers = _numbers(corpus.schema)
-    census.scores = {name: Histogram() for name in numbers[:MOST_SCORES]}
-    census.scores_left_out = len(numbers) - len(census.scores)
-    columns = [*(name for name in _SHOWN if name in corpus.schema.names), *census.scores]
+    statistics.scores = {name: Histogram() for name in numbers[:MAX_SCORES]}
+    statistics.scores_left_out = len(numbers) - len(statistics.scores)
+    columns = [*(name for name in _SHOWN if name in corpus.schema.names), *statistics.scores]
     wanted = {corpus.count * (2 * place + 1) // (2 * KEPT_EXAMPLES) for place in range(KEPT_EXAMPLES)}
     named: dict[str, list[tuple[Example, str]]] = {column: [] for column in LOOKALIKES}  # with the key of the one that stays
     seen = 0
     for number, shard in enumerate(corpus.shards):
         kept = corpus.read(number, columns=columns)
-        _count_kept(census, kept, plan=plan)
-        census.kept += [_example(kept, place - seen, tar=shard.path) for place in sorted(wanted) if seen <= place < seen + shard.count]
+        _count_kept(statistics, kept, plan=plan)
+        statistics.kept += [_example(kept, place - seen, tar=shard.path) for place in sorted(wanted) if seen <= place < seen + shard.count]
         seen += shard.count
         rejected = corpus.read_rejected(number, columns=_SHOWN)
-        _count_rejected(census, rejected)
+        _count_rejected(statistics, rejected)
         for column, examples in named.items():
             found = _named(kept, column)
-            census.lookalikes[column].kept += len(found)
+            statistics.lookalikes[column].kept += len(found)
             for rows, pairs in ((kept, found), (rejected, _named(rejected, column))):
                 examples += [(_example(rows, row, tar=shard.path), key) for row, key in pairs[: PAIRS - len(examples)]]
         progress("report", number + 1, len(corpus.shards))
     captions = sample_captions([corpus], most=SAMPLED_CAPTIONS)
-    census.sampled_captions, census.long_captions = len(captions), beyond_usual(captions)
+    statistics.sampled_captions, statistics.long_captions = len(captions), beyond_usual(captions)
     originals = _find(corpus, keys={key for examples in named.values() for _, key in examples})
     for column, examples in named.items():
-        census.lookalikes[column].pairs = [(example, originals.get(key)) for example, key in examples]
-    return census
+        statistics.lookalikes[column].pairs = [(example, originals.get(key)) for example, key in examples]
+    return statistics
 
 
 def _expected(corpus: Corpus, *, plan: PlanConfig) -> dict[str, Any]:
     """The plan of an epoch, or of its first steps; of a small corpus with so few packs a step that it need not be repeated within one."""
     try:
-        account = take_account([Source(corpus)], rule=plan.size_rule)
-        packs = account["tokens_per_epoch"] // plan.tokens_per_pack
+        input_counts = count_samples([CorpusView(corpus)], rule=plan.size_rule)
+        packs = input_counts["tokens_per_epoch"] // plan.tokens_per_pack
         if not packs:
-            return {"error": f"all pictures together have {account['tokens_per_epoch']:,} tokens, which fill no pack"}
+            return {"error": f"all pictures together have {input_counts['tokens_per_epoch']:,} tokens, which fill no pack"}
         fitting = plan.model_copy(update={"packs_per_step": min(packs, plan.packs_per_step)})
         planner = Planner([corpus], plan=fitting, seed=0, width=WIDTH, diffusion_share=0.5, consistency_share=0.1)
-        return plan_summary(planner, steps=min(packs // fitting.packs_per_step, MOST_STEPS), ranks=RANKS)
+        return plan_summary(planner, steps=min(packs // fitting.packs_per_step, MAX_STEPS), ranks=RANKS)
     except ValueError as error:
         return {"error": str(error)}
 
@@ -148,40 +150,40 @@ def _numbers(schema: pa.Schema) -> list[str]:
     return [each.name for each in schema if each.name not in TABLE_COLUMNS and each.name != TAKEDOWN and counts(each.type)]
 
 
-def _count_kept(census: Census, kept: pa.Table, *, plan: PlanConfig) -> None:
+def _count_kept(statistics: CorpusStatistics, kept: pa.Table, *, plan: PlanConfig) -> None:
     heights, widths = (pc.fill_null(kept[name], 0).to_numpy().astype(np.int64) for name in ("height", "width"))
     known = (heights > 0) & (widths > 0)
     heights, widths = heights[known], widths[known]
     log_heights, log_widths = np.log2(heights), np.log2(widths)
-    census.pixels.add(log_heights + log_widths)
-    census.aspects.add(log_widths - log_heights)
+    statistics.pixels.add(log_heights + log_widths)
+    statistics.aspects.add(log_widths - log_heights)
     cells, counts = np.unique(np.floor(2 * np.stack([log_widths, log_heights], axis=1)).astype(np.int64), axis=0, return_counts=True)
-    census.sizes.update({(int(column), int(row)): int(count) for (column, row), count in zip(cells, counts, strict=True)})
+    statistics.sizes.update({(int(column), int(row)): int(count) for (column, row), count in zip(cells, counts, strict=True)})
     targets = target_sizes(heights, widths=widths, rule=plan.size_rule)
-    census.tokens.add(np.log2(targets.tokens[targets.left_out == 0]))
+    statistics.tokens.add(np.log2(targets.tokens[targets.left_out == 0]))
     lengths = pc.fill_null(pc.call_function("utf8_length", [kept["caption"]]), 0).to_numpy().astype(np.float64)
     has_caption = lengths > 0
-    census.caption_lengths.add(np.log2(lengths[has_caption]))
-    census.without_caption += int((~has_caption).sum())
+    statistics.caption_lengths.add(np.log2(lengths[has_caption]))
+    statistics.without_caption += int((~has_caption).sum())
     spoken = pc.fill_null(pc.call_function("list_value_length", [kept["captions"]]), 0).to_numpy().astype(np.float64)
-    census.captions.add(spoken[has_caption])
-    census.classes.update(label for label in kept["label"].to_pylist() if label is not None)
-    for name, scores in census.scores.items():
+    statistics.captions.add(spoken[has_caption])
+    statistics.classes.update(label for label in kept["label"].to_pylist() if label is not None)
+    for name, scores in statistics.scores.items():
         scores.add(kept[name].cast(pa.float64(), safe=False).to_numpy())
     for source in _texts(kept, "source"):
-        census.by_source.setdefault(source, Counter())[""] += 1
+        statistics.by_source.setdefault(source, Counter())[""] += 1
 
 
-def _count_rejected(census: Census, rejected: pa.Table) -> None:
+def _count_rejected(statistics: CorpusStatistics, rejected: pa.Table) -> None:
     reasons = rejected["reason"].to_pylist()
     for reason, source in zip(reasons, _texts(rejected, "source"), strict=True):
-        census.by_source.setdefault(source, Counter())[reason] += 1
+        statistics.by_source.setdefault(source, Counter())[reason] += 1
     has_picture = rejected["thumbnail"].is_valid().to_pylist() if "thumbnail" in rejected.column_names else [False] * len(reasons)
     for reason in set(reasons):
         rows = [row for row, other in enumerate(reasons) if other == reason]
         chosen = sorted(rows, key=lambda row: not has_picture[row])[:REJECTED_EXAMPLES]
-        found = census.rejected.get(reason, []) + [_example(rejected, row) for row in chosen]
-        census.rejected[reason] = sorted(found, key=lambda example: not example.picture)[:REJECTED_EXAMPLES]
+        found = statistics.rejected.get(reason, []) + [_example(rejected, row) for row in chosen]
+        statistics.rejected[reason] = sorted(found, key=lambda example: not example.picture)[:REJECTED_EXAMPLES]
 
 
 def _named(rows: pa.Table, column: str) -> list[tuple[int, str]]:

@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from dataprep.dedup.perceptual import DedupConfig, Fingerprints, exact_duplicates, near_duplicates
-from dataprep.dedup.reference_corpora import NOTHING_KNOWN, Known
+from dataprep.dedup.reference_corpora import NO_REFERENCES, ReferenceImages
 from dataprep.examine.row_chunks import CHUNK_SIZE, ChunkTables
 from dataprep.row_schema import SCALED_DOWN, TAKEN_DOWN
 
 Ints = NDArray[np.int64]
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
-MISFIT, DUPLICATE, NEAR_DUPLICATE = "bad-record", "duplicate", "near-duplicate"
+SCHEMA_MISMATCH, DUPLICATE, NEAR_DUPLICATE = "bad-record", "duplicate", "near-duplicate"
 DUPLICATE_OF = {DUPLICATE: "same bytes as", NEAR_DUPLICATE: "looks like"}  # details, before the name of the other image
 TAKEN_DOWN_COPY = "same bytes as an image that a corpus has taken down"  # detail
 
@@ -57,7 +57,7 @@ class ColumnKind:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ExtraColumns:
     """What all samples of a corpus have in common: the further columns, and whether every one has a class."""
 
     kinds: Mapping[str, ColumnKind]
@@ -79,16 +79,16 @@ class Plan:
     number: Ints
     exact: Ints
     near: Ints
-    misfits: Mapping[int, str]
+    schema_mismatches: Mapping[int, str]
     taken_down: NDArray[np.bool_]
-    known: Known
+    references: ReferenceImages
     drops_near: bool
     first_shard: int
     shards: int
     digits: int
     kept: int
     rejected: Mapping[str, int]
-    columns: Columns
+    columns: ExtraColumns
     labelled: int
     scaled_down: int
     left_out: tuple[str, ...]
@@ -100,10 +100,10 @@ class Plan:
     def kept_for(self, original: int) -> str:
         """The key of the picture that was kept for another one, of which `exact` or `near` say what it is a duplicate: that one, or the one
         for which it was dropped itself. Of another corpus it is CORPUS/KEY, "" is for −1."""
-        first = len(self.known)
+        first = len(self.references)
         if original >= first and self.number[original - first] < 0:
             original = int(self.near[original - first])
-        return "" if original < 0 else self.known.id(original) if original < first else self.key(original - first)
+        return "" if original < 0 else self.references.id(original) if original < first else self.key(original - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +124,8 @@ def make_plan(
     shards: ShardConfig,
     dedup: DedupConfig,
     seed: int,
-    known: Known = NOTHING_KNOWN,
-    columns: Columns | None = None,
+    references: ReferenceImages = NO_REFERENCES,
+    columns: ExtraColumns | None = None,
     taken_down: NDArray[np.uint64] | None = None,
     first_shard: int = 0,
 ) -> Plan:
@@ -136,19 +136,19 @@ def make_plan(
     `first_shard`: the number of the first shard.
     """
     facts = _read_facts(tables)
-    misfits, left_out = _find_misfits(tables, facts=facts, columns=columns) if columns else ({}, ())
+    schema_mismatches, left_out = _find_schema_mismatches(tables, facts=facts, columns=columns) if columns else ({}, ())
     may_be_kept = facts.reason == 0
     copies = may_be_kept & _is_taken_down(facts, known=taken_down)
-    misfits = {position: what for position, what in misfits.items() if not copies[position]}
+    schema_mismatches = {position: what for position, what in schema_mismatches.items() if not copies[position]}
     may_be_kept[copies] = False
-    may_be_kept[list(misfits)] = False
-    exact, near = _find_duplicates(facts.prints, may_be_kept=may_be_kept, known=known.fingerprints, dedup=dedup)
+    may_be_kept[list(schema_mismatches)] = False
+    exact, near = _find_duplicates(facts.prints, may_be_kept=may_be_kept, references=references.fingerprints, dedup=dedup)
     is_kept = may_be_kept & (exact < 0) & ((near < 0) | (dedup.near != "drop"))
 
     labelled = int((facts.has_label & is_kept).sum())
     kept = int(is_kept.sum())
     if columns is None:
-        columns = Columns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
+        columns = ExtraColumns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
     names = sum(len(name) + 8 for name in columns.kinds)
     order = shuffled(len(is_kept), seed=seed)
     shard, place, number = _lay_out(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
@@ -157,7 +157,7 @@ def make_plan(
     drops_near = dedup.near == "drop"
     overruled = {
         TAKEN_DOWN: int(copies.sum()),
-        MISFIT: len(misfits),
+        SCHEMA_MISMATCH: len(schema_mismatches),
         DUPLICATE: int((exact >= 0).sum()),
         NEAR_DUPLICATE: int((near >= 0).sum()) if drops_near else 0,
     }
@@ -169,9 +169,9 @@ def make_plan(
         number=number,
         exact=exact,
         near=near,
-        misfits=misfits,
+        schema_mismatches=schema_mismatches,
         taken_down=copies,
-        known=known,
+        references=references,
         drops_near=drops_near,
         first_shard=first_shard,
         shards=int(shard.max(initial=-1)) + 1,
@@ -230,10 +230,12 @@ def _numbers(table: pa.Table, name: str) -> Ints:
     return pc.fill_null(table.column(name), 0).to_numpy()
 
 
-def _find_duplicates(prints: Fingerprints, *, may_be_kept: NDArray[np.bool_], known: Fingerprints, dedup: DedupConfig) -> tuple[Ints, Ints]:
+def _find_duplicates(
+    prints: Fingerprints, *, may_be_kept: NDArray[np.bool_], references: Fingerprints, dedup: DedupConfig
+) -> tuple[Ints, Ints]:
     """(exact, near) of the inputs, as in `Plan`."""
-    first = len(known)
-    every = Fingerprints.join([known, prints])
+    first = len(references)
+    every = Fingerprints.join([references, prints])
     among = np.concatenate([np.ones(first, dtype=bool), may_be_kept])
     exact = exact_duplicates(np.where(among[:, None], every.digest, np.uint64(0)))[first:]
     among[first:] &= exact < 0
@@ -297,12 +299,12 @@ def _column_kinds(tables: ChunkTables, *, is_kept: NDArray[np.bool_]) -> dict[st
     return columns
 
 
-def _find_misfits(tables: ChunkTables, *, facts: _Facts, columns: Columns) -> tuple[dict[int, str], tuple[str, ...]]:
+def _find_schema_mismatches(tables: ChunkTables, *, facts: _Facts, columns: ExtraColumns) -> tuple[dict[int, str], tuple[str, ...]]:
     """Inputs that a corpus with these columns cannot hold, and the names of columns that it does not have."""
-    misfits: dict[int, str] = {}
+    schema_mismatches: dict[int, str] = {}
     if columns.has_classes:
         unlabelled = np.flatnonzero((facts.reason == 0) & ~facts.has_label)
-        misfits = dict.fromkeys(unlabelled.tolist(), "no class, which every sample of the corpus has")
+        schema_mismatches = dict.fromkeys(unlabelled.tolist(), "no class, which every sample of the corpus has")
     others: set[str] = set()
     for position, extra in _extras(tables):
         others |= extra.keys() - columns.kinds.keys()
@@ -311,8 +313,10 @@ def _find_misfits(tables: ChunkTables, *, facts: _Facts, columns: Columns) -> tu
         for name, kind in columns.kinds.items():
             value = extra.get(name)
             if not kind.holds(value):
-                misfits[position] = f"{name} is {json.dumps(value)[:80]}, where every sample of the corpus has a value of type {kind.table}"
-    return misfits, tuple(sorted(others))
+                schema_mismatches[position] = (
+                    f"{name} is {json.dumps(value)[:80]}, where every sample of the corpus has a value of type {kind.table}"
+                )
+    return schema_mismatches, tuple(sorted(others))
 
 
 def _extras(tables: ChunkTables) -> Iterator[tuple[int, dict[str, Any]]]:

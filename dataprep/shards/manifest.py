@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dataprep.shards.layout import ColumnKind, Columns
+from dataprep.shards.layout import ColumnKind, ExtraColumns
 from dataprep.shards.store import Store
-from dataprep.shards.writer import Shard, table_schema
-from dataprep.workers.prefetch import ahead
+from dataprep.shards.writer import ShardEntry, table_schema
+from dataprep.workers.prefetch import prefetched
 from pipeline.corpus.corpus import FORMAT
 from pipeline.corpus.sidecars import SIDECARS
 from pipeline.digests import file_digest, json_digest
@@ -26,7 +26,7 @@ _READ_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class InputCounts:
     """What became of the inputs: inputs = kept + Σ rejected. `notes` are sentences for people, `shards` is a count."""
 
     inputs: int
@@ -36,16 +36,16 @@ class Account:
     shards: int
 
 
-def account_entries(account: Account, *, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What a manifest says of the account, for `read_account` to read."""
-    totals = {"inputs": account.inputs, "kept": account.kept, "rejected": sum(account.rejected.values())}
+def count_entries(counts: InputCounts, *, shards: Sequence[ShardEntry]) -> dict[str, Any]:
+    """What a manifest says of the account, for `read_input_counts` to read."""
+    totals = {"inputs": counts.inputs, "kept": counts.kept, "rejected": sum(counts.rejected.values())}
     totals["bytes"] = sum(shard.bytes for shard in shards)
-    return {"totals": totals, "rejected": account.rejected, "notes": account.notes}
+    return {"totals": totals, "rejected": counts.rejected, "notes": counts.notes}
 
 
-def read_account(manifest: Mapping[str, Any]) -> Account:
+def read_input_counts(manifest: Mapping[str, Any]) -> InputCounts:
     totals = manifest["totals"]
-    return Account(
+    return InputCounts(
         inputs=totals["inputs"],
         kept=totals["kept"],
         rejected=dict(manifest["rejected"]),
@@ -58,13 +58,13 @@ def write_corpus_files(
     store: Store,
     *,
     name: str,
-    shards: Sequence[Shard],
-    account: Account,
-    columns: Columns,
+    shards: Sequence[ShardEntry],
+    counts: InputCounts,
+    columns: ExtraColumns,
     identity: Mapping[str, Any],
     image_format: str,
     report: Callable[[dict[str, Any]], str],
-    growth: Sequence[Mapping[str, Any]] = (),
+    append_mode: Sequence[Mapping[str, Any]] = (),
     sidecars: str = "",
 ) -> None:
     """Write the index, both lists of shards, the card and the report, and put them in their places one right after the other, the manifest
@@ -86,12 +86,12 @@ def write_corpus_files(
             "name": name,
             "shards": [asdict(shard) for shard in shards],
             "index": {"name": INDEX, "sha256": file_digest(Path(index_file.name))},
-            **account_entries(account, shards=shards),
+            **count_entries(counts, shards=shards),
             "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
             "has_classes": columns.has_classes,
             **identity,
             "config_hash": json_digest(identity["config"]),
-            **({"growth": list(growth)} if growth else {}),
+            **({"growth": list(append_mode)} if append_mode else {}),
         }
         manifest_file.write(_pretty(manifest))
         lists = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}
@@ -99,23 +99,23 @@ def write_corpus_files(
             files.enter_context(store.publish(SIDECARS)).write(sidecars.encode("utf-8"))
         files.enter_context(store.publish(WIDS_INDEX)).write(_pretty(lists))
         files.enter_context(store.publish(REPORT)).write(report(manifest).encode("utf-8"))
-        files.enter_context(store.publish(README)).write(_card(name=name, account=account, image_format=image_format).encode("utf-8"))
+        files.enter_context(store.publish(README)).write(_card(name=name, counts=counts, image_format=image_format).encode("utf-8"))
 
 
-def read_columns(manifest: Mapping[str, Any]) -> Columns:
+def read_columns(manifest: Mapping[str, Any]) -> ExtraColumns:
     """What all samples of a corpus have in common."""
     types = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     kinds = {name: ColumnKind(table=types[kind["type"]], is_number_in_json=kind["number"]) for name, kind in manifest["columns"].items()}
-    return Columns(kinds=kinds, has_classes=manifest["has_classes"])
+    return ExtraColumns(kinds=kinds, has_classes=manifest["has_classes"])
 
 
-def read_tables(store: Store, *, shards: Sequence[Shard], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+def read_tables(store: Store, *, shards: Sequence[ShardEntry], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The tables of shards in their order, a few of them read ahead."""
 
-    def read(shard: Shard) -> pa.Table:
+    def read(shard: ShardEntry) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=columns)
 
-    return ahead(read, shards, by=_READ_AHEAD)
+    return prefetched(read, shards, by=_READ_AHEAD)
 
 
 def kept_rows(table: pa.Table) -> pa.Table:
@@ -126,9 +126,9 @@ def _pretty(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _card(*, name: str, account: Account, image_format: str) -> str:
+def _card(*, name: str, counts: InputCounts, image_format: str) -> str:
     """A data set card whose header makes `datasets.load_dataset(FOLDER)` read the shards as WebDataset."""
-    reasons = "".join(f"| {reason} | {count} |\n" for reason, count in account.rejected.items())
+    reasons = "".join(f"| {reason} | {count} |\n" for reason, count in counts.rejected.items())
     return f"""---
 configs:
 - config_name: default
@@ -139,11 +139,11 @@ configs:
 
 # {name}
 
-{account.kept} captioned pictures in {account.shards} WebDataset shard(s), prepared by `tim prepare` from {account.inputs} inputs.
+{counts.kept} captioned pictures in {counts.shards} WebDataset shard(s), prepared by `tim prepare` from {counts.inputs} inputs.
 
 | | |
 | --- | --- |
-| kept | {account.kept} |
+| kept | {counts.kept} |
 {reasons}
 A sample is `KEY.{image_format}`, `KEY.txt` (its caption) and `KEY.json`; `KEY.cls` is its class where there are classes.
 `000000.parquet` has a row for every input of a shard, those that were rejected and why included; `index.parquet` has the kept ones
@@ -152,6 +152,6 @@ of all shards, with byte offsets.
 ```python
 datasets.load_dataset("FOLDER")
 datasets.load_dataset("webdataset", data_files="FOLDER/*.tar", streaming=True)
-webdataset.WebDataset("FOLDER/{{000000..{account.shards - 1:06d}}}.tar")
+webdataset.WebDataset("FOLDER/{{000000..{counts.shards - 1:06d}}}.tar")
 ```
 """

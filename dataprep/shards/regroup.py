@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from dataprep.examine.row_chunks import CHUNK_SCHEMA, CHUNK_SIZE, ChunkTables
 from dataprep.row_schema import TAKEN_DOWN
-from dataprep.shards.layout import DUPLICATE, DUPLICATE_OF, MISFIT, NEAR_DUPLICATE, TAKEN_DOWN_COPY, Plan
+from dataprep.shards.layout import DUPLICATE, DUPLICATE_OF, NEAR_DUPLICATE, SCHEMA_MISMATCH, TAKEN_DOWN_COPY, Plan
 from pipeline.storage.atomic import publish
 
 BLOCK_BYTES = 64 << 20
@@ -70,16 +70,16 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
     reasons, details = block.column("reason").to_pylist(), block.column("detail").to_pylist()
     exact, near = plan.exact[positions].tolist(), plan.near[positions].tolist()
     rejecting = [(exact, DUPLICATE), *([(near, NEAR_DUPLICATE)] if plan.drops_near else [])]
-    first = len(plan.known)
+    first = len(plan.references)
     names = tables.names({original - first for originals, _ in rejecting for original in originals if original >= first})
     for originals, reason in rejecting:
         for row, original in enumerate(originals):
             if original >= 0:
-                name = plan.known.id(original) if original < first else names[original - first]
+                name = plan.references.id(original) if original < first else names[original - first]
                 reasons[row], details[row] = reason, f"{DUPLICATE_OF[reason]} {name}"
     start = int(positions[0])
-    for position in positions[np.isin(positions, list(plan.misfits))].tolist():
-        reasons[position - start], details[position - start] = MISFIT, plan.misfits[position]
+    for position in positions[np.isin(positions, list(plan.schema_mismatches))].tolist():
+        reasons[position - start], details[position - start] = SCHEMA_MISMATCH, plan.schema_mismatches[position]
     captions, lists, extras = (block.column(name).to_pylist() for name in ("caption", "captions", "extra"))
     for position in positions[plan.taken_down[positions]].tolist():
         row = position - start

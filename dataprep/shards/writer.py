@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from dataprep.examine.thumbnails import thumbnail
 from dataprep.row_schema import TABLE_FIELDS
-from dataprep.shards.layout import ColumnKind, Columns
+from dataprep.shards.layout import ColumnKind, ExtraColumns
 from dataprep.shards.regroup import GROUP_SCHEMA, rows_of_shard
 from dataprep.shards.store import Store
 from pipeline.images import read_image
@@ -42,13 +42,13 @@ class ShardTask:
     groups: tuple[Path, ...]
     work: Path
     store: Store
-    columns: Columns
+    columns: ExtraColumns
     image_format: str
     job: str
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class ShardEntry:
     """A finished shard, as the manifest lists it; `sha256` is None where a tar is foreign and was not read as a whole."""
 
     name: str
@@ -85,24 +85,24 @@ def table_schema(columns: Mapping[str, ColumnKind]) -> pa.Schema:
     return pa.schema([*TABLE_FIELDS, *((name, kind.table) for name, kind in columns.items())])
 
 
-def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[Shard | None]:
+def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[ShardEntry | None]:
     """Of `count` shards from the `first` on those whose stats files say that they are complete and of this job, and whose files are there
     in full length."""
     sizes = store.sizes()
 
-    def find(number: int) -> Shard | None:
+    def find(number: int) -> ShardEntry | None:
         name = stats_name(number)
         said = json.loads(store.read(name)) if name in sizes else {}
         if said.get("job") != job:
             return None
-        shard = Shard(**said["shard"])
+        shard = ShardEntry(**said["shard"])
         return shard if (sizes.get(shard.name), sizes.get(shard.table)) == (shard.bytes, shard.table_bytes) else None
 
     with ThreadPoolExecutor(16) as threads:
         return list(threads.map(find, range(first, first + count)))
 
 
-def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
+def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
     """Write tar, table and stats of one shard, in this order. Raises RuntimeError if a source changed since it was examined."""
     stem = shard_name(task.number)
     tables: list[pa.Table] = []
@@ -128,7 +128,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> Shard:
     table = table_bytes(written)
     with task.store.publish(f"{stem}.parquet") as stream:
         stream.write(table)
-    shard = Shard(
+    shard = ShardEntry(
         name=f"{stem}.tar",
         count=kept,
         bytes=digesting.count,
@@ -225,7 +225,7 @@ def table_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def shard_stats(table: pa.Table, *, shard: Shard, job: str) -> str:
+def shard_stats(table: pa.Table, *, shard: ShardEntry, job: str) -> str:
     """img2dataset's names where they have a meaning here, then our own."""
     reasons = Counter(reason for reason in table.column("reason").to_pylist() if reason)
     stats = {

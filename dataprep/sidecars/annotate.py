@@ -22,7 +22,7 @@ from pipeline.corpus.captions import clean_captions
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.sidecars import TAKEDOWN
 from pipeline.digests import file_digest
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 
 Captions = Literal["first", "last", "only"]
 
@@ -58,7 +58,7 @@ def annotate(
     name: str | None = None,
     captions: Captions = "first",
     mark: str | None = None,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> Annotated:
     """Add the columns of a table (Parquet, CSV, TSV or JSON lines) to a corpus.
 

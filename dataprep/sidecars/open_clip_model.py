@@ -61,7 +61,7 @@ class Clip:
         """(H, W, 3) uint8 → (3, size, size), as open_clip does it. Safe in threads."""
         return self._transform(Image.fromarray(pixels))
 
-    def see(self, pictures: Sequence[Tensor]) -> Tensor:
+    def encode_images(self, pictures: Sequence[Tensor]) -> Tensor:
         """Preprocessed pictures → embeddings of length 1: (B, D) float32."""
         import torch
 

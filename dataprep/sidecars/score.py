@@ -21,13 +21,13 @@ from dataprep.row_schema import SEMANTIC_DUPLICATE
 from dataprep.sidecars.open_clip_model import Clip, Head, Precision, model_file, probability
 from dataprep.sidecars.semantic_dedup import EMBEDDING, mark_duplicates
 from dataprep.sidecars.writer import RESERVED, opened_for_sidecars, write_sidecar
-from dataprep.workers.decode_pool import Decoded, Decoders, Picture
-from dataprep.workers.prefetch import ahead
+from dataprep.workers.decode_pool import Decoded, DecodeRequest, Decoders
+from dataprep.workers.prefetch import prefetched
 from pipeline.corpus.corpus import Corpus
 from pipeline.digests import file_digest
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 from pipeline.size_rule import Crop
-from pipeline.storage.shard_reader import BadShard, Part, ShardReader
+from pipeline.storage.shard_reader import BadShard, ByteRange, ShardReader
 from pipeline.streams.corpus_view import integers
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def score(
     name: str = "scores",
     against: Sequence[str | Path] = (),
     workers: int = 1,
-    progress: Progress = unseen,
+    progress: Progress = no_progress,
 ) -> Scored:
     """Score all pictures of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
 
@@ -209,7 +209,7 @@ class _Scorer:
         self._progress(samples)
 
     def _scores(self, pictures: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
-        seen = self._model.see(pictures)
+        seen = self._model.encode_images(pictures)
         scores: dict[str, Any] = {}
         if self._config.similarity:
             scores[SIMILARITY] = (seen * self._model.read(captions)).sum(dim=-1).tolist()
@@ -226,22 +226,22 @@ class _Scorer:
         heights, widths, offsets, lengths = (integers(table, name).tolist() for name in ("height", "width", "image_offset", "image_length"))
         path = self._corpus.shards[number].path
         crops = [_crop(height, width=width, side=self._model.size) for height, width in zip(heights, widths, strict=True)]
-        parts = [Part(path, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
+        parts = [ByteRange(path, offset, length) for offset, length in zip(offsets, lengths, strict=True)]
 
         def load(start: int) -> tuple[int, list[Tensor | None]]:
             end = start + self._config.batch
             found = self._reader.read_parts(parts[start:end])
-            pictures: dict[int, Picture] = {}
+            pictures: dict[int, DecodeRequest] = {}
             for place, data in enumerate(found):
                 if isinstance(data, BadShard):
                     raise data
                 if not isinstance(data, OSError):
-                    pictures[place] = Picture(bytes(data), [crops[start + place]])
+                    pictures[place] = DecodeRequest(bytes(data), [crops[start + place]])
             decoded = self._decoders.decode([*pictures.values()])
             seen = dict(zip(pictures, self._threads.map(self._preprocessed, decoded), strict=True))
             return start, [seen.get(place) for place in range(len(found))]
 
-        return ahead(load, range(0, len(parts), self._config.batch))
+        return prefetched(load, range(0, len(parts), self._config.batch))
 
     def _preprocessed(self, decoded: Decoded) -> Tensor | None:
         return None if isinstance(decoded, str) else self._model.preprocess(decoded[0].transpose(1, 2, 0))

@@ -23,12 +23,12 @@ import pyarrow.parquet as pq
 from dataprep.row_schema import MEMBERS
 from dataprep.shards.manifest import kept_rows
 from dataprep.shards.store import Store, open_store
-from dataprep.shards.writer import Shard
+from dataprep.shards.writer import ShardEntry
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.sidecars import FORMAT, SIDECARS, TEXT_COLUMNS, Sidecar, SidecarShard, read_sidecars
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
-from pipeline.storage.atomic import LOCK, claimed_work
+from pipeline.storage.atomic import LOCK, locked_work_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _IDENTITY = b"tim_sidecar"
@@ -50,7 +50,7 @@ def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[tuple[Corpus
         raise ValueError(f"--name {name}: is no name for a sidecar: lower-case letters, digits, - and _ make one, at most 40")
     store, work = open_store(path, work=None)
     corpus = Corpus.open(path, check_shards=False, without=name, partial=True)
-    with claimed_work(work, place=store.place, folder=None if store.is_remote else corpus.path):
+    with locked_work_folder(work, place=store.place, folder=None if store.is_remote else corpus.path):
         try:
             yield corpus, store
         finally:
@@ -105,7 +105,7 @@ def write_sidecar(
     return sidecar
 
 
-def extended_sidecars(store: Store, *, shards: Sequence[Shard], first: int) -> tuple[Sidecar, ...]:
+def extended_sidecars(store: Store, *, shards: Sequence[ShardEntry], first: int) -> tuple[Sidecar, ...]:
     """The sidecars of a corpus that got `shards` from number `first` on, for which each gets a table that says nothing: new samples have no
     values and their own captions until the command that made the sidecar is run again. The list of sidecars is not written.
     """
@@ -138,7 +138,7 @@ def _own_schema(store: Store, *, sidecar: Sidecar) -> pa.Schema:
     return pa.schema([each for each in found if each.name in ("caption", "captions") or each.name not in TEXT_COLUMNS])
 
 
-def _written_beside(store: Store, columns: pa.Table, *, shard: Shard, name: str) -> SidecarShard:
+def _written_beside(store: Store, columns: pa.Table, *, shard: ShardEntry, name: str) -> SidecarShard:
     table = f"{shard.table.removesuffix('.parquet')}.{name}.parquet"
     texts = f"{table.removesuffix('.parquet')}.jsonl" if "captions" in columns.column_names else ""
     files = _write(store, columns, table=table, texts=texts, made_of=json_digest([FORMAT, shard.table_sha256, "nothing said yet"]))

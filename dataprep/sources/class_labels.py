@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 from dataprep.sources.tabular.tables import Table
-from pipeline.corpus.record_fields import CLASS_NAME, Columns, Fields, Value, as_label, values_at
+from pipeline.corpus.record_fields import CLASS_NAME, ColumnMapping, Fields, Value, as_label, values_at
 
 _PEEK = 1000  # rows that are looked at to learn whether labels are texts
 _MAX_CLASSES = 100_000
 
 
-def text_labels(tables: Sequence[Table], *, columns: Columns) -> set[str]:
+def text_labels(tables: Sequence[Table], *, columns: ColumnMapping) -> set[str]:
     """All texts in the label column, if any of the first thousand rows of a table has a text there that is not a number; else none.
 
     Raises ValueError for too many of them.
@@ -40,7 +40,7 @@ def describe_classes(classes: Mapping[str, int]) -> str:
     return f"{len(named)} text labels are classes in sorted order: {', '.join(shown)}"
 
 
-def with_class(fields: Fields, *, record: Mapping[str, Value], columns: Columns, classes: Mapping[str, int]) -> Fields:
+def with_class(fields: Fields, *, record: Mapping[str, Value], columns: ColumnMapping, classes: Mapping[str, int]) -> Fields:
     """The fields of a row with the class that its label column names. A number as text counts as a name where the others are texts."""
     name = _text(record, columns) if classes else ""
     if name not in classes:
@@ -48,7 +48,7 @@ def with_class(fields: Fields, *, record: Mapping[str, Value], columns: Columns,
     return Fields(captions=fields.captions, label=classes[name], extra={**fields.extra, CLASS_NAME: name})
 
 
-def no_caption_hint(record: Mapping[str, Value], *, columns: Columns, classes: Mapping[str, int]) -> str:
+def no_caption_hint(record: Mapping[str, Value], *, columns: ColumnMapping, classes: Mapping[str, int]) -> str:
     """Why a row has neither a caption nor a class although these columns are filled, "" if nothing is known."""
     for column in columns.captions:
         value = next(values_at(record, column), None)
@@ -63,12 +63,12 @@ def no_caption_hint(record: Mapping[str, Value], *, columns: Columns, classes: M
     return f"{name} is not one of the corpus's classes" if classes and name and name not in classes else ""
 
 
-def _has_texts(table: Table, *, columns: Columns) -> bool:
+def _has_texts(table: Table, *, columns: ColumnMapping) -> bool:
     names = (_text(record, columns) for _, record in islice(table.rows(only=columns.labels), _PEEK)) if columns.labels else ()
     return any(name and as_label(name) is None for name in names)
 
 
-def _text(record: Mapping[str, Value] | str, columns: Columns) -> str:
+def _text(record: Mapping[str, Value] | str, columns: ColumnMapping) -> str:
     """The first label of a row as text, "" if there is none."""
     if isinstance(record, str):
         return ""

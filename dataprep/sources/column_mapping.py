@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, STANDARD, Columns, names_column
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, STANDARD, ColumnMapping, names_column
 from pipeline.corpus.text_decoding import check_encoding
 
 _PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "file_path", "filename", "file", "img", *IMAGE_EXTENSIONS)
@@ -47,8 +47,8 @@ class ColumnConfig(BaseModel):
 
 
 def choose(
-    config: ColumnConfig, *, names: Sequence[str], pictures: Collection[str] = (), place: str, defaults: Columns | None = None
-) -> Columns:
+    config: ColumnConfig, *, names: Sequence[str], pictures: Collection[str] = (), place: str, defaults: ColumnMapping | None = None
+) -> ColumnMapping:
     """The columns to read of those that are there.
 
     Args:
@@ -72,17 +72,17 @@ def choose(
     others = [name for name in names if name != image]
     captions = config.captions or _standard(others) or _one(_first(_CAPTIONS, among=others))
     labels = _one(config.label) or tuple(name for label in _LABELS for name in others if name.lower() == label)
-    return Columns(captions=captions, labels=labels, image=image, encoding=config.encoding or "")
+    return ColumnMapping(captions=captions, labels=labels, image=image, encoding=config.encoding or "")
 
 
-def of_json(config: ColumnConfig) -> Columns:
+def of_json(config: ColumnConfig) -> ColumnMapping:
     """What to read from JSON files beside pictures: what the user says, or else the usual columns, wherever they are there."""
-    return Columns(
+    return ColumnMapping(
         captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels, encoding=config.encoding or ""
     )
 
 
-def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) -> Mapping[str, Any]:
+def with_file_name(record: Mapping[str, Any], *, columns: ColumnMapping, name: str) -> Mapping[str, Any]:
     """The record, with a caption from the name of the image's file where that is asked for: "a/red_fox-2.jpg" → "red fox 2"."""
     if FILE_NAME not in columns.captions or not name:
         return record
@@ -92,13 +92,13 @@ def with_file_name(record: Mapping[str, Any], *, columns: Columns, name: str) ->
     return {**record, FILE_NAME: " ".join(base.replace("_", " ").replace("-", " ").split())}
 
 
-def describe(columns: Columns) -> str:
+def describe(columns: ColumnMapping) -> str:
     """In words, what is read from which column."""
     parts = [f"images from {columns.image}", f"captions from {', '.join(columns.captions) or 'nowhere'}"]
     return ", ".join([*parts, *(f"classes from {label}" for label in columns.labels[:1])]) + describe_encoding(columns)
 
 
-def describe_encoding(columns: Columns) -> str:
+def describe_encoding(columns: ColumnMapping) -> str:
     """The encoding of texts as the end of a sentence, "" for the default."""
     return f", decoded as {columns.encoding}" if columns.encoding else ""
 

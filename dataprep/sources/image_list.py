@@ -19,7 +19,7 @@ from dataprep.sources.files.paths import join
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.inline_images import embedded_image
 from dataprep.sources.tabular.tables import Table, plain
-from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, Columns, Fields, read_fields, values_at
+from pipeline.corpus.record_fields import IMAGE_EXTENSIONS, ColumnMapping, Fields, read_fields, values_at
 from pipeline.corpus.text_decoding import decode_text
 from pipeline.storage.remote import is_remote
 
@@ -108,7 +108,7 @@ def sample_of(
     record: Mapping[str, Any] | str,
     *,
     source: str,
-    columns: Columns,
+    columns: ColumnMapping,
     where: str,
     folder: str | None,
     classes: Mapping[str, int] | None = None,
@@ -156,7 +156,7 @@ def sample_of(
     return _sample(source, value, fields=fields, file=file, detail=hint)
 
 
-def _with_texts(record: Mapping[str, Any], *, columns: Columns) -> Mapping[str, Any]:
+def _with_texts(record: Mapping[str, Any], *, columns: ColumnMapping) -> Mapping[str, Any]:
     """The row with captions and labels that are stored as bytes decoded. Raises UndecodableText."""
     texts = {name: record[name] for name in (*columns.captions, *columns.labels) if isinstance(record.get(name), bytes)}
     return {**record, **{name: decode_text(text, encoding=columns.encoding) for name, text in texts.items()}} if texts else record

@@ -38,7 +38,7 @@ INDEX = "index.json"
 _PICTURES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
 _TEXTS, _PICKLES = ("str", "text"), ("pickle", "pkl")
 _NUMBERS = {"int": np.int64, "float": np.float64, "bool": np.bool_}
-_MOST_BYTES = 1 << 31  # of a file, unpacked
+_MAX_BYTES = 1 << 31  # of a file, unpacked
 _BROKEN = (OSError, EOFError, ValueError, struct.error, zlib.error, zstandard.ZstdError)
 
 
@@ -278,9 +278,9 @@ def _zstd(data: bytes) -> bytes:
 
 
 def _bounded(stream: Any) -> bytes:
-    unpacked = cast(bytes, stream.read(_MOST_BYTES + 1))
-    if len(unpacked) > _MOST_BYTES:
-        raise ValueError(f"unpacks to more than {_MOST_BYTES} bytes")
+    unpacked = cast(bytes, stream.read(_MAX_BYTES + 1))
+    if len(unpacked) > _MAX_BYTES:
+        raise ValueError(f"unpacks to more than {_MAX_BYTES} bytes")
     return unpacked
 
 

@@ -68,7 +68,7 @@ def _with_tuples(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Source(Protocol):
+class InputSource(Protocol):
     """One place that samples come from. `samples()` may be read again and gives the same samples in the same order."""
 
     name: str
@@ -99,7 +99,7 @@ class Source(Protocol):
 
 def open_sources(
     specs: Sequence[str], *, named: Mapping[str, SourceConfig] | None = None, columns: ColumnConfig | None = None
-) -> list[Source]:
+) -> list[InputSource]:
     """Open what the user names. Raises ValueError, one line each.
 
     Args:
@@ -124,7 +124,7 @@ def open_sources(
     if not wanted:
         raise ValueError("no source: name at least one image folder, list of images or WebDataset shard")
     taken = {name for name in given | told.keys() if name}
-    opened: list[Source] = []
+    opened: list[InputSource] = []
     for name, spec in wanted:
         if name and any(source.name == name for source in opened):
             raise ValueError(f"{name}={spec}: this name has been given to another source")
@@ -139,7 +139,7 @@ def open_sources(
     return opened
 
 
-def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
+def all_samples(sources: Sequence[InputSource]) -> Iterator[RawSample]:
     """The samples of all sources, their tags among the further columns."""
     is_tagged = any(source.tags for source in sources)
     for source in sources:
@@ -151,7 +151,7 @@ def all_samples(sources: Sequence[Source]) -> Iterator[RawSample]:
             yield sample
 
 
-def number_classes(sources: Sequence[Source], *, known: Mapping[str, int] | None) -> dict[str, int]:
+def number_classes(sources: Sequence[InputSource], *, known: Mapping[str, int] | None) -> dict[str, int]:
     """Number the classes that sources name by texts, all of them together, in sorted order: name → class.
 
     `known`: the classes of the corpus that is to grow, which stay as they are; None for a new corpus.
@@ -163,7 +163,7 @@ def number_classes(sources: Sequence[Source], *, known: Mapping[str, int] | None
     return classes
 
 
-def column_names(sources: Sequence[Source], *, wanted: Collection[str]) -> set[str]:
+def column_names(sources: Sequence[InputSource], *, wanted: Collection[str]) -> set[str]:
     """Names of the further columns that the first thousand inputs of each source have. No more is read than it takes to find those that are
     wanted: mostly one input."""
     found: set[str] = set()
@@ -186,7 +186,7 @@ def _free_name(spec: str, *, taken: set[str]) -> str:
     return name
 
 
-def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
+def _open(spec: str, *, name: str, said: SourceConfig) -> InputSource:
     if is_on_hub(spec):
         return HubDataset(spec, name=name, columns=said.columns, split=said.split, subset=said.subset)
     files = expand(spec)
@@ -203,7 +203,7 @@ def _open(spec: str, *, name: str, said: SourceConfig) -> Source:
     return ImageList(files, name=name, columns=said.columns)
 
 
-def _open_folder(folder: str, *, name: str, said: SourceConfig) -> Source:
+def _open_folder(folder: str, *, name: str, said: SourceConfig) -> InputSource:
     """A folder is what lies in it: a corpus, a saved or packed data set, or else images and metadata, or else shards, or else lists."""
     if is_corpus(folder):
         return CorpusSource(folder, name=name, columns=said.columns)

@@ -20,7 +20,7 @@ from dataprep.sources.files.paths import join
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.tables import plain
 from pipeline.corpus.corpus import Corpus
-from pipeline.corpus.record_fields import Columns, read_fields
+from pipeline.corpus.record_fields import ColumnMapping, read_fields
 from pipeline.corpus.sidecars import SIDECARS, TAKEDOWN, TEXT_COLUMNS, provider
 from pipeline.digests import json_digest
 from pipeline.errors import one_line
@@ -107,7 +107,7 @@ class CorpusSource:
         tags = row.get(TAGS)
         said = {name: plain(row[name]) for name in row if name in {*self._extra, *self._asked, self._label} and name != TAGS}
         labels = () if self._label is None else (self._label,)
-        fields = read_fields(said, columns=Columns(captions=self._asked, labels=labels, image=""))
+        fields = read_fields(said, columns=ColumnMapping(captions=self._asked, labels=labels, image=""))
         extra = fields.extra
         for name, kept_as in _ORIGIN.items():
             if row.get(name) is not None:

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataprep.sources.files.paths import base_name, join, read_texts
 from dataprep.sources.tabular.tables import kind_of
 from dataprep.sources.webdataset import TAR_SUFFIXES
-from pipeline.bounded_counter import MOST_NAMES, Tally, listed
+from pipeline.bounded_counter import MAX_NAMES, BoundedCounter, listed
 
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".tbz2", ".txz")
-_MOST_TEXTS = 20  # text files that are looked into
+_MAX_TEXTS = 20  # text files that are looked into
 _COLUMNS = {"image", "images", "image_path", "image_name", "file_name", "filename", "file", "path", "url", "caption", "captions", "text"}
 
 
@@ -19,7 +19,7 @@ class Unread:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        self._kinds = Tally()
+        self._kinds = BoundedCounter()
         self._tars = self._archives = self._tables = self._texts = 0
         self._named_archives: list[str] = []
         self._named_tables: list[str] = []
@@ -32,7 +32,7 @@ class Unread:
             self._tars += 1
         elif lower.endswith(_ARCHIVES):
             self._archives += 1
-            self._named_archives += [file] if len(self._named_archives) < MOST_NAMES else []
+            self._named_archives += [file] if len(self._named_archives) < MAX_NAMES else []
         elif kind_of(file) or lower.endswith(".json"):
             self._add_table(file)
         else:
@@ -41,7 +41,7 @@ class Unread:
     def add_text(self, file: str) -> None:
         """Count a text that lies beside no image."""
         self._texts += 1
-        if file.lower().endswith(".txt") and len(self._looked_into) < _MOST_TEXTS:
+        if file.lower().endswith(".txt") and len(self._looked_into) < _MAX_TEXTS:
             self._looked_into.append(file)
 
     def notes(self) -> list[str]:
@@ -68,7 +68,7 @@ class Unread:
 
     def _add_table(self, file: str) -> None:
         self._tables += 1
-        self._named_tables += [file] if len(self._named_tables) < MOST_NAMES else []
+        self._named_tables += [file] if len(self._named_tables) < MAX_NAMES else []
 
 
 def unread_notes(folder: str, files: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from dataprep.sources.column_mapping import ColumnConfig, describe_encoding, of_
 from dataprep.sources.files.paths import base_name, facts, is_unreachable, open_file
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.tables import decompressed, plain
-from pipeline.bounded_counter import Tally, listed
+from pipeline.bounded_counter import BoundedCounter, listed
 from pipeline.corpus.captions import MAX_TEXT_BYTES
 from pipeline.corpus.json_record import parse_json
 from pipeline.corpus.record_fields import Value, read_fields
@@ -34,7 +34,7 @@ TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"
 DOTTED_TAKEN = f"members whose names have several dots were taken by their last part ({DOTTED})"
 _REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
-_MOST_IN_HAND = 256 << 20  # bytes of a picture in a tar behind a URL
+_MAX_IN_HAND = 256 << 20  # bytes of a picture in a tar behind a URL
 
 
 class Shards:
@@ -56,7 +56,7 @@ class Shards:
         self._text_is_first = columns.captions is None
         self._folder_notes = tuple(notes)
         self._empty: list[str] = []
-        self._left_out = Tally()
+        self._left_out = BoundedCounter()
         self._has_dotted = False
         self._failed = 0
 
@@ -78,7 +78,7 @@ class Shards:
     def samples(self) -> Iterator[RawSample]:
         """All samples of all tars, each tar's in the order of the first member of each key."""
         self._empty.clear()
-        self._left_out = Tally()
+        self._left_out = BoundedCounter()
         self._has_dotted = False
         self._failed = 0
         for path in self.paths:
@@ -128,7 +128,7 @@ class Shards:
         path, image = f"{base_name(tar)}/{found.name}" if found.name else base_name(tar), found.image
         is_compressed = tar.lower().endswith(COMPRESSED)
         problem = found.problem
-        if image and is_compressed and image.length > _MOST_IN_HAND:
+        if image and is_compressed and image.length > _MAX_IN_HAND:
             problem = problem or ("too-large", f"{image.length} bytes in a compressed tar: unpack it to read images of this size")
         if problem:
             return RawSample(source=self.name, path=path, reason=problem[0], detail=problem[1])
@@ -141,7 +141,7 @@ class Shards:
         fields = read_fields(stated, columns=self._columns)
         captions = tuple(texts)
         data = None
-        if image and (is_remote(tar) or is_compressed) and image.length <= _MOST_IN_HAND:
+        if image and (is_remote(tar) or is_compressed) and image.length <= _MAX_IN_HAND:
             data = file.at(image.offset, image.length)
         return RawSample(
             source=self.name,
@@ -183,7 +183,7 @@ class Shards:
         return record, texts
 
 
-def members_left_out(left_out: Tally, *, has_dotted: bool) -> str:
+def members_left_out(left_out: BoundedCounter, *, has_dotted: bool) -> str:
     """A note on members that are no part of a sample, by extension."""
     return f"members left out, by extension: {left_out}{f' ({DOTTED})' if has_dotted else ''}"
 

@@ -17,7 +17,7 @@ _TIMEOUT = 600.0  # seconds that one picture may take
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodeRequest:
     """An image file's bytes, and the sizes at which it is wanted."""
 
     data: bytes
@@ -27,7 +27,7 @@ class Picture:
 Decoded = list[Pixels] | str
 """(3, height, width) uint8 for each crop, or the reason why there are none."""
 
-_NOTHING = Picture(b"", ())
+_NOTHING = DecodeRequest(b"", ())
 
 
 class Decoders:
@@ -35,7 +35,7 @@ class Decoders:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pool: WorkerPool[Picture, Decoded] | None = None
+        self._pool: WorkerPool[DecodeRequest, Decoded] | None = None
 
     def __enter__(self) -> Decoders:
         return self
@@ -43,7 +43,7 @@ class Decoders:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def decode(self, pictures: Sequence[Picture]) -> list[Decoded]:
+    def decode(self, pictures: Sequence[DecodeRequest]) -> list[Decoded]:
         """Each of the images. One at which two workers die is `crashed`."""
         if not pictures:
             return []
@@ -54,7 +54,7 @@ class Decoders:
             self._end()
             raise
 
-    def _start(self) -> WorkerPool[Picture, Decoded]:
+    def _start(self) -> WorkerPool[DecodeRequest, Decoded]:
         """Raises RuntimeError where a worker dies without any picture."""
         pool = WorkerPool(_same, decode_picture, workers=self._workers, timeout=_TIMEOUT)
         try:
@@ -71,7 +71,7 @@ class Decoders:
 
 
 def decode_picture(
-    picture: Picture, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
+    picture: DecodeRequest, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
 ) -> Decoded:
     """In this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
     if lost:
@@ -84,11 +84,11 @@ def decode_picture(
         return rejection.reason
 
 
-def _map(pool: WorkerPool[Picture, Decoded], pictures: Sequence[Picture]) -> list[Decoded]:
+def _map(pool: WorkerPool[DecodeRequest, Decoded], pictures: Sequence[DecodeRequest]) -> list[Decoded]:
     for picture in pictures:
         pool.put(picture)
     return [pool.get() for _ in pictures]
 
 
-def _same(picture: Picture) -> Picture:
+def _same(picture: DecodeRequest) -> DecodeRequest:
     return picture

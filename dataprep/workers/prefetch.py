@@ -11,7 +11,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Generator[Result, None, None]:
+def prefetched(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Generator[Result, None, None]:
     """What `work` makes of each item, in their order; up to `by` of them are being made while the caller works on another."""
     threads = ThreadPoolExecutor(by)
     try:

@@ -19,7 +19,7 @@ from typing import Any
 from dataprep.prepare import PrepareConfig, prepare
 from launch.benchmarks import peers
 from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, compare, take_turns
+from launch.benchmarks.interleaved import BOUND, OURS, compare, run_interleaved
 from pipeline.corpus.corpus import Corpus
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
@@ -27,7 +27,7 @@ from pipeline.loading.loader import Loader
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
 from pipeline.steps import PlannedSample
-from pipeline.storage.shard_reader import Part, ShardReader
+from pipeline.storage.shard_reader import ByteRange, ShardReader
 
 STRIDE = 32  # pixels per token side, and per latent cell, as with the codec of the published text-to-image network
 CHANNELS = 32
@@ -65,7 +65,7 @@ def bench_data(
         if name not in missing:
             options = {"tars": corpus.folder, "work": work / pictures.name, "max-pixels": max_side**2, "workers": workers}
             runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
-    best = take_turns(runs, repeats=repeats, missing=missing, progress=progress)
+    best = run_interleaved(runs, repeats=repeats, missing=missing, progress=progress)
     data: Data = {
         "pictures": corpus.count,
         "max_side": max_side,
@@ -128,10 +128,10 @@ def _decode(held: tuple[PlannedSample, bytes]) -> int:
 
 def _reading_rate(corpus: Corpus) -> float:
     """Bytes of pictures read in random order per second of one core, from the page cache."""
-    parts: list[Part] = []
+    parts: list[ByteRange] = []
     for number, shard in enumerate(corpus.shards):
         table = corpus.read(number, columns=("image_offset", "image_length")).to_pydict()
-        parts += [Part(shard.path, *place) for place in zip(table["image_offset"], table["image_length"], strict=True)]
+        parts += [ByteRange(shard.path, *place) for place in zip(table["image_offset"], table["image_length"], strict=True)]
     size = sum(part.length for part in parts)
     reader = ShardReader()
     best = float("inf")

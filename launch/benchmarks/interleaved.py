@@ -11,7 +11,7 @@ Rates = dict[str, dict[str, float]]  # what was measured → by whom → how man
 OURS, BOUND = "tim", "bare decoder"
 
 
-def take_turns(
+def run_interleaved(
     runs: Mapping[str, Callable[[], Mapping[str, float]]], *, repeats: int, missing: dict[str, str], progress: Progress
 ) -> Rates:
     """The highest rates of each run by its name; `missing` gets the reason of one that raises ChildProcessError."""

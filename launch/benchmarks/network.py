@@ -27,7 +27,7 @@ from pipeline.progress import Progress
 from pipeline.size_rule import SizeRule, target_sizes
 from tim import PackedText, PackedTokens, Segments, TransitionObjective, TransitionTransformer, transports
 from tim import sample as draw
-from tim.attention.dispatch import BACKENDS, Needs, attention, choose_backend
+from tim.attention.dispatch import BACKENDS, AttentionRequirements, attention, choose_backend
 from tim.flops import Lengths, activation_bytes, step_flops
 from tim.objective import Network
 
@@ -118,7 +118,9 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
     q, k, v = (torch.randn(sum(lengths), width // 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     padding = Padding.of(segments, device)
     variants: dict[str, Callable[[], Tensor]] = {}
-    needs = Needs(device.type, dtype, backward=True, capability=torch.cuda.get_device_capability() if device.type == "cuda" else None)
+    needs = AttentionRequirements(
+        device.type, dtype, backward=True, capability=torch.cuda.get_device_capability() if device.type == "cuda" else None
+    )
     impossible = {name: why for name in BACKENDS if (why := _why_not(name, needs))}
     for name in BACKENDS:
         if name not in impossible:
@@ -311,7 +313,7 @@ def _size(file: Path) -> tuple[int, int] | None:
         return None
 
 
-def _why_not(name: str, needs: Needs) -> str:
+def _why_not(name: str, needs: AttentionRequirements) -> str:
     try:
         choose_backend(needs, name)
     except ValueError as error:

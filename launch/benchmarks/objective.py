@@ -49,7 +49,7 @@ SCORES = {
 SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
 
 
-def prove(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
+def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
     """Train each of `OBJECTIVES` in the folder `out`, for so many steps, and compare what they draw. A finished run is kept.
 
     Of each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, the share of pictures that show
@@ -79,7 +79,7 @@ def prove(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, A
     return {"drawn": drawn, "training_steps": steps, "real": scores(other, real=real, asked=asked), "scores": found}
 
 
-def describe_proof(data: Mapping[str, Any]) -> str:
+def describe_comparison(data: Mapping[str, Any]) -> str:
     """A table for each score, by objective and number of sampling steps."""
     width = max(map(len, OBJECTIVES))
     lines = []

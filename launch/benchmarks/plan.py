@@ -17,7 +17,7 @@ import numpy as np
 from launch.benchmarks.network import picture_sizes
 from pipeline.cost import DIFFUSION, Floats, Ints, image_costs
 from pipeline.packing.packing import NO_ROOM, fill_holes
-from pipeline.packing.rank_assignment import deal, waited_for
+from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
 from pipeline.steps import Step
@@ -68,9 +68,9 @@ def _measure(corpus: SizeCorpus, *, ranks: int, steps: int) -> Data:
     used, seconds = {}, {}
     for mode in (False, True):
         began = time.process_time()
-        hands = [deal(step, ranks=ranks, lockstep=mode) for step in planned]
+        rank_packs = [assign_to_ranks(step, ranks=ranks, lockstep=mode) for step in planned]
         seconds[mode] = planning + time.process_time() - began
-        used[mode] = total / (ranks * sum(waited_for(each, lockstep=mode) for each in hands))
+        used[mode] = total / (ranks * sum(step_makespan(each, lockstep=mode) for each in rank_packs))
     tokens = np.concatenate([step.table.columns.tokens for step in planned])
     tokens = np.random.default_rng(0).permutation(tokens)  # in a step they come sorted by pack
     return {
@@ -93,7 +93,7 @@ def _resume(corpus: SizeCorpus, *, ranks: int) -> Data:
     began = time.perf_counter()
     resumed = _planner(corpus)
     resumed.load_state_dict(json.loads(state))
-    samples = [pack.samples for pack in deal(resumed.next_step(), ranks=ranks, lockstep=True)[0]]
+    samples = [pack.samples for pack in assign_to_ranks(resumed.next_step(), ranks=ranks, lockstep=True)[0]]
     seconds = time.perf_counter() - began
     return {"rows": corpus.count, "seconds": seconds, "state_bytes": len(state), "images_of_a_rank": sum(map(len, samples))}
 

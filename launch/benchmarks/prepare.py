@@ -25,7 +25,7 @@ from PIL import Image
 
 from launch.benchmarks import prepare_peers
 from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, compare, take_turns
+from launch.benchmarks.interleaved import BOUND, OURS, compare, run_interleaved
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.progress import Progress
@@ -67,7 +67,7 @@ def bench_prepare(
         kept[name] = found["kept"]
         return {f"images_per_{what}": len(files) / found[f"{what}s"] for what in ("second", "cpu_second")}
 
-    best = take_turns({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
+    best = run_interleaved({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
     shutil.rmtree(work / "out", ignore_errors=True)
     compared = compare(best, others=prepare_peers.TOOLS)
     data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **compared}

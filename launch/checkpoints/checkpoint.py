@@ -28,7 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from launch.checkpoints import tensor_fragments
-from launch.checkpoints.tensor_fragments import Fragment, Scattered, Shapes
+from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
 from launch.distributed.ranks import Ranks
 from pipeline.digests import file_digest
 
@@ -41,7 +41,7 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class CheckpointMetadata:
     """What a checkpoint says of the run that wrote it: `step` steps were done, the last ones by `world_size` ranks.
 
     Format 1 had the optimizer's moments in files of DeepSpeed: its weights can still be exported, but no run goes on from it.
@@ -58,25 +58,25 @@ class Checkpoint:
     """A complete checkpoint and what was passed over, newest first, to find it."""
 
     folder: Path
-    facts: Facts
+    metadata: CheckpointMetadata
     passed_over: tuple[str, ...] = ()
 
-    def pieces(self, kind: str) -> Scattered:
+    def pieces(self, kind: str) -> ShardedTensors:
         """What all ranks wrote of a kind: "weights", "ema" or one of the optimizer's moments. Raises ValueError."""
-        return Scattered([self.folder / fragment_file(kind, rank) for rank in range(self.facts.world_size)])
+        return ShardedTensors([self.folder / fragment_file(kind, rank) for rank in range(self.metadata.world_size)])
 
 
-def save(run_dir: Path, facts: Facts, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
+def save(run_dir: Path, metadata: CheckpointMetadata, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
     """Write a checkpoint; all ranks call it. `write` puts this rank's part into a folder and returns the files it wrote.
 
     Older checkpoints than the newest `keep_last` are removed, and what an interrupted save has left.
     """
-    final = run_dir / "checkpoints" / f"step-{facts.step:06d}"
+    final = run_dir / "checkpoints" / f"step-{metadata.step:06d}"
     partial = final.with_name(final.name + ".tmp")
-    ranks.on_main(lambda: _make_room(partial))
-    mine = {str(path.relative_to(partial)): _settle(path) for path in write(partial)}
+    ranks.run_on_rank0(lambda: _make_room(partial))
+    mine = {str(path.relative_to(partial)): _fsync_and_hash(path) for path in write(partial)}
     everyone = ranks.gather(mine)
-    ranks.on_main(lambda: _publish(run_dir, partial, final, facts, everyone, keep_last))
+    ranks.run_on_rank0(lambda: _publish(run_dir, partial, final, metadata, everyone, keep_last))
     return final
 
 
@@ -87,10 +87,10 @@ def newest(run_dir: Path) -> Checkpoint | None:
     """
     passed_over: list[str] = []
     for folder in reversed(_step_folders(run_dir)):
-        facts = _facts_or_problem(folder)
-        if isinstance(facts, Facts):
-            return Checkpoint(folder, facts, tuple(passed_over))
-        passed_over.append(facts)
+        metadata = _metadata_or_problem(folder)
+        if isinstance(metadata, CheckpointMetadata):
+            return Checkpoint(folder, metadata, tuple(passed_over))
+        passed_over.append(metadata)
     if passed_over:
         raise CheckpointError(f"no checkpoint of {run_dir} is intact; remove {run_dir} to start again: {'; '.join(passed_over)}")
     return None
@@ -110,7 +110,7 @@ def find(run_dir: Path, *, step: int | None = None) -> Checkpoint:
     return Checkpoint(folder, check(folder))
 
 
-def check(folder: Path) -> Facts:
+def check(folder: Path) -> CheckpointMetadata:
     """Read the manifest and compare every file with it. Raises CheckpointError naming the first difference."""
     manifest = folder / MANIFEST
     try:
@@ -123,7 +123,7 @@ def check(folder: Path) -> Facts:
         version = content.get("format") if isinstance(content, dict) else None
         raise CheckpointError(f"{manifest}: unknown format {version!r}; this version reads 1 and {FORMAT}")
     try:
-        facts = Facts(**{name: content[name] for name in Facts.__dataclass_fields__})
+        metadata = CheckpointMetadata(**{name: content[name] for name in CheckpointMetadata.__dataclass_fields__})
         files: dict[str, dict[str, Any]] = content["files"]
     except KeyError as error:
         raise CheckpointError(f"{manifest}: {error} is missing") from None
@@ -136,7 +136,7 @@ def check(folder: Path) -> Facts:
     for name, expected in files.items():
         if file_digest(folder / name) != expected["sha256"]:
             raise CheckpointError(f"{folder / name} does not have the digest of the manifest")
-    return facts
+    return metadata
 
 
 def consolidate(folder: Path, *, ema: bool) -> dict[str, Tensor]:
@@ -170,7 +170,7 @@ def write_trainer_state(folder: Path, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write a small file so that it appears whole or not at all."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
@@ -179,7 +179,7 @@ def write_whole(path: Path, text: str) -> None:
     _sync(path.parent)
 
 
-def _facts_or_problem(folder: Path) -> Facts | str:
+def _metadata_or_problem(folder: Path) -> CheckpointMetadata | str:
     try:
         return check(folder)
     except CheckpointError as problem:
@@ -193,18 +193,20 @@ def _make_room(partial: Path) -> None:
     partial.mkdir()
 
 
-def _publish(run_dir: Path, partial: Path, final: Path, facts: Facts, everyone: list[dict[str, Any]], keep_last: int) -> None:
+def _publish(
+    run_dir: Path, partial: Path, final: Path, metadata: CheckpointMetadata, everyone: list[dict[str, Any]], keep_last: int
+) -> None:
     files = {name: entry for part in everyone for name, entry in sorted(part.items())}
     written = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()}
     assert written == set(files), f"files without an owner: {written ^ set(files)}"
-    write_whole(partial / MANIFEST, json.dumps({**asdict(facts), "files": files}, indent=1))
+    write_atomically(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
         _sync(folder)
     if final.exists():  # a broken one that was passed over on resume
         _remove(final)
     partial.rename(final)
     _sync(final.parent)
-    write_whole(run_dir / "latest", final.name + "\n")
+    write_atomically(run_dir / "latest", final.name + "\n")
     for old in _step_folders(run_dir)[:-keep_last]:
         _remove(old)
 
@@ -226,7 +228,7 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _settle(path: Path) -> dict[str, Any]:
+def _fsync_and_hash(path: Path) -> dict[str, Any]:
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 

@@ -52,7 +52,7 @@ def export(
     if official and with_models:
         raise ValueError("--with-models: the published code takes codec and text encoder from elsewhere; leave out --official")
     found = checkpoint.find(run, step=step)
-    spec = spec_of(config, step=found.facts.step)
+    spec = spec_of(config, step=found.metadata.step)
     published = _published(spec) if official else ""
     notes = [f"passed over: {problem}" for problem in found.passed_over]
     state = checkpoint.consolidate(found.folder, ema=ema)
@@ -63,7 +63,7 @@ def export(
     else:
         save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Exported(folder=out, step=found.facts.step, ema=ema, parameters=parameters, notes=tuple(notes))
+    return Exported(folder=out, step=found.metadata.step, ema=ema, parameters=parameters, notes=tuple(notes))
 
 
 def _published(spec: ModelSpec) -> str:
@@ -100,7 +100,7 @@ def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
     folder = path / "exports" / found.folder.name
     if not is_model(folder):
         say(f"exporting {found.folder}")
-        export(path, out=folder, step=found.facts.step)
+        export(path, out=folder, step=found.metadata.step)
     say(f"model: {folder}")
     return folder
 

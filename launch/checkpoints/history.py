@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.checkpoint import write_whole
+from launch.checkpoints.checkpoint import write_atomically
 from launch.config.schema import ConfigError
 
 HISTORY = "history.json"
-MOST_NAMED = 10
+MAX_NAMED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ class Initial:
         parts = [f"{self.loaded} tensors of {self.path} (sha256 {self.digest[:16]})"]
         for names, what in ((self.not_loaded, "kept their random start"), (self.not_used, "of the file were not used")):
             if names:
-                more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
-                parts.append(f"{len(names)} {what}: {', '.join(names[:MOST_NAMED])}{more}")
+                more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+                parts.append(f"{len(names)} {what}: {', '.join(names[:MAX_NAMED])}{more}")
         return "; ".join(parts)
 
 
@@ -97,4 +97,4 @@ def read(run_dir: Path) -> History:
 
 def write(run_dir: Path, history: History) -> None:
     if history != History() or (run_dir / HISTORY).exists():
-        write_whole(run_dir / HISTORY, json.dumps(history.to_json(), indent=1, ensure_ascii=False))
+        write_atomically(run_dir / HISTORY, json.dumps(history.to_json(), indent=1, ensure_ascii=False))

@@ -25,7 +25,7 @@ _CONFIG_KEYS = {
 def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shapes) -> dict[str, Any]:
     """The trainer's part of a checkpoint. Raises ConfigError if it is of another version, optimizer or network than the config's."""
     folder = found.folder
-    if found.facts.format != checkpoint.FORMAT:
+    if found.metadata.format != checkpoint.FORMAT:
         remedy = "go on with that version, or start another run; `tim export` reads its weights"
         raise ConfigError(f"{folder} was written by an earlier version, which left the optimizer's state to DeepSpeed: {remedy}")
     state = checkpoint.read_trainer_state(folder)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.checkpoints.checkpoint import write_whole
+from launch.checkpoints.checkpoint import write_atomically
 from launch.checkpoints.history import History, write
 from launch.config.schema import Config, ConfigError, to_yaml
 
@@ -24,7 +24,7 @@ FIXED = ("codec", "text", "network", "condition", "objective.transport", "object
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def exclusive_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock. The lock of a process that died, however it died, is nobody's.
 
     Raises:
@@ -67,7 +67,7 @@ def write_config(run_dir: Path, config: Config, *, history: History = History())
     """Write RUN/config.yaml, and as comments above it what the run's history says; and RUN/history.json."""
     write(run_dir, history)
     comments = "".join(f"# {line}\n" for line in history.lines())
-    write_whole(run_dir / CONFIG, comments + to_yaml(config))
+    write_atomically(run_dir / CONFIG, comments + to_yaml(config))
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

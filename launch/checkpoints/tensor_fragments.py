@@ -36,7 +36,7 @@ def save(path: Path, fragments: Mapping[str, Fragment], *, shapes: Shapes) -> No
     save_file({name: fragment.values.cpu().contiguous() for name, fragment in fragments.items()}, path, metadata=metadata)
 
 
-class Scattered:
+class ShardedTensors:
     """Parameters as a checkpoint's files hold them, one file from each rank. Only what is asked for is read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:

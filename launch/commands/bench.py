@@ -243,10 +243,10 @@ def objective(
     Example: tim bench objective --out objective
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.benchmarks.objective import describe_proof, prove
+        from launch.benchmarks.objective import compare_objectives, describe_comparison
 
-        data = prove(out, steps=steps, drawn=pictures, console=console)
-        console.result(describe_proof(data), data=data)
+        data = compare_objectives(out, steps=steps, drawn=pictures, console=console)
+        console.result(describe_comparison(data), data=data)
 
 
 def _run(

@@ -10,7 +10,7 @@ import typer
 
 from launch.arguments import one_corpus, one_of, parse_part, split_overrides, split_sources
 from launch.commands.options import Debug, Json, Workers
-from launch.commands.text_tables import count, describe_account, describe_annotation, describe_features, describe_scores
+from launch.commands.text_tables import count, describe_annotation, describe_features, describe_input_counts, describe_scores
 from launch.console import session
 from launch.distributed.torchrun import cores
 
@@ -70,7 +70,7 @@ def prepare(
     """
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.job import with_own_settings
-        from dataprep.prepare import Account, Growth, Part, PrepareConfig, prepare_part
+        from dataprep.prepare import AppendMode, InputCounts, JobPart, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
         from dataprep.shards.manifest import REPORT
         from launch.config.schema import load_config
@@ -89,14 +89,14 @@ def prepare(
             job: dict[str, Any] = {"out": out, "config": settings, "against": against or (), "work": work, "pool": pool}
             job |= {"progress": report, "announce": console.line}
             if part is not None:
-                done = prepare_part(positional, part=Part(*parse_part(part)), **job)
+                done = prepare_part(positional, part=JobPart(*parse_part(part)), **job)
             else:
-                growth = Growth(append=append, retry=retry_failed) if append or retry_failed else None
-                done = prepare_corpus(positional, growth=growth, merge=merge, **job)
+                append_mode = AppendMode(append=append, retry=retry_failed) if append or retry_failed else None
+                done = prepare_corpus(positional, append_mode=append_mode, merge=merge, **job)
         facts = asdict(done)
-        if isinstance(done, Account):
+        if isinstance(done, InputCounts):
             page = f"{out.rstrip('/')}/{REPORT}"
-            console.result(f"{describe_account(out, facts)}\nreport: {page}", data={"corpus": out, **facts, "report": page})
+            console.result(f"{describe_input_counts(out, facts)}\nreport: {page}", data={"corpus": out, **facts, "report": page})
         else:
             console.result(f"{out}: part {part} of {count(done.inputs, 'input')} is examined", data={"corpus": out, "part": part, **facts})
 
@@ -118,9 +118,9 @@ def index(
         from dataprep.index_tars import index as index_shards
 
         with console.progress() as report:
-            account = index_shards(shards, out=out, workers=workers or cores(), progress=report)
-        facts = asdict(account)
-        console.result(describe_account(out, facts), data={"corpus": out, **facts})
+            counts = index_shards(shards, out=out, workers=workers or cores(), progress=report)
+        facts = asdict(counts)
+        console.result(describe_input_counts(out, facts), data={"corpus": out, **facts})
 
 
 def encode(
@@ -222,7 +222,7 @@ def report(
 ) -> None:
     """What is in a corpus, in pictures.
 
-    Account, sizes, tokens, captions, scores, examples of what was kept and rejected, duplicates side by side, and the fill that the
+    InputCounts, sizes, tokens, captions, scores, examples of what was kept and rejected, duplicates side by side, and the fill that the
     planner expects: one HTML file that needs no network.
 
     Example: tim report corpus --stride 16

@@ -9,7 +9,7 @@ from typing import Any
 BAR_WIDTH = 32
 
 
-def describe_account(out: str | Path, facts: Mapping[str, Any]) -> str:
+def describe_input_counts(out: str | Path, facts: Mapping[str, Any]) -> str:
     """inputs = kept + Σ rejected, a line for each reason."""
     lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {count(facts['shards'], 'shard')}"]
     rejected = sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0]))
@@ -65,9 +65,9 @@ def describe_recipes(texts: Mapping[str, str]) -> str:
 
 def describe_plan(summary: Mapping[str, Any]) -> str:
     """What `pipeline.planning.summary.plan_summary` found, on one screen."""
-    account = summary["account"]
+    input_counts = summary["account"]
     steps, ranks = len(summary["steps"]), summary["ranks"]
-    left_out = sum(account["left_out"].values())
+    left_out = sum(input_counts["left_out"].values())
     facts = {
         "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
         "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
@@ -77,10 +77,10 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         "images a step": f"{summary['samples_per_step']:.1f}",
         "planned": f"{summary['samples']} images in {count(steps, 'step')} from step {summary['steps'][0]['index']}, "
         f"{summary['epochs']:.2f} epochs",
-        "samples": f"{account['samples']} of {account['rows']} in the corpus",
-        "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in account["left_out"].items())]),
-        "scaled down": f"{account['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
-        f"{account['cropped_pixels']:.1%}",
+        "samples": f"{input_counts['samples']} of {input_counts['rows']} in the corpus",
+        "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in input_counts["left_out"].items())]),
+        "scaled down": f"{input_counts['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
+        f"{input_counts['cropped_pixels']:.1%}",
     }
     if captions := summary.get("captions"):
         share = f"{captions['cut']} of {captions['sampled']} in a sample"
@@ -96,8 +96,8 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
         lines += ["", "corpora", *_columns({corpus["name"]: _describe_corpus(corpus) for corpus in summary["corpora"]})]
     if len(summary["schedule"]) > 1:
         lines += ["", "schedule", *_columns({f"from step {stage['step']}": _describe_stage(stage) for stage in summary["schedule"]})]
-    tokens = {f"{size} to {2 * int(size) - 1}": images for size, images in account["tokens"].items()}
-    lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(account["aspects"])]
+    tokens = {f"{size} to {2 * int(size) - 1}": images for size, images in input_counts["tokens"].items()}
+    lines += ["", "tokens per image", *histogram(tokens), "", "width : height", *histogram(input_counts["aspects"])]
     return "\n".join(lines)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 import configs
 from launch.config import yaml_file
-from launch.config.yaml_file import ConfigError, Impossible
+from launch.config.yaml_file import ConfigConflict, ConfigError
 from pipeline.corpus.row_filter import Where
 from pipeline.planning.config import PlanConfig, Weight
 
@@ -50,12 +50,12 @@ class CorpusConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> CorpusConfig:
         if self.weight is not None and self.repeats != 1:
-            raise Impossible("repeats", "weight and repeats both say how much of the corpus is seen: give one of them")
+            raise ConfigConflict("repeats", "weight and repeats both say how much of the corpus is seen: give one of them")
         if self.where is not None:
             try:
                 Where(self.where)
             except ValueError as error:
-                raise Impossible("where", str(error)) from None
+                raise ConfigConflict("where", str(error)) from None
         return self
 
 
@@ -67,7 +67,7 @@ def _as_corpora(value: Any) -> Any:
 
 def _check_interval(interval: tuple[float, float]) -> None:
     if interval[0] > interval[1]:
-        raise Impossible("interval", f"{list(interval)} is empty: its start is after its end")
+        raise ConfigConflict("interval", f"{list(interval)} is empty: its start is after its end")
 
 
 class CodecConfig(Section):
@@ -80,7 +80,7 @@ class CodecConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> CodecConfig:
         if self.kind == "pixel" and self.path is not None:
-            raise Impossible("path", "pixel needs no weights: leave it out, or give another kind")
+            raise ConfigConflict("path", "pixel needs no weights: leave it out, or give another kind")
         return self
 
 
@@ -116,11 +116,11 @@ class TextConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> TextConfig:
         if self.kind == "lookup" and self.path is not None:
-            raise Impossible("path", "lookup needs no weights: leave it out, or give another kind")
+            raise ConfigConflict("path", "lookup needs no weights: leave it out, or give another kind")
         if self.kind != "hf" and self.tokenizer is not None:
-            raise Impossible("tokenizer", f"{self.kind} has CLIP's tokenizer: leave it out, or use kind hf")
+            raise ConfigConflict("tokenizer", f"{self.kind} has CLIP's tokenizer: leave it out, or use kind hf")
         if not any(self.caption_weights):
-            raise Impossible("caption_weights", "one caption at least must weigh something")
+            raise ConfigConflict("caption_weights", "one caption at least must weigh something")
         return self
 
 
@@ -159,7 +159,7 @@ class NetworkParams(Section):
     def _heads_fit(self) -> NetworkParams:
         head_width, rest = divmod(self.hidden_size, self.num_heads)
         if rest or head_width % 4:
-            raise Impossible(
+            raise ConfigConflict(
                 "num_heads", f"hidden_size {self.hidden_size} over {self.num_heads} heads: a head's width must be a multiple of 4"
             )
         return self
@@ -179,7 +179,7 @@ class NetworkConfig(Section):
             return values
         name = values["recipe"]
         if name not in recipe_names():
-            raise Impossible("recipe", f"{name!r} is no recipe; {yaml_file.nearest_of(name, recipe_names())}")
+            raise ConfigConflict("recipe", f"{name!r} is no recipe; {yaml_file.nearest_of(name, recipe_names())}")
         taken = yaml_file.read(recipe_path(name)).values["network"]["params"]
         return {**values, "params": {**taken, **values.get("params", {})}}
 
@@ -246,7 +246,7 @@ class ObjectiveConfig(Section):
     def _shares_fit(self) -> ObjectiveConfig:
         total = self.diffusion_share + self.consistency_share
         if total > 1 + 1e-9:
-            raise Impossible("consistency_share", f"diffusion_share and consistency_share add up to {total:g}, more than 1")
+            raise ConfigConflict("consistency_share", f"diffusion_share and consistency_share add up to {total:g}, more than 1")
         return self
 
     def transport_settings(self) -> dict[str, float]:
@@ -290,11 +290,11 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.warmup > self.steps:
-            raise Impossible("warmup", f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
+            raise ConfigConflict("warmup", f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
         if self.optimizer == "muon" and self.zero == 3:
-            raise Impossible("optimizer", "muon needs whole matrices, which train.zero=3 cuts up: use zero 1 or 2, or adamw")
+            raise ConfigConflict("optimizer", "muon needs whole matrices, which train.zero=3 cuts up: use zero 1 or 2, or adamw")
         if self.compile and self.zero == 3:
-            raise Impossible("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or no compile")
+            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or no compile")
         return self
 
     @property
@@ -380,16 +380,18 @@ class Config(Section):
         for number, (diffusion, consistency) in enumerate(self.kind_shares()[1:]):
             if diffusion + consistency > 1 + 1e-9:
                 why = f"from step {self.plan.schedule[number].step} on diffusion_share {diffusion:g} and consistency_share {consistency:g}"
-                raise Impossible(f"plan.schedule.{number}", f"{why} add up to more than 1")
+                raise ConfigConflict(f"plan.schedule.{number}", f"{why} add up to more than 1")
         return self
 
     @model_validator(mode="after")
     def _derivative_fits(self) -> Config:
         if self.objective.derivative == "jvp" and self.train.zero == 3:
             why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
-            raise Impossible("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
+            raise ConfigConflict("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
         if self.objective.derivative == "jvp" and self.train.attention not in ("auto", "sdpa"):
-            raise Impossible("train.attention", f"{self.train.attention} has no forward-mode derivative, which jvp needs: use auto or sdpa")
+            raise ConfigConflict(
+                "train.attention", f"{self.train.attention} has no forward-mode derivative, which jvp needs: use auto or sdpa"
+            )
         return self
 
     @model_validator(mode="after")
@@ -401,13 +403,13 @@ class Config(Section):
         known = transports.settings_of(kind)
         for key, name in TRANSPORT_SETTINGS.items():
             if getattr(objective, key) is not None and name not in known:
-                raise Impossible(f"objective.{key}", f"transport {kind} has no such setting; leave it out")
+                raise ConfigConflict(f"objective.{key}", f"transport {kind} has no such setting; leave it out")
         if transports.TRANSPORTS[kind].shifts:
             return self
         asked = {"objective.shift": "shift" in objective.model_fields_set and objective.shift, "sampling.shift": self.sampling.shift}
         for key, shift in asked.items():
             if shift:
-                raise Impossible(key, f"the noise of transport {kind} has a fixed range, its times do not shift; set null")
+                raise ConfigConflict(key, f"the noise of transport {kind} has a fixed range, its times do not shift; set null")
         vars(self).update(objective=objective.model_copy(update={"shift": None}))
         return self
 
@@ -420,9 +422,9 @@ class Config(Section):
         for kind, keys in usual.items():
             for key in keys:
                 if (given := getattr(params, key)) is not None:
-                    raise Impossible(f"network.params.{key}", f"{given} given, which is for condition: {kind}, not {self.condition}")
+                    raise ConfigConflict(f"network.params.{key}", f"{given} given, which is for condition: {kind}, not {self.condition}")
         if self.condition == "class" and self.text != TextConfig():
-            raise Impossible("text", "condition: class reads no captions; leave this section out")
+            raise ConfigConflict("text", "condition: class reads no captions; leave this section out")
         filled = {key: value for key, value in wanted.items() if getattr(params, key) is None}
         vars(self).update(network=self.network.model_copy(update={"params": params.model_copy(update=filled)}))
         return self
@@ -434,14 +436,14 @@ class Config(Section):
             nothing, key = ("the empty caption", "text.caption_dropout")
             if self.condition == "class":
                 nothing, key = ("pictures without a class", "network.params.class_dropout_prob")
-            raise Impossible("objective.guidance", f"needs {nothing}, which is not trained: give {key} above 0")
+            raise ConfigConflict("objective.guidance", f"needs {nothing}, which is not trained: give {key} above 0")
         if objective.alignment is not None and not params.z_dim:
-            raise Impossible("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")
+            raise ConfigConflict("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")
         if objective.alignment is not None and params.encoder_depth > params.depth:
-            raise Impossible("network.params.encoder_depth", f"{params.encoder_depth} given, but there are {params.depth} blocks")
+            raise ConfigConflict("network.params.encoder_depth", f"{params.encoder_depth} given, but there are {params.depth} blocks")
         if objective.alignment is None and params.z_dim:
             if self.network.recipe is None:
-                raise Impossible("network.params.z_dim", f"{params.z_dim} given, but no objective.alignment that would train it")
+                raise ConfigConflict("network.params.z_dim", f"{params.z_dim} given, but no objective.alignment that would train it")
             vars(self).update(network=self.network.model_copy(update={"params": params.model_copy(update={"z_dim": 0})}))
         return self
 
@@ -454,17 +456,17 @@ class Config(Section):
         try:
             codec = codecs.geometry(self.codec.kind, self.codec.path)
         except ValueError as error:
-            raise Impossible("codec.path", str(error)) from None
+            raise ConfigConflict("codec.path", str(error)) from None
         stride = codec.factor * params.patch_size
         if self.plan.stride not in (None, stride):
             product = (
                 f"{stride}, the {codec.factor} pixels per cell of codec {self.codec.kind} × network.params.patch_size {params.patch_size}"
             )
-            raise Impossible("plan.stride", f"{self.plan.stride} given, but it is {product}; leave it out")
+            raise ConfigConflict("plan.stride", f"{self.plan.stride} given, but it is {product}; leave it out")
         if params.in_channels not in (None, codec.channels):
             wanted = f"codec {self.codec.kind} has {codec.channels} channels"
             remedy = "leave it out" if self.network.recipe is None else f"give network.params.in_channels={codec.channels}, or that codec"
-            raise Impossible("network.params.in_channels", f"{params.in_channels} given, but {wanted}; {remedy}")
+            raise ConfigConflict("network.params.in_channels", f"{params.in_channels} given, but {wanted}; {remedy}")
         network = self.network.model_copy(update={"params": params.model_copy(update={"in_channels": codec.channels})})
         vars(self).update(plan=self.plan.model_copy(update={"stride": stride}), network=network)
         return self

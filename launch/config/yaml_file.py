@@ -35,7 +35,7 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line for people."""
 
 
-class Impossible(ValueError):
+class ConfigConflict(ValueError):
     """A combination of values that a schema refuses: `key` is the dotted key to blame, the message says why."""
 
     def __init__(self, key: str, message: str) -> None:
@@ -210,7 +210,7 @@ def _blamed(problem: ErrorDetails, written: Written) -> Key:
     """The key to blame: a schema's own rule may name one, or mention it in its message."""
     key = _plain(problem["loc"])
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, Impossible):
+    if isinstance(cause, ConfigConflict):
         return (*key, *cause.key.split("."))
     if isinstance(cause, ValueError):
         mentioned = [name for name in re.findall(r"[a-z_]+", str(cause)) if (*key, name) in written.places]

@@ -21,7 +21,7 @@ from launch.distributed.device import choose_device
 
 Result = TypeVar("Result")
 
-PATIENCE = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
+GROUP_TIMEOUT = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +60,26 @@ class Ranks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def on_main(self, action: Callable[[], Result]) -> Result:
+    def run_on_rank0(self, action: Callable[[], Result]) -> Result:
         """Run `action` on rank 0 and give its result to every rank; where it raises, rank 0 raises and the others exit silently."""
         result, error = _attempt(action) if self.is_main else (None, None)
         result, code = self.broadcast((result, _exit_code(error)))
-        _fail_as_one([code], own=error)
-        return result  # pyright: ignore[reportReturnType]  (None only where _fail_as_one has raised)
+        _raise_collectively([code], own=error)
+        return result  # pyright: ignore[reportReturnType]  (None only where _raise_collectively has raised)
 
-    def together(self, action: Callable[[], Result]) -> Result:
+    def run_on_all_ranks(self, action: Callable[[], Result]) -> Result:
         """Run an `action` that talks to nobody on every rank; where some raise, the first of them does and the others exit silently."""
         result, error = _attempt(action)
         codes = self.gather(_exit_code(error))
         first = next((rank for rank, code in enumerate(codes) if code is not None), None)
-        _fail_as_one(codes, own=error if first == self.rank else None)
-        return result  # pyright: ignore[reportReturnType]  (None only where _fail_as_one has raised)
+        _raise_collectively(codes, own=error if first == self.rank else None)
+        return result  # pyright: ignore[reportReturnType]  (None only where _raise_collectively has raised)
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
     try:
         return action(), None
-    except Exception as error:  # raised again by _fail_as_one
+    except Exception as error:  # raised again by _raise_collectively
         return None, error
 
 
@@ -87,7 +87,7 @@ def _exit_code(error: Exception | None) -> int | None:
     return None if error is None else 2 if isinstance(error, ValueError) else 1
 
 
-def _fail_as_one(codes: Sequence[int | None], *, own: Exception | None) -> None:
+def _raise_collectively(codes: Sequence[int | None], *, own: Exception | None) -> None:
     """One line says what is wrong, not one from every rank."""
     if own is not None:
         raise own
@@ -110,10 +110,10 @@ def process_group() -> Iterator[Ranks]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_alone = "RANK" not in os.environ
     if not is_alone:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to read it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=PATIENCE)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:

@@ -117,20 +117,20 @@ def draw(
                         seed=seed,
                         evaluations=image.info["evaluations"],
                     )
-                    _write_png(path, image, facts={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
+                    _write_png(path, image, metadata={"prompt": name, "steps": count, "guidance": scale, "seed": seed})
                     drawings.append(drawing)
                 rows.append(row)
                 labels.append(f"{name}\n{width} x {height}")
                 report("draw", len(drawings), total)
     columns = [f"{count} step{'s' * (count > 1)}" for count in steps]
-    _write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), facts={"seed": seed, "guidance": scale})
+    _write_png(out / "grid.png", grid(rows, row_labels=labels, column_labels=columns), metadata={"seed": seed, "guidance": scale})
     return drawings, out / "grid.png"
 
 
-def _write_png(path: Path, image: Image.Image, *, facts: dict[str, object]) -> None:
+def _write_png(path: Path, image: Image.Image, *, metadata: dict[str, object]) -> None:
     """Write a PNG with text chunks, whole or not at all."""
     chunks = PngInfo()
-    for name, value in facts.items():
+    for name, value in metadata.items():
         chunks.add_itxt(name, str(value))
     with publish(path) as stream:
         image.save(stream, format="PNG", pnginfo=chunks)

@@ -17,7 +17,7 @@ from pipeline.features.manifest import Features
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.storage.remote import is_remote
 from pipeline.storage.shard_cache import ShardCache
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.size_only_corpus import read_sizes
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def make_planner(config: Config) -> Planner:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
     check_shards = config.loader.on_bad_shard == "error"
     sources = [
-        Source(
+        CorpusView(
             Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
             weight=entry.weight,
             repeats=entry.repeats,

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.checkpoints.tensor_fragments import Fragment, Scattered, Shapes
+from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
 from launch.distributed.ranks import Ranks
 from launch.training.muon import Muon, hidden_matrices
 from pipeline.foreign_warnings import HIDDEN
@@ -115,7 +115,7 @@ class Engine:
                     found[kind][name] = share.of(state[kind])
         return found
 
-    def load(self, pieces: Callable[[str], Scattered], *, updates: int) -> None:
+    def load(self, pieces: Callable[[str], ShardedTensors], *, updates: int) -> None:
         """Continue with the weights and moments that other ranks had, however many, after so many updates; all ranks call it.
 
         pieces: what they wrote of "weights" and of each kind of moments. Every rank reads only what it owns now.

@@ -22,7 +22,7 @@ from tim.packed import Condition
 FILE = "replica.safetensors"  # in a checkpoint: between two fillings it is older than the average
 
 
-class Replica:
+class GuidanceNetwork:
     """Empty until `fill` or `load`. Call it like the network."""
 
     def __init__(self, network: nn.Module, *, ranks: Ranks) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.export import run_config, spec_of
-from launch.checkpoints.history import MOST_NAMED, Initial
+from launch.checkpoints.history import MAX_NAMED, Initial
 from launch.checkpoints.initial_weights import InitialWeights, load_weights
 from launch.config.schema import Config, ConfigError
 from tim import TransitionTransformer
@@ -90,7 +90,7 @@ def _load_strictly(network: TransitionTransformer, weights: dict[str, Tensor], *
     if found.params is not None and found.rope is not None:
         differing = _differences(found.params, rope=found.rope, config=config)
         if differing:
-            raise ConfigError(f"train.init: {found.source} holds another network: {'; '.join(differing[:MOST_NAMED])}: {remedy}")
+            raise ConfigError(f"train.init: {found.source} holds another network: {'; '.join(differing[:MAX_NAMED])}: {remedy}")
     try:
         network.load_official(weights)
     except ValueError as error:

@@ -11,7 +11,7 @@ from launch.training.metrics import KINDS
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
 
-MOST_NAMED = 8
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Sums:
 
 
 @dataclass(slots=True)
-class Tally:
+class StepLosses:
     """One rank's packs of a step. Nothing is read back from the device before `sums`."""
 
     packs: list[tuple[Batch, Losses]] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Tally:
         total = ranks.sum(total)
         if total[2]:
             named = [name for names in ranks.gather(suspects) for name in names]
-            ranks.on_main(lambda: _refuse(named))
+            ranks.run_on_rank0(lambda: _refuse(named))
         values = total.tolist()
         return Sums(
             stop=values[0] > 0,
@@ -71,6 +71,6 @@ class Tally:
 
 
 def _refuse(named: list[str]) -> None:
-    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    samples = ", ".join(named[:MOST_NAMED]) + more
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    samples = ", ".join(named[:MAX_NAMED]) + more
     raise RuntimeError(f"the loss is not finite for {samples}: the step was not taken; look at these samples, or lower train.lr")

@@ -29,24 +29,24 @@ from launch.training import guidance_network
 from launch.training.build import check_models, make_cache, make_encoder, make_planner
 from launch.training.ema import ShardedEMA
 from launch.training.engine import Engine
-from launch.training.guidance_network import Replica
+from launch.training.guidance_network import GuidanceNetwork
 from launch.training.initial import load_initial, other_surroundings
 from launch.training.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.training.signals import listening
-from launch.training.step_losses import Tally
+from launch.training.step_losses import StepLosses
 from pipeline.loading.feature_reader import empty_text
 from pipeline.loading.loader import Batch, LoadedStep, Loader
 from pipeline.planning.planner import Planner
 from tim import PackedText, TransitionObjective, TransitionTransformer, alignment, codecs, transports
-from tim.attention.dispatch import Needs, choose_backend
+from tim.attention.dispatch import AttentionRequirements, choose_backend
 from tim.objective import Guide
 from tim.packed import Condition
 
-MOST_SKIPPED = 10  # steps in a row whose gradient was not finite
+MAX_SKIPPED = 10  # steps in a row whose gradient was not finite
 
 
 @dataclass(frozen=True, slots=True)
-class Trained:
+class TrainingResult:
     """What came of a run: its folder, the model in it, and the last row of its metrics (None if there was nothing left to do)."""
 
     run_dir: Path
@@ -55,7 +55,7 @@ class Trained:
     last_row: dict[str, Any] | None
 
 
-def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Trained:
+def train(config: Config, *, quiet: bool = False, replan: bool = False) -> TrainingResult:
     """Train, or continue the run that `run_dir` holds. One process, or one of those that torchrun started; all call it alike.
 
     With `replan`, a run goes on although its plan's inputs have changed (`launch.checkpoints.resuming`).
@@ -74,9 +74,9 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
     with ExitStack() as cleanup:
         signals = cleanup.enter_context(listening())
         ranks = cleanup.enter_context(process_group())
-        planner = ranks.together(lambda: make_planner(config))
-        ranks.on_main(lambda: cleanup.enter_context(run_folder.claimed(run_dir)))
-        found, changes, recorded = ranks.on_main(
+        planner = ranks.run_on_all_ranks(lambda: make_planner(config))
+        ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
+        found, changes, recorded = ranks.run_on_rank0(
             lambda: (checkpoint.newest(run_dir), run_folder.changes_on_resume(run_dir, config), history.read(run_dir))
         )
 
@@ -84,7 +84,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         notes = ["--replan: this run has no checkpoint yet, it begins as planned"] * replan
         if found is not None:
             notes = trainer.resume(found, recorded=recorded, replan=replan)
-        ranks.on_main(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
+        ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
         for line in (*_introduction(config, ranks, trainer, found=found, changes=changes), *notes):
@@ -109,9 +109,9 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
                 raise SystemExit(STOPPED)
 
         model = run_dir / "model"
-        ranks.on_main(lambda: export(run_dir, out=model))
+        ranks.run_on_rank0(lambda: export(run_dir, out=model))
         progress.say(f"model: {model}")
-        return Trained(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
+        return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
 
 
 class Trainer:
@@ -128,11 +128,11 @@ class Trainer:
         parts = () if features is None else features.parts
         self.codec = None
         if "latents" not in parts:
-            self.codec = ranks.together(lambda: codecs.make(config.codec.kind, config.codec.path, device=ranks.device))
+            self.codec = ranks.run_on_all_ranks(lambda: codecs.make(config.codec.kind, config.codec.path, device=ranks.device))
         self.empty_text = None if features is None or features.empty is None else empty_text(features.empty)
         self.encoder = None
         if params.cap_feat_dim is not None and "captions" not in parts:
-            self.encoder = ranks.together(lambda: make_encoder(config, device=ranks.device))
+            self.encoder = ranks.run_on_all_ranks(lambda: make_encoder(config, device=ranks.device))
         self.objective = TransitionObjective(
             transports.make(chosen.transport, **chosen.transport_settings()),
             patch_size=params.patch_size,
@@ -149,7 +149,7 @@ class Trainer:
         if chosen.alignment and "teacher" not in parts:
             kind, path = chosen.alignment.kind, chosen.alignment.path
             assert path is not None, "check_models has seen to it"
-            self.teacher = ranks.together(lambda: alignment.make(kind, path, device=ranks.device, precision=config.train.precision))
+            self.teacher = ranks.run_on_all_ranks(lambda: alignment.make(kind, path, device=ranks.device, precision=config.train.precision))
             if self.teacher.width != params.z_dim:
                 raise ConfigError(f"network.params.z_dim: {params.z_dim} given, but the teacher {path} is {self.teacher.width} wide")
         self.loader = Loader(
@@ -160,7 +160,7 @@ class Trainer:
             lockstep=config.train.lockstep,
             channels=self.geometry.channels,
             factor=self.geometry.factor,
-            codec_draws=self.codec is not None and self.codec.draws,
+            stochastic_codec=self.codec is not None and self.codec.is_stochastic,
             teacher=chosen.alignment is not None,
             workers=config.loader.workers,
             prefetch=config.loader.prefetch,
@@ -174,9 +174,9 @@ class Trainer:
         cleanup.callback(self.loader.close)
         torch.manual_seed(config.seed)
         network = self._new_network()
-        self.history = History(init=ranks.together(lambda: load_initial(network, config)) if is_new else None)
+        self.history = History(init=ranks.run_on_all_ranks(lambda: load_initial(network, config)) if is_new else None)
         self.null_class = network.null_class
-        network.execute(**execution(config.train, ranks.device))
+        network.configure_execution(**execution(config.train, ranks.device))
         self.parameters = sum(parameter.numel() for parameter in network.parameters())
         self.engine = Engine(
             network,
@@ -190,7 +190,7 @@ class Trainer:
         )
         cleanup.callback(self.engine.close)
         self.ema = ShardedEMA(self.engine.fragments(), decay=config.train.ema)
-        self.replica: Replica | None = None  # from the first step that is guided
+        self.guidance_network: GuidanceNetwork | None = None  # from the first step that is guided
         self.meter = Meter()
         self.step = 0
         self._skipped = 0  # steps in a row
@@ -202,8 +202,8 @@ class Trainer:
             self._steps = iter(self.loader)
             self.meter.pause()
         loaded = next(self._steps)
-        self._refresh_replica()
-        tally = Tally()
+        self._refresh_guidance_network()
+        tally = StepLosses()
         for index, batch in enumerate(loaded.batches):
             losses = self.objective(
                 self.engine,
@@ -226,9 +226,9 @@ class Trainer:
         self.ema.update(self.engine.fragments(), updates=self.step)
         self.step += 1
         self._skipped = 0 if result.applied else self._skipped + 1
-        if self._skipped == MOST_SKIPPED:
+        if self._skipped == MAX_SKIPPED:
             remedy = "lower train.lr, or use train.precision=fp32"
-            raise RuntimeError(f"the gradient was not finite in the {MOST_SKIPPED} steps up to {self.step}: {remedy}")
+            raise RuntimeError(f"the gradient was not finite in the {MAX_SKIPPED} steps up to {self.step}: {remedy}")
         measure = StepMeasure(
             ids=loaded.ids,
             raw=sums.raw,
@@ -245,34 +245,34 @@ class Trainer:
         self.meter.add(measure)
         return measure, sums.stop
 
-    def _refresh_replica(self) -> None:
+    def _refresh_guidance_network(self) -> None:
         """Fill the copy of the averaged network where this step is to: a function of the step alone."""
         guidance = self.config.objective.guidance
         if guidance is None or self.step < guidance.after:
             return
-        if self.replica is None:
-            self.replica = self._empty_replica()
+        if self.guidance_network is None:
+            self.guidance_network = self._new_guidance_network()
         elif (self.step - guidance.after) % guidance.refresh:
             return
-        self.replica.fill(self.ema.average)
+        self.guidance_network.fill(self.ema.average)
 
     def _new_network(self) -> TransitionTransformer:
         network = self.config.network
         return TransitionTransformer.from_official(network.params.model_dump(exclude_none=True), rope=network.rope)
 
-    def _empty_replica(self) -> Replica:
+    def _new_guidance_network(self) -> GuidanceNetwork:
         with torch.device("meta"):
             network = self._new_network()
-        return Replica(network, ranks=self.ranks)
+        return GuidanceNetwork(network, ranks=self.ranks)
 
     def _guide(self, images: int) -> Guide | None:
         """What takes part in the targets of a pack of so many images."""
         guidance = self.config.objective.guidance
-        if guidance is None or self.replica is None:
+        if guidance is None or self.guidance_network is None:
             return None
         empty = None if self.empty_text is None else [self.empty_text] * images
         nothing = self._condition([""] * images, torch.full((images,), -1), empty)
-        return Guide(self.replica, nothing, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
+        return Guide(self.guidance_network, nothing, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
 
     def _grids(self, batch: Batch) -> list[tuple[int, int]]:
         """Rows and columns of every image's tokens."""
@@ -300,8 +300,8 @@ class Trainer:
 
     def save(self, run_dir: Path) -> Path:
         """Write a checkpoint of this step."""
-        facts = checkpoint.Facts(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
-        folder = checkpoint.save(run_dir, facts, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
+        metadata = checkpoint.CheckpointMetadata(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
+        folder = checkpoint.save(run_dir, metadata, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
         self.meter.pause()
         return folder
 
@@ -310,14 +310,14 @@ class Trainer:
 
         Raises ValueError if it is of another network, optimizer or plan.
         """
-        state, self.history, notes = self.ranks.together(lambda: self._accept(found, recorded=recorded, replan=replan))
+        state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._accept(found, recorded=recorded, replan=replan))
         self.engine.load(found.pieces, updates=state["updates"])
         found.pieces("ema").fill(self.ema.average)
         if (found.folder / guidance_network.FILE).is_file():
-            self.replica = self._empty_replica()
-            self.replica.load(found.folder)
+            self.guidance_network = self._new_guidance_network()
+            self.guidance_network.load(found.folder)
         self.meter.load_state_dict(state["meter"])
-        self.step = found.facts.step
+        self.step = found.metadata.step
         return notes
 
     def _accept(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
@@ -343,8 +343,8 @@ class Trainer:
                 "history": self.history.to_json(),
             }
             written.append(checkpoint.write_trainer_state(folder, state))
-            if self.replica is not None:
-                written.append(self.replica.save(folder))
+            if self.guidance_network is not None:
+                written.append(self.guidance_network.save(folder))
         return written
 
 
@@ -353,7 +353,7 @@ def execution(train: TrainConfig, device: torch.device) -> dict[str, Any]:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     try:
-        choose_backend(Needs(device.type, dtype, backward=True, capability=capability), train.attention)
+        choose_backend(AttentionRequirements(device.type, dtype, backward=True, capability=capability), train.attention)
     except ValueError as error:
         raise ConfigError(f"train.attention: {error}") from error
     named = {"none": 0, "full": 1}
@@ -389,7 +389,7 @@ def _introduction(
     if found is not None:
         for passed_over in found.passed_over:
             yield f"passed over: {passed_over}"
-        before = found.facts.world_size
+        before = found.metadata.world_size
         others = "" if before == ranks.size else f", which {_processes(before)} wrote: samples and draws of a step stay the same"
         yield f"continuing from {found.folder}{others}"
         for change in changes:

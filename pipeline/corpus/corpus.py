@@ -32,7 +32,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class CorpusShard:
     """One tar of a corpus: path or URL, number of samples, bytes, its sha256 ("" if unknown), the name of its table and its sha256.
 
     Where a sidecar has new captions, `texts` is the path or URL of the file that has them, with its size and sha256, and `digest`, by which
@@ -64,7 +64,7 @@ class Corpus:
         folder: str,
         name: str,
         digest: str,
-        shards: tuple[Shard, ...],
+        shards: tuple[CorpusShard, ...],
         qualified: bool,
         features: Features | None,
         sidecars: tuple[Sidecar, ...] = (),
@@ -294,7 +294,7 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind)
 
 
-def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:
+def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> CorpusShard:
     """A shard lies in the corpus's folder, or at the absolute path or URL that `tim index` was given; its table in the folder."""
     name, table = entry["name"], entry["table"]
     is_foreign = name.startswith("/") or is_remote(name)
@@ -304,7 +304,7 @@ def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:
     path = name if is_foreign else os.path.join(folder, name)
     if check and not is_remote(path) and entry["count"]:  # what an index could not read has no samples
         _expect_size(path, size=entry["bytes"])
-    return Shard(
+    return CorpusShard(
         path=path,
         count=entry["count"],
         bytes=entry["bytes"],
@@ -315,7 +315,7 @@ def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> Shard:
     )
 
 
-def _with_texts(shard: Shard, sidecar: Sidecar, *, folder: str) -> Shard:
+def _with_texts(shard: CorpusShard, sidecar: Sidecar, *, folder: str) -> CorpusShard:
     """A shard with the captions of a sidecar."""
     beside = sidecar.of(shard.table, digest=shard.table_digest, folder=folder)
     return replace(

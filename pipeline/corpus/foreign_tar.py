@@ -35,7 +35,7 @@ SCHEMA = pa.schema(
 )
 _CAPTIONS = {"caption", "captions", "text"}
 _NO_FIELDS = read_fields({})
-_MOST_COLUMNS = 256  # further columns that are taken from JSON files
+_MAX_COLUMNS = 256  # further columns that are taken from JSON files
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _further_of_sidecar(sidecar: pa.Table, rows: Sequence[int | None]) -> Iterab
 
 def _further_of_records(extras: list[Mapping[str, Value]]) -> Iterable[tuple[str, pa.Array]]:
     names = sorted({name for extra in extras for name in extra} - set(SCHEMA.names))
-    for name in names[:_MOST_COLUMNS]:
+    for name in names[:_MAX_COLUMNS]:
         values = [extra.get(name) for extra in extras]
         if all(value is None for value in values):
             continue

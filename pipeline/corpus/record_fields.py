@@ -41,7 +41,7 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class ColumnMapping:
     """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the picture.
 
     A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value` for all elements of the list.
@@ -54,7 +54,7 @@ class Columns:
     encoding: str = ""
 
 
-STANDARD = Columns()
+STANDARD = ColumnMapping()
 CLASS_NAME = "class_name"  # the further column that names a sample's class
 # Columns that state what preparation finds out by itself: a source's own values would only contradict it.
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
@@ -76,7 +76,7 @@ TAKEN = {
 } | {f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")}
 
 
-def read_fields(record: Mapping[str, Value], *, columns: Columns = STANDARD) -> Fields:
+def read_fields(record: Mapping[str, Value], *, columns: ColumnMapping = STANDARD) -> Fields:
     """Captions and an integer class from the columns that hold them; all further columns as they are."""
     captions: list[str] = []
     for name in columns.captions:

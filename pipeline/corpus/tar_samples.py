@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.bounded_counter import Tally
+from pipeline.bounded_counter import BoundedCounter
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.storage.tar import Member
 
@@ -64,7 +64,7 @@ class TarSamples:
     """
 
     def __init__(self, members: Iterable[Member], *, tar: str) -> None:
-        self.left_out = Tally()
+        self.left_out = BoundedCounter()
         self.has_dotted = False  # whether a name with several dots was left out or taken by its last part
         self._tar = tar
         self._added: set[str] = set()

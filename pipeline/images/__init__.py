@@ -5,7 +5,7 @@ how training reads them. The header of every file is checked before a decoder se
 copies (simplejpeg), all else through Pillow; resizing is torch's.
 """
 
-from pipeline.images.decode import WHITE, Picture, read_image
+from pipeline.images.decode import WHITE, DecodedImage, read_image
 from pipeline.images.encode import ImageFormat, Pixels, encode_image
 from pipeline.images.opening import exif_orientation
 from pipeline.images.rejection import MAX_DECODE_PIXELS, REASONS, Rejection
@@ -15,8 +15,8 @@ __all__ = [
     "MAX_DECODE_PIXELS",
     "REASONS",
     "WHITE",
+    "DecodedImage",
     "ImageFormat",
-    "Picture",
     "Pixels",
     "Rejection",
     "encode_image",

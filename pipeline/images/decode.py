@@ -32,11 +32,11 @@ UPRIGHT = {
 _ENDS_EARLY = ("GIF", "BMP", "PPM")  # formats whose decoder may stop before the last pixel without a word
 # Of what libtiff says; its warnings are of images that are whole.
 _FAX_DAMAGE = re.compile(rb"^Fax\w+: (?!Warning)(.*?) of ", re.MULTILINE)
-_MOST_HEARD = 1 << 16  # bytes
+_MAX_HEARD = 1 << 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DecodedImage:
     """A decoded image: `pixels` is (H, W, 3) uint8, upright, sRGB; `changes` names what was done to get there.
 
     `clean` says that the bytes are a JPEG which every reader shows as `pixels`, so that they may be kept as they are.
@@ -51,7 +51,7 @@ class Picture:
     changes: tuple[str, ...]
 
 
-def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, background: tuple[int, int, int] = WHITE) -> Picture:
+def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, background: tuple[int, int, int] = WHITE) -> DecodedImage:
     """Decode an image in full and normalise it, what is transparent on the sRGB colour `background`.
 
     Raises `Rejection`; the pixel limit is checked before anything is decoded.
@@ -83,8 +83,8 @@ def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, backg
     return _finished(decoded, is_clean=False, format=opened.format, size=size, changes=changes)
 
 
-def _finished(image: Image.Image, *, is_clean: bool, format: str, size: tuple[int, int], changes: list[str]) -> Picture:
-    return Picture(
+def _finished(image: Image.Image, *, is_clean: bool, format: str, size: tuple[int, int], changes: list[str]) -> DecodedImage:
+    return DecodedImage(
         pixels=np.asarray(image), clean=is_clean, format=format, original_height=size[0], original_width=size[1], changes=tuple(changes)
     )
 
@@ -151,7 +151,7 @@ def _libtiff_heard() -> Iterator[None]:
             finally:
                 os.dup2(kept, 2)
             said.seek(0)
-            complaint = _FAX_DAMAGE.search(said.read(_MOST_HEARD))
+            complaint = _FAX_DAMAGE.search(said.read(_MAX_HEARD))
     finally:
         os.close(kept)
     if complaint:

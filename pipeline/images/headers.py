@@ -23,7 +23,7 @@ _TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif", b"cICP")  #
 _TAIL = 1 << 16  # bytes of a PNG that are searched for them from its end
 _LARGEST_FILE = 1 << 30
 _SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, of a frame, bits, height, width
-_MOST_SEGMENTS = 1000  # of a header: one with more is left to Pillow
+_MAX_SEGMENTS = 1000  # of a header: one with more is left to Pillow
 
 
 def quick_size(peek: Peek, *, length: int) -> Size | None:
@@ -61,7 +61,7 @@ def careful_size(peek: Peek, *, length: int) -> Size:
 def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | None]:
     """Size as stored, whether no application segment could turn it, and where the pixels begin; None for what was not found."""
     size, is_plain, position = None, True, 2
-    for _ in range(_MOST_SEGMENTS):
+    for _ in range(_MAX_SEGMENTS):
         if position + _SEGMENT.size <= len(head):
             mark, kind, length, bits, height, width = _SEGMENT.unpack_from(head, position)
         else:
@@ -80,7 +80,7 @@ def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | Non
 
 def _png_size(peek: Peek, *, head: bytes, length: int) -> Size | None:
     position = len(_PNG)
-    for _ in range(_MOST_SEGMENTS):
+    for _ in range(_MAX_SEGMENTS):
         chunk = head[position : position + 40] if position + 40 <= len(head) else peek(position, 40)
         if len(chunk) < 12 or chunk.startswith(_TURNING, 4) or chunk.startswith(_TURNING, 8):
             return None

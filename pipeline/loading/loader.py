@@ -17,7 +17,7 @@ from pipeline.cost import DIFFUSION
 from pipeline.loading.feature_reader import FeatureDecoder
 from pipeline.loading.pack_reader import Failure, PackReader, ReadPack
 from pipeline.loading.worker_pool import Decode, WorkerPool, start_fork_server
-from pipeline.packing.rank_assignment import deal
+from pipeline.packing.rank_assignment import assign_to_ranks
 from pipeline.steps import PlannedSample, Step
 from pipeline.storage.shard_reader import ShardCache, ShardFacts, ShardReader
 
@@ -114,7 +114,7 @@ class Loader:
         lockstep: bool = False,
         channels: int,
         factor: int,
-        codec_draws: bool = False,
+        stochastic_codec: bool = False,
         teacher: bool = False,
         workers: int = 2,
         prefetch: int = 2,
@@ -149,7 +149,7 @@ class Loader:
             pixels="latents" not in parts or (teacher and "teacher" not in parts),
             captions="captions" not in parts,
             features=decoder,
-            codec_draws=codec_draws and "latents" not in parts,
+            stochastic_codec=stochastic_codec and "latents" not in parts,
             shuffle_tags=planner.shuffle_tags,
         )
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
@@ -231,8 +231,8 @@ class Loader:
 
     def _plan_one_more(self) -> None:
         step = self._planner.next_step()
-        hands = deal(step, ranks=self._world_size, lockstep=self._lockstep)
-        packs = [pack.samples for pack in hands[self._rank]]
+        rank_packs = assign_to_ranks(step, ranks=self._world_size, lockstep=self._lockstep)
+        packs = [pack.samples for pack in rank_packs[self._rank]]
         self._ahead.append(_Ahead(step=step, packs=packs, state=self._planner.state_dict()))
         if self._pool is not None:
             for samples in packs:
@@ -278,7 +278,7 @@ class Loader:
         weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
         for failure in pack.failures:
             weights[failure.position] = 0
-            self._account(failure, samples[failure.position])
+            self._note_failure(failure, samples[failure.position])
         self.samples_seen += len(samples)
         return Batch(
             ids=[sample.id for sample in samples] or [""],
@@ -302,7 +302,7 @@ class Loader:
             return flat
         return (flat.pin_memory() if self._device.type == "cuda" else flat).to(self._device, non_blocking=True)
 
-    def _account(self, failure: Failure, sample: PlannedSample) -> None:
+    def _note_failure(self, failure: Failure, sample: PlannedSample) -> None:
         """Log and count a sample that could not be read, or stop because of its shard; a bad shard is logged once."""
         tar = sample.features_tar or sample.tar
         if not failure.bad_shard:

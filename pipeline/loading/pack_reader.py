@@ -24,7 +24,7 @@ from pipeline.images import load_image
 from pipeline.loading.feature_reader import FeatureDecoder, SampleFeatures
 from pipeline.randomness import generator, generators, to_uniform
 from pipeline.steps import Member, PlannedSample
-from pipeline.storage.shard_reader import BadShard, Part, ShardReader
+from pipeline.storage.shard_reader import BadShard, ByteRange, ShardReader
 
 
 class Failure(NamedTuple):
@@ -95,7 +95,7 @@ class PackReader:
         pixels: bool = True,
         captions: bool = True,
         features: FeatureDecoder | None = None,
-        codec_draws: bool = False,
+        stochastic_codec: bool = False,
         shuffle_tags: TagShuffle | None = None,
     ) -> None:
         self._seed = seed
@@ -106,20 +106,20 @@ class PackReader:
         self._pixels = pixels
         self._captions = captions
         self._features = features
-        self._codec_draws = codec_draws
+        self._codec_draws = stochastic_codec
         self._shuffle_tags = shuffle_tags
 
     def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
         """The bytes of a pack, from all its shards at once."""
-        wanted: list[list[Part]] = [[], [], [], []]
+        wanted: list[list[ByteRange]] = [[], [], [], []]
         for sample in samples:
             if self._pixels:
-                wanted[0].append(Part(sample.tar, sample.image.offset, sample.image.length))
+                wanted[0].append(ByteRange(sample.tar, sample.image.offset, sample.image.length))
             if self._captions:
                 wanted[1].append(_text_part(sample, sample.text))
                 wanted[2].append(_text_part(sample, sample.json))
             if self._features:
-                wanted[3].append(Part(sample.features_tar, sample.features.offset, sample.features.length))
+                wanted[3].append(ByteRange(sample.features_tar, sample.features.offset, sample.features.length))
         found = iter(self._shards.read_parts([part for parts in wanted for part in parts]))
         nothing: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
         return FetchedPack(samples, *([next(found) for _ in parts] or nothing for parts in wanted))
@@ -215,11 +215,11 @@ def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float6
     return to_uniform(np.stack([stream.integers(0, 2**64, 2, dtype=np.uint64) for stream in streams]))
 
 
-def _text_part(sample: PlannedSample, member: Member) -> Part:
+def _text_part(sample: PlannedSample, member: Member) -> ByteRange:
     """Where a text stands, as far as anybody reads it; next to the image where there is none, or where the caption is dropped."""
     if sample.caption < 0 or not member.exists:
-        return Part(sample.tar, sample.image.offset, 0)
-    return Part(sample.texts, member.offset, min(member.length, MAX_TEXT_BYTES))
+        return ByteRange(sample.tar, sample.image.offset, 0)
+    return ByteRange(sample.texts, member.offset, min(member.length, MAX_TEXT_BYTES))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor | None:

@@ -48,7 +48,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 _CLOSING_SECONDS = 5.0
 _GLANCE_SECONDS = 1.0
 _STRIKES = 2  # one death may come from outside; the second at the same part of the same item is that part's
-_MOST_DEATHS = 4  # in a row, without an answer and without a part to blame
+_MAX_DEATHS = 4  # in a row, without an answer and without a part to blame
 _NO_PART = -1
 
 
@@ -202,7 +202,7 @@ class WorkerPool(Generic[Item, Result]):
             if task.strikes[part] == _STRIKES:
                 task.lost[part] = f"crashed: the process that decoded it {death}, after another one had ended there, too"
                 worker.deaths = 0
-        if worker.deaths > _MOST_DEATHS:
+        if worker.deaths > _MAX_DEATHS:
             remedy = "after signal 9 memory may be short, try fewer loader.workers"
             raise RuntimeError(f"{name} died {worker.deaths} times in a row, the last time (pid {pid}) it {death}{at}: {remedy}")
         logger.warning("%s (pid %d) %s%s: a new one does its work again", name, pid, death, at)

@@ -26,7 +26,7 @@ _EVEN_ENOUGH = 0.01  # by which the dearest pack may exceed the mean
 _WORTH_A_SWAP = 0.001  # of the dearest pack's cost
 
 
-def assign(
+def assign_to_packs(
     tokens: Ints,
     *,
     costs: Floats,
@@ -104,28 +104,28 @@ def even_out(assigned: Ints, *, tokens: Ints, costs: Floats, packs: int, tokens_
     total = np.bincount(assigned, weights=costs, minlength=packs)
     even_enough = (1 + _EVEN_ENOUGH) * total.mean()
     for _ in range(_ROUNDS_PER_PACK * packs):
-        dearest = int(total.argmax())
-        if total[dearest] <= even_enough:
+        most_expensive = int(total.argmax())
+        if total[most_expensive] <= even_enough:
             break
         partners = np.argsort(total, kind="stable")[: min(_PARTNERS, packs - 1)]
         is_partner = np.zeros(packs, dtype=bool)
         is_partner[partners] = True
-        here, there = np.flatnonzero(assigned == dearest), np.flatnonzero(is_partner[assigned])
+        here, there = np.flatnonzero(assigned == most_expensive), np.flatnonzero(is_partner[assigned])
         # The last columns stand for "nothing in return", one for each partner.
         other = np.concatenate([assigned[there], partners])
         moved_cost = costs[here, None] - np.concatenate([costs[there], np.zeros(len(partners))])
         moved_tokens = tokens[here, None] - np.concatenate([tokens[there], np.zeros(len(partners), dtype=np.int64)])
-        fits = (used[dearest] - moved_tokens <= tokens_per_pack) & (used[other] + moved_tokens <= tokens_per_pack)
-        dearer = np.where(fits, np.maximum(total[dearest] - moved_cost, total[other] + moved_cost), np.inf)
-        if not dearer.size or dearer.min() >= total[dearest] * (1 - _WORTH_A_SWAP):
+        fits = (used[most_expensive] - moved_tokens <= tokens_per_pack) & (used[other] + moved_tokens <= tokens_per_pack)
+        dearer = np.where(fits, np.maximum(total[most_expensive] - moved_cost, total[other] + moved_cost), np.inf)
+        if not dearer.size or dearer.min() >= total[most_expensive] * (1 - _WORTH_A_SWAP):
             break
         row, column = np.unravel_index(dearer.argmin(), dearer.shape)
-        for pack, sign in ((dearest, -1), (int(other[column]), 1)):
+        for pack, sign in ((most_expensive, -1), (int(other[column]), 1)):
             used[pack] += sign * moved_tokens[row, column]
             total[pack] += sign * moved_cost[row, column]
         assigned[here[row]] = other[column]
         if column < len(there):
-            assigned[there[column]] = dearest
+            assigned[there[column]] = most_expensive
     return assigned
 
 

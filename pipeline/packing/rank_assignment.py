@@ -18,16 +18,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.cost import Floats, Ints
-from pipeline.packing.packing import NO_ROOM, assign
+from pipeline.packing.packing import NO_ROOM, assign_to_packs
 from pipeline.steps import Pack, Step
 
-Hands = list[list[Pack]]
+RankPacks = list[list[Pack]]
 
 _EVEN_ENOUGH = 0.99  # utilisation at which planned packs stay as they are
 _FULL = 0.95  # how full a pack of dear images gets; measured to keep ranks busiest
 
 
-def deal(step: Step, *, ranks: int, lockstep: bool) -> Hands:
+def assign_to_ranks(step: Step, *, ranks: int, lockstep: bool) -> RankPacks:
     """The packs of every rank, equally many: one more each, if need be empty, where `ranks` does not divide the packs of the step.
 
     `lockstep` says that ranks meet in every pack, and not only at the end of the step. Where the step has groups of shards, ranks side by
@@ -42,51 +42,51 @@ def deal(step: Step, *, ranks: int, lockstep: bool) -> Hands:
     return [
         hand
         for first in range(0, len(step.packs), packs)
-        for hand in _deal_part(
+        for hand in _assign_part(
             step.packs[first : first + packs], ranks=ranks // parts, lockstep=lockstep, tokens_per_pack=step.tokens_per_pack
         )
     ]
 
 
-def _deal_part(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> Hands:
+def _assign_part(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> RankPacks:
     """As planned where that keeps the ranks busy, else packed anew, if that is better."""
-    planned = _sorted_deal(packs, ranks=ranks)
+    planned = _assign_sorted(packs, ranks=ranks)
     cost = sum(pack.cost for pack in packs)
-    if ranks == len(packs) or cost >= _EVEN_ENOUGH * ranks * waited_for(planned, lockstep=lockstep):
+    if ranks == len(packs) or cost >= _EVEN_ENOUGH * ranks * step_makespan(planned, lockstep=lockstep):
         return planned
     anew = _packed_anew(packs, ranks=ranks, lockstep=lockstep, tokens_per_pack=tokens_per_pack)
-    return planned if anew is None else min(planned, anew, key=lambda hands: waited_for(hands, lockstep=lockstep))
+    return planned if anew is None else min(planned, anew, key=lambda rank_packs: step_makespan(rank_packs, lockstep=lockstep))
 
 
-def waited_for(hands: Sequence[Sequence[Pack]], *, lockstep: bool) -> float:
+def step_makespan(rank_packs: Sequence[Sequence[Pack]], *, lockstep: bool) -> float:
     """What a step costs the dearest rank, which all others wait for; in lock-step, the sum over micro-steps of the dearest pack."""
     if lockstep:
-        return sum(max(pack.cost for pack in packs) for packs in zip(*hands, strict=True))
-    return max(sum(pack.cost for pack in hand) for hand in hands)
+        return sum(max(pack.cost for pack in packs) for packs in zip(*rank_packs, strict=True))
+    return max(sum(pack.cost for pack in hand) for hand in rank_packs)
 
 
-def _sorted_deal(packs: Sequence[Pack], *, ranks: int) -> Hands:
+def _assign_sorted(packs: Sequence[Pack], *, ranks: int) -> RankPacks:
     """Packs in order of cost, `ranks` at a time; within one deal the rank with the least so far takes the dearest."""
     filled_up = [*packs, *[Pack.empty()] * (-len(packs) % ranks)]
     dearest_first = sorted(filled_up, key=lambda pack: -pack.cost)
-    hands: Hands = [[] for _ in range(ranks)]
+    rank_packs: RankPacks = [[] for _ in range(ranks)]
     totals = [0.0] * ranks
     for start in range(0, len(dearest_first), ranks):
         least_first = sorted(range(ranks), key=lambda rank: totals[rank])
         for pack, rank in zip(dearest_first[start : start + ranks], least_first, strict=True):
-            hands[rank].append(pack)
+            rank_packs[rank].append(pack)
             totals[rank] += pack.cost
-    return hands
+    return rank_packs
 
 
-def _packed_anew(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> Hands | None:
+def _packed_anew(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_per_pack: int) -> RankPacks | None:
     """The samples of these packs in packs for so many ranks; None if a sample finds no room."""
     table = next(pack.table for pack in packs if pack.table is not None)
     rows = np.sort(np.concatenate([pack.rows for pack in packs]))
     tokens, costs = table.columns.tokens[rows], table.costs[rows]
     micro_steps = -(-len(packs) // ranks)
     count = ranks * micro_steps
-    assigned = assign(
+    assigned = assign_to_packs(
         tokens,
         costs=costs,
         urgency=np.zeros_like(tokens),
@@ -101,7 +101,7 @@ def _packed_anew(packs: Sequence[Pack], *, ranks: int, lockstep: bool, tokens_pe
         return None
     made = table.split(assigned, packs=count, rows=rows)
     if lockstep:
-        return _sorted_deal(made, ranks=ranks)
+        return _assign_sorted(made, ranks=ranks)
     return [list(made[first : first + micro_steps]) for first in range(0, count, micro_steps)]
 
 
@@ -112,15 +112,15 @@ def _head_starts(tokens: Ints, *, costs: Floats, ranks: int, micro_steps: int, t
     long. The packs beside them are made as dear, as far as their token room allows; what remains is spread evenly over later micro-steps.
     """
     order = np.argsort(-costs, kind="stable")
-    dearest = np.zeros(ranks * micro_steps)
-    dearest[: len(order)] = costs[order[: len(dearest)]]
+    most_expensive = np.zeros(ranks * micro_steps)
+    most_expensive[: len(order)] = costs[order[: len(most_expensive)]]
     full = ranks * tokens_per_pack * _FULL * np.arange(micro_steps + 1)  # tokens of so many micro-steps
     most = np.diff(np.interp(full, np.cumsum(tokens[order]), np.cumsum(costs[order]))) / ranks  # cost of a pack full of the dearest images
     levels = np.zeros((micro_steps, ranks))
     remaining = float(costs.sum())
     for micro_step in range(micro_steps):
         even = remaining / ((micro_steps - micro_step) * ranks)
-        own = dearest[micro_step * ranks : (micro_step + 1) * ranks]
+        own = most_expensive[micro_step * ranks : (micro_step + 1) * ranks]
         levels[micro_step] = np.maximum(own, max(even, min(float(own[0]), float(most[micro_step]))))
         remaining -= levels[micro_step].sum()
     return (levels.max() - levels).reshape(-1)

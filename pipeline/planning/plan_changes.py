@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class PlanChangedError(ValueError):
         super().__init__(f"the saved state is of another plan: {listed}; go on with what was saved, or plan anew from here (--replan)")
 
 
-def counts_of(sources: Sequence[Source]) -> dict[str, dict[str, int]]:
+def counts_of(sources: Sequence[CorpusView]) -> dict[str, dict[str, int]]:
     """Of each corpus, the numbers that a later plan's changes are told by: samples, and excluded keys. Kept in a plan's state."""
     return {source.name: {"samples": source.corpus.count, "excluded": source.excluded} for source in sources}
 
 
-def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources: Sequence[Source]) -> list[PlanChange]:
+def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources: Sequence[CorpusView]) -> list[PlanChange]:
     """How `inputs`, those of a plan over `sources`, differ from those in the state of another plan.
 
     Raises ValueError if a corpus's tables have to be read for it and cannot be.
@@ -50,7 +50,7 @@ def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources
     return changes
 
 
-def _corpus_changes(saved: Sequence[Any], *, counts: Mapping[str, Any], sources: Sequence[Source]) -> list[PlanChange]:
+def _corpus_changes(saved: Sequence[Any], *, counts: Mapping[str, Any], sources: Sequence[CorpusView]) -> list[PlanChange]:
     before = {identity[0]: identity for identity in saved}
     names = [source.name for source in sources]
     changes = [PlanChange(f"corpus {name}:", "was trained on and is not given") for name in before if name not in names]
@@ -65,7 +65,7 @@ def _corpus_changes(saved: Sequence[Any], *, counts: Mapping[str, Any], sources:
     return changes
 
 
-def _told(identity: Sequence[Any], *, counts: Mapping[str, int], source: Source) -> list[str]:
+def _told(identity: Sequence[Any], *, counts: Mapping[str, int], source: CorpusView) -> list[str]:
     """How a corpus differs from the one of this name and `identity`, of which `counts` are known."""
     told = []
     if identity[1] != source.identity[1]:

@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.size_rule import LEFT_OUT_REASONS, SizeRule
-from pipeline.streams.corpus_view import Source, integers
+from pipeline.streams.corpus_view import CorpusView, integers
 
 # Aspect classes as width : height, by their upper bounds.
 _ASPECT_BOUNDS = (1 / 3, 1 / 2, 3 / 4, 9 / 10, 10 / 9, 4 / 3, 2, 3)
 _ASPECT_NAMES = ("< 1:3", "1:3", "1:2", "3:4", "1:1", "10:9", "4:3", "2:1", "> 3:1")
 
 
-def take_account(sources: Sequence[Source], *, rule: SizeRule) -> dict[str, Any]:
+def count_samples(sources: Sequence[CorpusView], *, rule: SizeRule) -> dict[str, Any]:
     """Count over all samples, one shard in memory at a time. Raises ValueError naming a sample that the features of its corpus lack.
 
     Returns `rows` (samples in the corpora) = `samples` (trained in an epoch) + Σ `left_out` (by reason), the same of each source in

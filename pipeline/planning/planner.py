@@ -18,12 +18,12 @@ from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
 from pipeline.digests import json_digest
 from pipeline.planning.config import PlanConfig
 from pipeline.planning.plan_changes import PlanChange, PlanChangedError, counts_of, plan_changes
-from pipeline.planning.plan_statistics import take_account
-from pipeline.planning.shard_group import Group
-from pipeline.steps import Columns, Pack, PlannedSample, Step, StepTable
-from pipeline.streams.corpus_view import Source
+from pipeline.planning.plan_statistics import count_samples
+from pipeline.planning.shard_group import ShardGroup
+from pipeline.steps import Pack, PlannedSample, SampleTable, Step, StepTable
+from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.mixture import Mixture, mixture_shares
-from pipeline.streams.sample_stream import DrawRule, Part
+from pipeline.streams.sample_stream import DrawRule, ShardSubset
 
 __all__ = ["CONSISTENCY", "DIFFUSION", "TRANSITION", "Pack", "PlanConfig", "PlannedSample", "Planner", "Step"]
 
@@ -42,7 +42,7 @@ class Planner:
     """The endless, seeded, resumable sequence of steps over one or more corpora.
 
     Args:
-        corpora: what to train on; what a corpus has of further settings (weight, repeats, cap, where, exclude) stands in a `Source`.
+        corpora: what to train on; what a corpus has of further settings (weight, repeats, cap, where, exclude) stands in a `CorpusView`.
         plan: the plan section, with its stride.
         seed: every draw of the plan follows from it.
         width: the network's width, for the cost of attention.
@@ -56,7 +56,7 @@ class Planner:
 
     def __init__(
         self,
-        corpora: Sequence[Corpus | Source],
+        corpora: Sequence[Corpus | CorpusView],
         *,
         plan: PlanConfig,
         seed: int,
@@ -67,7 +67,7 @@ class Planner:
         caption_weights: Sequence[float] = (1.0,),
         shuffle_tags: TagShuffle | None = None,
     ) -> None:
-        self.sources = tuple(corpus if isinstance(corpus, Source) else Source(corpus) for corpus in corpora)
+        self.sources = tuple(corpus if isinstance(corpus, CorpusView) else CorpusView(corpus) for corpus in corpora)
         self.corpora = tuple(source.corpus for source in self.sources)
         _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
         if plan.stride is None:
@@ -82,7 +82,7 @@ class Planner:
         self.width = width
         self.shuffle_tags = shuffle_tags
         self._check_groups()
-        self._accounts: dict[int, dict[str, Any]] = {}
+        self._counts: dict[int, dict[str, Any]] = {}
         self._stages = {
             first: _Stage(
                 plan.at(first), self._mixture_shares(first), plan.kind_shares_at(first, first=(diffusion_share, consistency_share))
@@ -95,14 +95,14 @@ class Planner:
             corpus.check_features(rules=[stage.plan.size_rule for stage in self._stages.values()], flips=plan.flip > 0)
         draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
         self._groups = [
-            Group(
+            ShardGroup(
                 Mixture(
                     self.sources,
                     shares=shares,
                     rule=self._now.size_rule,
                     draw_rule=draw_rule,
                     window=plan.window,
-                    part=Part(number, of=plan.groups),
+                    part=ShardSubset(number, of=plan.groups),
                 ),
                 plan=self._now,
                 width=width,
@@ -132,7 +132,7 @@ class Planner:
         packed = [group.next_packs() for group in self._groups]
         packs = self._now.packs_per_step
         table = StepTable(
-            columns=Columns.join([each.samples for each in packed]),
+            columns=SampleTable.join([each.samples for each in packed]),
             kinds=np.concatenate([each.kinds for each in packed]),
             costs=np.concatenate([each.costs for each in packed]),
             places=self.places,
@@ -211,18 +211,18 @@ class Planner:
         ]
 
     @property
-    def account(self) -> dict[str, Any]:
+    def sample_counts(self) -> dict[str, Any]:
         """Counts over all samples in the present stage (`pipeline.planning.plan_statistics`). Reads all sizes of the corpora once."""
-        return self._account(self._now)
+        return self._count_samples(self._now)
 
-    def _account(self, plan: PlanConfig) -> dict[str, Any]:
-        if plan.max_tokens not in self._accounts:
-            self._accounts[plan.max_tokens] = take_account(self.sources, rule=plan.size_rule)
-        return self._accounts[plan.max_tokens]
+    def _count_samples(self, plan: PlanConfig) -> dict[str, Any]:
+        if plan.max_tokens not in self._counts:
+            self._counts[plan.max_tokens] = count_samples(self.sources, rule=plan.size_rule)
+        return self._counts[plan.max_tokens]
 
     def _mixture_shares(self, step: int) -> tuple[int, ...]:
         def samples() -> list[int]:
-            return [corpus["samples"] for corpus in self._account(self.plan.at(0))["corpora"]]
+            return [corpus["samples"] for corpus in self._count_samples(self.plan.at(0))["corpora"]]
 
         return mixture_shares(self.sources, scheduled=self.plan.weights_at(step), samples=samples)
 

@@ -13,27 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
-from pipeline.packing.packing import NO_ROOM, assign, even_out, fill_holes
+from pipeline.packing.packing import NO_ROOM, assign_to_packs, even_out, fill_holes
 from pipeline.planning.config import PlanConfig
 from pipeline.randomness import Hashes
-from pipeline.steps import Columns
+from pipeline.steps import SampleTable
 from pipeline.streams.mixture import Mixture
 
 _PATIENCE = 2  # a sample left over so many times is packed before others, the longest waiting first
-_MOST_CARRIED = 1000  # samples that all groups together may leave over, so that a state stays small
+_MAX_CARRIED = 1000  # samples that all groups together may leave over, so that a state stays small
 _LOOK_AHEAD = 2  # samples a pack, those left over included, that are looked at to fill what room is left
 
 
 class Packed(NamedTuple):
     """The n images of a group's packs: their kinds, costs and packs, each (n,)."""
 
-    samples: Columns
+    samples: SampleTable
     kinds: Ints
     costs: Floats
     packs: Ints
 
 
-class Group:
+class ShardGroup:
     """The endless sequence of one group's packs.
 
     Args:
@@ -49,7 +49,7 @@ class Group:
         self._now = plan
         self._width = width
         self._kind_shares = kind_shares
-        self._carried: Columns | None = None
+        self._carried: SampleTable | None = None
         self._waited = np.zeros(0, dtype=np.int64)
 
     def next_packs(self) -> Packed:
@@ -109,7 +109,7 @@ class Group:
 
     @property
     def _most_carried(self) -> int:
-        return _MOST_CARRIED // self._now.groups
+        return _MAX_CARRIED // self._now.groups
 
     @property
     def _slack(self) -> float:
@@ -120,7 +120,7 @@ class Group:
         """
         return 0.02 if self._now.max_tokens * 4 <= self._now.tokens_per_pack else 0.06
 
-    def _filled(self, wanted: int) -> tuple[Columns, Ints, Ints]:
+    def _filled(self, wanted: int) -> tuple[SampleTable, Ints, Ints]:
         """Samples of at least `wanted` tokens and those looked at to fill room: samples, how often each was left over, their packs."""
         samples, waited = self._core(wanted)
         assigned = self._balanced(samples, waited=waited)
@@ -130,18 +130,18 @@ class Group:
             waited = np.concatenate([waited, np.zeros(len(samples) - len(waited), dtype=np.int64)])
         return samples, waited, assigned
 
-    def _core(self, wanted: int) -> tuple[Columns, Ints]:
+    def _core(self, wanted: int) -> tuple[SampleTable, Ints]:
         """What was left over, then the stream, until there are `wanted` tokens: samples, and how often each was left over."""
         parts = [] if self._carried is None else [self._carried]
         missing = wanted - sum(int(part.tokens.sum()) for part in parts)
         if missing > 0:
             parts.append(self._mixture.take(tokens=missing))
-        samples = Columns.join(parts)
+        samples = SampleTable.join(parts)
         waited = np.zeros(len(samples), dtype=np.int64)
         waited[: len(self._waited)] = self._waited
         return samples, waited
 
-    def _balanced(self, samples: Columns, *, waited: Ints) -> Ints:
+    def _balanced(self, samples: SampleTable, *, waited: Ints) -> Ints:
         """The packs of samples spread by cost, `NO_ROOM` for those that have to wait.
 
         Kinds depend on how many images a step has, costs on kinds, and what fits on costs: repeated until everything fits.
@@ -156,7 +156,7 @@ class Group:
                 return packs
             kept = kept[fits]
 
-    def _with_fillers(self, samples: Columns, *, assigned: Ints) -> tuple[Columns, Ints]:
+    def _with_fillers(self, samples: SampleTable, *, assigned: Ints) -> tuple[SampleTable, Ints]:
         """Fill the room that is left with what was left over and with samples further down the stream: all samples, their packs."""
         placed = assigned != NO_ROOM
         used = np.bincount(assigned[placed], weights=samples.tokens[placed], minlength=self._packs)
@@ -165,16 +165,16 @@ class Group:
         most = self._most_carried - int((~placed).sum())
         if missing > 0 and most > 0:
             ahead = self._mixture.take(tokens=missing, most=most)
-            samples = Columns.join([samples, ahead])
+            samples = SampleTable.join([samples, ahead])
             packs = np.concatenate([packs, np.full(len(ahead), NO_ROOM)])
         unplaced = np.flatnonzero(packs == NO_ROOM)
         packs[unplaced] = fill_holes(samples.tokens[unplaced], room=self._now.tokens_per_pack - used.astype(np.int64))
         return samples, packs
 
-    def _assign(self, samples: Columns, *, rows: Ints, urgency: Ints) -> Ints:
+    def _assign(self, samples: SampleTable, *, rows: Ints, urgency: Ints) -> Ints:
         tokens = samples.tokens[rows]
         costs = self._costs(tokens, kinds=self._kinds(samples.kind_draw[rows]))
-        return assign(tokens, costs=costs, urgency=urgency, packs=self._packs, tokens_per_pack=self._now.tokens_per_pack)
+        return assign_to_packs(tokens, costs=costs, urgency=urgency, packs=self._packs, tokens_per_pack=self._now.tokens_per_pack)
 
     def _kinds(self, kind_draws: Hashes) -> Ints:
         """In the order of their draws the first round(share · n) have r = t, the next r = 0, the rest r < t."""
@@ -190,7 +190,7 @@ class Group:
     def _costs(self, tokens: Ints, *, kinds: Ints) -> Floats:
         return image_costs(tokens, kinds=kinds, gamma=self._now.gamma, width=self._width, factors=self._now.cost_factors)
 
-    def _evened(self, samples: Columns, *, assigned: Ints) -> Packed:
+    def _evened(self, samples: SampleTable, *, assigned: Ints) -> Packed:
         kinds = self._kinds(samples.kind_draw)
         costs = self._costs(samples.tokens, kinds=kinds)
         packs = even_out(assigned, tokens=samples.tokens, costs=costs, packs=self._packs, tokens_per_pack=self._now.tokens_per_pack)

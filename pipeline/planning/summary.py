@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from pipeline.packing.rank_assignment import deal, waited_for
+from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
 from pipeline.planning.planner import Planner, Step
-from pipeline.progress import Progress, unseen
+from pipeline.progress import Progress, no_progress
 
 
-def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress = unseen) -> dict[str, Any]:
+def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress = no_progress) -> dict[str, Any]:
     """Plan `steps` steps ahead and say what they are like on `ranks` ranks. The planner is left where it was.
 
     `utilisation` is the share of device time used if ranks wait for each other once a step (ZeRO-1): Σ cost / (ranks · Σ over steps of the
@@ -34,12 +34,12 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
     for done in range(steps):
         planned.append(planner.next_step())
         for lockstep in waited:
-            waited[lockstep] += waited_for(deal(planned[-1], ranks=ranks, lockstep=lockstep), lockstep=lockstep)
+            waited[lockstep] += step_makespan(assign_to_ranks(planned[-1], ranks=ranks, lockstep=lockstep), lockstep=lockstep)
         progress("planning", done + 1, steps)
     seconds = time.perf_counter() - began
     planner.load_state_dict(start)
     total = sum(step.cost for step in planned)
-    images, account = sum(step.images for step in planned), planner.account
+    images, counts = sum(step.images for step in planned), planner.sample_counts
     of_corpus = Counter(corpus for step in planned for pack in step.packs for corpus in pack.corpora)
     packs_per_step = len(planned[0].packs)
     return {
@@ -60,14 +60,14 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
         "samples": images,
         "samples_per_step": images / steps,
         "tokens": sum(step.tokens for step in planned),
-        "epochs": images / account["samples"],
+        "epochs": images / counts["samples"],
         "samples_per_second": images / seconds,
-        "smaller_than_a_step": account["samples"] * steps < images,
-        "account": account,
-        "left_out": account["left_out"],
+        "smaller_than_a_step": counts["samples"] * steps < images,
+        "account": counts,
+        "left_out": counts["left_out"],
         "corpora": [
             {**corpus, "planned": of_corpus[number], "share": of_corpus[number] / images, "epochs": of_corpus[number] / corpus["samples"]}
-            for number, corpus in enumerate(account["corpora"])
+            for number, corpus in enumerate(counts["corpora"])
         ],
         "schedule": planner.stages,
         "steps": [

@@ -41,15 +41,15 @@ def process_name() -> str:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[Path]:
+def exclusive_lock(out: Path) -> Iterator[Path]:
     """OUT/.work, locked against a second run, without the litter of a killed run there and in OUT. Raises RuntimeError where another run
     writes."""
-    with claimed_work(out / WORK, place=str(out), folder=out) as work:
+    with locked_work_folder(out / WORK, place=str(out), folder=out) as work:
         yield work
 
 
 @contextmanager
-def claimed_work(work: Path, *, place: str, folder: Path | None, part: str = "") -> Iterator[Path]:
+def locked_work_folder(work: Path, *, place: str, folder: Path | None, part: str = "") -> Iterator[Path]:
     """A folder for unfinished work on `place`, locked against a second run; litter of a killed run is removed from it and from `folder`.
 
     Any number of `part`s of different names may work at once, and nobody else meanwhile. Raises RuntimeError where another run writes.

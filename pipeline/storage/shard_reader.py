@@ -16,14 +16,14 @@ from pipeline.digests import stream_digest
 from pipeline.storage.remote import is_remote, read_ranges, size_of
 from pipeline.storage.shard_cache import BadShard, ShardCache, ShardFacts
 
-__all__ = ["BadShard", "Part", "ShardCache", "ShardFacts", "ShardReader"]
+__all__ = ["BadShard", "ByteRange", "ShardCache", "ShardFacts", "ShardReader"]
 
 _LOCAL_GAP, _REMOTE_GAP = 16 << 10, 256 << 10  # bytes between two parts that are read along rather than asked for separately
 _SPAN_BYTES = 64 << 20  # no more is joined
 _REMEDY = "restore the file, or set loader.on_bad_shard=skip"
 
 
-class Part(NamedTuple):
+class ByteRange(NamedTuple):
     """`length` bytes from byte `offset` on of the shard at `path`, a file or a URL."""
 
     path: str
@@ -65,12 +65,12 @@ class ShardReader:
 
     def read(self, path: str, *, offset: int, length: int) -> bytes:
         """`length` bytes at `offset`. Raises BadShard where the shard lacks them, and OSError."""
-        found = self.read_parts([Part(path, offset, length)])[0]
+        found = self.read_parts([ByteRange(path, offset, length)])[0]
         if isinstance(found, OSError):
             raise found
         return bytes(found)
 
-    def read_parts(self, parts: Sequence[Part]) -> list[memoryview | OSError]:
+    def read_parts(self, parts: Sequence[ByteRange]) -> list[memoryview | OSError]:
         """For each part its bytes, or why it cannot be read: BadShard if its whole shard is unusable, another OSError if only it is."""
         results: list[memoryview | OSError] = [memoryview(b"")] * len(parts)
         by_path: dict[str, list[int]] = defaultdict(list)
@@ -98,7 +98,7 @@ class ShardReader:
             os.close(self._descriptors.popitem()[1])
 
     def _read_remote(
-        self, path: str, parts: Sequence[Part], *, wanted: Sequence[int], results: list[memoryview | OSError]
+        self, path: str, parts: Sequence[ByteRange], *, wanted: Sequence[int], results: list[memoryview | OSError]
     ) -> Iterator[_Span]:
         """Read from the cache; what it has no room for is given back."""
         if self._cache is not None and path in self._facts:
@@ -112,7 +112,9 @@ class ShardReader:
         self._check_remote_size(path)
         yield from _spans(parts, wanted=wanted, gap=_REMOTE_GAP)
 
-    def _read_spans(self, descriptor: int, parts: Sequence[Part], *, wanted: Sequence[int], results: list[memoryview | OSError]) -> None:
+    def _read_spans(
+        self, descriptor: int, parts: Sequence[ByteRange], *, wanted: Sequence[int], results: list[memoryview | OSError]
+    ) -> None:
         for span in _spans(parts, wanted=wanted, gap=_LOCAL_GAP):
             try:
                 answer = _pread(descriptor, start=span.start, end=span.end, path=parts[span.parts[0]].path)
@@ -169,7 +171,7 @@ def _check_size(path: str, *, found: int, facts: ShardFacts) -> None:
         raise BadShard(f"{path} has {found} bytes, the manifest says {facts.bytes}: {_REMEDY}")
 
 
-def _spans(parts: Sequence[Part], *, wanted: Sequence[int], gap: int) -> Iterator[_Span]:
+def _spans(parts: Sequence[ByteRange], *, wanted: Sequence[int], gap: int) -> Iterator[_Span]:
     """Parts of one shard, joined where no more than `gap` bytes lie between them, in the order of their offsets."""
     span = None
     for i in sorted(wanted, key=lambda i: parts[i].offset):
@@ -185,7 +187,7 @@ def _spans(parts: Sequence[Part], *, wanted: Sequence[int], gap: int) -> Iterato
         yield span
 
 
-def _hand_out(answer: bytes | OSError, *, span: _Span, parts: Sequence[Part], results: list[memoryview | OSError]) -> None:
+def _hand_out(answer: bytes | OSError, *, span: _Span, parts: Sequence[ByteRange], results: list[memoryview | OSError]) -> None:
     for i in span.parts:
         if isinstance(answer, OSError):
             results[i] = answer

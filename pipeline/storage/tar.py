@@ -17,7 +17,7 @@ _FIELDS = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")  # name, size, check
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")
 _LARGEST_EXTENSION = 1 << 20  # bytes of a PAX or GNU header that only says more about the next one
-_MOST_DIGITS = 20  # of a size
+_MAX_DIGITS = 20  # of a size
 _ADLER_MODULUS = 65521
 
 
@@ -100,7 +100,7 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
                 said = _pax(extension)
                 name = said.get("path", name)
                 size = said.get("size", "")
-                length = int(size) if size.isdecimal() and len(size) <= _MOST_DIGITS else length
+                length = int(size) if size.isdecimal() and len(size) <= _MAX_DIGITS else length
                 sparse = any(key.startswith("GNU.sparse") for key in said)
             position = payload + _padded(stated)
             continue

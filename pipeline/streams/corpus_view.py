@@ -22,7 +22,7 @@ from pipeline.randomness import Hashes, hash_ids
 from pipeline.size_rule import LEFT_OUT_REASONS, SizeRule, Targets, target_sizes
 
 
-class Source:
+class CorpusView:
     """A corpus of a plan.
 
     Args:

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from pipeline.cost import Ints
 from pipeline.size_rule import SizeRule
-from pipeline.steps import Columns, Place
-from pipeline.streams.corpus_view import Source
-from pipeline.streams.sample_stream import DrawRule, Part, Position, SampleStream
+from pipeline.steps import SampleTable, ShardRef
+from pipeline.streams.corpus_view import CorpusView
+from pipeline.streams.sample_stream import DrawRule, Position, SampleStream, ShardSubset
 
 _SLOTS_AHEAD = 64
 
 
 def mixture_shares(
-    sources: Sequence[Source], *, scheduled: Mapping[str, float] | None, samples: Callable[[], Sequence[int]]
+    sources: Sequence[CorpusView], *, scheduled: Mapping[str, float] | None, samples: Callable[[], Sequence[int]]
 ) -> tuple[int, ...]:
     """The sources' shares, in the smallest whole numbers that have these proportions.
 
@@ -90,7 +90,7 @@ class _Stretch:
     stream stood before them, and after each of its samples in them."""
 
     whose: Ints
-    samples: Columns
+    samples: SampleTable
     tokens_up_to: Ints
     before: list[Position]
     after: list[Ints]
@@ -104,16 +104,16 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[CorpusView],
         *,
         shares: Sequence[int],
         rule: SizeRule,
         draw_rule: DrawRule,
         window: int,
-        part: Part,
+        part: ShardSubset,
     ) -> None:
         self.places = [
-            Place(
+            ShardRef(
                 corpus=number,
                 shard=position,
                 name=source.name,
@@ -134,13 +134,13 @@ class Mixture:
         self._stretch: _Stretch | None = None
         self._used = 0  # slots of the stretch
 
-    def take(self, *, tokens: int, most: int | None = None) -> Columns:
+    def take(self, *, tokens: int, most: int | None = None) -> SampleTable:
         """The next samples, as many as are needed to hold at least `tokens` tokens together, but no more than `most`.
 
         Raises ValueError if a source has no sample that may be used.
         """
         assert tokens > 0, tokens
-        parts: list[Columns] = []
+        parts: list[SampleTable] = []
         left = sys.maxsize if most is None else most
         while tokens > 0 and left > 0:
             stretch = self._next_stretch() if self._stretch is None or self._used == len(self._stretch.samples) else self._stretch
@@ -151,11 +151,11 @@ class Mixture:
             left -= end - start
             tokens -= int(stretch.tokens_up_to[end - 1]) - taken_before
             self._used = end
-        return Columns.join(parts)
+        return SampleTable.join(parts)
 
-    def find(self, *, places: Ints, rows: Ints, visits: Ints) -> tuple[Columns | None, NDArray[np.bool_]]:
+    def find(self, *, places: Ints, rows: Ints, visits: Ints) -> tuple[SampleTable | None, NDArray[np.bool_]]:
         """Those of the samples at `rows` of the shards `places` that the size rule keeps, and which those are: (n,)."""
-        parts: list[Columns] = []
+        parts: list[SampleTable] = []
         indices: list[Ints] = []
         found = np.zeros(len(places), dtype=bool)
         for number in np.unique(places).tolist():
@@ -167,7 +167,7 @@ class Mixture:
             found[asked] = here
         if not found.any():
             return None, found
-        return Columns.join(parts).take(np.argsort(np.concatenate(indices))), found
+        return SampleTable.join(parts).take(np.argsort(np.concatenate(indices))), found
 
     def turn(self, *, shares: Sequence[int], rule: SizeRule) -> None:
         """Go on with other shares, counted from here, and another size rule."""
@@ -205,7 +205,7 @@ class Mixture:
         counts = np.bincount(whose, minlength=len(self._streams)).tolist()
         before = [stream.position for stream in self._streams]
         taken = [stream.take(count) if count else None for stream, count in zip(self._streams, counts, strict=True)]
-        samples = Columns.join([each[0] for each in taken if each is not None])
+        samples = SampleTable.join([each[0] for each in taken if each is not None])
         if max(counts) < len(whose):
             samples = samples.take(np.argsort(np.argsort(whose, kind="stable")))
         self._stretch = _Stretch(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pipeline.cost import Ints
 from pipeline.randomness import draws, uniforms
 from pipeline.size_rule import SizeRule
-from pipeline.steps import Columns
-from pipeline.streams.corpus_view import Source, integers
+from pipeline.steps import SampleTable
+from pipeline.streams.corpus_view import CorpusView, integers
 from pipeline.streams.shuffle import shard_order, window_order
 
 _MEMBERS = ("image_offset", "image_length", "text_offset", "text_length", "json_offset", "json_length")
@@ -42,7 +42,7 @@ _Index = TypeVar("_Index", int, Ints)
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ShardSubset:
     """Every `of`-th thing, from thing `number` on."""
 
     number: int = 0
@@ -73,7 +73,7 @@ class _Window:
 
     epoch: int
     window: int
-    samples: Columns
+    samples: SampleTable
     positions: Ints
 
 
@@ -83,7 +83,9 @@ class SampleStream:
     `first_place` is the number of its first shard among those of all sources; the stream has a `part` of them, the same in every epoch.
     """
 
-    def __init__(self, source: Source, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int, part: Part) -> None:
+    def __init__(
+        self, source: CorpusView, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int, part: ShardSubset
+    ) -> None:
         self.position = Position()
         self._source = source
         self._rule = rule
@@ -94,7 +96,7 @@ class SampleStream:
         self._shards = part.size(len(source.corpus.shards))
         self._cap = None if source.cap is None else part.size(source.cap)
         self._windows = -(-self._shards // window)
-        self._open_shards: dict[int, tuple[Columns, int]] = {}
+        self._open_shards: dict[int, tuple[SampleTable, int]] = {}
         self._open_window: _Window | None = None
 
     def resize(self, rule: SizeRule) -> None:
@@ -104,13 +106,13 @@ class SampleStream:
             self._open_shards = {}
             self._open_window = None
 
-    def take(self, count: int) -> tuple[Columns, Ints]:
+    def take(self, count: int) -> tuple[SampleTable, Ints]:
         """The next `count` samples, and where the stream stands after each of them: (count, 4), the fields of `Position`.
 
         Raises ValueError if an epoch goes by in which every sample is left out.
         """
         assert count > 0, count
-        parts: list[Columns] = []
+        parts: list[SampleTable] = []
         positions: list[Ints] = []
         windows_without = 0
         while count > 0:
@@ -137,9 +139,9 @@ class SampleStream:
             positions.append(after)
             self.position = Position(*after[-1].tolist())
             count -= end - start
-        return Columns.join(parts), np.concatenate(positions)
+        return SampleTable.join(parts), np.concatenate(positions)
 
-    def find(self, shard: int, *, rows: Ints, visits: Ints) -> tuple[Columns, NDArray[np.bool_]]:
+    def find(self, shard: int, *, rows: Ints, visits: Ints) -> tuple[SampleTable, NDArray[np.bool_]]:
         """Those of the samples at `rows` of a shard that the size rule keeps, and which those are: (n,)."""
         samples, _ = self._shard(shard)
         index = np.searchsorted(samples.row, rows)
@@ -165,7 +167,7 @@ class SampleStream:
             self._open_shards[shard] = self._open_shards.pop(shard, None) or self._shard(shard)
         for shard in list(self._open_shards)[: -max(self._shards_per_window, _SHARDS_KEPT)]:
             del self._open_shards[shard]
-        samples = Columns.join([self._open_shards[shard][0] for shard in shards])
+        samples = SampleTable.join([self._open_shards[shard][0] for shard in shards])
         rows = np.cumsum([0, *[self._open_shards[shard][1] for shard in shards]])
         sample_of_row = np.full(rows[-1], -1)
         sample_of_row[np.repeat(rows[:-1], [len(self._open_shards[shard][0]) for shard in shards]) + samples.row] = np.arange(len(samples))
@@ -175,7 +177,7 @@ class SampleStream:
         self._open_window = _Window(epoch=epoch, window=window, samples=samples, positions=positions)
         return self._open_window
 
-    def _shard(self, shard: int) -> tuple[Columns, int]:
+    def _shard(self, shard: int) -> tuple[SampleTable, int]:
         """The samples of a shard that are kept, in the order of the tar and not yet drawn for a visit; and how many rows it has."""
         if shard in self._open_shards:
             return self._open_shards[shard]
@@ -186,7 +188,7 @@ class SampleStream:
         if self._source.corpus.features is not None:
             members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
         nothing_drawn = np.zeros(len(kept), dtype=np.int64)
-        samples = Columns(
+        samples = SampleTable(
             place=np.full(len(kept), self._first_place + shard),
             row=kept,
             visit=nothing_drawn,
@@ -206,7 +208,7 @@ class SampleStream:
         )
         return samples, table.num_rows
 
-    def _draw(self, samples: Columns, *, visits: Ints) -> Columns:
+    def _draw(self, samples: SampleTable, *, visits: Ints) -> SampleTable:
         rule, seed, ids = self._draw_rule, self._draw_rule.seed, samples.id_hash
         dropped = uniforms(seed, "caption-dropout", visits=visits, ids=ids) < rule.caption_dropout
         captions = _choose(uniforms(seed, "caption", visits=visits, ids=ids), among=samples.captions, weights=rule.caption_weights)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.corpus import Corpus, Shard
+from pipeline.corpus.corpus import Corpus, CorpusShard
 from pipeline.cost import Ints
 from pipeline.errors import one_line
 
@@ -27,7 +27,7 @@ class SizeCorpus(Corpus):
 
     def __init__(self, *, name: str, digest: str, count: int, sizes: Callable[[int, int], Sizes]) -> None:
         counts = [min(ROWS_PER_SHARD, count - first) for first in range(0, count, ROWS_PER_SHARD)]
-        shards = tuple(Shard(path="", count=rows, bytes=0, sha256="", table="", digest="", table_digest="") for rows in counts)
+        shards = tuple(CorpusShard(path="", count=rows, bytes=0, sha256="", table="", digest="", table_digest="") for rows in counts)
         super().__init__(folder=name, name=name, digest=digest, shards=shards, qualified=False, features=None)
         self._sizes = sizes
 

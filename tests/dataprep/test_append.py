@@ -15,17 +15,17 @@ import pytest
 from dataprep.checks.repair import repair
 from dataprep.checks.verify import verify
 from dataprep.job import with_own_settings
-from dataprep.prepare import Growth, PrepareConfig, prepare
+from dataprep.prepare import AppendMode, PrepareConfig, prepare
 from dataprep.sidecars.annotate import annotate
 from pipeline.corpus.corpus import Corpus
 from pipeline.planning.config import PlanConfig
 from pipeline.size_rule import LEFT_OUT_REASONS
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 4}})
-APPEND, RETRY = Growth(append=True, retry=False), Growth(append=False, retry=True)
+APPEND, RETRY = AppendMode(append=True, retry=False), AppendMode(append=False, retry=True)
 
 
 def test_new_inputs_come_in_new_shards_and_are_compared_with_the_old(tmp_path: Path) -> None:
@@ -45,25 +45,25 @@ def test_new_inputs_come_in_new_shards_and_are_compared_with_the_old(tmp_path: P
     files = {f"{number}.jpg": photo(number) for number in (20, 21, 22)}
     other = write_folder(tmp_path / "g", files, rows=[{"file_name": name, "text": name, "score": 7} for name in files])
     for folder in (first, other):
-        account = prepare([str(folder)], out=out, config=CONFIG, growth=APPEND)
+        counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=APPEND)
         assert verify(out).problems == []
-    assert (account.inputs, account.kept, account.rejected) == (14, 12, {"bad-record": 1, "duplicate": 1})
+    assert (counts.inputs, counts.kept, counts.rejected) == (14, 12, {"bad-record": 1, "duplicate": 1})
     assert {name: digest for name, digest in digests(out).items() if name in old} == old
-    assert account.inputs == account.kept + sum(account.rejected.values()) == len(table_rows(out))
+    assert counts.inputs == counts.kept + sum(counts.rejected.values()) == len(table_rows(out))
     assert before.kept == 6
-    assert "f: 6 input(s) are in the corpus already" in account.notes
+    assert "f: 6 input(s) are in the corpus already" in counts.notes
     assert row_of(out, "same.jpg")["duplicate_of"] == row_of(out, "00003.jpg")["key"]
     assert row_of(out, "same.jpg")["detail"] == f"same bytes as {row_of(out, '00003.jpg')['key']}"
     assert row_of(out, "near.jpg")["near_duplicate_of"] == row_of(out, "00005.jpg")["key"]
     assert row_of(out, "bare.jpg")["detail"] == "score is null, where every sample of the corpus has a value of type int64"
     assert {type(json.loads(member(out, row, "json"))["score"]) for row in table_rows(out) if row["key"]} == {int}
-    assert any("licence" in note for note in account.notes)
+    assert any("licence" in note for note in counts.notes)
     keys = [row["key"] for row in table_rows(out) if row["key"]]
-    assert len(set(keys)) == len(keys) == account.kept
+    assert len(set(keys)) == len(keys) == counts.kept
 
     finished = digests(out)
-    again = prepare([str(first)], out=out, config=CONFIG, growth=APPEND)
-    assert (again.inputs, again.kept) == (account.inputs, account.kept)
+    again = prepare([str(first)], out=out, config=CONFIG, append_mode=APPEND)
+    assert (again.inputs, again.kept) == (counts.inputs, counts.kept)
     assert again.notes[-1].startswith("nothing was added: of 0 inputs")
     assert digests(out) == finished
 
@@ -75,8 +75,8 @@ def test_rejected_inputs_get_a_second_look(tmp_path: Path) -> None:
     (folder / "00001.jpg").unlink()
     (folder / "00003.jpg").write_bytes(whole["00003.jpg"][:200])
     (folder / "00004.jpg").write_bytes(photo(4, height=8, width=9))
-    account = prepare([str(folder)], out=out, config=CONFIG)
-    assert account.rejected == {"missing": 1, "too-small": 1, "damaged": 1}
+    counts = prepare([str(folder)], out=out, config=CONFIG)
+    assert counts.rejected == {"missing": 1, "too-small": 1, "damaged": 1}
 
     for name, kept, rejected in (("00003.jpg", 3, {"missing": 1, "too-small": 1}), ("00001.jpg", 4, {"too-small": 1})):
         (folder / name).write_bytes(whole[name])
@@ -84,35 +84,35 @@ def test_rejected_inputs_get_a_second_look(tmp_path: Path) -> None:
         metadata = (folder / "metadata.jsonl").read_text()
         if "new.jpg" not in metadata:
             (folder / "metadata.jsonl").write_text(metadata + '{"file_name": "new.jpg", "text": "new"}\n')
-        account = prepare([str(folder)], out=out, config=CONFIG, growth=RETRY)
-        assert (account.inputs, account.kept, account.rejected) == (5, kept, rejected)
-        assert "f: 1 input(s) are new: --append takes them" in account.notes
+        counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=RETRY)
+        assert (counts.inputs, counts.kept, counts.rejected) == (5, kept, rejected)
+        assert "f: 1 input(s) are new: --append takes them" in counts.notes
         assert verify(out).problems == []
     assert [row["reason"] for row in table_rows(out) if row["path"] == "00001.jpg"] == ["missing", "missing", ""]
-    account = prepare([str(folder)], out=out, config=CONFIG, growth=RETRY)
-    assert account.kept == 4
-    account = prepare([str(folder)], out=out, config=CONFIG, growth=Growth(append=True, retry=True))
-    assert (account.inputs, account.kept) == (6, 5)
+    counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=RETRY)
+    assert counts.kept == 4
+    counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=AppendMode(append=True, retry=True))
+    assert (counts.inputs, counts.kept) == (6, 5)
 
 
 def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
     folder = photo_folder(tmp_path / "f", count=3)
     out = tmp_path / "C"
     with pytest.raises(ValueError, match="not a corpus"):
-        prepare([str(folder)], out=out, config=CONFIG, growth=APPEND)
+        prepare([str(folder)], out=out, config=CONFIG, append_mode=APPEND)
     prepare([str(folder)], out=out, config=CONFIG)
     with pytest.raises(ValueError, match=r"another shards\.max_samples \(4 there, 10000 here\); a corpus grows with the settings"):
-        prepare([str(folder)], out=out, config=PrepareConfig(), growth=APPEND)
+        prepare([str(folder)], out=out, config=PrepareConfig(), append_mode=APPEND)
     other = PrepareConfig.model_validate({"seed": 3, "filters": {"min_side": 20}, "shards": {"max_samples": 4}})
     with pytest.raises(ValueError, match=r"another filters\.min_side \(16 there, 20 here\), seed \(0 there, 3 here\); a corpus grows"):
-        prepare([str(folder)], out=out, config=other, growth=APPEND)
+        prepare([str(folder)], out=out, config=other, append_mode=APPEND)
     given = PrepareConfig.model_validate({"sources": {"f": {"tags": ["new"]}}})
     own = with_own_settings(out, given=given)
     assert own.shards == CONFIG.shards
     assert own.sources == given.sources
-    assert prepare([f"f={folder}"], out=out, config=own, growth=APPEND).kept == 3
+    assert prepare([f"f={folder}"], out=out, config=own, append_mode=APPEND).kept == 3
     with pytest.raises(ValueError, match=r"another seed \(0 there, 1 here\)"):
-        prepare([str(folder)], out=out, config=with_own_settings(out, given=PrepareConfig(seed=1)), growth=APPEND)
+        prepare([str(folder)], out=out, config=with_own_settings(out, given=PrepareConfig(seed=1)), append_mode=APPEND)
     with pytest.raises(ValueError, match=r"another sources \(g is not in it, f is in it, too\); add inputs with --append"):
         prepare([str(photo_folder(tmp_path / "g", count=2))], out=out, config=CONFIG)
 
@@ -122,7 +122,7 @@ ADDITION = """
 import os, signal, sys
 from dataprep.sidecars.annotate import annotate
 from dataprep.job import with_own_settings
-from dataprep.prepare import Growth, PrepareConfig, prepare
+from dataprep.prepare import AppendMode, PrepareConfig, prepare
 
 def replace_and_die(source, target, replace=os.replace):
     replace(source, target)
@@ -131,7 +131,7 @@ def replace_and_die(source, target, replace=os.replace):
 
 os.replace = replace_and_die
 config = PrepareConfig.model_validate_json(sys.stdin.read())
-prepare([sys.argv[1]], out=sys.argv[2], config=config, growth=Growth(append=True, retry=False))
+prepare([sys.argv[1]], out=sys.argv[2], config=config, growth=AppendMode(append=True, retry=False))
 """
 
 
@@ -141,7 +141,7 @@ def test_a_kill_leaves_the_old_corpus_or_the_new_one(tmp_path: Path, moment: str
     out, unbroken = tmp_path / "C", tmp_path / "D"
     prepare([str(old)], out=out, config=CONFIG)
     shutil.copytree(out, unbroken)
-    expected = prepare([str(new)], out=unbroken, config=CONFIG, growth=APPEND)
+    expected = prepare([str(new)], out=unbroken, config=CONFIG, append_mode=APPEND)
     command = [sys.executable, "-c", ADDITION, str(new), str(out), moment]
     with subprocess.Popen(command, cwd=REPOSITORY, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -161,10 +161,10 @@ def test_a_kill_leaves_the_old_corpus_or_the_new_one(tmp_path: Path, moment: str
         repair(out)
     if is_old:
         with pytest.raises(ValueError, match=r"an unfinished addition had another sources"):
-            prepare([str(photo_folder(tmp_path / "h", count=2, first=200))], out=out, config=CONFIG, growth=APPEND)
+            prepare([str(photo_folder(tmp_path / "h", count=2, first=200))], out=out, config=CONFIG, append_mode=APPEND)
         assert prepare([str(old)], out=out, config=CONFIG).kept == 6
-    account = prepare([str(new)], out=out, config=CONFIG, growth=APPEND)
-    assert account.kept == expected.kept
+    counts = prepare([str(new)], out=out, config=CONFIG, append_mode=APPEND)
+    assert counts.kept == expected.kept
     assert digests(out) == digests(unbroken)
 
 
@@ -172,10 +172,10 @@ def test_shards_of_an_addition_that_was_given_up_are_not_taken_for_those_of_anot
     out = tmp_path / "C"
     prepare([str(photo_folder(tmp_path / "f", count=3))], out=out, config=CONFIG)
     shutil.copytree(out, tmp_path / "D")
-    prepare([str(photo_folder(tmp_path / "g", count=5, first=10))], out=tmp_path / "D", config=CONFIG, growth=APPEND)
+    prepare([str(photo_folder(tmp_path / "g", count=5, first=10))], out=tmp_path / "D", config=CONFIG, append_mode=APPEND)
     for name in ("000001.tar", "000001.parquet", "000001_stats.json", "000002.tar"):
         shutil.copy(tmp_path / "D" / name, out)
-    prepare([str(photo_folder(tmp_path / "h", count=2, first=20))], out=out, config=CONFIG, growth=APPEND)
+    prepare([str(photo_folder(tmp_path / "h", count=2, first=20))], out=out, config=CONFIG, append_mode=APPEND)
     assert verify(out).problems == []
     assert sorted(row["source"] for row in table_rows(out)) == ["f", "f", "f", "h", "h"]
 
@@ -193,7 +193,7 @@ def test_sidecars_of_a_corpus_that_grows_say_nothing_of_new_samples_until_they_a
 
     told: list[str] = []
     new = photo_folder(tmp_path / "g", count=5, first=50)
-    prepare([str(new)], out=out, config=CONFIG, growth=APPEND, announce=told.append)
+    prepare([str(new)], out=out, config=CONFIG, append_mode=APPEND, announce=told.append)
     assert told[-1].endswith(
         "its sidecars (scores, captions, gone) say nothing of the added samples yet: run the commands that made them again"
     )
@@ -212,7 +212,7 @@ def test_sidecars_of_a_corpus_that_grows_say_nothing_of_new_samples_until_they_a
     assert [row["key"] for row in rows if row["takedown"]] == [keys[1]]
     assert "Scores and further numbers" in (out / "report.html").read_text()
     rule = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=128).size_rule
-    _, targets = Source(corpus, where="score > 0").select(len(corpus.shards) - 1, rule=rule)
+    _, targets = CorpusView(corpus, where="score > 0").select(len(corpus.shards) - 1, rule=rule)
     assert set(targets.left_out.tolist()) == {LEFT_OUT_REASONS.index("where")}
 
     (tmp_path / "scores.csv").write_text("key,score\n" + "".join(f"{row['key']},0.5\n" for row in rows))
@@ -230,5 +230,5 @@ def test_a_broken_sidecar_is_told_before_a_corpus_grows(tmp_path: Path) -> None:
     (out / "000000.s.parquet").write_bytes(b"no table")
     before = digests(out)
     with pytest.raises(ValueError, match=r"000000\.s\.parquet of its sidecar 's' is damaged.*tim annotate --remove s"):
-        prepare([str(photo_folder(tmp_path / "g", count=2, first=9))], out=out, config=CONFIG, growth=APPEND)
+        prepare([str(photo_folder(tmp_path / "g", count=2, first=9))], out=out, config=CONFIG, append_mode=APPEND)
     assert {name: digest for name, digest in digests(out).items() if not name.startswith(".work")} == before

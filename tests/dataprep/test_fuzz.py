@@ -29,19 +29,19 @@ from dataprep.examine.filters import FilterConfig
 from dataprep.index_tars import read_foreign
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report.html import ReportConfig, render
-from dataprep.report.statistics import plan_of, take_census
+from dataprep.report.statistics import compute_statistics, plan_of
 from dataprep.row_schema import FILTER_PREFIX, REASONS
 from dataprep.sources.open import open_sources
 from dataprep.sources.raw_sample import RawSample
 from pipeline.corpus.corpus import Corpus, read_manifest
-from pipeline.images import Picture, Rejection, encode_image, load_image, read_image
+from pipeline.images import DecodedImage, Rejection, encode_image, load_image, read_image
 from pipeline.images.headers import careful_size, quick_size
 from tests.dataprep.helpers import photo, write_folder
 from tests.dataprep.mutations import damaged, parquets, pictures, tables, tars
 
 MAX_PIXELS = 1 << 20
 RULES = Rules(images=ImageConfig(max_decode_pixels=MAX_PIXELS), captions=CaptionConfig(), filters=FilterConfig(), hashes=True)
-MOST_MEMORY = 600 << 20  # bytes that a process may grow by, whatever it reads
+MAX_MEMORY = 600 << 20  # bytes that a process may grow by, whatever it reads
 SOAK_SECONDS = 600
 
 
@@ -66,7 +66,7 @@ def reads_pictures(data: bytes) -> None:
     assert load_image(data, resize=resize, crop=resize).shape == (*resize, 3)
 
 
-def _picture(data: bytes) -> Picture | None:
+def _picture(data: bytes) -> DecodedImage | None:
     try:
         return read_image(data, max_decode_pixels=MAX_PIXELS)
     except Rejection as rejection:
@@ -126,7 +126,7 @@ def reads_corpora(data: bytes) -> None:
         assert (data == corpus()[entry["table"]]) == (problems == [])
         assert not any("\n" in problem for problem in problems)
         try:
-            census = take_census(Corpus.open(folder), manifest=manifest, plan=plan_of(8, max_tokens=64))
+            census = compute_statistics(Corpus.open(folder), manifest=manifest, plan=plan_of(8, max_tokens=64))
         except ValueError as error:
             _expect_one_line(error)
         else:
@@ -161,8 +161,8 @@ def prepares(files: list[bytes], tar: bytes, lines: bytes) -> None:
         write_folder(folder / "listed", {**names, "metadata.jsonl": lines, "t.tar": tar})
         config = PrepareConfig.model_validate({"images": {"max_decode_pixels": MAX_PIXELS}, "captions": {"required": False}})
         sources = [str(folder / "plain"), str(folder / "listed"), str(folder / "listed/t.tar")]
-        account = prepare(sources, out=folder / "C", config=config)
-        assert account.inputs == account.kept + sum(account.rejected.values()) >= 1 + len(files)
+        counts = prepare(sources, out=folder / "C", config=config)
+        assert counts.inputs == counts.kept + sum(counts.rejected.values()) >= 1 + len(files)
         assert verify(folder / "C").problems == []
         assert sorted(os.listdir(folder)) == ["C", "listed", "plain"]
         assert not any(path.is_dir() for path in (folder / "C").iterdir())
@@ -192,7 +192,7 @@ _UNHEALTHY = (HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filt
 def bounded_memory() -> Iterator[None]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     yield
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MAX_MEMORY
 
 
 def fuzz(target: str, *, examples: int, number: int) -> None:

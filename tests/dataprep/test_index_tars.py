@@ -17,7 +17,7 @@ import pytest
 from dataprep.checks.verify import verify
 from dataprep.index_tars import IndexedShard, IndexTask, _keys_may_repeat, finished, index, index_shard
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.shards.writer import Shard
+from dataprep.shards.writer import ShardEntry
 from pipeline.corpus.corpus import Corpus
 from pipeline.loading.loader import Loader
 from pipeline.planning.planner import PlanConfig, Planner
@@ -46,8 +46,8 @@ def test_an_index_of_prepared_shards_plans_and_reads_as_they_do(tmp_path: Path) 
         path.rename(tmp_path / "tars" / path.name)
         path.symlink_to(tmp_path / "tars" / path.name)
     before = digests(tmp_path / "tars")
-    account = index([str(tmp_path / "tars" / "{000000..000002}.tar")], out=tmp_path / "I", workers=1)
-    assert (account.inputs, account.kept, account.rejected, account.notes, account.shards) == (12, 12, {}, [], 3)
+    counts = index([str(tmp_path / "tars" / "{000000..000002}.tar")], out=tmp_path / "I", workers=1)
+    assert (counts.inputs, counts.kept, counts.rejected, counts.notes, counts.shards) == (12, 12, {}, [], 3)
     assert digests(tmp_path / "tars") == before
     assert sorted(path.name for path in (tmp_path / "I").iterdir()) == sorted(
         ["manifest.json", *(f"00000{n}{end}" for n in range(3) for end in (".parquet", "_stats.json"))]
@@ -97,10 +97,10 @@ def test_a_run_that_was_killed_goes_on_and_a_corpus_grows(tmp_path: Path) -> Non
     assert len(inodes) == 4
 
     told: list[tuple[int, int | None]] = []
-    account = index(
+    counts = index(
         [str(path) for path in tars[:2]] + [str(tars[2])], out=out, progress=lambda stage, done, total, note="": told.append((done, total))
     )
-    assert (account.kept, told) == (9, [(2, 3), (3, 3)])
+    assert (counts.kept, told) == (9, [(2, 3), (3, 3)])
     assert {path.name: path.stat().st_ino for path in out.glob("00000[01]*")} == inodes
     files = digests(out)
 
@@ -116,18 +116,18 @@ def test_tars_that_cannot_be_read_are_in_the_account(shared: Path, tmp_path: Pat
     hostile = shared / "corpora/hostile"
     good = tar(tmp_path / "a.tar", keys=["x", "yy"])
     specs = [str(tmp_path / "{a,b}.tar"), *(str(path) for path in sorted(hostile.glob("*.tar")))]
-    account = index(specs, out=tmp_path / "C")
-    assert account.inputs == account.kept + sum(account.rejected.values())
-    assert account.rejected["missing"] >= 1
+    counts = index(specs, out=tmp_path / "C")
+    assert counts.inputs == counts.kept + sum(counts.rejected.values())
+    assert counts.rejected["missing"] >= 1
     for path, why in (
         (tmp_path / "b.tar", "missing: there is no such tar"),
         (hostile / "not_a_tar.tar", "bad-record: not_a_tar.tar: not a tar"),
     ):
-        assert any(note.startswith(f"{path}: {why}") for note in account.notes)
+        assert any(note.startswith(f"{path}: {why}") for note in counts.notes)
     corpus = Corpus.open(tmp_path / "C")
     assert corpus.shards[0].path == str(good)
     assert (corpus.shards[0].count, corpus.shards[1].count) == (2, 0)
-    assert sum(len(corpus.read(shard, columns=("key",))) for shard in range(len(corpus.shards))) == account.kept == corpus.count
+    assert sum(len(corpus.read(shard, columns=("key",))) for shard in range(len(corpus.shards))) == counts.kept == corpus.count
     planner(corpus).next_step()
     assert not [path for path in tmp_path.rglob("*") if path.name in ("passwd", "escaped")]
 
@@ -174,13 +174,13 @@ def test_a_shard_at_a_url_and_its_table_beside_it(tmp_path: Path) -> None:
 
 def test_keys_that_may_repeat_get_their_tars_number(tmp_path: Path) -> None:
     shards = [str(tar(tmp_path / name / "0.tar", keys=["a", "bb"])) for name in ("x", "y")]
-    account = index(shards, out=tmp_path / "C")
-    assert any(note.startswith("keys of different tars may be equal") for note in account.notes)
+    counts = index(shards, out=tmp_path / "C")
+    assert any(note.startswith("keys of different tars may be equal") for note in counts.notes)
     corpus = Corpus.open(tmp_path / "C")
-    assert account.kept == len({id for _ in range(2) for id in planner(corpus).next_step().ids}) == 4
+    assert counts.kept == len({id for _ in range(2) for id in planner(corpus).next_step().ids}) == 4
 
     def shard(first: str, last: str, count: int = 2) -> IndexedShard:
-        entry = Shard(name="", count=count, bytes=0, sha256=None, table="", table_sha256="", table_bytes=0, rows=0)
+        entry = ShardEntry(name="", count=count, bytes=0, sha256=None, table="", table_sha256="", table_bytes=0, rows=0)
         return IndexedShard(shard=entry, rejected={}, first_key=first, last_key=last, notes=[])
 
     assert not _keys_may_repeat([shard("c", "d"), shard("", "", 0), shard("a", "b")])

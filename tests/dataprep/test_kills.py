@@ -48,8 +48,8 @@ def test_kills_at_random_times_change_no_byte(sources: list[str], tmp_path: Path
                 done += 1
             else:
                 break
-        account = prepare(sources, out=out, config=CONFIG)
-        assert account.inputs == account.kept + sum(account.rejected.values()) == 1224
+        counts = prepare(sources, out=out, config=CONFIG)
+        assert counts.inputs == counts.kept + sum(counts.rejected.values()) == 1224
         assert digests(out) == reference
         if done == kills:
             return

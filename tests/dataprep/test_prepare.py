@@ -35,16 +35,16 @@ def test_every_input_is_in_the_account_and_in_a_table(tmp_path: Path) -> None:
     rows[3]["text"] = " "
     folder = write_folder(tmp_path / "mixed", files, rows=rows)
     stages: list[tuple[str, int, int | None]] = []
-    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step, note="": stages.append(step))
-    assert account.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "damaged": 1}
-    assert account.inputs == account.kept + sum(account.rejected.values()) == len(rows)
+    counts = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, progress=lambda *step, note="": stages.append(step))
+    assert counts.rejected == {"duplicate": 1, "missing": 1, "no-caption": 1, "too-small": 1, "damaged": 1}
+    assert counts.inputs == counts.kept + sum(counts.rejected.values()) == len(rows)
     found = table_rows(tmp_path / "C")
     assert sorted(row["path"] for row in found) == sorted(str(row["file_name"]) for row in rows)
     assert all((row["status"] == "success") == (row["reason"] == "") == (row["key"] is not None) for row in found)
     assert {row["tags"] for row in found} == {'["x", 1]', "[]", ""}
     assert [row["detail"] for row in found if row["reason"] == "duplicate"] == ["same bytes as mixed/0.jpg"]
-    assert ("write", account.kept, account.kept) in stages
-    assert stages[-1] == ("report", account.shards, account.shards)
+    assert ("write", counts.kept, counts.kept) in stages
+    assert stages[-1] == ("report", counts.shards, counts.shards)
     assert verify(tmp_path / "C").problems == []
 
 
@@ -112,13 +112,13 @@ def test_sources_of_all_kinds_end_in_samples_of_one_kind(tmp_path: Path) -> None
 def test_classes_become_members_if_all_have_one(tmp_path: Path) -> None:
     rows = [{"file_name": f"{number}.jpg", "label": number % 3} for number in range(6)]
     folder = write_folder(tmp_path / "f", {f"{number}.jpg": photo(number) for number in range(6)}, rows=rows)
-    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
-    assert (account.kept, account.notes) == (6, [])
+    counts = prepare([str(folder)], out=tmp_path / "C", config=CONFIG)
+    assert (counts.kept, counts.notes) == (6, [])
     assert all(member(tmp_path / "C", row, "cls") == str(row["label"]).encode() for row in table_rows(tmp_path / "C"))
     assert {(row["caption"], tuple(row["captions"])) for row in table_rows(tmp_path / "C")} == {("", ("",))}
     more = photo_folder(tmp_path / "g", count=2, first=50)
-    account = prepare([str(folder), str(more)], out=tmp_path / "D", config=CONFIG)
-    assert account.notes == ["only 6 of 8 samples have a class, so the shards have no .cls members"]
+    counts = prepare([str(folder), str(more)], out=tmp_path / "D", config=CONFIG)
+    assert counts.notes == ["only 6 of 8 samples have a class, so the shards have no .cls members"]
     assert {row["cls_offset"] for row in table_rows(tmp_path / "D")} == {None}
     assert verify(tmp_path / "C").problems == verify(tmp_path / "D").problems == []
 
@@ -128,8 +128,8 @@ def test_near_duplicates(tmp_path: Path, near: str) -> None:
     files = {"small.jpg": photo(1, height=200, width=240, quality=60), "large.jpg": photo(1, height=400, width=480), "other.jpg": photo(2)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     out = tmp_path / "C"
-    account = prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": near}}))
-    assert account.rejected == ({"near-duplicate": 1} if near == "drop" else {})
+    counts = prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": near}}))
+    assert counts.rejected == ({"near-duplicate": 1} if near == "drop" else {})
     small, large = row_of(out, "small.jpg"), row_of(out, "large.jpg")
     assert small["near_duplicate_of"] == ("" if near == "off" else large["key"])
     assert (small["key"] is None) == (near == "drop")
@@ -166,9 +166,9 @@ def test_one_image_format_in_a_corpus(tmp_path: Path) -> None:
 def test_the_byte_limit_closes_shards(tmp_path: Path) -> None:
     folder = photo_folder(tmp_path / "f", count=30)
     config = PrepareConfig.model_validate({"shards": {"max_bytes": 60_000}})
-    account = prepare([str(folder)], out=tmp_path / "C", config=config)
+    counts = prepare([str(folder)], out=tmp_path / "C", config=config)
     sizes = [shard["bytes"] for shard in json.loads((tmp_path / "C/manifest.json").read_text())["shards"]]
-    assert account.shards == len(sizes) > 2
+    assert counts.shards == len(sizes) > 2
     assert all(size <= 60_000 + 10_240 for size in sizes)  # tar rounds its end up to 10 KiB
 
 
@@ -189,9 +189,9 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     out = tmp_path_factory.mktemp("reference") / "C"
-    account = prepare([str(many)], out=out, config=SMALL_SHARDS, workers=1)
-    assert account.shards > 5
-    assert set(account.rejected) == {"duplicate", "damaged"}
+    counts = prepare([str(many)], out=out, config=SMALL_SHARDS, workers=1)
+    assert counts.shards > 5
+    assert set(counts.rejected) == {"duplicate", "damaged"}
     return digests(out)
 
 
@@ -269,8 +269,8 @@ def test_a_decoder_that_takes_its_process_down_costs_one_picture(tmp_path: Path,
     folder = photo_folder(tmp_path / "f", count=40)
     for name in ("00003.jpg", "00031.jpg"):
         (folder / name).write_bytes((folder / name).read_bytes() + b"BOOM")
-    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, workers=2)
-    assert (account.kept, account.rejected) == (38, {"crashed": 2})
+    counts = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, workers=2)
+    assert (counts.kept, counts.rejected) == (38, {"crashed": 2})
     assert row_of(tmp_path / "C", "00031.jpg")["reason"] == "crashed"
 
 
@@ -334,9 +334,9 @@ def test_a_run_in_progress_is_not_joined(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="another run is writing"):
             prepare([str(folder)], out=out, config=CONFIG)
 
-    account = prepare([str(folder)], out=out, config=CONFIG, progress=call_again)
+    counts = prepare([str(folder)], out=out, config=CONFIG, progress=call_again)
     assert calls
-    assert account.kept == 2
+    assert counts.kept == 2
 
 
 def test_the_json_of_every_sample_names_its_source(tmp_path: Path) -> None:

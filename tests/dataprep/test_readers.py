@@ -24,9 +24,9 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("readers") / "C"
     corpora = shared / "corpora"
     sources = [str(corpora / "photos"), str(corpora / "sidecar"), str(corpora / "img2dataset/{00000..00001}.tar")]
-    account = prepare(sources, out=out, config=PrepareConfig.model_validate({"shards": {"max_samples": 200}}), workers=2)
-    assert (account.inputs, account.kept, account.shards) == (560, 560, 3)
-    assert account.notes == []
+    counts = prepare(sources, out=out, config=PrepareConfig.model_validate({"shards": {"max_samples": 200}}), workers=2)
+    assert (counts.inputs, counts.kept, counts.shards) == (560, 560, 3)
+    assert counts.notes == []
     return out
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dataprep.examine.run import Part
-from dataprep.prepare import Growth, PrepareConfig, prepare, prepare_part
+from dataprep.examine.run import JobPart
+from dataprep.prepare import AppendMode, PrepareConfig, prepare, prepare_part
 from dataprep.workers.pool import LocalPool, WorkerDied
 from launch.cli import main
 from tests import REPOSITORY
@@ -41,11 +41,11 @@ def test_parts_are_merged_to_the_same_bytes(many: Path, reference: dict[str, str
     out = tmp_path / "C"
     with pytest.raises(RuntimeError, match="no part has been examined yet: run --part 1/N"):
         prepare([str(many)], out=out, config=CONFIG, merge=True)
-    done = prepare_part([str(many)], out=out, config=CONFIG, part=Part(2, 2))
+    done = prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(2, 2))
     assert (done.inputs, sorted(path.name for path in (out / ".work").glob("chunk*"))) == (1100, ["chunk-000001.arrow"])
     with pytest.raises(RuntimeError, match=r"1 part\(s\) have not come to their end: run --part 1/2 \(again\) before --merge"):
         prepare([str(many)], out=out, config=CONFIG, merge=True)
-    prepare_part([str(many)], out=out, config=CONFIG, part=Part(1, 2))
+    prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(1, 2))
     prepare([str(many)], out=out, config=CONFIG, merge=True)
     assert digests(out) == reference
 
@@ -103,19 +103,19 @@ def test_a_corpus_at_a_url_is_the_local_one(
     assert not files.exists(f"{out}/manifest.json")
     with pytest.raises(ValueError, match=r"s3://bucket/sets/C: holds an unfinished corpus with another seed \(0 there, 1 here\)"):
         prepare([str(many)], out=out, config=CONFIG.model_copy(update={"seed": 1}), work=work)
-    account = prepare([str(many)], out=out, config=CONFIG, work=work)
+    counts = prepare([str(many)], out=out, config=CONFIG, work=work)
     files.invalidate_cache()
     local = tmp_path / "C"
     files.get(f"{out}/", f"{local}/", recursive=True)
     assert digests(local) == reference
     assert not work.exists()
-    assert prepare([str(many)], out=out, config=CONFIG, work=work) == account
+    assert prepare([str(many)], out=out, config=CONFIG, work=work) == counts
 
     new = photo_folder(tmp_path / "new", count=3, first=9000)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for place in (out, local):
-        grown = prepare([str(new)], out=place, config=CONFIG, growth=Growth(append=True, retry=False))
-        assert grown.kept == account.kept + 3
+        grown = prepare([str(new)], out=place, config=CONFIG, append_mode=AppendMode(append=True, retry=False))
+        assert grown.kept == counts.kept + 3
     files.invalidate_cache()
     files.get(f"{out}/", f"{tmp_path / 'D'}/", recursive=True)
     assert digests(tmp_path / "D") == digests(local)
@@ -142,8 +142,8 @@ def test_a_picture_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -
     Image.new("1", (12_000, 12_000)).save(blank, "PNG", compress_level=0)
     files = {"large.png": blank.getvalue(), "a.jpg": photo(2), "b.jpg": photo(3)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
-    account = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, pool=LocalPool(1, memory=700_000_000))
-    assert (account.kept, account.rejected) == (2, {"crashed": 1})
+    counts = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, pool=LocalPool(1, memory=700_000_000))
+    assert (counts.kept, counts.rejected) == (2, {"crashed": 1})
     assert "more memory than a worker may take" in row_of(tmp_path / "C", "large.png")["detail"]
 
 

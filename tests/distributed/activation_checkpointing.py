@@ -35,7 +35,7 @@ def gradient_error(ranks: Ranks, *, stage: int, every: int) -> float:
     from deepspeed.utils import safe_get_full_grad
 
     network = tiny_network()
-    network.execute(checkpoint_every=every)
+    network.configure_execution(checkpoint_every=every)
     engine = Engine(network, ranks=ranks, stage=stage)
     mine = pack([2 * ranks.rank, 2 * ranks.rank + 1])
     with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.checkpoint import Checkpoint, Facts
+from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
 from launch.distributed.ranks import Ranks, process_group
 from launch.training.ema import ShardedEMA
 from launch.training.engine import ADAM_EPSILON, Engine
@@ -138,7 +138,7 @@ def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
         pieces = {"weights": engine.fragments(), "ema": ema.average, **engine.moments()}
         return checkpoint.write_pieces(part, pieces, rank=ranks.rank, shapes=engine.shapes)
 
-    facts = Facts(step=STEPS, world_size=ranks.size, config_hash="")
+    facts = CheckpointMetadata(step=STEPS, world_size=ranks.size, config_hash="")
     saved = checkpoint.save(folder, facts, ranks=ranks, write=write, keep_last=1)
     weight_error = distance(checkpoint.consolidate(saved, ema=False), weights)
     average_error = distance(checkpoint.consolidate(saved, ema=True), average)

@@ -45,8 +45,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows.append({"file_name": f"{number}.png", "label": number % 3})
     (folder / "source" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     prepare([str(folder / "source")], out=folder / "first", config=PrepareConfig())
-    account = prepare([str(folder / "first" / "000000.tar")], out=folder / "corpus", config=PrepareConfig())
-    assert account.kept == PICTURES
+    counts = prepare([str(folder / "first" / "000000.tar")], out=folder / "corpus", config=PrepareConfig())
+    assert counts.kept == PICTURES
     return folder / "corpus"
 
 

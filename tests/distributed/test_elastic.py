@@ -41,7 +41,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
 
     found = checkpoint.newest(broken)
     assert found is not None
-    killed = found.facts.step
+    killed = found.metadata.step
     assert killed >= 4
     last = killed + 8
     train(load_config(config, overrides=[f"train.steps={last}", f"run_dir={unbroken}"]), quiet=True)
@@ -67,7 +67,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     for one, other in zip(jobs.story(broken, columns=COMPUTED), jobs.story(unbroken, columns=COMPUTED), strict=True):
         assert one == pytest.approx(other, rel=1e-3)
     ends = [checkpoint.find(run) for run in (broken, unbroken)]
-    assert [found.facts.world_size for found in ends] == [1, 1]
+    assert [found.metadata.world_size for found in ends] == [1, 1]
     for ema in (False, True):
         weights, expected = (checkpoint.consolidate(found.folder, ema=ema) for found in ends)
         for name, weight in weights.items():

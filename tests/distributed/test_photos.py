@@ -36,8 +36,8 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "source" / name).symlink_to((shared / "corpora" / "photos" / name).resolve())
     captions = (shared / "corpora" / "photos" / "metadata.jsonl").read_text().splitlines(keepends=True)
     (folder / "source" / "metadata.jsonl").write_text("".join(line for line in captions if any(f'"{name}"' in line for name in names)))
-    account = prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())
-    assert account.kept > PHOTOS / 2
+    counts = prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())
+    assert counts.kept > PHOTOS / 2
     return folder / "corpus"
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataprep.synthetic import figures, random_view
 from launch.benchmarks import objective
-from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_proof, energy_distance, scores
+from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_comparison, energy_distance, scores
 from launch.cli import main
 from launch.config.schema import load_config
 from launch.demo import RECIPE
@@ -61,7 +61,7 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
         assert [int(count) for count in found["scores"][name]] == list(STEPS)
     assert found["real"]["speckled"] == 1
     assert found["scores"]["flow matching"]["1"]["both"] == 0
-    written = describe_proof({**found, "scores": {name: {int(k): v for k, v in row.items()} for name, row in found["scores"].items()}})
+    written = describe_comparison({**found, "scores": {name: {int(k): v for k, v in row.items()} for name, row in found["scores"].items()}})
     assert all(name in written for name in OBJECTIVES)
 
 

@@ -27,7 +27,7 @@ def test_latents_are_those_of_diffusers_scaled(kind: str, tmp_path: Path, monkey
     folder = autoencoder(tmp_path, kind)
     codec = codecs.make(kind, folder)
     assert codecs.geometry(kind, folder) == (codec.factor, codec.channels) == KINDS[kind]
-    assert codec.draws == codecs.draws(kind) == (kind in ("kl", "sd-vae"))
+    assert codec.is_stochastic == codecs.is_stochastic(kind) == (kind in ("kl", "sd-vae"))
     pictures = images((64, 96), (32, 64), (64, 96), (96, 32))
     monkeypatch.setattr(codecs, "BATCH_PIXELS", 1)
     alone = codec.latents(pictures)
@@ -39,14 +39,14 @@ def test_latents_are_those_of_diffusers_scaled(kind: str, tmp_path: Path, monkey
     for i, picture in enumerate(pictures):
         with torch.no_grad():
             found = network.encode(picture[None] / 127.5 - 1)
-        if codec.draws:
+        if codec.is_stochastic:
             assert together.deviations is not None
             torch.testing.assert_close(together.deviations[i], found.latent_dist.std[0] * scale, rtol=1e-4, atol=1e-5)
-        expected = found.latent_dist.mean if codec.draws else found.latents if kind == "tiny" else found.latent
+        expected = found.latent_dist.mean if codec.is_stochastic else found.latents if kind == "tiny" else found.latent
         torch.testing.assert_close(together.means[i], (expected[0] - shift) * scale, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(together.means[i], alone.means[i], rtol=1e-4, atol=1e-5)
         assert together.means[i].shape == (codec.channels, picture.shape[1] // codec.factor, picture.shape[2] // codec.factor)
-    assert (together.deviations is not None) == codec.draws
+    assert (together.deviations is not None) == codec.is_stochastic
 
     decoded = codec.decode(together.means)
     assert [image.shape for image in decoded] == [picture.shape for picture in pictures]

@@ -67,7 +67,7 @@ def test_operations_are_those_that_torch_counts(name: str, monkeypatch: pytest.M
 def test_memory_is_what_autograd_keeps(params: dict[str, Any], every: int, precision: str) -> None:
     """Bytes of distinct storages that the blocks keep: within 15 %."""
     network = TransitionTransformer.from_official({**params, "depth": 6, "hidden_size": 64})
-    network.execute(checkpoint_every=every)
+    network.configure_execution(checkpoint_every=every)
     inputs = pack(network, scale=6)
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     kept: dict[int, int] = {}

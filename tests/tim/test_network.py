@@ -66,7 +66,7 @@ def test_checkpointing_changes_no_gradient(tiny: TransitionTransformer, every: i
         return list(torch.autograd.grad(out.square().sum(), list(tiny.parameters()))), sum(kept)
 
     plain, plain_kept = gradients()
-    tiny.execute(checkpoint_every=every)
+    tiny.configure_execution(checkpoint_every=every)
     again, kept = gradients()
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
     assert kept < 0.9 * plain_kept
@@ -82,7 +82,7 @@ def test_compiled_blocks_compute_the_same_for_packs_of_any_size(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     latents, captions, t, r = inputs()
     compiled = copy.deepcopy(tiny)
-    compiled.execute(compile=True)
+    compiled.configure_execution(compile=True)
     torch.compiler.reset()
     graphs = []
     for images in (4, 2, 3):
@@ -102,7 +102,7 @@ def test_compiled_blocks_compute_the_same_for_packs_of_any_size(
 
 def test_an_attention_that_cannot_run_is_an_error(tiny: TransitionTransformer) -> None:
     latents, captions, t, r = inputs()
-    tiny.execute(attention={torch.float32: "varlen"})
+    tiny.configure_execution(attention={torch.float32: "varlen"})
     with pytest.raises(ValueError, match="attention backend 'varlen' needs cuda, not cpu: use 'sdpa'"):
         tiny(PackedTokens.from_latents(latents, 2), t, r, PackedText.from_features(captions))
 

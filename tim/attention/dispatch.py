@@ -31,7 +31,7 @@ AMPERE, HOPPER = (8, 0), (9, 0)  # compute capabilities
 Attention = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
 
 
-class Needs(NamedTuple):
+class AttentionRequirements(NamedTuple):
     """What a call asks of a backend. device: its type; capability: of the GPU, None where it does not matter."""
 
     device: str
@@ -58,7 +58,7 @@ def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments,
 
     Raises ValueError for an unknown backend or one that cannot do what the call needs.
     """
-    needs = Needs(
+    needs = AttentionRequirements(
         q_THD.device.type,
         q_THD.dtype,
         backward=torch.is_grad_enabled() and (q_THD.requires_grad or k_SHD.requires_grad or v_SHD.requires_grad),
@@ -69,7 +69,7 @@ def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments,
 
 
 @cache
-def choose_backend(needs: Needs, wanted: str = "auto") -> str:
+def choose_backend(needs: AttentionRequirements, wanted: str = "auto") -> str:
     """The backend for a call; what `auto` chooses is logged once with its reason.
 
     Raises ValueError for an unknown backend, or one that cannot do it: it says why, and what can.
@@ -87,7 +87,7 @@ def choose_backend(needs: Needs, wanted: str = "auto") -> str:
     return wanted
 
 
-def _obstacle(name: str, needs: Needs) -> str | None:
+def _obstacle(name: str, needs: AttentionRequirements) -> str | None:
     """Why a backend cannot do it, or None."""
     backend = BACKENDS[name]
     if needs.device not in backend.devices:

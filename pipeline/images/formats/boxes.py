@@ -12,7 +12,7 @@ from pipeline.images.formats.cicp import cicp_encoding
 from pipeline.images.formats.prepared import Encoding, Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged
 
-_MOST_BOXES = 10_000
+_MAX_BOXES = 10_000
 _FULL = 4  # bytes of version and flags
 
 
@@ -31,7 +31,7 @@ class _Items:
 def boxes(data: bytes, *, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
     """(kind, first byte, behind the last) of the content of each box. Raises `Rejection` where one is not wholly there."""
     end = len(data) if end is None else end
-    for _ in range(_MOST_BOXES):
+    for _ in range(_MAX_BOXES):
         if start + 8 > end:
             return
         (length, kind), head = struct.unpack_from(">I4s", data, start), 8
@@ -96,7 +96,7 @@ def _associations(body: bytes) -> dict[int, list[int]]:
     version, is_wide = body[0], body[3] & 1
     (count,), position = struct.unpack_from(">I", body, _FULL), _FULL + 4
     owned: dict[int, list[int]] = {}
-    for _ in range(min(count, _MOST_BOXES)):
+    for _ in range(min(count, _MAX_BOXES)):
         (item,) = struct.unpack_from(">I" if version else ">H", body, position)
         position += 4 if version else 2
         number = body[position]

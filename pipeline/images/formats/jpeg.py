@@ -13,8 +13,8 @@ from PIL import Image
 from pipeline.images.rejection import damage_rejected, damaged, unsupported
 
 JPEG_MAGIC = b"\xff\xd8\xff"
-_MOST_PLAIN_SEGMENTS = 64  # of a header that is worth the quick look
-_MOST_SEGMENTS = 100_000
+_MAX_PLAIN_SEGMENTS = 64  # of a header that is worth the quick look
+_MAX_SEGMENTS = 100_000
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded
 _CAREFUL_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded progressive"}
 _REFUSED_FRAMES = {
@@ -50,7 +50,7 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
     position, is_jfif = 2, False
-    for _ in range(_MOST_PLAIN_SEGMENTS):
+    for _ in range(_MAX_PLAIN_SEGMENTS):
         head = bytes(data[position : position + 10])
         if len(head) < 10 or head[0] != 0xFF:
             return None
@@ -74,7 +74,7 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
     data = bytes(data)
     segments: list[tuple[int, int, int]] = []
     position, has_junk, frame = 2, False, None
-    for _ in range(_MOST_SEGMENTS):
+    for _ in range(_MAX_SEGMENTS):
         start = data.find(b"\xff", position)
         if start < 0:
             break

@@ -19,7 +19,7 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and their steps
-_MOST_METADATA = 16 << 20  # bytes of an ICC profile or EXIF, unpacked
+_MAX_METADATA = 16 << 20  # bytes of an ICC profile or EXIF, unpacked
 _BLOCK = 1 << 20
 _EXIF_TEXT, _XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
 _GAMMA_TOLERANCE = 0.05  # below which libpng does not correct either
@@ -152,7 +152,7 @@ def _unpacked(packed: bytes) -> bytes | None:
     """None where it is broken or too large."""
     stream = zlib.decompressobj()
     try:
-        text = stream.decompress(packed, _MOST_METADATA)
+        text = stream.decompress(packed, _MAX_METADATA)
     except zlib.error:
         return None
     return text if stream.eof else None

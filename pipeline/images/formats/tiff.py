@@ -22,7 +22,7 @@ _WANTED = {
     *(*_STRIPS, *_TILES, _ROWS_PER_STRIP, _TILE_WIDTH, _TILE_HEIGHT, _SUBSAMPLING),
 }
 _TYPES = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
-_MOST_VALUES = 1 << 22  # of one tag
+_MAX_VALUES = 1 << 22  # of one tag
 _PHOTOMETRICS = {0: "min-is-white", 1: "min-is-black", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "CIELab", 9: "ICCLab"}
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "undefined", 5: "complex", 6: "complex floating-point"}
 _RAW, _OLD_JPEG, _JPEG, _CCITT = 1, 6, 7, (2, 3, 4)
@@ -104,7 +104,7 @@ def _first_directory(data: bytes) -> dict[int, tuple[int, ...]]:
             if tag not in _WANTED or tag in tags:
                 continue
             letter = _TYPES.get(kind)
-            if letter is None or values > _MOST_VALUES:
+            if letter is None or values > _MAX_VALUES:
                 raise damaged(f"its tag {tag} has {values} values of type {kind}")
             at = position + entry - inline
             if values * struct.calcsize(letter) > inline:

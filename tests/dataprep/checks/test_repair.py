@@ -40,8 +40,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for place, name in enumerate(files)
     ]
     write_folder(folder / "set", files, rows=rows)
-    account = prepare([str(folder / "set")], out=folder / "C", config=CONFIG)
-    assert (account.kept, account.rejected, account.shards) == (10, {"aspect": 1, "damaged": 1}, 3)
+    counts = prepare([str(folder / "set")], out=folder / "C", config=CONFIG)
+    assert (counts.kept, counts.rejected, counts.shards) == (10, {"aspect": 1, "damaged": 1}, 3)
     return folder / "C"
 
 

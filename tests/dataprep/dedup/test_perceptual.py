@@ -118,8 +118,8 @@ def sources(tmp_path: Path) -> tuple[Path, Path]:
 def test_across_sources_the_first_or_better_one_stays(sources: tuple[Path, Path], tmp_path: Path, near: str) -> None:
     config = PrepareConfig.model_validate({"dedup": {"near": near}})
     out = tmp_path / "C"
-    account = prepare([str(path) for path in sources], out=out, config=config)
-    assert account.rejected == ({"duplicate": 1} if near == "mark" else {"duplicate": 1, "near-duplicate": 2})
+    counts = prepare([str(path) for path in sources], out=out, config=config)
+    assert counts.rejected == ({"duplicate": 1} if near == "mark" else {"duplicate": 1, "near-duplicate": 2})
     assert row_of(out, "copy.jpg")["duplicate_of"] == row_of(out, "00001.jpg")["key"]
     assert row_of(out, "copy.jpg")["detail"] == "same bytes as first/00001.jpg"
     assert row_of(out, "small.jpg")["near_duplicate_of"] == row_of(out, "00002.jpg")["key"]
@@ -132,8 +132,8 @@ def test_against_a_corpus_what_is_there_stays(sources: tuple[Path, Path], tmp_pa
     config = PrepareConfig.model_validate({"dedup": {"near": near}})
     old, out = tmp_path / "old", tmp_path / "C"
     prepare([str(first)], out=old, config=config)
-    account = prepare([str(second)], out=out, config=config, against=[old])
-    assert account.rejected == ({"duplicate": 1, "near-duplicate": 2} if near == "drop" else {"duplicate": 1})
+    counts = prepare([str(second)], out=out, config=config, against=[old])
+    assert counts.rejected == ({"duplicate": 1, "near-duplicate": 2} if near == "drop" else {"duplicate": 1})
     ids = {row["path"]: f"first/{row['key']}" for row in table_rows(old)}
     assert row_of(out, "copy.jpg")["duplicate_of"] == ids["00001.jpg"]
     assert row_of(out, "copy.jpg")["detail"] == f"same bytes as {ids['00001.jpg']}"
@@ -147,8 +147,8 @@ def test_an_exact_copy_of_a_dropped_picture_names_the_one_that_stayed(tmp_path: 
     files = {"a.jpg": photo(1), "b.jpg": photo(1), "large.jpg": photo(1, height=200, width=240)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     out = tmp_path / "C"
-    account = prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": "drop"}}))
-    assert account.rejected == {"duplicate": 1, "near-duplicate": 1}
+    counts = prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"dedup": {"near": "drop"}}))
+    assert counts.rejected == {"duplicate": 1, "near-duplicate": 1}
     assert row_of(out, "b.jpg")["duplicate_of"] == row_of(out, "large.jpg")["key"]
 
 

@@ -117,8 +117,8 @@ def test_in_a_corpus(tmp_path: Path) -> None:
     rows = [{"file_name": name, "captions": several} for name, several in zip(files, captions, strict=True)]
     folder = write_folder(tmp_path / "f", files, rows=rows)
     config = PrepareConfig.model_validate({"captions": {"languages": ["en"], "strip_html": True, "max_count": 2}})
-    account = prepare([str(folder)], out=tmp_path / "C", config=config)
-    assert (account.kept, account.rejected) == (2, {"filter:language": 1})
+    counts = prepare([str(folder)], out=tmp_path / "C", config=config)
+    assert (counts.kept, counts.rejected) == (2, {"filter:language": 1})
     first, last = row_of(tmp_path / "C", "0.jpg"), row_of(tmp_path / "C", "2.jpg")
     assert (first["captions"], first["caption_language"]) == ([ENGLISH], "en")
     assert last["captions"] == captions[2][:2]

@@ -132,8 +132,8 @@ def test_what_is_measured_goes_into_the_tables_and_what_is_rejected_is_counted(t
     rows[2]["text"] = "tiny"
     folder = write_folder(tmp_path / "f", files, rows=rows)
     filters = {"min_sharpness": 0.5, "min_contrast": 5, "min_caption_characters": 5, "where": {"score": "score > 0.5"}}
-    account = prepare([str(folder)], out=tmp_path / "C", config=PrepareConfig.model_validate({"filters": filters}))
-    assert account.rejected == {"filter:min-caption-characters": 1, "filter:min-contrast": 1, "filter:score": 1}
+    counts = prepare([str(folder)], out=tmp_path / "C", config=PrepareConfig.model_validate({"filters": filters}))
+    assert counts.rejected == {"filter:min-caption-characters": 1, "filter:min-contrast": 1, "filter:score": 1}
     kept, flat = row_of(tmp_path / "C", "sharp.jpg"), row_of(tmp_path / "C", "flat.png")
     assert kept["sharpness"] > 0.5
     assert kept["contrast"] > 5

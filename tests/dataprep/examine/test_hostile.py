@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from dataprep.checks.verify import verify
 from dataprep.index_tars import index
-from dataprep.prepare import Account, PrepareConfig, prepare
+from dataprep.prepare import InputCounts, PrepareConfig, prepare
 from dataprep.report.html import ReportConfig, report
 from pipeline.images import read_image
 from tests.dataprep.helpers import member, photo, row_of, table_rows, write_tar
@@ -32,7 +32,9 @@ def hostile(shared: Path) -> Path:
 
 
 @pytest.fixture(scope="module", params=["mark", "drop"])
-def corpus(request: pytest.FixtureRequest, hostile: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Account]:
+def corpus(
+    request: pytest.FixtureRequest, hostile: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, InputCounts]:
     """One run over the hostile folder, 440 good pictures and all broken tars."""
     out = tmp_path_factory.mktemp("hostile") / "C"
     sources = [hostile, shared / "corpora/photos", shared / "corpora/sidecar", *(hostile / f"{tar}.tar" for tar in TARS)]
@@ -45,8 +47,8 @@ def rows_with_expectations(hostile: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def test_every_row_ends_as_it_says(corpus: tuple[Path, Account], hostile: Path) -> None:
-    out, account = corpus
+def test_every_row_ends_as_it_says(corpus: tuple[Path, InputCounts], hostile: Path) -> None:
+    out, counts = corpus
     drops = json.loads((out / "manifest.json").read_text())["config"]["dedup"]["near"] == "drop"
     for stated in rows_with_expectations(hostile):
         row, expect = row_of(out, stated["file_name"]), stated["expect"]
@@ -61,12 +63,12 @@ def test_every_row_ends_as_it_says(corpus: tuple[Path, Account], hostile: Path) 
         else:
             assert (row["status"], row["reason"]) == ("success", ""), stated["file_name"]
         assert bool(row["near_duplicate_of"]) == expect.endswith("near-duplicate"), stated["file_name"]
-    assert account.inputs == account.kept + sum(account.rejected.values()) == len(table_rows(out)) == 30 + 400 + 40 + TAR_INPUTS
-    assert account.rejected == dict(sorted(Counter(row["reason"] for row in table_rows(out) if row["reason"]).items()))
+    assert counts.inputs == counts.kept + sum(counts.rejected.values()) == len(table_rows(out)) == 30 + 400 + 40 + TAR_INPUTS
+    assert counts.rejected == dict(sorted(Counter(row["reason"] for row in table_rows(out) if row["reason"]).items()))
     assert verify(out, workers=2).problems == []
 
 
-def test_every_broken_tar_ends_as_its_readme_says(corpus: tuple[Path, Account]) -> None:
+def test_every_broken_tar_ends_as_its_readme_says(corpus: tuple[Path, InputCounts]) -> None:
     """What is kept when a tar stands alone may be the duplicate of another picture here."""
     out, _ = corpus
     reasons = {"duplicate": "", "near-duplicate": ""}
@@ -88,16 +90,16 @@ def test_every_broken_tar_ends_as_its_readme_says(corpus: tuple[Path, Account]) 
     assert all(path.is_file() for path in out.iterdir())
 
 
-def test_the_cut_last_line_is_one_bad_record_with_its_number(corpus: tuple[Path, Account]) -> None:
+def test_the_cut_last_line_is_one_bad_record_with_its_number(corpus: tuple[Path, InputCounts]) -> None:
     [row] = [row for row in table_rows(corpus[0]) if row["reason"] == "bad-record" and row["source"] == "hostile"]
     assert row["path"] == "metadata.jsonl:30"
 
 
-def test_tars_in_the_folder_are_told_of(corpus: tuple[Path, Account]) -> None:
+def test_tars_in_the_folder_are_told_of(corpus: tuple[Path, InputCounts]) -> None:
     assert any("6 tar file(s) inside the folder" in note for note in corpus[1].notes)
 
 
-def test_kept_pictures_look_as_they_should(corpus: tuple[Path, Account], hostile: Path) -> None:
+def test_kept_pictures_look_as_they_should(corpus: tuple[Path, InputCounts], hostile: Path) -> None:
     out, _ = corpus
 
     def stored(name: str) -> np.ndarray:
@@ -122,7 +124,7 @@ def test_kept_pictures_look_as_they_should(corpus: tuple[Path, Account], hostile
     assert {row_of(out, "rotated.jpg")[side] for side in ("original_width", "height")} == {375}
 
 
-def test_captions_are_clean(corpus: tuple[Path, Account]) -> None:
+def test_captions_are_clean(corpus: tuple[Path, InputCounts]) -> None:
     out, _ = corpus
     assert len(row_of(out, "long_caption.jpg")["caption"]) in range(4090, 4097)
     assert "caption-cut" in row_of(out, "long_caption.jpg")["detail"]
@@ -151,8 +153,8 @@ def test_broken_tars_beside_good_sources(hostile: Path, tmp_path: Path, tar: str
     (good / "a.jpg").write_bytes(buffer.getvalue())
     (good / "a.txt").write_text("noise")
     source = hostile / f"{tar}.tar"
-    account = prepare([str(good), str(source)], out=tmp_path / "C", config=PrepareConfig())
-    assert (account.kept, account.rejected) == (kept + 1, rejected)
+    counts = prepare([str(good), str(source)], out=tmp_path / "C", config=PrepareConfig())
+    assert (counts.kept, counts.rejected) == (kept + 1, rejected)
     assert all(tar in row["path"] for row in table_rows(tmp_path / "C") if row["reason"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["C", "good"]
     assert verify(tmp_path / "C").problems == []

@@ -137,9 +137,9 @@ def test_a_plan_finds_all_that_it_needs(corpus: Corpus, models: dict[str, Any], 
         )
 
     for max_tokens in (16, 30):
-        assert planner(plain, max_tokens=max_tokens).account["samples"] == 15
+        assert planner(plain, max_tokens=max_tokens).sample_counts["samples"] == 15
         plans = [planner(folder, max_tokens=max_tokens) for folder in (plain, small)]
-        both = [Loader(plan, seed=5, channels=6, factor=2, workers=0, codec_draws=True, max_bad_fraction=0) for plan in plans]
+        both = [Loader(plan, seed=5, channels=6, factor=2, workers=0, stochastic_codec=True, max_bad_fraction=0) for plan in plans]
         for one, other in zip(*(islice(loader, 6) for loader in both), strict=True):
             for batch, same in zip(one.batches, other.batches, strict=True):
                 assert batch.ids == same.ids

@@ -20,9 +20,9 @@ from PIL import Image
 
 from dataprep.index_tars import index
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.report.charts import MOST_BINS, Histogram, histogram
+from dataprep.report.charts import MAX_BINS, Histogram, histogram
 from dataprep.report.html import ReportConfig, report
-from dataprep.report.statistics import plan_of, take_census
+from dataprep.report.statistics import compute_statistics, plan_of
 from dataprep.sidecars.annotate import annotate
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.planning.planner import Planner
@@ -116,13 +116,13 @@ def test_it_shows_what_there_is(page: Page, corpus: Path) -> None:
 def test_its_plan_is_the_planners(corpus: Path, page: Page, tmp_path: Path) -> None:
     plan = plan_of(32, max_tokens=64)
     planner = Planner([Corpus.open(corpus)], plan=plan, seed=0, width=1152, diffusion_share=0.5, consistency_share=0.1)
-    tokens = planner.account["tokens_per_epoch"]
+    tokens = planner.sample_counts["tokens_per_epoch"]
     assert "tokens, which fill no pack" in page.text
     plan = plan.model_copy(update={"packs_per_step": tokens // plan.tokens_per_pack})
     planner = Planner([Corpus.open(corpus)], plan=plan, seed=0, width=1152, diffusion_share=0.5, consistency_share=0.1)
     report([corpus], out=tmp_path / "r.html", config=ReportConfig(max_tokens=64))
     assert f"{plan_summary(planner, steps=1, ranks=8)['fill']:.1%}" in Page((tmp_path / "r.html").read_text("utf-8")).text
-    census = take_census(Corpus.open(corpus), manifest=read_manifest(corpus), plan=plan)
+    census = compute_statistics(Corpus.open(corpus), manifest=read_manifest(corpus), plan=plan)
     assert census.tokens.total == census.pixels.total == census.aspects.total == sum(census.sizes.values()) == 14
     assert census.caption_lengths.total == 14
     near = census.lookalikes["near_duplicate_of"]
@@ -146,7 +146,7 @@ def test_called_again_it_writes_the_same_and_at_another_stride_another(corpus: P
 def test_dropped_near_duplicates_are_shown_beside_what_stays(corpus: Path, tmp_path: Path) -> None:
     [source] = [path for path in corpus.parent.iterdir() if path != corpus]
     prepare([str(source)], out=tmp_path / "D", config=PrepareConfig.model_validate({"dedup": {"near": "drop"}}))
-    census = take_census(Corpus.open(tmp_path / "D"), manifest=read_manifest(tmp_path / "D"), plan=plan_of(32, max_tokens=1024))
+    census = compute_statistics(Corpus.open(tmp_path / "D"), manifest=read_manifest(tmp_path / "D"), plan=plan_of(32, max_tokens=1024))
     [(dropped, stays)] = census.lookalikes["near_duplicate_of"].pairs
     assert Image.open(io.BytesIO(dropped.picture)).size == (160, 133)
     assert stays is not None
@@ -168,9 +168,9 @@ def test_two_corpora_side_by_side(corpus: Path, tmp_path: Path) -> None:
     old = Path(shutil.copytree(corpus, tmp_path / "old")) / "manifest.json"
     old.write_text(old.read_text().replace('"damaged"', '"truncated"'))  # as earlier versions called it
     report([corpus, old.parent], out=tmp_path / "old.html", config=ReportConfig())
-    account = Page((tmp_path / "old.html").read_text("utf-8")).text.partition("What became of the inputs")[2][:2000]
-    assert account.count("damaged") == 1
-    assert "truncated" not in account
+    input_counts = Page((tmp_path / "old.html").read_text("utf-8")).text.partition("What became of the inputs")[2][:2000]
+    assert input_counts.count("damaged") == 1
+    assert "truncated" not in input_counts
 
 
 def test_what_came_later_is_in_it_and_what_was_taken_down_is_not_shown(corpus: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_histograms_hold_every_number_in_any_order(numbers: list[float], batches
     finite = [number for number in numbers if np.isfinite(number)]
     assert first.total == second.total == len(finite)
     assert (first.counts, first.power if finite else 0) == (second.counts, second.power if finite else 0)
-    assert len(first.counts) <= MOST_BINS
+    assert len(first.counts) <= MAX_BINS
     for number in finite:
         assert np.floor(number / 2.0**first.power) in first.counts
     drawn = histogram("numbers", {"a": first}, label=lambda number: f"{number:.3g}")

@@ -26,7 +26,7 @@ from pipeline.corpus.corpus import Corpus
 from pipeline.loading.loader import Loader
 from pipeline.planning.config import PlanConfig
 from pipeline.planning.planner import Planner
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, photo, write_folder
 
@@ -68,7 +68,7 @@ def write_table(path: Path, rows: list[dict[str, Any]], **types: pa.DataType) ->
 
 def planner(corpus: Path, **source: Any) -> Planner:
     plan = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=128, packs_per_step=4, window=8)
-    opened = Source(Corpus.open(corpus), **source)
+    opened = CorpusView(Corpus.open(corpus), **source)
     return Planner([opened], plan=plan, seed=0, width=64, diffusion_share=0.5, consistency_share=0.0)
 
 
@@ -102,13 +102,13 @@ def test_plans_see_the_columns_and_never_what_is_taken_down(corpus: Path, tmp_pa
     rows = read(corpus, "key", "url")
     table = write_table(tmp_path / "scores.parquet", [{"key": row["key"], "score": place} for place, row in enumerate(rows)])
     annotate(corpus, table=table, on="key")
-    assert planner(corpus, where="score >= 20").account["samples"] == 4
+    assert planner(corpus, where="score >= 20").sample_counts["samples"] == 4
     before = planner(corpus, where="score >= 20").plan_hash
     urls = write_table(tmp_path / "requests.parquet", [{"url": row["url"]} for row in rows[:6]] * 2)
     done = annotate(corpus, table=urls, on="url", mark="takedown")
     assert (done.matched, done.columns) == (6, ("takedown",))
-    account = planner(corpus).account
-    assert (account["samples"], account["left_out"]) == (COUNT - 6, {"takedown": 6})
+    counts = planner(corpus).sample_counts
+    assert (counts["samples"], counts["left_out"]) == (COUNT - 6, {"takedown": 6})
     step_ids = {id for _ in range(8) for id in planner(corpus).next_step().ids}
     assert step_ids.isdisjoint(f"set/{row['key']}" for row in rows[:6])
     assert planner(corpus, where="score >= 20").plan_hash != before

@@ -24,7 +24,7 @@ from launch.cli import main
 from launch.config.schema import load_config
 from launch.training.build import make_planner
 from pipeline.corpus.corpus import Corpus
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, table_rows, write_folder
 from tests.tim import models
@@ -117,7 +117,7 @@ def test_scores_are_what_open_clip_says(clip: Path, corpus: Path, tmp_path: Path
         assert np.array(rows[key]["embedding"]) == pytest.approx(picture, abs=10 * close + 1e-3)
     assert done.means["similarity"] == pytest.approx(np.mean([row["similarity"] for row in rows.values()]))
     median = float(np.median([row["similarity"] for row in rows.values()]))
-    table, targets = Source(Corpus.open(corpus), where=f"similarity > {median}").select(0, rule=_rule())
+    table, targets = CorpusView(Corpus.open(corpus), where=f"similarity > {median}").select(0, rule=_rule())
     assert 0 < (targets.left_out == 0).sum() < table.num_rows
     assert verify(corpus).problems == []
 
@@ -194,8 +194,8 @@ plan: {{max_tokens: 16, tokens_per_pack: 64, packs_per_step: 2}}
 network: {{params: {{patch_size: 8, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}}}
 train: {{steps: 2}}
 """)
-    account = make_planner(load_config(tmp_path / "run.yaml")).account
-    assert (account["samples"], account["left_out"]) == (12 - (done.duplicates or 0), {"where": done.duplicates})
+    counts = make_planner(load_config(tmp_path / "run.yaml")).sample_counts
+    assert (counts["samples"], counts["left_out"]) == (12 - (done.duplicates or 0), {"where": done.duplicates})
 
     report([corpus], config=ReportConfig())
     page = (corpus / "report.html").read_text("utf-8")
@@ -291,7 +291,7 @@ def test_a_corpus_at_a_url_gets_the_same_tables(
     assert digests(tmp_path / "D") == digests(corpus)
     assert not list((tmp_path / "cache" / "tim" / "prepare").iterdir())
 
-    chosen = Source(Corpus.open(url), where="similarity > -1")
+    chosen = CorpusView(Corpus.open(url), where="similarity > -1")
     left_out = [chosen.select(shard, rule=_rule())[1].left_out for shard in range(2)]
     assert sum((each == 0).sum() for each in left_out) == 10
     assert score(url, config=settings(clip, duplicates=0.9999)).computed == 0

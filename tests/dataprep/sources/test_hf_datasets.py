@@ -55,8 +55,8 @@ def test_saved_to_disk(saved: Path, tmp_path: Path) -> None:
     assert [sample.captions for sample in one.samples()] == [("outside",)]
     with pytest.raises(ValueError, match=r"^[^\n]*has no split dev; there are train, test[^\n]*$"):
         open_sources([f"pets={saved}"], named={"pets": SourceConfig(split="dev")})
-    account = prepare([str(saved)], out=tmp_path / "C", config=PrepareConfig())
-    assert account.kept == 4
+    counts = prepare([str(saved)], out=tmp_path / "C", config=PrepareConfig())
+    assert counts.kept == 4
     assert member(tmp_path / "C", row_of(tmp_path / "C", "train:3"), "image") == photo(2)
 
 

@@ -16,12 +16,12 @@ import pytest
 
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.sources.column_mapping import ColumnConfig
-from dataprep.sources.open import Source, open_sources
+from dataprep.sources.open import InputSource, open_sources
 from dataprep.sources.raw_sample import RawSample
 from tests.dataprep.helpers import member, photo, photo_folder, row_of, table_rows, write_folder, write_tar
 
 
-def source_of(spec: Path | str, **columns: Any) -> Source:
+def source_of(spec: Path | str, **columns: Any) -> InputSource:
     [source] = open_sources([str(spec)], columns=ColumnConfig(**columns))
     return source
 
@@ -105,8 +105,8 @@ def test_folder_names_are_no_classes_where_something_is(tmp_path: Path, more: di
 
 def test_classes_go_the_whole_way(tmp_path: Path) -> None:
     files = {f"{name}/{number}.jpg": photo(number) for number, name in enumerate(("b", "a", "b"))}
-    account = prepare([str(write_folder(tmp_path / "f", files))], out=tmp_path / "C", config=PrepareConfig())
-    assert account.kept == 3
+    counts = prepare([str(write_folder(tmp_path / "f", files))], out=tmp_path / "C", config=PrepareConfig())
+    assert counts.kept == 3
     row = row_of(tmp_path / "C", "b/0.jpg")
     assert (member(tmp_path / "C", row, "cls"), row["class_name"]) == (b"1", "b")
 
@@ -299,8 +299,8 @@ def test_every_layout_from_a_bucket(bucket: str, tmp_path: Path) -> None:
         f"{bucket}/shards/{{00000..00001}}.tar",
         f"more={bucket}/shards",
     ]
-    account = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), workers=2)
-    assert (account.kept, account.rejected) == (3 + 2 + 1 + 2, {"bad-record": 1, "duplicate": 2})
+    counts = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), workers=2)
+    assert (counts.kept, counts.rejected) == (3 + 2 + 1 + 2, {"bad-record": 1, "duplicate": 2})
     rows = table_rows(tmp_path / "C")
     assert {row["source"] for row in rows} == {"listed", "beside", "list", "shards", "more"}
     found = {row["path"]: row for row in rows if row["key"]}

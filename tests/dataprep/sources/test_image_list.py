@@ -22,7 +22,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataprep.append import Growth
+from dataprep.append import AppendMode
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report.rejections import NothingKept
 from dataprep.sources.column_mapping import ColumnConfig
@@ -197,8 +197,8 @@ def test_pictures_in_tables_go_the_whole_way(tmp_path: Path) -> None:
     (tmp_path / "more.arrow").write_bytes(arrow_of([{"jpg": photo(4), "caption": "number 4"}]))
     sources = [str(tmp_path / "some.parquet"), str(tmp_path / "more.arrow")]
     for out, workers in (("C", 1), ("D", 2)):
-        account = prepare(sources, out=tmp_path / out, config=PrepareConfig(), workers=workers)
-        assert (account.kept, account.rejected) == (4, {"missing": 1, "not-an-image": 1})
+        counts = prepare(sources, out=tmp_path / out, config=PrepareConfig(), workers=workers)
+        assert (counts.kept, counts.rejected) == (4, {"missing": 1, "not-an-image": 1})
     assert digests(tmp_path / "C") == digests(tmp_path / "D")
     first, last = row_of(tmp_path / "C", "some.parquet:1"), row_of(tmp_path / "C", "more.arrow:1")
     assert [member(tmp_path / "C", row, "image") for row in (first, last)] == [pictures[0], photo(4)]
@@ -217,8 +217,8 @@ def test_pictures_behind_urls_are_fetched_once(tmp_path: Path) -> None:
     with range_server(tmp_path / "web") as server:
         rows = [{"url": f"{server.url}/{name}", "caption": name} for name in [*names, "gone.jpg"]]
         (tmp_path / "list.parquet").write_bytes(parquet_of(rows))
-        account = prepare([str(tmp_path / "list.parquet")], out=tmp_path / "C", config=PrepareConfig())
-        assert (account.kept, account.rejected) == (20, {"missing": 1})
+        counts = prepare([str(tmp_path / "list.parquet")], out=tmp_path / "C", config=PrepareConfig())
+        assert (counts.kept, counts.rejected) == (20, {"missing": 1})
         assert all(times == 1 for request, times in server.asked.items() if request.startswith("GET"))
         [row] = [row for row in table_rows(tmp_path / "C") if row["path"].endswith("/3.jpg")]
         assert (member(tmp_path / "C", row, "image"), row["url"]) == (photo(3), f"{server.url}/3.jpg")
@@ -238,8 +238,8 @@ def test_a_picture_that_takes_its_downloader_down_costs_itself_alone(tmp_path: P
     write_folder(tmp_path / "web", {name: photo(number) for number, name in enumerate(names)})
     with range_server(tmp_path / "web") as server:
         (tmp_path / "list.jsonl").write_bytes(jsonl_of([{"url": f"{server.url}/{name}", "text": name} for name in names]))
-        account = prepare([str(tmp_path / "list.jsonl")], out=tmp_path / "C", config=PrepareConfig())
-    assert (account.kept, account.rejected) == (3, {"crashed": 1})
+        counts = prepare([str(tmp_path / "list.jsonl")], out=tmp_path / "C", config=PrepareConfig())
+    assert (counts.kept, counts.rejected) == (3, {"crashed": 1})
     assert [row["path"][-8:] for row in table_rows(tmp_path / "C") if row["reason"]] == ["boom.jpg"]
 
 
@@ -260,8 +260,8 @@ def test_long_lists_take_no_memory(tmp_path: Path) -> None:
 def test_a_list_and_its_pictures_behind_a_url(tmp_path: Path) -> None:
     write_folder(tmp_path / "web", {"set/a.jpg": photo(1), "set/b.jpg": photo(2), "set/list.csv": b"path,text\na.jpg,one\nb.jpg,two\n"})
     with range_server(tmp_path / "web") as server:
-        account = prepare([f"{server.url}/set/list.csv"], out=tmp_path / "C", config=PrepareConfig())
-    assert account.kept == 2
+        counts = prepare([f"{server.url}/set/list.csv"], out=tmp_path / "C", config=PrepareConfig())
+    assert counts.kept == 2
 
 
 def test_names_and_tags(tmp_path: Path) -> None:
@@ -371,16 +371,18 @@ def test_text_labels_become_classes_in_sorted_order(tmp_path: Path) -> None:
     (tmp_path / "two/metadata.jsonl").write_bytes(jsonl_of([{"file_name": f"{n}.jpg", "label": name} for n, name in enumerate("bda")]))
     said: list[str] = []
     sources = [str(tmp_path / "one/list.csv"), str(tmp_path / "two")]
-    account = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), announce=said.append)
+    counts = prepare(sources, out=tmp_path / "C", config=PrepareConfig(), announce=said.append)
     manifest = json.loads((tmp_path / "C/manifest.json").read_text())
     assert manifest["classes"] == {"7": 0, "a": 1, "b": 2, "cat": 3, "d": 4, "dog": 5}
     assert all(row["label"] == manifest["classes"][row["class_name"]] for row in table_rows(tmp_path / "C"))
     assert manifest["has_classes"]
     note = "6 text labels are classes in sorted order: 7 is 0, a is 1, b is 2, cat is 3, d is 4, dog is 5"
-    assert note in account.notes
+    assert note in counts.notes
     assert said[-1] == note
     write_folder(tmp_path / "three", {"6.jpg": photo(6), "7.jpg": photo(7), "l.csv": b"file,label\n6.jpg,cat\n7.jpg,bird\n"})
-    grown = prepare([str(tmp_path / "three/l.csv")], out=tmp_path / "C", config=PrepareConfig(), growth=Growth(append=True, retry=False))
+    grown = prepare(
+        [str(tmp_path / "three/l.csv")], out=tmp_path / "C", config=PrepareConfig(), append_mode=AppendMode(append=True, retry=False)
+    )
     assert (grown.kept, grown.rejected) == (7, {"no-caption": 1})
     assert json.loads((tmp_path / "C/manifest.json").read_text())["classes"] == manifest["classes"]
     assert [row["label"] for row in table_rows(tmp_path / "C") if row["path"] == "6.jpg"] == [3]
@@ -421,9 +423,9 @@ def test_rows_of_one_image_are_captions_of_one_input(tmp_path: Path) -> None:
     write_folder(tmp_path, {"Images/0.jpg": photo(0), "Images/1.jpg": photo(1)})
     rows = "".join(f"{n}.jpg,caption {n}.{k}\n" for n in range(2) for k in range(3))
     (tmp_path / "captions.txt").write_text(f"image,caption\n{rows}1.jpg,caption 1.2\n")
-    account = prepare([str(tmp_path / "captions.txt")], out=tmp_path / "C", config=PrepareConfig())
-    assert (account.inputs, account.kept, account.rejected) == (3, 2, {"duplicate": 1})
-    assert account.notes == ["captions: 4 row(s) are further captions of the image in the row before"]
+    counts = prepare([str(tmp_path / "captions.txt")], out=tmp_path / "C", config=PrepareConfig())
+    assert (counts.inputs, counts.kept, counts.rejected) == (3, 2, {"duplicate": 1})
+    assert counts.notes == ["captions: 4 row(s) are further captions of the image in the row before"]
     kept = {row["path"]: row["captions"] for row in table_rows(tmp_path / "C") if row["key"]}
     assert kept == {f"{n}.jpg": [f"caption {n}.{k}" for k in range(3)] for n in range(2)}
     assert [kind_of_list(str(tmp_path / name)) for name in ("captions.txt", "a.json")] == ["csv", "json"]

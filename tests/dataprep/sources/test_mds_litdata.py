@@ -78,8 +78,8 @@ def test_mds_goes_the_whole_way(tmp_path: Path) -> None:
     plain, zipped = write_mds(tmp_path / "a/set"), write_mds(tmp_path / "b/set", zipped=True)
     before = digests(tmp_path)
     for folder, out in ((plain, "C"), (zipped, "D")):
-        account = prepare([str(folder)], out=tmp_path / out, config=PrepareConfig())
-        assert (account.kept, account.notes) == (6, ["set: p is pickled and was left out, because a pickle can run code"])
+        counts = prepare([str(folder)], out=tmp_path / out, config=PrepareConfig())
+        assert (counts.kept, counts.notes) == (6, ["set: p is pickled and was left out, because a pickle can run code"])
     assert {name: digest for name, digest in digests(tmp_path).items() if name[0] in "ab"} == before
     row = row_of(tmp_path / "C", "shard.00001.mds:2")
     assert member(tmp_path / "C", row, "image") == photo(4)

@@ -44,12 +44,12 @@ def test_cases(shared: Path, tmp_path: Path, case: str, columns: dict[str, Any],
     if not kept:
         with pytest.raises(NothingKept) as failure:
             prepare([str(path)], out=tmp_path / "C", config=config)
-        assert failure.value.account.rejected == rejected
+        assert failure.value.counts.rejected == rejected
         assert all(example["detail"] for shown in failure.value.data["examples"].values() for example in shown)
         assert not (tmp_path / "C").exists()
         return
-    account = prepare([str(path)], out=tmp_path / "C", config=config)
-    assert (account.kept, account.rejected) == (kept, rejected)
+    counts = prepare([str(path)], out=tmp_path / "C", config=config)
+    assert (counts.kept, counts.rejected) == (kept, rejected)
     for row in table_rows(tmp_path / "C"):
         assert "\ufffd" not in "".join(row["captions"])
         assert row["key"] or row["detail"]

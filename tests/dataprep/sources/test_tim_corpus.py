@@ -13,7 +13,7 @@ import pytest
 
 from dataprep.checks.verify import verify
 from dataprep.index_tars import index
-from dataprep.prepare import Growth, PrepareConfig, prepare
+from dataprep.prepare import AppendMode, PrepareConfig, prepare
 from dataprep.sidecars.annotate import annotate
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder, write_tar
 from tests.pipeline.storage.servers import RangeServer, range_server
@@ -68,9 +68,9 @@ def kept(corpus: Path) -> dict[str, dict[str, Any]]:
 
 def test_a_filtered_corpus_holds_what_was_asked_for_and_nothing_that_was_taken_down(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "smaller"
-    account = prepare([str(corpus)], out=out, config=config(filters={"where": {"good": "similarity >= 0.15"}}))
+    counts = prepare([str(corpus)], out=out, config=config(filters={"where": {"good": "similarity >= 0.15"}}))
     assert verify(out).problems == []
-    assert (account.inputs, account.kept, account.rejected) == (13, 10, {"filter:good": 1, "takedown": 2})
+    assert (counts.inputs, counts.kept, counts.rejected) == (13, 10, {"filter:good": 1, "takedown": 2})
     found = kept(out)
     assert not found.keys() & {*TAKEN_DOWN, "000.jpg"}
     old = {row["path"]: row for row in table_rows(corpus) if row["key"]}
@@ -102,10 +102,10 @@ def test_a_corpus_of_a_corpus_of_a_corpus_keeps_the_first_origin(corpus: Path, t
 
 
 def test_tars_of_a_corpus_are_the_corpus(corpus: Path, tmp_path: Path) -> None:
-    account = prepare([str(corpus / "{000000..000002}.tar")], out=tmp_path / "D", config=config())
-    assert account.rejected["takedown"] == 2
-    account = prepare([str(corpus / "000000.tar")], out=tmp_path / "E", config=config())
-    assert account.inputs == 5
+    counts = prepare([str(corpus / "{000000..000002}.tar")], out=tmp_path / "D", config=config())
+    assert counts.rejected["takedown"] == 2
+    counts = prepare([str(corpus / "000000.tar")], out=tmp_path / "E", config=config())
+    assert counts.inputs == 5
     other = write_tar(tmp_path / "other.tar", [("0.jpg", photo(90)), ("0.txt", b"other")])
     with pytest.raises(ValueError, match="name each corpus, and tars that are of none"):
         prepare([str(tmp_path / "{C/000000,other}.tar")], out=tmp_path / "F", config=config())
@@ -122,10 +122,10 @@ def test_several_corpora_append_and_against(corpus: Path, tmp_path: Path) -> Non
     both = prepare([str(corpus), str(tmp_path / "D")], out=tmp_path / "E", config=config())
     assert (both.inputs, both.kept, both.rejected) == (15, 12, {"duplicate": 1, "takedown": 2})
     prepare([str(tmp_path / "D")], out=tmp_path / "F", config=config())
-    grown = prepare([str(corpus)], out=tmp_path / "F", config=config(), growth=Growth(append=True, retry=False))
+    grown = prepare([str(corpus)], out=tmp_path / "F", config=config(), append_mode=AppendMode(append=True, retry=False))
     assert (grown.kept, grown.rejected) == (12, {"duplicate": 1, "takedown": 2})
     assert verify(tmp_path / "F").problems == []
-    again = prepare([str(corpus)], out=tmp_path / "F", config=config(), growth=Growth(append=True, retry=True))
+    again = prepare([str(corpus)], out=tmp_path / "F", config=config(), append_mode=AppendMode(append=True, retry=True))
     assert again.kept == 12
     known = prepare([str(tmp_path / "D")], out=tmp_path / "H", config=config(), against=[corpus])
     assert known.rejected == {"duplicate": 1}
@@ -149,7 +149,7 @@ def test_no_copy_brings_back_what_was_taken_down(corpus: Path, tmp_path: Path) -
     assert row_of(tmp_path / "both", "a.jpg")["caption"] == ""
     prepare([str(corpus)], out=tmp_path / "D", config=config())
     (raw / "c.json").write_text('{"rank": 12, "similarity": 0.5}')
-    grown = prepare([str(raw)], out=tmp_path / "D", config=config(), growth=Growth(append=True, retry=True))
+    grown = prepare([str(raw)], out=tmp_path / "D", config=config(), append_mode=AppendMode(append=True, retry=True))
     assert grown.rejected == {"bad-record": 1, "takedown": 3}  # b lacks what every sample of the corpus has
     assert not any("raw a" in path.read_text() for path in (tmp_path / "D").glob("*.json"))
     for name in ("both", "D"):
@@ -164,8 +164,8 @@ def server(prepared: Path) -> Any:
 
 def test_a_corpus_at_a_url(prepared: Path, server: RangeServer, tmp_path: Path) -> None:
     out = tmp_path / "D"
-    account = prepare([f"{server.url}/C"], out=out, config=config(filters={"where": {"good": "similarity >= 0.15"}}))
-    assert account.rejected == {"filter:good": 1, "takedown": 2}
+    counts = prepare([f"{server.url}/C"], out=out, config=config(filters={"where": {"good": "similarity >= 0.15"}}))
+    assert counts.rejected == {"filter:good": 1, "takedown": 2}
     prepare([str(prepared)], out=tmp_path / "E", config=config(filters={"where": {"good": "similarity >= 0.15"}}))
     assert {p: d for p, d in digests(out).items() if p.endswith((".tar", ".parquet"))} == {
         p: d for p, d in digests(tmp_path / "E").items() if p.endswith((".tar", ".parquet"))
@@ -183,19 +183,19 @@ def test_a_corpus_of_foreign_tars(tmp_path: Path) -> None:
     index([str(tmp_path / "{00000..00001}.tar")], out=tmp_path / "I")
     annotated(tmp_path / "I", [{"key": "000001/2", "caption": "new"}], on="key", name="captions")
     annotated(tmp_path / "I", [{"key": "000000/3"}], on="key", name="gone", mark="takedown")
-    account = prepare([str(tmp_path / "I")], out=tmp_path / "D", config=config(filters={"where": {"good": "score >= 1"}}))
-    assert (account.inputs, account.rejected) == (8, {"filter:good": 2, "takedown": 1})
+    counts = prepare([str(tmp_path / "I")], out=tmp_path / "D", config=config(filters={"where": {"good": "score >= 1"}}))
+    assert (counts.inputs, counts.rejected) == (8, {"filter:good": 2, "takedown": 1})
     assert row_of(tmp_path / "D", "000001/2")["captions"] == ["new", "old"]
     assert verify(tmp_path / "D").problems == []
 
 
 def test_filters_may_ask_what_is_not_stored(corpus: Path, tmp_path: Path) -> None:
     where = {"one": "source == 'set' and near_duplicate_of == ''"}
-    account = prepare([str(corpus)], out=tmp_path / "D", config=config(filters={"where": where}))
-    assert account.rejected == {"takedown": 2}
+    counts = prepare([str(corpus)], out=tmp_path / "D", config=config(filters={"where": where}))
+    assert counts.rejected == {"takedown": 2}
     with pytest.raises(ValueError, match="have no column similarty; did you mean similarity"):
         prepare([str(corpus)], out=tmp_path / "E", config=config(filters={"where": {"x": "similarty > 0"}}))
-    account = prepare([str(corpus)], out=tmp_path / "F", config=config(columns={"caption": "url"}))
+    counts = prepare([str(corpus)], out=tmp_path / "F", config=config(columns={"caption": "url"}))
     assert row_of(tmp_path / "F", next(row["path"] for row in table_rows(tmp_path / "F") if row["key"]))["caption"].startswith("http://x/")
 
 

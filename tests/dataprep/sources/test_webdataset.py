@@ -179,11 +179,11 @@ def test_tars_of_users(shared: Path, tmp_path: Path, name: str) -> None:
     tar = shared / f"cases/users/10-tars-out-of-order-or-dotted/{name}.tar"
     if not tar.exists():
         pytest.skip(f"{tar} is not there")
-    account = prepare([str(tar)], out=tmp_path / "C", config=PrepareConfig())
+    counts = prepare([str(tar)], out=tmp_path / "C", config=PrepareConfig())
     indexed = index([str(tar)], out=tmp_path / "I")
-    assert (account.kept, account.rejected) == (indexed.kept, indexed.rejected) == (6, {})
-    assert any("several dots" in note for note in account.notes) == any("several dots" in note for note in indexed.notes)
-    assert any("several dots" in note for note in account.notes) == (name != "unsorted")
+    assert (counts.kept, counts.rejected) == (indexed.kept, indexed.rejected) == (6, {})
+    assert any("several dots" in note for note in counts.notes) == any("several dots" in note for note in indexed.notes)
+    assert any("several dots" in note for note in counts.notes) == (name != "unsorted")
 
 
 def test_a_tar_of_a_folder(shared: Path, tmp_path: Path) -> None:

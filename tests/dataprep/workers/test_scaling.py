@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from dataprep.checks.verify import verify
 from dataprep.examine.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
-from dataprep.shards.manifest import read_account
+from dataprep.shards.manifest import read_input_counts
 from pipeline.corpus.corpus import read_manifest
 from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
 
@@ -40,9 +40,9 @@ def prepared(folder: Path, out: Path, *, workers: int = 1, **images: Any) -> Pat
 
 def test_large_images_are_scaled_down_and_small_ones_keep_their_bytes(folder: Path, tmp_path: Path) -> None:
     out = prepared(folder, tmp_path / "C", max_side=120, max_pixels=12_000)
-    account = read_account(read_manifest(out))
-    assert "4 images were scaled down (images.max_side=120, images.max_pixels=12000)" in account.notes
-    assert account.rejected == {"too-small": 1}  # filters see the size before: 20 x 600
+    counts = read_input_counts(read_manifest(out))
+    assert "4 images were scaled down (images.max_side=120, images.max_pixels=12000)" in counts.notes
+    assert counts.rejected == {"too-small": 1}  # filters see the size before: 20 x 600
     sizes = {row["path"]: (row["height"], row["width"]) for row in table_rows(out) if row["key"]}
     assert sizes == {"small.jpg": (40, 48), "wide.jpg": (24, 120), "tall.jpg": (120, 30), "large.jpg": (100, 120), "turned.jpg": (120, 60)}
     small = row_of(out, "small.jpg")

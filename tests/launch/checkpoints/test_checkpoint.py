@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.checkpoint import CheckpointError, Facts, check, find, newest
+from launch.checkpoints.checkpoint import CheckpointError, CheckpointMetadata, check, find, newest
 from launch.distributed.ranks import Ranks
 
 PART = "weights-00000.safetensors"
@@ -19,7 +19,7 @@ def save(run: Path, step: int, ranks: Ranks, *, keep_last: int = 9) -> Path:
         path.write_bytes(bytes(range(256)) * step)
         return [path, checkpoint.write_trainer_state(folder, {"step": step})]
 
-    return checkpoint.save(run, Facts(step=step, world_size=1, config_hash="c"), ranks=ranks, write=write, keep_last=keep_last)
+    return checkpoint.save(run, CheckpointMetadata(step=step, world_size=1, config_hash="c"), ranks=ranks, write=write, keep_last=keep_last)
 
 
 def cut_off(folder: Path) -> None:
@@ -64,9 +64,9 @@ def test_what_is_saved_is_found(tmp_path: Path, alone: Ranks) -> None:
         folder = save(tmp_path, step, alone)
     found = newest(tmp_path)
     assert found is not None
-    assert (found.folder, found.facts.step, found.passed_over) == (folder, 2, ())
+    assert (found.folder, found.metadata.step, found.passed_over) == (folder, 2, ())
     assert (tmp_path / "latest").read_text().strip() == "step-000002"
-    assert find(tmp_path, step=1).facts.step == 1
+    assert find(tmp_path, step=1).metadata.step == 1
     assert checkpoint.read_trainer_state(folder) == {"step": 2}
 
 
@@ -79,7 +79,7 @@ def test_damage_is_noticed_and_passed_over(tmp_path: Path, alone: Ranks, damage:
         check(damaged)
     found = newest(tmp_path)
     assert found is not None
-    assert found.facts.step == 1
+    assert found.metadata.step == 1
     assert message in found.passed_over[0]
     assert save(tmp_path, 2, alone) == damaged  # the run goes on and reaches this step again
     assert check(damaged).step == 2
@@ -123,5 +123,5 @@ def test_a_file_that_nobody_owns_is_a_mistake(tmp_path: Path, alone: Ranks) -> N
         return []
 
     with pytest.raises(AssertionError, match="stray"):
-        checkpoint.save(tmp_path, Facts(step=1, world_size=1, config_hash=""), ranks=alone, write=write, keep_last=1)
+        checkpoint.save(tmp_path, CheckpointMetadata(step=1, world_size=1, config_hash=""), ranks=alone, write=write, keep_last=1)
     assert newest(tmp_path) is None

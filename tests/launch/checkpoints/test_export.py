@@ -52,8 +52,8 @@ def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
         }
         return checkpoint.write_pieces(part, pieces, rank=0, shapes=shapes)
 
-    facts = checkpoint.Facts(step=step, world_size=1, config_hash="")
-    checkpoint.save(run, facts, ranks=ranks, write=write, keep_last=9)
+    metadata = checkpoint.CheckpointMetadata(step=step, world_size=1, config_hash="")
+    checkpoint.save(run, metadata, ranks=ranks, write=write, keep_last=9)
 
 
 def some_weight(folder: Path) -> float:

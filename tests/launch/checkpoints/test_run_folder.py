@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.checkpoints.run_folder import changes_on_resume, claimed, write_config
+from launch.checkpoints.run_folder import changes_on_resume, exclusive_lock, write_config
 from launch.config.schema import Config, ConfigError, load_config
 
 HOLD = """
@@ -31,22 +31,22 @@ def test_a_run_in_use_is_refused_and_that_of_a_killed_process_is_not(tmp_path: P
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(ConfigError, match=f"is in use by process {holder.pid} on"), claimed(run):
+        with pytest.raises(ConfigError, match=f"is in use by process {holder.pid} on"), exclusive_lock(run):
             pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (run / "lock").exists()
-    with claimed(run):
+    with exclusive_lock(run):
         pass
     assert not (run / "lock").exists()
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"holds something else than a run \(thesis\.tex\)"), claimed(tmp_path):
+    with pytest.raises(ConfigError, match=r"holds something else than a run \(thesis\.tex\)"), exclusive_lock(tmp_path):
         pass
-    with pytest.raises(ConfigError, match="is a file"), claimed(tmp_path / "thesis.tex"):
+    with pytest.raises(ConfigError, match="is a file"), exclusive_lock(tmp_path / "thesis.tex"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launch.checkpoints.tensor_fragments import Fragment, Scattered, save
+from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors, save
 from launch.training.ema import ShardedEMA, decay_at
 
 WHOLE = {"a": torch.arange(24.0).view(4, 6), "b": torch.arange(5.0), "c": torch.tensor(7.0)}
@@ -31,11 +31,11 @@ def cut(at: list[int]) -> list[dict[str, Fragment]]:
     return pieces
 
 
-def write(folder: Path, pieces: Sequence[Mapping[str, Fragment]]) -> Scattered:
+def write(folder: Path, pieces: Sequence[Mapping[str, Fragment]]) -> ShardedTensors:
     paths = [folder / str(rank) for rank in range(len(pieces))]
     for path, piece in zip(paths, pieces, strict=True):
         save(path, piece, shapes=SHAPES)
-    return Scattered(paths)
+    return ShardedTensors(paths)
 
 
 cuts = st.lists(st.integers(0, ELEMENTS), max_size=6).map(sorted)
@@ -67,7 +67,7 @@ def test_a_gap_an_overlap_and_a_stranger_are_refused(tmp_path: Path) -> None:
         write(tmp_path, [first, second]).whole("c")
     (tmp_path / "x").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        Scattered([tmp_path / "x"])
+        ShardedTensors([tmp_path / "x"])
 
 
 def test_the_average_warms_up() -> None:

@@ -55,12 +55,12 @@ def config(tmp_path: Path) -> Path:
 def encode(corpus: Corpus, folder: Path, config: Path, *, dtype: torch.dtype) -> None:
     encoder, codec = encoders.make("lookup", width=16), codecs.make("pixel")
     rule = make_planner(load_config(config, overrides=[f"corpus={corpus.path}"])).plan.size_rule
-    facts = {"kind": "pixel", "factor": codec.factor, "channels": codec.channels}
+    metadata = {"kind": "pixel", "factor": codec.factor, "channels": codec.channels}
     write_features(
         folder,
         corpus,
         rules=[rule],
-        codec=facts,
+        codec=metadata,
         encode_images=lambda images: codec.latents(images).means,
         text=ENCODER,
         encode_texts=encoder.encode,

@@ -98,7 +98,7 @@ def test_mistakes_are_named_in_one_line(config: Path, written: str, wrong: str, 
 
 def test_a_corpus_by_its_path_alone_stays_the_simple_case(config: Path) -> None:
     planner = make_planner(load_config(config, overrides=[f"corpus={config.parent / 'art'}", "plan.schedule=[]"]))
-    assert planner.account["samples"] == 33
+    assert planner.sample_counts["samples"] == 33
     (stage,) = planner.stages
     assert (stage["step"], stage["shares"]) == (0, {"art": 1.0})
     with pytest.raises(ConfigError, match="input should be greater than 0"):

@@ -8,7 +8,7 @@ import torch
 
 from launch.config.schema import ConfigError, TrainConfig, load_config
 from launch.distributed.ranks import Ranks
-from launch.training.step_losses import Tally
+from launch.training.step_losses import StepLosses
 from launch.training.trainer import learning_rate, train
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
@@ -45,7 +45,7 @@ def losses(loss: float, raw: list[float], alignment: list[float]) -> Losses:
 
 
 def test_a_step_adds_up_by_kind(alone: Ranks) -> None:
-    tally = Tally()
+    tally = StepLosses()
     pack = batch("a", "b", "c", "d", weights=[1, 1, 0, 1], kinds=[0, 2, 0, 2])
     tally.add(pack, losses(3.0, [1.0, 2.0, 99.0, 4.0], [0.5, 0.25, 9.0, 1.0]))
     tally.add(batch("", weights=[0], kinds=[0]), losses(0.0, [7.0], [7.0]))
@@ -55,7 +55,7 @@ def test_a_step_adds_up_by_kind(alone: Ranks) -> None:
 
 
 def test_a_loss_that_is_not_finite_names_its_samples(alone: Ranks) -> None:
-    tally = Tally()
+    tally = StepLosses()
     tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), losses(1.0, [1.0, 1.0], [0.0, 0.0]))
     tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
     with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was not taken"):

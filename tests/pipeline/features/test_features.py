@@ -202,7 +202,7 @@ def test_what_a_plan_needs_and_does_not_find_is_named(small: Corpus, encode: Cal
         pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), path)
         refused(said)
         with pytest.raises(ValueError, match=said):
-            _ = planner(small, features=folder).account
+            _ = planner(small, features=folder).sample_counts
     path.write_bytes(b"PAR1")
     refused("000001.parquet cannot be read")
 

@@ -30,7 +30,7 @@ def test_prepared_pictures_are_planned_and_read(tmp_path: Path) -> None:
     assert (corpus.name, corpus.count) == ("pictures", 12)
     plan = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=256, packs_per_step=4)
     planner = Planner([corpus], plan=plan, seed=0, width=32, diffusion_share=0.5, consistency_share=0.1)
-    assert planner.account["samples"] == 12
+    assert planner.sample_counts["samples"] == 12
     loader = Loader(planner, seed=0, channels=3, factor=1, workers=0, max_bad_fraction=0)
     seen: set[str] = set()
     for step in islice(loader, 8):

@@ -27,7 +27,7 @@ from pipeline.loading.loader import Batch, LoadedStep, Loader
 from pipeline.loading.pack_reader import FetchedPack, ReadPack
 from pipeline.planning.config import PlanConfig, Stage
 from pipeline.planning.planner import Planner
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from tests import REPOSITORY
 from tests.pipeline.conftest import Sample, write_corpus
 
@@ -142,7 +142,7 @@ def test_workers_and_ranks_are_pure_functions_of_the_plan(corpus: Corpus, tmp_pa
         shares = []
         for rank in range(ranks):
             planner = Planner(
-                [Source(corpus, weight=1.0, where="width > 20"), Source(Corpus.open(tmp_path / "tagged"), weight=1.0)],
+                [CorpusView(corpus, weight=1.0, where="width > 20"), CorpusView(Corpus.open(tmp_path / "tagged"), weight=1.0)],
                 plan=PlanConfig(stride=STRIDE, max_tokens=36, tokens_per_pack=72, packs_per_step=4, flip=0.5, schedule=stages),
                 seed=5,
                 width=32,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, image_costs
-from pipeline.packing.packing import NO_ROOM, assign, even_out, fill_holes
+from pipeline.packing.packing import NO_ROOM, assign_to_packs, even_out, fill_holes
 
 CAPACITY = 100
 images = st.lists(st.tuples(st.integers(1, CAPACITY), st.floats(0.1, 100), st.booleans()), max_size=60)
@@ -25,7 +25,7 @@ def test_no_pack_is_overfull_and_only_what_fits_nowhere_is_left(
     tokens = np.array([image[0] for image in images], dtype=np.int64)
     costs = np.array([image[1] for image in images], dtype=np.float64)
     urgency = np.array([image[2] for image in images], dtype=np.int64)
-    assigned = assign(
+    assigned = assign_to_packs(
         tokens,
         costs=costs,
         urgency=urgency,
@@ -69,7 +69,9 @@ def test_packs_cost_the_same() -> None:
     random = np.random.default_rng(0)
     tokens = random.integers(4, 200, 400)
     costs = image_costs(tokens, kinds=random.integers(0, 3, 400), gamma=1, width=64)
-    assigned = assign(tokens, costs=costs, urgency=np.zeros(400, dtype=np.int64), packs=16, tokens_per_pack=int(tokens.sum() / 16 * 1.06))
+    assigned = assign_to_packs(
+        tokens, costs=costs, urgency=np.zeros(400, dtype=np.int64), packs=16, tokens_per_pack=int(tokens.sum() / 16 * 1.06)
+    )
     assert (assigned != NO_ROOM).all()
     total = np.bincount(assigned, weights=costs)
     assert total.max() < 1.02 * total.mean()
@@ -79,9 +81,9 @@ def test_ranks_of_several_packs_cost_the_same_where_packs_cannot() -> None:
     costs = np.array([100.0, *[1.0] * 300])
     tokens = np.array([60, *[1] * 300])
     settings = {"costs": costs, "urgency": np.zeros(301, dtype=np.int64), "packs": 8, "tokens_per_pack": 60}
-    by_pack = np.bincount(assign(tokens, **settings), weights=costs, minlength=8)
+    by_pack = np.bincount(assign_to_packs(tokens, **settings), weights=costs, minlength=8)
     assert by_pack.max() == 100 > 1.5 * by_pack.mean()
-    by_rank = np.bincount(assign(tokens, **settings, packs_per_rank=2) // 2, weights=costs)
+    by_rank = np.bincount(assign_to_packs(tokens, **settings, packs_per_rank=2) // 2, weights=costs)
     assert by_rank.max() == by_rank.mean() == 100
 
 
@@ -89,5 +91,7 @@ def test_a_head_start_is_what_a_pack_ends_cheaper_by() -> None:
     costs = np.ones(400)
     tokens = np.ones(400, dtype=np.int64)
     head_starts = np.array([0.0, 0.0, 30.0, 30.0])
-    assigned = assign(tokens, costs=costs, urgency=np.zeros(400, dtype=np.int64), packs=4, tokens_per_pack=200, head_starts=head_starts)
+    assigned = assign_to_packs(
+        tokens, costs=costs, urgency=np.zeros(400, dtype=np.int64), packs=4, tokens_per_pack=200, head_starts=head_starts
+    )
     assert np.bincount(assigned).tolist() == [115, 115, 85, 85]

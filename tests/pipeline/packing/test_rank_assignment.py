@@ -8,25 +8,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.cost import Floats, Ints, image_costs
-from pipeline.packing.packing import NO_ROOM, assign
-from pipeline.packing.rank_assignment import deal, waited_for
-from pipeline.steps import Columns, Pack, Step, StepTable
+from pipeline.packing.packing import NO_ROOM, assign_to_packs
+from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
+from pipeline.steps import Pack, SampleTable, Step, StepTable
 
 LIMIT = 100
 
 
 def make_step(tokens: Ints, *, costs: Floats, packs: int, limit: int = LIMIT) -> Step:
     """A planned step of as many of these images as fit into `packs` packs."""
-    assigned = assign(tokens, costs=costs, urgency=np.zeros_like(tokens), packs=packs, tokens_per_pack=limit)
+    assigned = assign_to_packs(tokens, costs=costs, urgency=np.zeros_like(tokens), packs=packs, tokens_per_pack=limit)
     fits = assigned != NO_ROOM
     nothing = np.zeros(int(fits.sum()), dtype=np.int64)
-    columns = Columns(**{**dict.fromkeys(Columns.__dataclass_fields__, nothing), "tokens": tokens[fits]})
+    columns = SampleTable(**{**dict.fromkeys(SampleTable.__dataclass_fields__, nothing), "tokens": tokens[fits]})
     table = StepTable(columns=columns, kinds=nothing, costs=costs[fits], places=[])
     return Step(index=0, packs=table.split(assigned[fits], packs=packs), table=table, tokens_per_pack=limit)
 
 
 def utilisation(step: Step, *, ranks: int, lockstep: bool) -> float:
-    return step.cost / (ranks * waited_for(deal(step, ranks=ranks, lockstep=lockstep), lockstep=lockstep))
+    return step.cost / (ranks * step_makespan(assign_to_ranks(step, ranks=ranks, lockstep=lockstep), lockstep=lockstep))
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,9 +40,9 @@ def test_every_rank_gets_equally_many_packs_within_their_limit_and_no_sample_is_
     images: list[tuple[int, float]], packs: int, ranks: int, lockstep: bool
 ) -> None:
     step = make_step(np.array([image[0] for image in images]), costs=np.array([image[1] for image in images]), packs=packs)
-    hands = deal(step, ranks=ranks, lockstep=lockstep)
-    assert [len(hand) for hand in hands] == [-(-packs // ranks)] * ranks
-    dealt = [pack for hand in hands for pack in hand]
+    rank_packs = assign_to_ranks(step, ranks=ranks, lockstep=lockstep)
+    assert [len(hand) for hand in rank_packs] == [-(-packs // ranks)] * ranks
+    dealt = [pack for hand in rank_packs for pack in hand]
     assert sorted(row for pack in dealt for row in pack.rows.tolist()) == list(range(step.images))
     for pack in dealt:
         assert pack.tokens == step.table.columns.tokens[pack.rows].sum() <= LIMIT
@@ -50,9 +50,9 @@ def test_every_rank_gets_equally_many_packs_within_their_limit_and_no_sample_is_
 
 
 def test_what_is_waited_for() -> None:
-    hands = [[Pack(rows=np.arange(1), tokens=1, cost=cost, table=None) for cost in costs] for costs in ((5, 1), (3, 4))]
-    assert waited_for(hands, lockstep=False) == 7
-    assert waited_for(hands, lockstep=True) == 9
+    rank_packs = [[Pack(rows=np.arange(1), tokens=1, cost=cost, table=None) for cost in costs] for costs in ((5, 1), (3, 4))]
+    assert step_makespan(rank_packs, lockstep=False) == 7
+    assert step_makespan(rank_packs, lockstep=True) == 9
 
 
 def test_equal_packs_stay_as_they_were_planned() -> None:
@@ -60,7 +60,7 @@ def test_equal_packs_stay_as_they_were_planned() -> None:
     tokens = random.integers(1, 20, 1000)
     step = make_step(tokens, costs=tokens.astype(np.float64), packs=64, limit=200)
     for lockstep in (False, True):
-        dealt = [pack for hand in deal(step, ranks=16, lockstep=lockstep) for pack in hand]
+        dealt = [pack for hand in assign_to_ranks(step, ranks=16, lockstep=lockstep) for pack in hand]
         assert sorted(map(id, dealt)) == sorted(map(id, step.packs))
         assert utilisation(step, ranks=16, lockstep=lockstep) > 0.97
 
@@ -95,4 +95,4 @@ def test_more_packs_where_ranks_do_not_divide_them_cost_next_to_nothing() -> Non
 
 def test_no_ranks() -> None:
     with pytest.raises(ValueError, match="ranks: 0"):
-        deal(web_step(largest=1), ranks=0, lockstep=False)
+        assign_to_ranks(web_step(largest=1), ranks=0, lockstep=False)

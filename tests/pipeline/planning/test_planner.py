@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipeline.corpus.corpus import Corpus
-from pipeline.packing.rank_assignment import deal, waited_for
+from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
 from pipeline.planning.plan_changes import PlanChangedError
 from pipeline.planning.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.planning.summary import plan_summary
 from pipeline.size_rule import SizeRule, target_size
 from pipeline.steps import Pack, Step
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.size_only_corpus import SizeCorpus
 from tests.pipeline.conftest import Sample, write_corpus
 
@@ -107,7 +107,7 @@ def test_every_kept_sample_once_per_epoch_and_no_pack_over_its_limits(case: Case
             for row, (height, width, _) in enumerate(samples)
             if not target_size(height, width=width, rule=case.rule).left_out
         }
-        assert planner.account["samples"] == len(kept)
+        assert planner.sample_counts["samples"] == len(kept)
         seen: dict[int, Counter[str]] = {}
         for index in range(500):
             step = planner.next_step()
@@ -182,14 +182,14 @@ def test_every_number_of_ranks_shares_the_same_steps_also_after_another_has_begu
         for _ in range(2):
             expected, step = drawn(planner.next_step().packs), resumed.next_step()
             for ranks, lockstep in itertools.product((1, 2, 8, 64), (False, True)):
-                hands = deal(step, ranks=ranks, lockstep=lockstep)
-                packs = [pack for hand in hands for pack in hand]
+                rank_packs = assign_to_ranks(step, ranks=ranks, lockstep=lockstep)
+                packs = [pack for hand in rank_packs for pack in hand]
                 assert drawn(packs) == expected
-                assert {len(hand) for hand in hands} == {-(-case.plan.packs_per_step // ranks)}
+                assert {len(hand) for hand in rank_packs} == {-(-case.plan.packs_per_step // ranks)}
                 assert max(pack.tokens for pack in packs) <= case.plan.tokens_per_pack
                 if ranks % step.groups == 0:
                     for group, own in enumerate(np.split(np.arange(ranks), step.groups)):
-                        shards = {sample.shard for rank in own for pack in hands[rank] for sample in pack.samples}
+                        shards = {sample.shard for rank in own for pack in rank_packs[rank] for sample in pack.samples}
                         assert {shard % step.groups for shard in shards} <= {group}
 
 
@@ -203,7 +203,7 @@ def small_plan(**changes: Any) -> PlanConfig:
     return PlanConfig(**{"stride": 16, "max_tokens": 64, "tokens_per_pack": 256, "packs_per_step": 4, **changes})
 
 
-def make_planner(*corpora: Corpus | Source, seed: int = 0, **changes: Any) -> Planner:
+def make_planner(*corpora: Corpus | CorpusView, seed: int = 0, **changes: Any) -> Planner:
     return Planner(corpora, plan=small_plan(**changes), seed=seed, width=64, diffusion_share=0.5, consistency_share=0.1)
 
 
@@ -285,9 +285,9 @@ def test_groups_of_shards_keep_as_busy_and_each_has_its_own(tmp_path: Path) -> N
     used, waited = 0.0, 0.0
     for _ in range(20):
         step = planner.next_step()
-        hands = deal(step, ranks=8, lockstep=True)
-        used, waited = used + step.cost, waited + 8 * waited_for(hands, lockstep=True)
-        for rank, hand in enumerate(hands):
+        rank_packs = assign_to_ranks(step, ranks=8, lockstep=True)
+        used, waited = used + step.cost, waited + 8 * step_makespan(rank_packs, lockstep=True)
+        for rank, hand in enumerate(rank_packs):
             read.setdefault(rank // 2, set()).update(sample.shard for pack in hand for sample in pack.samples)
     assert read == {group: set(range(group, 16, 4)) for group in range(4)}
     assert used / waited > 0.95
@@ -304,7 +304,7 @@ def test_impossible_groups(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"corpus corpus has 3 shards, which plan\.groups 4 cannot share"):
         make_planner(corpus, groups=4)
     with pytest.raises(ValueError, match="corpus corpus has 1 samples by its cap"):
-        make_planner(Source(corpus, cap=1), groups=2)
+        make_planner(CorpusView(corpus, cap=1), groups=2)
 
 
 def test_several_corpora_are_mixed_by_size(tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_a_state_of_another_plan_is_refused_and_says_what_differs(tmp_path: Path
         make_planner(corpus, schedule=[{"step": 3, "max_tokens": 32}]).load_state_dict(state)
     pq.write_table(pa.table({"key": ["0000000001", "0000000003"]}), tmp_path / "out.parquet")
     with pytest.raises(PlanChangedError, match="corpus corpus: cap was None and is 5, corpus corpus: exclude had no keys and has 2; "):
-        make_planner(Source(corpus, cap=5, exclude=tmp_path / "out.parquet")).load_state_dict(state)
+        make_planner(CorpusView(corpus, cap=5, exclude=tmp_path / "out.parquet")).load_state_dict(state)
     with pytest.raises(ValueError, match="format 4"):
         make_planner(corpus).load_state_dict({**state, "format": 4})
 
@@ -374,6 +374,6 @@ def test_impossible_plans(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="diffusion_share"):
         Planner([corpus], plan=small_plan(), seed=0, width=64, diffusion_share=0.8, consistency_share=0.3)
     planner = make_planner(corpus)
-    assert planner.account["left_out"] == {"aspect": 1, "too-small": 1}
+    assert planner.sample_counts["left_out"] == {"aspect": 1, "too-small": 1}
     with pytest.raises(ValueError, match="leaves out every sample"):
         planner.next_step()

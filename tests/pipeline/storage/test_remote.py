@@ -15,7 +15,7 @@ from launch.cli import main
 from pipeline.corpus.corpus import Corpus
 from pipeline.storage import remote
 from pipeline.storage.shard_cache import ShardCache
-from pipeline.storage.shard_reader import BadShard, Part, ShardFacts, ShardReader
+from pipeline.storage.shard_reader import BadShard, ByteRange, ShardFacts, ShardReader
 from tests.pipeline.loading.test_loader import assert_same, make_loader
 from tests.pipeline.storage.servers import RangeServer, range_server
 
@@ -37,7 +37,7 @@ def server(tmp_path: Path) -> Iterator[RangeServer]:
 def test_parts_survive_dropped_connections_and_short_answers(server: RangeServer) -> None:
     url = f"{server.url}/0.tar"
     server.faults = 3
-    parts = [Part(url, 900_000, 100), Part(url, 10, 200), Part(url, 500, 1000), Part(url, 0, 0)]
+    parts = [ByteRange(url, 900_000, 100), ByteRange(url, 10, 200), ByteRange(url, 500, 1000), ByteRange(url, 0, 0)]
     reader = ShardReader(facts={url: ShardFacts(len(DATA), "")})
     assert reader.read_parts(parts) == [DATA[offset : offset + length] for _, offset, length in parts]
     ranges = {request: times for request, times in server.asked.items() if request.startswith("GET")}

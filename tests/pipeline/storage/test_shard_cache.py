@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.storage import remote
 from pipeline.storage.shard_cache import BadShard, ShardCache, ShardFacts
-from pipeline.storage.shard_reader import Part, ShardReader
+from pipeline.storage.shard_reader import ByteRange, ShardReader
 from tests import REPOSITORY
 from tests.pipeline.storage.servers import RangeServer, range_server
 
@@ -97,7 +97,7 @@ def test_a_process_killed_in_the_middle_of_a_download_leaves_nothing_that_counts
     urls = [f"{server.url}/{i}.tar" for i in range(SHARDS)]
     shards = ShardReader(facts=dict(zip(urls, FACTS, strict=True)), cache=ShardCache(folder, limit=SIZE))
     for i in range(SHARDS):
-        assert shards.read_parts([Part(urls[i], 5, 50)]) == [CONTENTS[i][5:55]]
+        assert shards.read_parts([ByteRange(urls[i], 5, 50)]) == [CONTENTS[i][5:55]]
         assert [file.name for file in folder.glob("*.*")] == [f"{FACTS[i].sha256}.tar"]
 
 

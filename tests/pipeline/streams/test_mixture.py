@@ -20,7 +20,7 @@ from pipeline.planning.config import PlanConfig, Stage
 from pipeline.planning.planner import Planner
 from pipeline.size_rule import target_size
 from pipeline.steps import Step
-from pipeline.streams.corpus_view import Source
+from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.mixture import mixture_shares, next_slots
 from tests.pipeline.conftest import Sample, write_corpus
 
@@ -51,14 +51,14 @@ class Part:
     where: str | None
     excluded: list[str]
 
-    def open(self, folder: Path) -> Source:
+    def open(self, folder: Path) -> CorpusView:
         """Written only once."""
         if not folder.exists():
             shards = [[Sample(height, width, ("a", "b")) for height, width in shard] for shard in self.shards]
             write_corpus(folder, shards=shards, pictures=False, name=folder.name)
             pq.write_table(pa.table({"key": pa.array(self.excluded, pa.string())}), folder / "exclude.parquet")
         exclude = folder / "exclude.parquet" if self.excluded else None
-        return Source(Corpus.open(folder), weight=self.weight, cap=self.cap, where=self.where, exclude=exclude)
+        return CorpusView(Corpus.open(folder), weight=self.weight, cap=self.cap, where=self.where, exclude=exclude)
 
     def kept(self, name: str, *, plan: PlanConfig) -> set[str]:
         rows = [(f"{s:06d}{r:04d}", *size) for s, shard in enumerate(self.shards) for r, size in enumerate(shard)]
@@ -140,7 +140,7 @@ def test_every_kept_sample_once_per_visit_and_each_source_has_its_quota(case: Ca
         planner = case.planner(folder)
         kept = [part.kept(f"c{i}", plan=case.plan) for i, part in enumerate(case.parts)]
         used = [len(each) if part.cap is None else min(len(each), part.cap) for each, part in zip(kept, case.parts, strict=True)]
-        accounts = planner.account["corpora"]
+        accounts = planner.sample_counts["corpora"]
         assert [each["samples"] for each in accounts] == used
         assert all(each["rows"] == each["samples"] + sum(each["left_out"].values()) for each in accounts)
         assert [each["left_out"].get("exclude", 0) for each in accounts] == [len(part.excluded) for part in case.parts]
@@ -193,12 +193,12 @@ def test_resume_at_any_step_of_a_schedule_equals_the_unbroken_plan(case: Case, s
                 assert (sample.height, sample.width, sample.tokens, target.left_out) == (target.height, target.width, target.tokens, "")
 
 
-def make_corpus(folder: Path, *, count: int, **settings: Any) -> Source:
+def make_corpus(folder: Path, *, count: int, **settings: Any) -> CorpusView:
     shards = [[Sample(32, 32, ("a",), label=i % 4) for i in range(start, min(start + 20, count))] for start in range(0, count, 20)]
-    return Source(write_corpus(folder, shards=shards, pictures=False, name=folder.name), **settings)
+    return CorpusView(write_corpus(folder, shards=shards, pictures=False, name=folder.name), **settings)
 
 
-def make_planner(*sources: Source, **changes: Any) -> Planner:
+def make_planner(*sources: CorpusView, **changes: Any) -> Planner:
     plan = PlanConfig(**{"stride": 16, "max_tokens": 4, "tokens_per_pack": 40, "packs_per_step": 2, **changes})
     return Planner(sources, plan=plan, seed=0, width=64, diffusion_share=SHARES[0], consistency_share=SHARES[1])
 
@@ -210,8 +210,8 @@ def images_of(planner: Planner, *, steps: int) -> Counter[str]:
 def test_without_weights_every_sample_is_seen_equally_often_and_repeats_multiply(tmp_path: Path) -> None:
     sources = [make_corpus(tmp_path / "a", count=40), make_corpus(tmp_path / "b", count=10, repeats=3)]
     assert images_of(make_planner(*sources), steps=7) == {"a": 80, "b": 60}
-    where = Source(sources[0].corpus, where="label == 1")  # 10 of the 40: shares go by what is used
-    assert images_of(make_planner(where, Source(sources[1].corpus)), steps=4) == {"a": 40, "b": 40}
+    where = CorpusView(sources[0].corpus, where="label == 1")  # 10 of the 40: shares go by what is used
+    assert images_of(make_planner(where, CorpusView(sources[1].corpus)), steps=4) == {"a": 40, "b": 40}
 
 
 def test_weights_are_kept_step_by_step(tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ def test_a_cap_takes_other_samples_in_every_epoch(tmp_path: Path) -> None:
     epochs = [set(planner.next_step().ids) for _ in range(6)]
     assert {len(epoch) for epoch in epochs} == {20}
     assert len(set.union(*epochs)) > 40
-    assert planner.account["left_out"] == {"cap": 40}
-    assert planner.account["samples"] == 20
+    assert planner.sample_counts["left_out"] == {"cap": 40}
+    assert planner.sample_counts["samples"] == 20
 
 
 def test_a_schedule_changes_sizes_weights_and_packs_at_its_steps(tmp_path: Path) -> None:
@@ -259,15 +259,15 @@ def test_a_plan_depends_on_what_it_selects(tmp_path: Path) -> None:
     pq.write_table(keys, tmp_path / "keys.parquet")
     pq.write_table(keys.slice(1), tmp_path / "fewer.parquet")
     sources = [
-        Source(corpus),
-        Source(corpus, cap=20),
-        Source(corpus, where="width > 3"),
-        Source(corpus, exclude=tmp_path / "keys.parquet"),
-        Source(corpus, exclude=tmp_path / "fewer.parquet"),
+        CorpusView(corpus),
+        CorpusView(corpus, cap=20),
+        CorpusView(corpus, where="width > 3"),
+        CorpusView(corpus, exclude=tmp_path / "keys.parquet"),
+        CorpusView(corpus, exclude=tmp_path / "fewer.parquet"),
     ]
     planners = [make_planner(source) for source in sources]
     assert len({planner.plan_hash for planner in planners}) == len(planners)
-    assert [planner.account["samples"] for planner in planners] == [30, 20, 30, 28, 29]
+    assert [planner.sample_counts["samples"] for planner in planners] == [30, 20, 30, 28, 29]
     with pytest.raises(ValueError, match="corpus a: cap was 20 and is None; "):
         planners[0].load_state_dict(planners[1].state_dict())
 
@@ -275,27 +275,27 @@ def test_a_plan_depends_on_what_it_selects(tmp_path: Path) -> None:
 def test_impossible_mixtures(tmp_path: Path) -> None:
     a, b = (make_corpus(tmp_path / name, count=5).corpus for name in ("a", "b"))
     with pytest.raises(ValueError, match="corpus b has no weight, others have one"):
-        make_planner(Source(a, weight=1.0), Source(b))
+        make_planner(CorpusView(a, weight=1.0), CorpusView(b))
     with pytest.raises(ValueError, match="all corpora have weight 0"):
-        make_planner(Source(a, weight=0.0), Source(b, weight=0.0))
+        make_planner(CorpusView(a, weight=0.0), CorpusView(b, weight=0.0))
     with pytest.raises(ValueError, match="weights are given to a, c, but the corpora are a, b"):
-        make_planner(Source(a), Source(b), schedule=[{"step": 4, "weights": {"a": 1, "c": 1}}])
+        make_planner(CorpusView(a), CorpusView(b), schedule=[{"step": 4, "weights": {"a": 1, "c": 1}}])
     with pytest.raises(ValueError, match="leaves out every sample of corpus b"):
-        make_planner(Source(a), Source(b, where="width > 100"))
+        make_planner(CorpusView(a), CorpusView(b, where="width > 100"))
     with pytest.raises(ValueError, match="leaves out every sample of corpus b"):
-        make_planner(Source(b, where="width > 100")).next_step()
+        make_planner(CorpusView(b, where="width > 100")).next_step()
     with pytest.raises(ValueError, match="corpus a: weight and repeats"):
-        Source(a, weight=1.0, repeats=2.0)
+        CorpusView(a, weight=1.0, repeats=2.0)
     with pytest.raises(ValueError, match="corpus a: where 'heigth > 3': there is no column heigth; did you mean height"):
-        Source(a, where="heigth > 3")
+        CorpusView(a, where="heigth > 3")
     with pytest.raises(ValueError, match=r"corpus a: exclude .*none\.parquet: there is no such file"):
-        Source(a, exclude=tmp_path / "none.parquet")
+        CorpusView(a, exclude=tmp_path / "none.parquet")
     pq.write_table(pa.table({"id": ["x"]}), tmp_path / "ids.parquet")
     with pytest.raises(ValueError, match=r"ids\.parquet has no column 'key'; there are: id"):
-        Source(a, exclude=tmp_path / "ids.parquet")
+        CorpusView(a, exclude=tmp_path / "ids.parquet")
     (tmp_path / "text.parquet").write_text("key")
     with pytest.raises(ValueError, match=r"text\.parquet is not a parquet file of keys"):
-        Source(a, exclude=tmp_path / "text.parquet")
+        CorpusView(a, exclude=tmp_path / "text.parquet")
 
 
 def test_impossible_schedules() -> None:

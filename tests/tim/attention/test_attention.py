@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from tim.attention.dispatch import BACKENDS, Needs, attention, choose_backend
+from tim.attention.dispatch import BACKENDS, AttentionRequirements, attention, choose_backend
 from tim.attention.flex import _block_mask
 from tim.packed import Segments
 
@@ -108,11 +108,11 @@ def test_every_backend_equals_a_dense_mask_on_the_gpu(name: str, backend: str) -
 
 def test_auto_takes_the_fastest_that_can() -> None:
     half, full = torch.bfloat16, torch.float32
-    assert choose_backend(Needs("cpu", full, backward=True)) == "sdpa"
-    assert choose_backend(Needs("cuda", half, backward=True, capability=(8, 0))) == "varlen"
-    assert choose_backend(Needs("cuda", half, capability=(7, 5))) == "sdpa"
-    assert choose_backend(Needs("cuda", half, forward_mode=True)) == "sdpa"
-    assert choose_backend(Needs("cuda", full)) == "sdpa"
+    assert choose_backend(AttentionRequirements("cpu", full, backward=True)) == "sdpa"
+    assert choose_backend(AttentionRequirements("cuda", half, backward=True, capability=(8, 0))) == "varlen"
+    assert choose_backend(AttentionRequirements("cuda", half, capability=(7, 5))) == "sdpa"
+    assert choose_backend(AttentionRequirements("cuda", half, forward_mode=True)) == "sdpa"
+    assert choose_backend(AttentionRequirements("cuda", full)) == "sdpa"
 
 
 def test_an_impossible_choice_says_why_and_what_can() -> None:
@@ -124,8 +124,8 @@ def test_an_impossible_choice_says_why_and_what_can() -> None:
     with pytest.raises(ValueError, match="'flex' has no backward pass on cpu: use 'sdpa'"):
         attention(x.requires_grad_(), x, x, segments, segments, backend="flex")
     with pytest.raises(ValueError, match="'varlen' has no forward-mode derivative: use 'sdpa'"):
-        choose_backend(Needs("cuda", torch.bfloat16, forward_mode=True), "varlen")
+        choose_backend(AttentionRequirements("cuda", torch.bfloat16, forward_mode=True), "varlen")
     with pytest.raises(ValueError, match=r"'flash' needs a GPU of compute capability 8\.0, not 7\.5: use 'sdpa'"):
-        choose_backend(Needs("cuda", torch.float16, capability=(7, 5)), "flash")
+        choose_backend(AttentionRequirements("cuda", torch.float16, capability=(7, 5)), "flash")
     with pytest.raises(ValueError, match=r"'varlen' needs torch\.bfloat16 or torch\.float16, not torch\.float32: use 'sdpa'"):
-        choose_backend(Needs("cuda", torch.float32), "varlen")
+        choose_backend(AttentionRequirements("cuda", torch.float32), "varlen")
