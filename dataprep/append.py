@@ -49,7 +49,7 @@ class Base:
     shards: Sequence[ShardEntry]
     counts: InputCounts
     columns: ExtraColumns
-    pictures: ReferenceImages
+    images: ReferenceImages
     taken_down: np.ndarray  # (m, 2) uint64, digests as in `Fingerprints`
 
 
@@ -121,7 +121,7 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], append_mode: AppendM
         counts=read_input_counts(manifest),
         columns=read_columns(manifest),
         taken_down=np.concatenate(taken_down),
-        pictures=ReferenceImages(
+        images=ReferenceImages(
             fingerprints=Fingerprints.join(prints), names=("",), starts=(0,), keys=(pa.chunked_array(keys, pa.string()),)
         ),
     )

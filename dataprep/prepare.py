@@ -56,7 +56,7 @@ def prepare(
 ) -> InputCounts:
     """Make a corpus of `sources` and of `config.sources` (see `open_sources`) at `out`, a folder or a URL, and give account of every input.
 
-    Pictures that one of the prepared corpora `against` has are duplicates, exact or near ones as among the inputs themselves. With
+    Images that one of the prepared corpora `against` has are duplicates, exact or near ones as among the inputs themselves. With
     `growth`, the finished corpus at `out` gets further shards instead. With `merge`, all inputs were examined by `prepare_part`.
 
     The same command continues a run that was cut short, and returns at once if the corpus is finished. Unfinished work lies in the folder
@@ -86,7 +86,7 @@ def prepare(
             shards=config.shards,
             dedup=config.dedup,
             seed=config.seed,
-            references=ReferenceImages.join([*([base.pictures] if base else []), read_references(job.against)]),
+            references=ReferenceImages.join([*([base.images] if base else []), read_references(job.against)]),
             columns=base.columns if base else None,
             taken_down=base.taken_down if base else None,
             first_shard=len(base.shards) if base else 0,

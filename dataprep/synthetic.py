@@ -1,6 +1,6 @@
-"""The embedded corpus: captioned pictures of one shape on a plain ground, drawn from a seed, and the eye that reads them back.
+"""The embedded corpus: captioned images of one shape on a plain ground, drawn from a seed, and the eye that reads them back.
 
-Because shape and colours can be read from a picture, what a model draws can be scored against the prompt without any other model.
+Because shape and colours can be read from an image, what a model draws can be scored against the prompt without any other model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
 SUPERSAMPLING = 4
 SMALLEST_SIDE = 16  # pixels
 LARGEST_ASPECT = 3.0  # long side / short side
-LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin pictures it is 40 % of the shorter side
+LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin images it is 40 % of the shorter side
 STRAY = 0.1  # how far a figure strays from the middle in either direction, as a share of the room it has
 SPECKLE = 4  # pixels a side of a speckled ground's squares
 PALENESS = 0.35  # of the pale ones: the share of grey in them
@@ -46,7 +46,7 @@ GREY = 128
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What a picture shows, or is asked to show; `None` for what cannot be read."""
+    """What an image shows, or is asked to show; `None` for what cannot be read."""
 
     shape: str | None
     colour: str | None
@@ -88,7 +88,7 @@ def random_view(figure: Figure, *, height: int, width: int, rng: np.random.Gener
     return Image.fromarray(np.rint(np.asarray(image) + share * (GREY - np.array(COLOURS[str(figure.ground)]))).astype(np.uint8))
 
 
-def random_picture(
+def random_image(
     seed: int,
     index: int,
     *,
@@ -96,16 +96,16 @@ def random_picture(
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> tuple[Image.Image, Figure]:
-    """Picture number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers.
+    """Image number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers.
 
-    The sides of speckled pictures are whole numbers of squares.
+    The sides of speckled images are whole numbers of squares.
     """
     rng = np.random.default_rng((seed, index))
     choices = figures(shapes)
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(LARGEST_ASPECT), math.log(LARGEST_ASPECT)))
     shortest = SMALLEST_SIDE * max(aspect, 1 / aspect)
-    long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small pictures, which cost least, are the most frequent
+    long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small images, which cost least, are the most frequent
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), SMALLEST_SIDE, max_side)) for side in (height, width))
     if speckled:
@@ -122,11 +122,11 @@ def write_corpus(
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> None:
-    """Write `count` pictures as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
+    """Write `count` images as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
-        image, figure = random_picture(seed, index, max_side=max_side, shapes=shapes, speckled=speckled)
+        image, figure = random_image(seed, index, max_side=max_side, shapes=shapes, speckled=speckled)
         name = f"{index:06d}.png"
         image.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": figure.caption}))
@@ -136,7 +136,7 @@ def write_corpus(
 
 
 def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: float = 90.0) -> Figure:
-    """Read shape and colours back from a picture of any size.
+    """Read shape and colours back from an image of any size.
 
     The ground is the colour of most border pixels, the figure the most frequent other colour; the shape is the one whose outline, fitted
     to the figure's box, overlaps it best (intersection over union, at least `min_overlap`). A colour counts only where the mean pixel
@@ -164,7 +164,7 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
 def ground_squares(image: Image.Image) -> NDArray[np.float64]:
     """The squares of the ground that no figure reaches, (n, 4, 4, 3), values from 0 to 255.
 
-    Raises ValueError for a picture that is too small to have some.
+    Raises ValueError for an image that is too small to have some.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     rows, columns = image.height // SPECKLE, image.width // SPECKLE
@@ -176,12 +176,12 @@ def ground_squares(image: Image.Image) -> NDArray[np.float64]:
     ]
     free = away[0][:, None] | away[1]
     if free.sum() < 2:
-        raise ValueError(f"a picture of {image.width}x{image.height} has no ground that its figure leaves free")
+        raise ValueError(f"an image of {image.width}x{image.height} has no ground that its figure leaves free")
     return squares[free]
 
 
 def read_speckles(image: Image.Image, *, ground: str) -> float:
-    """How strong the speckles of a ground of this colour are: about 1 in speckled pictures of the corpus, 0 on a plain ground.
+    """How strong the speckles of a ground of this colour are: about 1 in speckled images of the corpus, 0 on a plain ground.
 
     The deviation of the squares' paleness, as a share of what half pale and half full ones have. Raises as `ground_squares`.
     """

@@ -1,6 +1,6 @@
 """`tim demo`: the whole way on the embedded corpus, in the steps that a user takes: prepare → plan → train → sample.
 
-Because the corpus can be read back from a picture (`dataprep.synthetic.read_figure`), the demo scores what the model draws against what
+Because the corpus can be read back from an image (`dataprep.synthetic.read_figure`), the demo scores what the model draws against what
 it was asked for.
 """
 
@@ -28,20 +28,20 @@ from launch.training.metrics import read_rows
 from pipeline.planning.summary import plan_summary
 
 RECIPE = "demo"
-PICTURES = 3000
+IMAGES = 3000
 PREPARE = PrepareConfig(images=ImageConfig(format="png"))  # drawings, not photographs: JPEG would blur what is to be learned
 STEPS = (1, 2, 4, 8)
-# Height and width in pixels. Training pictures have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
+# Height and width in pixels. Training images have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
 SIZES = ((32, 32), (20, 60), (48, 24), (28, 40), (24, 84))
 PROMPTS_SCORED = 60
 PLANNED_STEPS = 50
 NEXT_PROMPT, NEXT_SIZES = "a white cross on red", "64x32,24x48"  # of the command that the demo ends with
-READ_ON = "Your own pictures"  # section of README.md
+READ_ON = "Your own images"  # section of README.md
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of pictures in which the asked-for shape, figure colour, ground colour, both colours, and all three were found."""
+    """Shares of images in which the asked-for shape, figure colour, ground colour, both colours, and all three were found."""
 
     steps: int
     shape: float
@@ -57,9 +57,9 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     Writes the corpus, the run, `grid.png`, `loss.png` and `scores.json`. Raises RuntimeError if the training fails.
     """
     pictures, corpus, run_dir = out / "pictures", out / "corpus", out / "run"
-    console.line(f"1/4 prepare: {PICTURES} pictures drawn from a seed")
+    console.line(f"1/4 prepare: {IMAGES} images drawn from a seed")
     if not (pictures / "metadata.jsonl").is_file():
-        write_corpus(pictures, count=PICTURES)
+        write_corpus(pictures, count=IMAGES)
     with console.progress() as report:
         counts = prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
     console.line(f"    {counts.kept} of {counts.inputs} kept, rejected: {counts.rejected or 'none'}")
@@ -70,7 +70,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
     console.line(
         f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} processes, "
-        f"{summary['samples_per_step']:.0f} pictures of mixed sizes a step"
+        f"{summary['samples_per_step']:.0f} images of mixed sizes a step"
     )
 
     same = shlex.join(["tim", "launch", RECIPE, "--nproc-per-node", str(processes), *overrides])
@@ -129,7 +129,7 @@ def shortened(steps: int) -> list[str]:
 
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
-    """The grid's pictures (a row for each size), and the scores by number of steps over prompts at all sizes."""
+    """The grid's images (a row for each size), and the scores by number of steps over prompts at all sizes."""
     from launch.distributed.device import choose_device
     from tim import Generator
 

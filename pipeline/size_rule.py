@@ -2,7 +2,7 @@
 
 Upright image → one scale for both sides, at most 1, so that pixels ≤ `max_pixels` and tokens ≤ `max_tokens` → each side cut down to a
 multiple of the stride. Nothing is enlarged or squashed, and less than one stride is cut from a side. `fit="squash"` reproduces the
-published recipe instead: the whole picture is resized to the multiples, which changes its aspect a little.
+published recipe instead: the whole image is resized to the multiples, which changes its aspect a little.
 """
 
 from __future__ import annotations

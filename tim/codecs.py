@@ -56,7 +56,7 @@ class Codec(Protocol):
 
 
 class PixelCodec:
-    """The image itself as latent, values in [−1, 1]: for small pictures and for trying things out. Needs no weights."""
+    """The image itself as latent, values in [−1, 1]: for small images and for trying things out. Needs no weights."""
 
     factor = 1
     channels = 3

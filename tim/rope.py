@@ -5,7 +5,7 @@ Layouts:
 
 - `rowcol`: first half = column, second half = row, counted from the top left corner. Equals the published networks on squares.
 - `centred`: the same, counted from the middle of the image. Self-attention cannot tell, it sees differences only; the caption's
-  cross-attention, where only queries turn, learns where in a picture of any size a token lies, not how far from its corner.
+  cross-attention, where only queries turn, learns where in an image of any size a token lies, not how far from its corner.
 - `legacy`: the grid of the published networks, which exchanges the sides of images that are not square (token k gets k mod h and
   k div h); for their weights only.
 """

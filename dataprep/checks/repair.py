@@ -67,7 +67,7 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class TableTask:
-    """A shard whose rows are to be read from its tar. `skip`: positions of pictures that took the decoder down."""
+    """A shard whose rows are to be read from its tar. `skip`: positions of images that took the decoder down."""
 
     tar: Path
     columns: ExtraColumns

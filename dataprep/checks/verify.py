@@ -1,4 +1,4 @@
-"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every picture decoded, keys unique.
+"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every image decoded, keys unique.
 
 The tars of an index have no digest: they are indexed once more, which has to give the same table.
 """
@@ -112,10 +112,10 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
         for position, row in enumerate(kept_rows(table).to_pylist()):
             report(position)
             if position == check.crashes_at:
-                problems.append(f"{name}: {row['key']}: its picture takes the decoder down; the samples after it were not checked")
+                problems.append(f"{name}: {row['key']}: its image takes the decoder down; the samples after it were not checked")
                 break
-            picture = tar.at(row["image_offset"], row["image_length"])
-            problems += [f"{name}: {row['key']}: {problem}" for problem in _check_picture(picture, row=row)]
+            image = tar.at(row["image_offset"], row["image_length"])
+            problems += [f"{name}: {row['key']}: {problem}" for problem in _check_image(image, row=row)]
     return _first(problems, of=name)
 
 
@@ -196,7 +196,7 @@ def _check_samples(tar_path: Path, *, rows: list[dict[str, Any]], crashes_at: in
         for position, row in enumerate(rows):
             report(position)
             if position == crashes_at:
-                yield f"{tar_path.name}: {row['key']}: its picture takes the decoder down; the samples after it were not checked"
+                yield f"{tar_path.name}: {row['key']}: its image takes the decoder down; the samples after it were not checked"
                 return
             yield from (f"{tar_path.name}: {row['key']}: {problem}" for problem in _check_sample(row, tar=tar))
 
@@ -206,7 +206,7 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
         tar.seek(row[f"{member}_offset"])
         return tar.read(row[f"{member}_length"])
 
-    yield from _check_picture(payload("image"), row=row)
+    yield from _check_image(payload("image"), row=row)
     if payload("text") != row["caption"].encode("utf-8"):
         yield "its caption is not the table's"
     if row["cls_offset"] is not None and payload("cls") != str(row["label"]).encode("ascii"):
@@ -222,13 +222,13 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
         yield f"its JSON differs from the table in {', '.join(different)}"
 
 
-def _check_picture(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
+def _check_image(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
     try:
-        picture = read_image(data)
-        if picture.pixels.shape[:2] != (row["height"], row["width"]):
-            yield f"its picture is {picture.pixels.shape[1]}x{picture.pixels.shape[0]}, the table says {row['width']}x{row['height']}"
+        image = read_image(data)
+        if image.pixels.shape[:2] != (row["height"], row["width"]):
+            yield f"its image is {image.pixels.shape[1]}x{image.pixels.shape[0]}, the table says {row['width']}x{row['height']}"
     except Rejection as rejection:
-        yield f"its picture cannot be read: {rejection}"
+        yield f"its image cannot be read: {rejection}"
 
 
 def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:

@@ -1,7 +1,7 @@
 """Duplicates: exact ones by digest, near ones by a 64-bit perceptual hash; among the inputs, and against corpora that are there already.
 
 The hash is the classic DCT hash: the 8×8 lowest frequencies of the luma, one bit each for "above their median". They are taken of the
-picture itself, not of a copy at 32×32: a cosine of so few waves hardly changes over a strip of rows, so that strips are added up first.
+image itself, not of a copy at 32×32: a cosine of so few waves hardly changes over a strip of rows, so that strips are added up first.
 
 All of it runs on arrays. Near duplicates are found by sorting: of four blocks of 16 bits, hashes that differ in two bits have two in
 common, so that the hashes are sorted by each of the six pairs of blocks, and those that share one are compared bit by bit.
@@ -28,14 +28,14 @@ MAX_DISTANCE = 2  # bits
 _BLOCKS = (0, 16, 32, 48)
 _BLOCK = np.uint64(0xFFFF)
 _LOW = 8  # frequencies of either direction
-_SIDE = 32  # pixels of the picture that the classic hash scales down to, by which frequencies are scaled here
-_LEAST_STRIPS = 64  # that a picture's rows are added up to
+_SIDE = 32  # pixels of the image that the classic hash scales down to, by which frequencies are scaled here
+_LEAST_STRIPS = 64  # that an image's rows are added up to
 _LUMA = np.array([0.299, 0.587, 0.114])
 _NOISE = 1.0  # gray levels; below it a coefficient is rounding noise, and so is its bit
 
 
 class DedupConfig(BaseModel):
-    """What becomes of near duplicates: `mark` keeps them and names the better picture, `drop` rejects them, `off` does not look."""
+    """What becomes of near duplicates: `mark` keeps them and names the better image, `drop` rejects them, `off` does not look."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,7 +44,7 @@ class DedupConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """What n pictures are compared by, arrays of length n: `digest` (n, 2) the first 16 bytes of the sha256, 0 where there is none;
+    """What n images are compared by, arrays of length n: `digest` (n, 2) the first 16 bytes of the sha256, 0 where there is none;
     `phash`, and whether there is one; the numbers of `pixels` and `bytes`, by which the better one of two is told."""
 
     digest: Words
@@ -86,7 +86,7 @@ _EMPTY = Fingerprints(
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
-    """(H, W, 3) uint8 → 64 bits; None for flat pictures and plain gradients, whose bits would be noise."""
+    """(H, W, 3) uint8 → 64 bits; None for flat images and plain gradients, whose bits would be noise."""
     height, width = pixels.shape[:2]
     strip = max(1, height // _LEAST_STRIPS)
     rows = _sums(pixels.reshape(height, width * 3), of=strip).astype(np.float64)
@@ -126,20 +126,20 @@ def exact_duplicates(digests: Words) -> Ints:
 
 
 def near_duplicates(found: Fingerprints, *, among: NDArray[np.bool_], fixed: int = 0) -> Ints:
-    """(n,): for every near duplicate the position of the picture to keep in its place, −1 for all others.
+    """(n,): for every near duplicate the position of the image to keep in its place, −1 for all others.
 
-    Pictures are visited by most pixels, most bytes, first position; one is a duplicate if a picture *kept* before it is within
-    `MAX_DISTANCE` bits, and then of the nearest of these, or of the one kept first. Pictures of one hash share their fate, but for the
+    Images are visited by most pixels, most bytes, first position; one is a duplicate if an image *kept* before it is within
+    `MAX_DISTANCE` bits, and then of the nearest of these, or of the one kept first. Images of one hash share their fate, but for the
     first of them. Those outside `among`, or without a hash, are not looked at. The first `fixed` ones are kept whatever they are like,
     and are visited before all others.
 
-    Takes about 100 bytes a picture besides the input, and a few sorts of time.
+    Takes about 100 bytes an image besides the input, and a few sorts of time.
     """
     visited = np.flatnonzero(among & found.has_phash)
     is_free = visited >= fixed
     visited = visited[np.lexsort((visited, -found.bytes[visited], -found.pixels[visited], is_free))]
     hashes, first, of = np.unique(found.phash[visited], return_index=True, return_inverse=True)
-    rank = np.empty(len(hashes), dtype=np.int64)  # of a hash, by the visit of its first picture
+    rank = np.empty(len(hashes), dtype=np.int64)  # of a hash, by the visit of its first image
     rank[np.argsort(first)] = np.arange(len(hashes))
     hashes, first = hashes[np.argsort(first)], np.sort(first)  # from here on a hash is called by its rank
     best = keep_first(*_close_pairs(hashes), count=len(hashes), fixed=int((visited[first] < fixed).sum()))

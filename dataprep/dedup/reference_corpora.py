@@ -17,7 +17,7 @@ _COLUMNS = ("sha256", "phash", "width", "height", "image_length")
 
 @dataclass(frozen=True, slots=True)
 class ReferenceImages:
-    """The pictures of some corpora, one after the other; their names, where each begins, and their keys."""
+    """The images of some corpora, one after the other; their names, where each begins, and their keys."""
 
     fingerprints: Fingerprints
     names: tuple[str, ...]
@@ -28,14 +28,14 @@ class ReferenceImages:
         return len(self.fingerprints)
 
     def id(self, position: int) -> str:
-        """CORPUS/KEY of a picture, or its KEY in the corpus without a name: the one that is to grow."""
+        """CORPUS/KEY of an image, or its KEY in the corpus without a name: the one that is to grow."""
         corpus = int(np.searchsorted(self.starts, position, side="right")) - 1
         key = self.keys[corpus][position - self.starts[corpus]].as_py()
         return f"{self.names[corpus]}/{key}" if self.names[corpus] else key
 
     @classmethod
     def join(cls, parts: Sequence[ReferenceImages]) -> ReferenceImages:
-        """The pictures of all of them."""
+        """The images of all of them."""
         keys = [own for part in parts for own in part.keys]
         return cls(
             fingerprints=Fingerprints.join([part.fingerprints for part in parts]),
@@ -49,7 +49,7 @@ NO_REFERENCES = ReferenceImages.join([])
 
 
 def open_references(paths: Sequence[str | Path]) -> list[Corpus]:
-    """The corpora, folders or URLs. Raises ValueError if one is none, or does not say what its pictures look like."""
+    """The corpora, folders or URLs. Raises ValueError if one is none, or does not say what its images look like."""
     corpora = [Corpus.open(path, check_shards=False) for path in paths]
     for corpus in corpora:
         missing = [name for name in _COLUMNS if name not in corpus.schema.names]
@@ -61,7 +61,7 @@ def open_references(paths: Sequence[str | Path]) -> list[Corpus]:
 
 
 def read_references(corpora: Sequence[Corpus]) -> ReferenceImages:
-    """Read the tables of corpora, one shard at a time: about 50 bytes a picture stay in memory."""
+    """Read the tables of corpora, one shard at a time: about 50 bytes an image stay in memory."""
     parts: list[ReferenceImages] = []
     for corpus in corpora:
         keys: list[pa.Array] = []

@@ -22,12 +22,12 @@ _ROOM = 16  # times `max_characters` are looked at: what is left of markup is sh
 
 
 class CaptionConfig(BaseModel):
-    """`required`: reject a picture that has neither a caption nor a class. `max_characters`: longer captions are cut.
+    """`required`: reject an image that has neither a caption nor a class. `max_characters`: longer captions are cut.
 
     `per_line`: each line of a caption text is a caption of its own; without it, line ends are white space.
     `max_count`: of several captions, at most so many are kept, the preferred ones. `strip_html`: markup is taken out, and character
     references are read. `strip_urls`: addresses are taken out. `languages`: two-letter codes (ISO 639-1); captions in others are left out,
-    and a picture that has none in these is rejected. `language_column`: the column of the source that states the language of its captions;
+    and an image that has none in these is rejected. `language_column`: the column of the source that states the language of its captions;
     without it, each caption's is detected, and it counts as one in `languages` if they have `min_language_probability` together. (0.05
     was chosen on 411 short English captions, of which it leaves out one, and 72 in twelve other languages, of which it lets none in.)
     """

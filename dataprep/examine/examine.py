@@ -1,6 +1,6 @@
 """Pass 1: inputs → rows that say what each of them is.
 
-Pictures whose bytes cannot be kept are encoded once, into a spool file; those that cannot be read again go there as they are. Workers
+Images whose bytes cannot be kept are encoded once, into a spool file; those that cannot be read again go there as they are. Workers
 examine pieces of 32 inputs, or fewer that come with many bytes; see `chunks.py` for what becomes of the rows.
 """
 
@@ -41,7 +41,7 @@ _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
 
 class ImageConfig(BaseModel):
-    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger pictures are rejected from their header.
+    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger images are rejected from their header.
 
     `background`: what is transparent lies on this colour, a name or "#rrggbb". `max_pixels`, `max_side`: larger images are scaled down to
     fit, aspect ratio kept; filters see the size before. By default none is.
@@ -112,7 +112,7 @@ class ExaminedPiece:
 
 
 def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
-    """Examine the inputs of a piece; re-encoded pictures go to this process's own spool file beside the table."""
+    """Examine the inputs of a piece; re-encoded images go to this process's own spool file beside the table."""
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
     filters = Filters(piece.rules.filters)
@@ -140,9 +140,9 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
 
 
 def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
-    """One input → its row of `chunks.CHUNK_SCHEMA`; a picture whose bytes cannot be kept goes to the spool.
+    """One input → its row of `chunks.CHUNK_SCHEMA`; an image whose bytes cannot be kept goes to the spool.
 
-    `shown`: reasons of which a rejected picture has been kept as a thumbnail; a new one is added.
+    `shown`: reasons of which a rejected image has been kept as a thumbnail; a new one is added.
     """
     found = prepare_captions(sample.captions, extra=sample.extra, config=rules.captions)
     captions, was_cut = found.texts, found.was_cut
@@ -161,24 +161,24 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
     row.update(sha256=hashlib.sha256(data).hexdigest(), input_bytes=len(data))
     try:
-        picture = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
+        image = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
     except Rejection as rejection:
         if _lacked_memory(rejection):
             raise MemoryError from rejection  # of this process: what becomes of the input is the pool's to say
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
 
-    height, width = picture.pixels.shape[:2]
+    height, width = image.pixels.shape[:2]
     stored_height, stored_width = rules.images.stored_size(height, width)
     is_scaled = (stored_height, stored_width) != (height, width)
-    original_height, original_width = sample.original_size or (picture.original_height, picture.original_width)
+    original_height, original_width = sample.original_size or (image.original_height, image.original_width)
     row.update(
         width=width,
         height=height,
         original_width=original_width,
         original_height=original_height,
-        detail=", ".join([*picture.changes, *([SCALED_DOWN] if is_scaled else []), *(["caption-cut"] if was_cut else [])]),
+        detail=", ".join([*image.changes, *([SCALED_DOWN] if is_scaled else []), *(["caption-cut"] if was_cut else [])]),
     )
-    subject = Subject(pixels=picture.pixels, bytes=len(data), caption=row["caption"], extra={**sample.filter_only, **sample.extra})
+    subject = Subject(pixels=image.pixels, bytes=len(data), caption=row["caption"], extra={**sample.filter_only, **sample.extra})
     rejection = found.rejection or _rejection(subject, sample=sample, rules=rules, filters=filters)
     if subject.measured:
         row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
@@ -187,19 +187,19 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         row.update(reason=rejection[0], detail=rejection[1])
         if row["reason"] not in shown:
             shown.add(row["reason"])
-            row["thumbnail"] = thumbnail(picture.pixels)
+            row["thumbnail"] = thumbnail(image.pixels)
         return row
     if rules.hashes:
-        value = perceptual_hash(picture.pixels)
+        value = perceptual_hash(image.pixels)
         row["phash"] = "" if value is None else f"{value:016x}"
     if is_scaled:
-        picture = _scaled(picture, size=(stored_height, stored_width))
+        image = _scaled(image, size=(stored_height, stored_width))
         row.update(width=stored_width, height=stored_height)
-    return {**row, **_stored(sample, data=data, picture=picture, rules=rules, spool=spool)}
+    return {**row, **_stored(sample, data=data, image=image, rules=rules, spool=spool)}
 
 
 def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
-    """Of those inputs whose pictures lie behind URLs, asked for all at once: the bytes, or why they cannot be had."""
+    """Of those inputs whose images lie behind URLs, asked for all at once: the bytes, or why they cannot be had."""
     remote = {index: sample for index, sample in samples.items() if is_remote(sample.file) and sample.data is None and not sample.reason}
     ends = [None if sample.length is None else sample.offset + sample.length for sample in remote.values()]
     ranges = [(sample.file, sample.offset, end) for sample, end in zip(remote.values(), ends, strict=True)]
@@ -216,10 +216,10 @@ def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Fi
     return filters.rejection(subject)
 
 
-def _scaled(picture: DecodedImage, *, size: tuple[int, int]) -> DecodedImage:
+def _scaled(image: DecodedImage, *, size: tuple[int, int]) -> DecodedImage:
     """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
-    pixels = np.asarray(Image.fromarray(picture.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
-    return replace(picture, pixels=pixels, clean=False)
+    pixels = np.asarray(Image.fromarray(image.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+    return replace(image, pixels=pixels, clean=False)
 
 
 def _weigh_texts(row: dict[str, Any]) -> None:
@@ -228,12 +228,12 @@ def _weigh_texts(row: dict[str, Any]) -> None:
     )
 
 
-def _stored(sample: RawSample, *, data: bytes, picture: DecodedImage, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
+def _stored(sample: RawSample, *, data: bytes, image: DecodedImage, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
     """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
-    can_be_kept = picture.clean and rules.images.format == "jpg"
+    can_be_kept = image.clean and rules.images.format == "jpg"
     if can_be_kept and sample.data is None:
         return {"is_spooled": False, "file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
-    stored = data if can_be_kept else encode_image(picture.pixels, format=rules.images.format)
+    stored = data if can_be_kept else encode_image(image.pixels, format=rules.images.format)
     offset = spool.tell()
     spool.write(stored)
     return {"is_spooled": True, "file": os.fsencode(Path(spool.name).name), "offset": offset, "length": len(stored)}
@@ -260,7 +260,7 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
 
 
 def _read(sample: RawSample) -> bytes:
-    """The picture's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
+    """The image's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
     if sample.data is not None and len(sample.data) <= MAX_IMAGE_BYTES:
         return sample.data
     if sample.data is not None:

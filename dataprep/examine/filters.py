@@ -22,15 +22,15 @@ from dataprep.row_schema import FILTER_PREFIX
 from pipeline.corpus.record_fields import Value
 from pipeline.corpus.row_filter import Where
 
-_MEASURED_PIXELS = 1 << 20  # larger pictures are measured at a whole fraction of their sides, so that thresholds mean the same for all
+_MEASURED_PIXELS = 1 << 20  # larger images are measured at a whole fraction of their sides, so that thresholds mean the same for all
 
 
 class FilterConfig(BaseModel):
-    """Limits, those of the upright picture where it has sides.
+    """Limits, those of the upright image where it has sides.
 
     `side` is of the shorter one in `min_side` and of the longer one in `max_side`, aspect = longer / shorter, bytes are the input file's,
     captions are measured after cleaning, and of several the first. `min_sharpness`: variance of the Laplacian of the luma, in levels²
-    (blurred photographs have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat picture has 0.
+    (blurred photographs have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat image has 0.
     `where`: names and expressions over the sources' columns (`pipeline.corpus.row_filter`), such as {clip: similarity >= 0.28}.
     An input that lacks a column that is asked for is rejected; one that no source has at all is taken for a mistake.
     """
@@ -66,7 +66,7 @@ class FilterConfig(BaseModel):
 
 @dataclass(slots=True)
 class Subject:
-    """One input under judgement: the upright picture (H, W, 3) uint8, its file's size, its first caption, its source's further columns.
+    """One input under judgement: the upright image (H, W, 3) uint8, its file's size, its first caption, its source's further columns.
 
     `measured` collects what rules have measured of it that belongs into the table.
     """
@@ -132,7 +132,7 @@ def contrast(subject: Subject) -> float:
 
 
 def sharpness(subject: Subject) -> float:
-    """Variance of the luma's Laplacian (4 neighbours), in levels²; 0 for pictures of fewer than 3 rows or columns."""
+    """Variance of the luma's Laplacian (4 neighbours), in levels²; 0 for images of fewer than 3 rows or columns."""
     luma = subject.luma
     if min(luma.shape) < 3:
         return 0.0
@@ -204,7 +204,7 @@ def _one_row(values: Mapping[str, Value]) -> pa.Table:
 
 
 def _measured_luma(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Luma in whole levels, of large pictures at a whole fraction of their sides."""
+    """Luma in whole levels, of large images at a whole fraction of their sides."""
     image = Image.fromarray(pixels)
     factor = int(np.ceil((image.width * image.height / _MEASURED_PIXELS) ** 0.5))
     return np.asarray((image.reduce(factor) if factor > 1 else image).convert("L")).astype(np.int64)

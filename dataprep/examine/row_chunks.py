@@ -27,7 +27,7 @@ CHUNK_SCHEMA = pa.schema(
         ("label", pa.int32()),
         ("sha256", pa.string()),
         ("phash", pa.string()),
-        ("thumbnail", pa.binary()),  # of some rejected pictures
+        ("thumbnail", pa.binary()),  # of some rejected images
         ("extra", pa.string()),  # JSON object
         ("text_bytes", pa.int64()),  # at least what the texts take in the shard's JSON and caption members
         ("input_bytes", pa.int64()),

@@ -1,4 +1,4 @@
-"""Small pictures for people: made when an input is rejected, which may be its last chance to be seen, and of examples for a report."""
+"""Small images for people: made when an input is rejected, which may be its last chance to be seen, and of examples for a report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUALITY = 75
 
 @dataclass(frozen=True, slots=True)
 class ThumbnailTask:
-    """A picture in a tar, at a path or URL. `skip`: it took its process down."""
+    """An image in a tar, at a path or URL. `skip`: it took its process down."""
 
     tar: str
     offset: int
@@ -36,7 +36,7 @@ def thumbnail(pixels: Pixels) -> bytes:
 
 
 def thumbnails(places: Sequence[tuple[str, int, int]], *, pool: Pool) -> list[bytes]:
-    """Of the pictures that lie at (tar, offset, length); b"" for one that cannot be read."""
+    """Of the images that lie at (tar, offset, length); b"" for one that cannot be read."""
     return list(pool.map(make_thumbnail, [ThumbnailTask(*place) for place in places], retry=lambda task, death: replace(task, skip=True)))
 
 

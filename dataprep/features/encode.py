@@ -1,4 +1,4 @@
-"""`tim encode`: a corpus's pictures and captions → feature shards (DESIGN §4). Read `encode` from top to bottom.
+"""`tim encode`: a corpus's images and captions → feature shards (DESIGN §4). Read `encode` from top to bottom.
 
 Processes, one for each GPU, share the shards: whoever is free takes the next. A shard appears whole or not at all, so that a run that was
 killed goes on where it was, and ends with the same bytes; so does a corpus that has grown. Nothing depends on the number of processes.
@@ -176,7 +176,7 @@ def _reproducible(team: PartialState) -> Iterator[torch.device]:
 
 
 def _workers(team: PartialState) -> int:
-    """How many processes decode pictures for one that encodes."""
+    """How many processes decode images for one that encodes."""
     return max(1, len(os.sched_getaffinity(0)) // team.num_processes)
 
 
@@ -302,13 +302,13 @@ def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard]) -> dict[s
 
 def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, Any], out: Path) -> str:
     """How much there will be, in one line: latents to the byte, captions by the lengths of some of them."""
-    cells = pictures = tokens = captions = 0
+    cells = images = tokens = captions = 0
     some: list[str] = []
     for number, shard in enumerate(corpus.shards):
         samples = read_samples(corpus, number, config=config) if shard.count else []
         for sample in samples:
             area = sum(height * width for _, _, height, width in sample.crops) * (1 + config.flip)
-            pictures += len(sample.crops) * (1 + config.flip)
+            images += len(sample.crops) * (1 + config.flip)
             captions += len(sample.captions)
             if (codec := settings["codec"]) is not None:
                 cells += area // codec["factor"] ** 2 * codec["channels"] * (1 + codec["draws"])
@@ -323,7 +323,7 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
         tokens = captions * sum(lengths) // max(1, len(lengths))
         cells += tokens * settings["text"]["width"]
     expected = cells * _DIGITS[config.dtype] + corpus.count * _MEMBER_BYTES
-    parts = [f"{pictures} pictures"] * (pictures > 0) + [f"{captions} captions"] * (words is not None)
+    parts = [f"{images} images"] * (images > 0) + [f"{captions} captions"] * (words is not None)
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     compressed = " before compression" if config.zstd else ""

@@ -75,7 +75,7 @@ def encode_shard(
     """Write tar, table and stats of one shard, in this order. `report` is told how many samples more are done.
 
     Samples lie in the order of their sizes, so that those that go through a codec together are alike. Raises OSError if the corpus's
-    shard cannot be read; a picture that cannot be decoded is left out and counted.
+    shard cannot be read; an image that cannot be decoded is left out and counted.
     """
     samples = read_samples(corpus, number, config=config)
     stem = shard_name(number)

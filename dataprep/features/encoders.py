@@ -132,7 +132,7 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A picture at one size: uint8 (3, h, w), what was cut out of it, and whether it is mirrored."""
+    """An image at one size: uint8 (3, h, w), what was cut out of it, and whether it is mirrored."""
 
     crop: Crop
     flipped: bool

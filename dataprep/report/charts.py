@@ -1,4 +1,4 @@
-"""Counts as pictures: histograms that grow with their data, drawn as small inline SVG that any browser shows without a network.
+"""Counts as images: histograms that grow with their data, drawn as small inline SVG that any browser shows without a network.
 
 Colours are CSS variables of the page (`--a` and `--b` for the first and second corpus), so that a chart follows light and dark.
 """

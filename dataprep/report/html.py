@@ -1,4 +1,4 @@
-"""`report.html`: what is in a corpus, in pictures. One file that needs no network, the same bytes for the same corpus.
+"""`report.html`: what is in a corpus, in images. One file that needs no network, the same bytes for the same corpus.
 
 Everything that comes from the data is escaped, and the page forbids itself scripts and requests: captions may be hostile HTML.
 """
@@ -90,7 +90,7 @@ def corpus_statistics(
     sidecars: tuple[Sidecar, ...] = (),
     progress: Progress = no_progress,
 ) -> CorpusStatistics:
-    """Counts and examples with their pictures of the corpus in a folder or at a URL, whose manifest may not have been written yet.
+    """Counts and examples with their images of the corpus in a folder or at a URL, whose manifest may not have been written yet.
 
     `sidecars`: what it got later; of shards that are newer than these they say nothing.
     """
@@ -99,10 +99,10 @@ def corpus_statistics(
     pairs = [pair for alike in found.lookalikes.values() for pair in alike.pairs]
     examples = [*found.kept, *(example for pair in pairs for example in pair if example)]
     places = dict.fromkeys(example.place for example in examples if example.place)
-    pictures = dict(zip(places, thumbnails(list(places), pool=pool), strict=True))
+    images = dict(zip(places, thumbnails(list(places), pool=pool), strict=True))
 
     def seen(example: Example) -> Example:
-        return replace(example, picture=pictures[example.place]) if example.place else example
+        return replace(example, image=images[example.place]) if example.place else example
 
     found.kept = [seen(example) for example in found.kept]
     for alike in found.lookalikes.values():
@@ -223,7 +223,7 @@ def _sizes(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
 
 
 def _plan(found: Sequence[CorpusStatistics], *, names: Sequence[str], config: ReportConfig) -> str:
-    chart = histogram("Tokens of a picture", _series(found, names, lambda each: each.tokens), label=_power, is_log=True)
+    chart = histogram("Tokens of an image", _series(found, names, lambda each: each.tokens), label=_power, is_log=True)
     facts: dict[str, list[str]] = {}
     for each in found:
         for what, value in _plan_facts(each.plan).items():
@@ -237,7 +237,7 @@ def _plan(found: Sequence[CorpusStatistics], *, names: Sequence[str], config: Re
     )
     plan = plan_of(config.stride, max_tokens=config.max_tokens)
     about = (
-        f"<p>At most {plan.max_tokens:,} tokens of {config.stride} × {config.stride} pixels a picture, {plan.tokens_per_pack:,} a pack, "
+        f"<p>At most {plan.max_tokens:,} tokens of {config.stride} × {config.stride} pixels an image, {plan.tokens_per_pack:,} a pack, "
         f"at most {plan.packs_per_step} packs a step: <code>tim plan</code> shows the same for a config of yours.</p>"
     )
     return about + _charts(chart) + table + problems
@@ -252,7 +252,7 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
         "fill of the packs": f"{plan['fill']:.1%}",
         f"busy, of {plan['ranks']} ranks": f"{plan['utilisation']:.1%}",
         "packs a step": f"{plan['packs_per_step']}",
-        "pictures a step": f"{plan['samples_per_step']:.1f}",
+        "images a step": f"{plan['samples_per_step']:.1f}",
         "tokens an epoch": f"{input_counts['tokens_per_epoch']:,}",
         "scaled down": f"{input_counts['downscaled']:,} (none is scaled up)",
         "cut off by the crop": f"{input_counts['cropped_pixels']:.1%} of the pixels",
@@ -263,7 +263,7 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
 def _captions(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str:
     charts = _charts(
         histogram("Characters of the first caption", _series(found, names, lambda each: each.caption_lengths), label=_power, is_log=True),
-        histogram("Captions of a picture", _series(found, names, lambda each: each.captions), label=_number, is_whole=True),
+        histogram("Captions of an image", _series(found, names, lambda each: each.captions), label=_number, is_whole=True),
     )
     facts = {
         f"captions of more than {USUAL_TOKENS} tokens (CLIP's, the usual text.max_tokens), of a sample": [
@@ -272,7 +272,7 @@ def _captions(found: Sequence[CorpusStatistics], *, names: Sequence[str]) -> str
         "without a caption": [f"{each.without_caption:,}" for each in found],
         "with a class": [f"{each.classes.total():,}" * bool(each.classes) for each in found],
         "classes": [f"{len(each.classes):,}" * bool(each.classes) for each in found],
-        "pictures of the rarest and the commonest class": [
+        "images of the rarest and the commonest class": [
             f"{min(each.classes.values()):,} and {max(each.classes.values()):,}" if each.classes else "" for each in found
         ],
     }
@@ -310,14 +310,14 @@ def _gallery(examples: Sequence[Example]) -> str:
 
 def _card(example: Example) -> str:
     caption = _shown(example.caption)
-    if example.picture:
-        encoded = base64.b64encode(example.picture).decode("ascii")
-        picture = f'<img alt="{_text(caption) or "no caption"}" src="data:image/jpeg;base64,{encoded}">'
+    if example.image:
+        encoded = base64.b64encode(example.image).decode("ascii")
+        image = f'<img alt="{_text(caption) or "no caption"}" src="data:image/jpeg;base64,{encoded}">'
     else:
-        picture = '<div class="blank">no picture</div>'
+        image = '<div class="blank">no image</div>'
     size = f"{example.width}×{example.height}" if example.width else ""
     lines = [f"<p>{_bdi(caption)}</p>" * bool(caption), f'<p class="why">{_bdi(example.detail)}</p>' * bool(example.detail)]
-    return f'<div class="card">{picture}{"".join(lines)}<p class="place">{size} {_bdi(example.path or example.key)}</p></div>'
+    return f'<div class="card">{image}{"".join(lines)}<p class="place">{size} {_bdi(example.path or example.key)}</p></div>'
 
 
 def _section(name: str, title: str, inside: str) -> str:

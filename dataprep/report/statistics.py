@@ -29,7 +29,7 @@ MAX_STEPS, RANKS = 20, 8  # that are planned
 SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
 WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
 LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", SEMANTIC_DUPLICATE: "semantic"}
-"""Columns that name the picture which is kept in the place of another, and of which kind its duplicates are."""
+"""Columns that name the image which is kept in the place of another, and of which kind its duplicates are."""
 
 _LOG_FINEST = -2  # a quarter of an octave
 _SHOWN = (
@@ -40,7 +40,7 @@ _SHOWN = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of the tables, as a report shows it. `picture`: a JPEG thumbnail, if there is one; else `place` is where the image lies."""
+    """One row of the tables, as a report shows it. `image`: a JPEG thumbnail, if there is one; else `place` is where the image lies."""
 
     path: str
     caption: str
@@ -49,13 +49,13 @@ class Example:
     key: str = ""
     reason: str = ""
     detail: str = ""
-    picture: bytes = b""
+    image: bytes = b""
     place: tuple[str, int, int] | None = None  # tar, offset, length
 
 
 @dataclass(slots=True)
 class Lookalikes:
-    """What a column of `LOOKALIKES` says: how many kept pictures look like others, and pairs of (duplicate, the one that stays)."""
+    """What a column of `LOOKALIKES` says: how many kept images look like others, and pairs of (duplicate, the one that stays)."""
 
     kept: int = 0
     pairs: list[tuple[Example, Example | None]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class CorpusStatistics:
     aspects: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2 of width / height
     tokens: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2
     caption_lengths: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2 of characters
-    captions: Histogram = field(default_factory=lambda: Histogram(finest=0))  # per picture
+    captions: Histogram = field(default_factory=lambda: Histogram(finest=0))  # per image
     without_caption: int = 0
     sampled_captions: int = 0
     long_captions: int = 0  # of the sampled ones: more tokens of CLIP than text.max_tokens by default
@@ -133,7 +133,7 @@ def _expected(corpus: Corpus, *, plan: PlanConfig) -> dict[str, Any]:
         input_counts = count_samples([CorpusView(corpus)], rule=plan.size_rule)
         packs = input_counts["tokens_per_epoch"] // plan.tokens_per_pack
         if not packs:
-            return {"error": f"all pictures together have {input_counts['tokens_per_epoch']:,} tokens, which fill no pack"}
+            return {"error": f"all images together have {input_counts['tokens_per_epoch']:,} tokens, which fill no pack"}
         fitting = plan.model_copy(update={"packs_per_step": min(packs, plan.packs_per_step)})
         planner = Planner([corpus], plan=fitting, seed=0, width=WIDTH, diffusion_share=0.5, consistency_share=0.1)
         return plan_summary(planner, steps=min(packs // fitting.packs_per_step, MAX_STEPS), ranks=RANKS)
@@ -178,16 +178,16 @@ def _count_rejected(statistics: CorpusStatistics, rejected: pa.Table) -> None:
     reasons = rejected["reason"].to_pylist()
     for reason, source in zip(reasons, _texts(rejected, "source"), strict=True):
         statistics.by_source.setdefault(source, Counter())[reason] += 1
-    has_picture = rejected["thumbnail"].is_valid().to_pylist() if "thumbnail" in rejected.column_names else [False] * len(reasons)
+    has_image = rejected["thumbnail"].is_valid().to_pylist() if "thumbnail" in rejected.column_names else [False] * len(reasons)
     for reason in set(reasons):
         rows = [row for row, other in enumerate(reasons) if other == reason]
-        chosen = sorted(rows, key=lambda row: not has_picture[row])[:REJECTED_EXAMPLES]
+        chosen = sorted(rows, key=lambda row: not has_image[row])[:REJECTED_EXAMPLES]
         found = statistics.rejected.get(reason, []) + [_example(rejected, row) for row in chosen]
-        statistics.rejected[reason] = sorted(found, key=lambda example: not example.picture)[:REJECTED_EXAMPLES]
+        statistics.rejected[reason] = sorted(found, key=lambda example: not example.image)[:REJECTED_EXAMPLES]
 
 
 def _named(rows: pa.Table, column: str) -> list[tuple[int, str]]:
-    """Row and key of the picture that looks the same, of those that have one."""
+    """Row and key of the image that looks the same, of those that have one."""
     return [(row, key) for row, key in enumerate(_texts(rows, column)) if key]
 
 
@@ -210,7 +210,7 @@ def _example(rows: pa.Table, row: int, *, tar: str = "") -> Example:
         width=found.get("width") or 0,
         reason=found.get("reason") or "",
         detail=found.get("detail") or "",
-        picture=found.get("thumbnail") or b"",
+        image=found.get("thumbnail") or b"",
         place=(tar, found["image_offset"], found["image_length"]) if tar and key and found["image_offset"] is not None else None,
     )
 

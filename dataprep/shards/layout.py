@@ -68,7 +68,7 @@ class ExtraColumns:
 class Plan:
     """All decisions, as arrays over the inputs.
 
-    `shard` (from 0), `place` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the picture of which it
+    `shard` (from 0), `place` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the image of which it
     is a duplicate, −1 for none; below `len(known)` one of those, from there on the input of that position, plus `len(known)`. `misfits`:
     inputs that the columns of the corpus have no room for, position → what is wrong. `taken_down` (n,): further copies of
     images that a source corpus has taken down.
@@ -98,7 +98,7 @@ class Plan:
         return f"{self.first_shard + self.shard[position]:06d}{self.number[position]:0{self.digits}d}" if self.number[position] >= 0 else ""
 
     def kept_for(self, original: int) -> str:
-        """The key of the picture that was kept for another one, of which `exact` or `near` say what it is a duplicate: that one, or the one
+        """The key of the image that was kept for another one, of which `exact` or `near` say what it is a duplicate: that one, or the one
         for which it was dropped itself. Of another corpus it is CORPUS/KEY, "" is for −1."""
         first = len(self.references)
         if original >= first and self.number[original - first] < 0:
@@ -131,7 +131,7 @@ def make_plan(
 ) -> Plan:
     """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards.
 
-    `known`: pictures of finished corpora, of which inputs may be duplicates. `columns`: those of the corpus that is to grow, which its new
+    `known`: images of finished corpora, of which inputs may be duplicates. `columns`: those of the corpus that is to grow, which its new
     samples must fit; else they are found. `taken_down`: (m, 2) digests of images that it must not take in.
     `first_shard`: the number of the first shard.
     """

@@ -139,7 +139,7 @@ configs:
 
 # {name}
 
-{counts.kept} captioned pictures in {counts.shards} WebDataset shard(s), prepared by `tim prepare` from {counts.inputs} inputs.
+{counts.kept} captioned images in {counts.shards} WebDataset shard(s), prepared by `tim prepare` from {counts.inputs} inputs.
 
 | | |
 | --- | --- |

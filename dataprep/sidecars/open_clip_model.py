@@ -1,4 +1,4 @@
-"""An open_clip model that looks at pictures and texts, and what is computed from its embeddings: torch and open_clip come in here alone."""
+"""An open_clip model that looks at images and texts, and what is computed from its embeddings: torch and open_clip come in here alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Clip:
         return self._transform(Image.fromarray(pixels))
 
     def encode_images(self, pictures: Sequence[Tensor]) -> Tensor:
-        """Preprocessed pictures → embeddings of length 1: (B, D) float32."""
+        """Preprocessed images → embeddings of length 1: (B, D) float32."""
         import torch
 
         with torch.inference_mode():
@@ -111,7 +111,7 @@ class Head:
 
 
 def probability(pictures: Tensor, *, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
-    """Zero-shot: (B, D) pictures against (P, D) and (N, D) texts → (B,), the softmax over all texts summed over the positive ones."""
+    """Zero-shot: (B, D) images against (P, D) and (N, D) texts → (B,), the softmax over all texts summed over the positive ones."""
     import torch
 
     logits = scale * pictures @ torch.cat([positive, negative]).T

@@ -1,6 +1,6 @@
-"""`tim score`: what an open_clip model says of the pictures of a finished corpus, as a sidecar table. Read `score` from top to bottom.
+"""`tim score`: what an open_clip model says of the images of a finished corpus, as a sidecar table. Read `score` from top to bottom.
 
-One batch of pictures is in memory, and the next one is read and decoded meanwhile. A run that was killed goes on with the shards that
+One batch of images is in memory, and the next one is read and decoded meanwhile. A run that was killed goes on with the shards that
 lack a table.
 """
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIMILARITY, AESTHETIC = "similarity", "aesthetic"
-_DECODED_SIDE = 2.0  # times the model's; larger pictures are decoded at a fraction of their size first
+_DECODED_SIDE = 2.0  # times the model's; larger images are decoded at a fraction of their size first
 
 
 class LabelConfig(BaseModel):
-    """A zero-shot label: how probable it is that one of the `positive` texts says what a picture is, rather than a `negative` one."""
+    """A zero-shot label: how probable it is that one of the `positive` texts says what an image is, rather than a `negative` one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -50,8 +50,8 @@ class ScoreConfig(BaseModel):
     """What to score.
 
     `model`: a folder with open_clip_config.json and weights, `hf-hub:ORG/NAME`, or an architecture (ViT-L-14) with `weights`, a file or a
-    published tag. `similarity`: cosine of picture and first caption. `aesthetic`: the weights file of a linear head on the embedding.
-    `labels`: a column for each, by its name. `embeddings`: keep them, in half precision. `duplicates`: pictures whose embeddings have
+    published tag. `similarity`: cosine of image and first caption. `aesthetic`: the weights file of a linear head on the embedding.
+    `labels`: a column for each, by its name. `embeddings`: keep them, in half precision. `duplicates`: images whose embeddings have
     at least this cosine are semantic duplicates; the table names the larger one (needs and keeps embeddings).
     """
 
@@ -110,9 +110,9 @@ def score(
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Scored:
-    """Score all pictures of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
+    """Score all images of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
 
-    `against`: corpora that were scored with the same model; with `duplicates`, pictures that these have are duplicates, too. `workers`:
+    `against`: corpora that were scored with the same model; with `duplicates`, images that these have are duplicates, too. `workers`:
     processes that decode. `progress` is called with ("score", samples, samples in all).
 
     Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
@@ -175,9 +175,9 @@ class _Scorer:
         self._reader = ShardReader(max_open_files=4)
         self._head = None if config.aesthetic is None else Head(config.aesthetic, device=model.device)
         self._labels = {name: (model.read(label.positive), model.read(label.negative)) for name, label in config.labels.items()}
-        width = model.read(["a picture"]).shape[1]
+        width = model.read(["an image"]).shape[1]
         if self._head is not None:
-            self._head(model.read(["a picture"]))  # refuses another width before anything is scored
+            self._head(model.read(["an image"]))  # refuses another width before anything is scored
         fields = [field for field in config.score_columns if field.name != EMBEDDING]
         if config.keeps_embeddings:
             made_by = {"model": f"{config.model} {config.weights or ''}".strip()}
@@ -185,21 +185,21 @@ class _Scorer:
         self.schema = pa.schema(fields)
 
     def shard(self, number: int) -> pa.Table:
-        """The scores of a shard's samples; null where a picture cannot be read."""
+        """The scores of a shard's samples; null where an image cannot be read."""
         table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
         self._result.computed += table.num_rows
         columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
         with closing(self._batches(number, table=table)) as batches:
-            for start, pictures in batches:
-                there = [start + place for place, picture in enumerate(pictures) if picture is not None]
-                self._result.unreadable += len(pictures) - len(there)
+            for start, images in batches:
+                there = [start + place for place, image in enumerate(images) if image is not None]
+                self._result.unreadable += len(images) - len(there)
                 if there:
-                    seen = [picture for picture in pictures if picture is not None]
+                    seen = [image for image in images if image is not None]
                     captions = [table.column("caption")[row].as_py() or "" for row in there]
                     for name, values in self._scores(seen, captions=captions).items():
                         for row, value in zip(there, values, strict=True):
                             columns[name][row] = value
-                self._progress(self._done + start + len(pictures))
+                self._progress(self._done + start + len(images))
         self._add_up(columns)
         return pa.Table.from_pydict(columns, schema=self.schema)
 
@@ -208,8 +208,8 @@ class _Scorer:
         self._done = samples
         self._progress(samples)
 
-    def _scores(self, pictures: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
-        seen = self._model.encode_images(pictures)
+    def _scores(self, images: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
+        seen = self._model.encode_images(images)
         scores: dict[str, Any] = {}
         if self._config.similarity:
             scores[SIMILARITY] = (seen * self._model.read(captions)).sum(dim=-1).tolist()
@@ -222,7 +222,7 @@ class _Scorer:
         return scores
 
     def _batches(self, number: int, *, table: pa.Table) -> Generator[tuple[int, list[Tensor | None]], None, None]:
-        """The pictures of a shard in batches, preprocessed, None for one that cannot be read; the next batch is read meanwhile."""
+        """The images of a shard in batches, preprocessed, None for one that cannot be read; the next batch is read meanwhile."""
         heights, widths, offsets, lengths = (integers(table, name).tolist() for name in ("height", "width", "image_offset", "image_length"))
         path = self._corpus.shards[number].path
         crops = [_crop(height, width=width, side=self._model.size) for height, width in zip(heights, widths, strict=True)]
@@ -231,14 +231,14 @@ class _Scorer:
         def load(start: int) -> tuple[int, list[Tensor | None]]:
             end = start + self._config.batch
             found = self._reader.read_parts(parts[start:end])
-            pictures: dict[int, DecodeRequest] = {}
+            images: dict[int, DecodeRequest] = {}
             for place, data in enumerate(found):
                 if isinstance(data, BadShard):
                     raise data
                 if not isinstance(data, OSError):
-                    pictures[place] = DecodeRequest(bytes(data), [crops[start + place]])
-            decoded = self._decoders.decode([*pictures.values()])
-            seen = dict(zip(pictures, self._threads.map(self._preprocessed, decoded), strict=True))
+                    images[place] = DecodeRequest(bytes(data), [crops[start + place]])
+            decoded = self._decoders.decode([*images.values()])
+            seen = dict(zip(images, self._threads.map(self._preprocessed, decoded), strict=True))
             return start, [seen.get(place) for place in range(len(found))]
 
         return prefetched(load, range(0, len(parts), self._config.batch))
@@ -256,7 +256,7 @@ class _Scorer:
 
 
 def _crop(height: int, *, width: int, side: int) -> Crop:
-    """A picture no larger than it needs to be."""
+    """An image no larger than it needs to be."""
     factor = min(1.0, _DECODED_SIDE * side / max(min(height, width), 1))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return (*size, *size)

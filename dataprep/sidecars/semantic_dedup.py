@@ -1,7 +1,7 @@
-"""Semantic duplicates: pictures whose embeddings (`tim score`) are nearly parallel, in one corpus and against others.
+"""Semantic duplicates: images whose embeddings (`tim score`) are nearly parallel, in one corpus and against others.
 
 Embeddings lie in a file on disk in order of preference, and are compared block by block on the device. In memory are some 50 bytes a
-picture; work grows with the square of their number (10⁶ pictures of 512 numbers are 3·10¹⁴ multiplications, minutes on a GPU).
+image; work grows with the square of their number (10⁶ images of 512 numbers are 3·10¹⁴ multiplications, minutes on a GPU).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def mark_duplicates(
     device: torch.device,
     progress: Progress,
 ) -> int:
-    """Write the sidecar `name` with the column `semantic_duplicate_of`: the key of the picture that is kept in its place, or CORPUS/KEY
+    """Write the sidecar `name` with the column `semantic_duplicate_of`: the key of the image that is kept in its place, or CORPUS/KEY
     where another corpus has that, "" for all others. Returns how many duplicates there are.
 
-    Pictures are visited by most pixels, most bytes, first; one is a duplicate of the nearest one *kept* before it whose embedding has a
+    Images are visited by most pixels, most bytes, first; one is a duplicate of the nearest one *kept* before it whose embedding has a
     cosine of at least `threshold`. Those of the corpora `against` come before all and are kept.
 
     Raises ValueError if a corpus has no embeddings, or those of another model.
@@ -101,7 +101,7 @@ def _digest(corpus: Corpus) -> str:
 
 
 def _order(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
-    """(n,): positions of the pictures in the order in which they are visited."""
+    """(n,): positions of the images in the order in which they are visited."""
     parts = []
     for corpus in corpora:
         for shard in range(len(corpus.shards)):
@@ -112,7 +112,7 @@ def _order(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
 
 
 def _embeddings(corpora: Sequence[Corpus]) -> Iterator[tuple[int, NDArray[np.float16]]]:
-    """Shard by shard: position of the first, and (n, D), zeros for pictures that could not be read."""
+    """Shard by shard: position of the first, and (n, D), zeros for images that could not be read."""
     start = 0
     for corpus in corpora:
         for shard in range(len(corpus.shards)):

@@ -1,4 +1,4 @@
-"""Which columns of a source hold pictures, captions and classes: as the user says, or else by their names and kinds."""
+"""Which columns of a source hold images, captions and classes: as the user says, or else by their names and kinds."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class ColumnConfig(BaseModel):
 
 
 def choose(
-    config: ColumnConfig, *, names: Sequence[str], pictures: Collection[str] = (), place: str, defaults: ColumnMapping | None = None
+    config: ColumnConfig, *, names: Sequence[str], images: Collection[str] = (), place: str, defaults: ColumnMapping | None = None
 ) -> ColumnMapping:
     """The columns to read of those that are there.
 
     Args:
         names: of all columns of the source.
-        pictures: those that hold the pictures themselves, by their type.
+        images: those that hold the images themselves, by their type.
         place: what errors call the source.
         defaults: what counts where the source's own convention says it.
 
@@ -62,13 +62,11 @@ def choose(
     for asked in (config.image, config.label, *(config.captions or ())):
         if asked is not None and not names_column(asked, among=names) and (asked != FILE_NAME or asked in (config.image, config.label)):
             raise ValueError(f"{place}: has no column {asked}; there are {_listed(names)}")
-    image = (
-        config.image or _first((*_PATHS, *_URLS), among=pictures) or next(iter(pictures), None) or _first((*_PATHS, *_URLS), among=names)
-    )
+    image = config.image or _first((*_PATHS, *_URLS), among=images) or next(iter(images), None) or _first((*_PATHS, *_URLS), among=names)
     if image is None and defaults is not None:
         image = defaults.image
     if image is None:
-        raise ValueError(f"{place}: which column holds pictures, their paths or URLs? Say columns.image=NAME; there are {_listed(names)}")
+        raise ValueError(f"{place}: which column holds images, their paths or URLs? Say columns.image=NAME; there are {_listed(names)}")
     others = [name for name in names if name != image]
     captions = config.captions or _standard(others) or _one(_first(_CAPTIONS, among=others))
     labels = _one(config.label) or tuple(name for label in _LABELS for name in others if name.lower() == label)
@@ -76,7 +74,7 @@ def choose(
 
 
 def of_json(config: ColumnConfig) -> ColumnMapping:
-    """What to read from JSON files beside pictures: what the user says, or else the usual columns, wherever they are there."""
+    """What to read from JSON files beside images: what the user says, or else the usual columns, wherever they are there."""
     return ColumnMapping(
         captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels, encoding=config.encoding or ""
     )

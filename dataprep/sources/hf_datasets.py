@@ -66,8 +66,8 @@ class HubDataset:
         self._class_names = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
         inner = features.get("json")  # of WebDataset shards: what is in it counts as columns
         names = [*(inner if isinstance(inner, Mapping) else ()), *(column for column in features if column != "json")]
-        pictures = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-        self.columns = choose(columns, names=list(dict.fromkeys(names)), pictures=pictures, place=path)
+        images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
+        self.columns = choose(columns, names=list(dict.fromkeys(names)), images=images, place=path)
 
     def reads(self) -> str:
         """What is read, and from which columns, in a sentence."""

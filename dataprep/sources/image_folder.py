@@ -1,4 +1,4 @@
-"""Image folders as sources: pictures with a `metadata` table, with files beside them, or with their folders' names as classes."""
+"""Image folders as sources: images with a `metadata` table, with files beside them, or with their folders' names as classes."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def holds_images(files: Listing) -> bool:
 
 
 class ImageFolder:
-    """A folder of pictures, read recursively in sorted order, linked folders last; hidden files are passed over.
+    """A folder of images, read recursively in sorted order, linked folders last; hidden files are passed over.
 
-    A metadata file speaks for its folder and all below it: pictures that it does not list are no inputs, and are counted in `notes()`.
+    A metadata file speaks for its folder and all below it: images that it does not list are no inputs, and are counted in `notes()`.
     Elsewhere a text belongs to the image of its name: `a.txt` or `a.jpg.txt` to `a.jpg`, with the suffix in any case; where no text has
     the very name of an image, one that differs in case belongs to it. `files` are all files below `path`, a folder or its URL.
     """
@@ -98,7 +98,7 @@ class ImageFolder:
         return {name for folder, table in self._tables.items() for name in text_labels([table], columns=self._columns[folder])}
 
     def samples(self) -> Iterator[RawSample]:
-        """All inputs in a fixed order: the rows of the metadata files, then the pictures that no metadata speaks for."""
+        """All inputs in a fixed order: the rows of the metadata files, then the images that no metadata speaks for."""
         self._listed = bytearray(len(self._files))
         self._matched.clear()
         self._borrowed.clear()
@@ -137,7 +137,7 @@ class ImageFolder:
         return (file for file in self._files if _is_image(file))
 
     def _own_images(self) -> Iterator[str]:
-        """The pictures that no metadata speaks for."""
+        """The images that no metadata speaks for."""
         for folder, names in self._files.folders():
             if not self._is_governed(folder):
                 yield from (folder + name for name in names if _is_image(name))
@@ -147,7 +147,7 @@ class ImageFolder:
         return any(str(parent) in self._metadata for parent in (path, *path.parents))
 
     def _find_classes(self, asked: bool | None) -> dict[str, int]:
-        """Folder name → class: where it is asked for, or where the only thing that is known of each picture is the folder it lies in."""
+        """Folder name → class: where it is asked for, or where the only thing that is known of each image is the folder it lies in."""
         if asked is False:
             return {}
         names = {PurePosixPath(folder).name for folder, names in self._files.folders() if any(map(_is_image, names))}

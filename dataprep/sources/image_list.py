@@ -1,4 +1,4 @@
-"""Lists of pictures as sources: tables with a column of paths, URLs or the pictures themselves, one input a row.
+"""Lists of images as sources: tables with a column of paths, URLs or the images themselves, one input a row.
 
 A relative path starts from the list's folder. A list on this machine is its owner's word: it may name any file and any URL. One that
 comes from elsewhere may not reach for files of this machine: it names URLs, and files below its own folder.
@@ -46,7 +46,7 @@ class ImageList:
         filled = next((table for table in self.tables if table.names), None)
         if filled is None:
             raise ValueError(f"{self.tables[0].file}: has no rows that can be read ({self.tables[0].problem or 'it is empty'})")
-        self.columns = choose(columns, names=filled.names, pictures=filled.pictures, place=filled.file)
+        self.columns = choose(columns, names=filled.names, images=filled.images, place=filled.file)
         self.classes: Mapping[str, int] = {}
         self._joined = 0
 
@@ -61,7 +61,7 @@ class ImageList:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def digest(self) -> str:
-        """The tables' own digests. The pictures that they name are not looked at."""
+        """The tables' own digests. The images that they name are not looked at."""
         listing = "".join(f"{table.name}\0{table.digest()}\n" for table in self.tables)
         return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -35,7 +35,7 @@ from pipeline.errors import kind_and_line, one_line
 from pipeline.storage.remote import is_remote
 
 INDEX = "index.json"
-_PICTURES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
+_IMAGES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
 _TEXTS, _PICKLES = ("str", "text"), ("pickle", "pkl")
 _NUMBERS = {"int": np.int64, "float": np.float64, "bool": np.bool_}
 _MAX_BYTES = 1 << 31  # of a file, unpacked
@@ -55,7 +55,7 @@ class PackedFile:
 
 
 class PackedSamples:
-    """A folder or URL with an `index.json` of MDS or litdata. Pictures of files that are not compressed are read where they lie."""
+    """A folder or URL with an `index.json` of MDS or litdata. Images of files that are not compressed are read where they lie."""
 
     tags: tuple[str, ...] = ()
 
@@ -67,8 +67,8 @@ class PackedSamples:
         self.layout, self.files = _files_of(index, place=join(folder, INDEX))
         first = self.files[0]
         kinds = dict(zip(first.names, first.formats, strict=True))
-        pictures = [column for kind in _PICTURES for column, own in kinds.items() if own.partition(":")[0] == kind]
-        self.columns = choose(columns, names=first.names, pictures=pictures, place=folder)
+        images = [column for kind in _IMAGES for column, own in kinds.items() if own.partition(":")[0] == kind]
+        self.columns = choose(columns, names=first.names, images=images, place=folder)
         self._pickled = sorted(column for column, kind in kinds.items() if kind in _PICKLES)
 
     def reads(self) -> str:
@@ -113,7 +113,7 @@ class PackedSamples:
             yield from self._unpacked(view, file=file, mapped=path)
 
     def _unpacked(self, data: memoryview, *, file: PackedFile, mapped: str) -> Iterator[RawSample]:
-        """`mapped`: the local file that the data are, so that its pictures can be read again."""
+        """`mapped`: the local file that the data are, so that its images can be read again."""
         (count,) = struct.unpack_from("<I", data)
         if count != file.count or 4 + 4 * (count + 1) > len(data):
             raise ValueError(f"begins with {count} samples where the index has {file.count}")

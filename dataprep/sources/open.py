@@ -231,7 +231,7 @@ def _open_folder(folder: str, *, name: str, said: SourceConfig) -> InputSource:
     tables = [join(folder, file) for file in used]
     notes = [*unread_notes(folder, (file for file in files if file not in {*used})), *files.notes]
     if not tables:
-        raise ValueError("; ".join([f"{folder}: no pictures, no shards and no lists in this folder", *notes]))
+        raise ValueError("; ".join([f"{folder}: no images, no shards and no lists in this folder", *notes]))
     return ImageList(sorted(tables), name=name, columns=columns, root=root, notes=notes)
 
 

@@ -12,7 +12,7 @@ from pipeline.corpus.record_fields import Value
 class RawSample:
     """One input before its image is examined.
 
-    The picture's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
+    The image's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
     `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
     Of one that is taken down, `sha256` is the image's digest, by which other copies are found.
     `filter_only`: further values that `filters.where` may ask for, and that are not stored. `original_size`: (height, width) of the image

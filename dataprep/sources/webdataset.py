@@ -34,7 +34,7 @@ TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"
 DOTTED_TAKEN = f"members whose names have several dots were taken by their last part ({DOTTED})"
 _REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
-_MAX_IN_HAND = 256 << 20  # bytes of a picture in a tar behind a URL
+_MAX_IN_HAND = 256 << 20  # bytes of an image in a tar behind a URL
 
 
 class Shards:
@@ -109,7 +109,7 @@ class Shards:
         elif self._has_dotted:
             notes.append(DOTTED_TAKEN)
         if self._failed:
-            notes.append(f"{self._failed} row(s) of img2dataset's tables have no picture: their download had failed")
+            notes.append(f"{self._failed} row(s) of img2dataset's tables have no image: their download had failed")
         return [f"{self.name}: {note}" for note in notes]
 
     def _samples_of(self, file: BlockReader, *, tar: str) -> Iterator[RawSample]:

@@ -1,4 +1,4 @@
-"""Pictures of a finished corpus, decoded by processes of their own: what takes its decoder down is one rejection, not the run's end."""
+"""Images of a finished corpus, decoded by processes of their own: what takes its decoder down is one rejection, not the run's end."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.loading.worker_pool import WorkerPool
 from pipeline.size_rule import Crop
 
 CRASHED = "crashed"
-_TIMEOUT = 600.0  # seconds that one picture may take
+_TIMEOUT = 600.0  # seconds that one image may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +55,13 @@ class Decoders:
             raise
 
     def _start(self) -> WorkerPool[DecodeRequest, Decoded]:
-        """Raises RuntimeError where a worker dies without any picture."""
-        pool = WorkerPool(_same, decode_picture, workers=self._workers, timeout=_TIMEOUT)
+        """Raises RuntimeError where a worker dies without any image."""
+        pool = WorkerPool(_same, decode_image, workers=self._workers, timeout=_TIMEOUT)
         try:
             _map(pool, [_NOTHING] * self._workers)
         except RuntimeError as error:
             pool.close()
-            raise RuntimeError(f"no processes can be started to decode pictures: {error}") from error
+            raise RuntimeError(f"no processes can be started to decode images: {error}") from error
         return pool
 
     def _end(self) -> None:
@@ -70,25 +70,25 @@ class Decoders:
             self._pool = None
 
 
-def decode_picture(
-    picture: DecodeRequest, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
+def decode_image(
+    image: DecodeRequest, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
 ) -> Decoded:
     """In this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
     if lost:
         return CRASHED
     begin(0)
     try:
-        found = [load_image(picture.data, resize=crop[:2], crop=crop[2:]) for crop in picture.crops]
+        found = [load_image(image.data, resize=crop[:2], crop=crop[2:]) for crop in image.crops]
         return [np.ascontiguousarray(pixels.transpose(2, 0, 1)) for pixels in found]
     except Rejection as rejection:
         return rejection.reason
 
 
 def _map(pool: WorkerPool[DecodeRequest, Decoded], pictures: Sequence[DecodeRequest]) -> list[Decoded]:
-    for picture in pictures:
-        pool.put(picture)
+    for image in pictures:
+        pool.put(image)
     return [pool.get() for _ in pictures]
 
 
-def _same(picture: DecodeRequest) -> DecodeRequest:
-    return picture
+def _same(image: DecodeRequest) -> DecodeRequest:
+    return image

@@ -1,4 +1,4 @@
-"""A pool of workers that keeps order, bounds its queue and survives the death of a worker: a picture that takes its decoder down costs one
+"""A pool of workers that keeps order, bounds its queue and survives the death of a worker: an image that takes its decoder down costs one
 worker, never the run. Workers are processes of this machine, or of a Ray cluster (`dataprep.workers.ray_pool`)."""
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pipeline.foreign_warnings import hide_if_asked
 
 Report = Callable[[int], None]
 WORKER_MEMORY = 8 << 30
-"""Bytes that a worker may take by default: three times what the largest picture of the default limits needs."""
+"""Bytes that a worker may take by default: three times what the largest image of the default limits needs."""
 
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = 113  # exit code

@@ -1,7 +1,7 @@
 """`tim bench attention --fit`: the planner's cost model (`pipeline.cost`), fitted to this device by timing the packed network.
 
 γ comes from packs of equally many tokens in images of one length each: seconds per token grow as 1 + γ·n/6W. The factors of the kinds
-come from training steps of the whole objective on the same pictures, all of one kind.
+come from training steps of the whole objective on the same images, all of one kind.
 """
 
 from __future__ import annotations

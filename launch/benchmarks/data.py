@@ -1,7 +1,7 @@
-"""The measurement of `tim bench data`: pictures from shards to arrays of their target sizes, beside other loaders on the same tars.
+"""The measurement of `tim bench data`: images from shards to arrays of their target sizes, beside other loaders on the same tars.
 
 Everybody has the same number of worker processes and takes turns; of each the fastest turn counts. Others decode with Pillow and resize
-with its bicubic window, which is cheaper than the Lanczos window that pictures are resized with here.
+with its bicubic window, which is cheaper than the Lanczos window that images are resized with here.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _prepared(pictures: Path, *, work: Path) -> Corpus:
     """The folder's JPEGs in four shards or so, with the bytes that they have wherever those are clean."""
     files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")) if pictures.is_dir() else []
     if not files:
-        raise ValueError(f"{pictures}: no JPEGs: give a folder of pictures")
+        raise ValueError(f"{pictures}: no JPEGs: give a folder of images")
     links, out = work / f"{pictures.name}-jpegs", work / f"{pictures.name}-corpus"
     links.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -127,7 +127,7 @@ def _decode(held: tuple[PlannedSample, bytes]) -> int:
 
 
 def _reading_rate(corpus: Corpus) -> float:
-    """Bytes of pictures read in random order per second of one core, from the page cache."""
+    """Bytes of images read in random order per second of one core, from the page cache."""
     parts: list[ByteRange] = []
     for number, shard in enumerate(corpus.shards):
         table = corpus.read(number, columns=("image_offset", "image_length")).to_pydict()

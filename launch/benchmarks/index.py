@@ -1,6 +1,6 @@
 """The measurement of `tim bench index`: how fast foreign tars are indexed on one core, and what a plan over very many rows needs.
 
-The tars are made up: the smallest pictures that there are, because what is measured is the work for each sample, not for its bytes.
+The tars are made up: the smallest images that there are, because what is measured is the work for each sample, not for its bytes.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def _list_with_tarfile(path: Path) -> None:
 def _write_tar(path: Path, *, samples: int, extensions: tuple[str, ...], format: int, has_table: bool) -> Path:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), (200, 100, 0)).save(buffer, "JPEG")
-    record = {"url": "https://example.org/picture.jpg", "caption": "a small picture", "width": 32, "height": 32, "similarity": 0.3}
-    files = {"jpg": buffer.getvalue(), "txt": b"a small picture", "json": json.dumps(record).encode()}
+    record = {"url": "https://example.org/image.jpg", "caption": "a small image", "width": 32, "height": 32, "similarity": 0.3}
+    files = {"jpg": buffer.getvalue(), "txt": b"a small image", "json": json.dumps(record).encode()}
     with tarfile.open(path, "w", format=format) as tar:
         for number in range(samples):
             for extension in extensions:

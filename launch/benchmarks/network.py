@@ -1,4 +1,4 @@
-"""The measurements of `tim bench`: the packed network beside padded batches and exact-size buckets, same pictures, same weights.
+"""The measurements of `tim bench`: the packed network beside padded batches and exact-size buckets, same images, same weights.
 
 Variants take turns, and of each the fastest run counts, so that whatever else the machine does strikes all of them alike. On the CPU it
 is single-precision, on a GPU bfloat16 autocast. A grid is an image's height and width in tokens.
@@ -38,16 +38,16 @@ Data = dict[str, Any]
 
 
 def grids_of(pictures: Sequence[Path], *, max_tokens: int) -> list[Grid]:
-    """Sizes by the native-size rule, in a fixed random order, of corpora, folders of pictures (headers alone are read), or a made-up list.
+    """Sizes by the native-size rule, in a fixed random order, of corpora, folders of images (headers alone are read), or a made-up list.
 
-    Raises ValueError where there are no pictures.
+    Raises ValueError where there are no images.
     """
-    sides = [size for path in pictures for size in picture_sizes(path)] if pictures else _made_up()
+    sides = [size for path in pictures for size in image_sizes(path)] if pictures else _made_up()
     rule = SizeRule(stride=STRIDE, max_tokens=max_tokens)
     targets = target_sizes([height for height, _ in sides], widths=[width for _, width in sides], rule=rule)
     kept = np.flatnonzero(targets.left_out == 0)
     if not len(kept):
-        raise ValueError(f"{', '.join(map(str, pictures))}: no pictures: give a corpus or a folder of pictures")
+        raise ValueError(f"{', '.join(map(str, pictures))}: no images: give a corpus or a folder of images")
     order = np.random.default_rng(0).permutation(kept)
     return [(int(targets.height[i]) // STRIDE, int(targets.width[i]) // STRIDE) for i in order]
 
@@ -87,7 +87,7 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
         "images_per_second": {
             "packed": images / found["packed"],
             "padded": images / found["padded"],
-            # Sampled buckets hold other pictures: their seconds per token, at the packs' tokens per image.
+            # Sampled buckets hold other images: their seconds per token, at the packs' tokens per image.
             "buckets": images / (per_token["buckets"] * tokens),
         },
         "padded_over_packed": ratio,
@@ -292,20 +292,20 @@ def _padded(lengths: Lengths) -> Lengths:
     return Lengths([max(lengths.tokens)] * len(lengths.tokens), [max(lengths.text)] * len(lengths.text))
 
 
-def picture_sizes(path: Path) -> list[tuple[int, int]]:
-    """Heights and widths of a corpus's or a folder's pictures; files that are no pictures are passed over."""
+def image_sizes(path: Path) -> list[tuple[int, int]]:
+    """Heights and widths of a corpus's or a folder's images; files that are no images are passed over."""
     if (path / "manifest.json").is_file():
         corpus = Corpus.open(path)
         tables = [corpus.read(shard, columns=["height", "width"]).to_pydict() for shard in range(len(corpus.shards))]
         return [size for table in tables for size in zip(table["height"], table["width"], strict=True)]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder: give a corpus or a folder of pictures")
+        raise ValueError(f"{path}: no such folder: give a corpus or a folder of images")
     sizes = [_size(file) for file in sorted(path.iterdir())]
     return [size for size in sizes if size is not None]
 
 
 def _size(file: Path) -> tuple[int, int] | None:
-    """Height and width of an upright picture; None for a file that is none."""
+    """Height and width of an upright image; None for a file that is none."""
     try:
         with Image.open(file) as image:
             return image.size if exif_orientation(image) >= 5 else (image.height, image.width)

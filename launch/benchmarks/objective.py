@@ -1,6 +1,6 @@
 """`tim bench objective`: one network, the same data and updates, trained by each form of the objective and as plain flow matching.
 
-The grounds of the pictures are speckled: each of their squares is pale or full, which no caption says. Flow matching in one step draws
+The grounds of the images are speckled: each of their squares is pale or full, which no caption says. Flow matching in one step draws
 the mean over all that a caption allows, a plain ground between the two; a transition model decides, square by square, from the noise.
 """
 
@@ -34,7 +34,7 @@ SETTINGS = (  # beside the demo's
     *("plan.max_tokens=256", "network.params.depth=4", "train.lr=3e-3"),
 )
 STEPS = (1, 2, 4, 8, 32)
-PICTURES = 3000
+IMAGES = 3000
 LARGEST_SIDE = 48  # pixels
 SIZES = ((32, 32), (20, 40), (40, 24), (28, 40), (24, 36))  # height and width of what is drawn
 STRENGTH = (0.5, 1.5)  # of speckles that count as those of the corpus, whose strength is 1
@@ -43,8 +43,8 @@ SCORES = {
     "both": "colours as asked and speckles found",
     "colours": "colours as asked",
     "speckled": "ground as speckled as the corpus's",
-    "ground": "energy distance of the ground's squares to those of real pictures of the same prompts",
-    "picture": "the same of patches of the whole picture",
+    "ground": "energy distance of the ground's squares to those of real images of the same prompts",
+    "picture": "the same of patches of the whole image",
 }
 SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
 
@@ -52,17 +52,17 @@ SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distance
 def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
     """Train each of `OBJECTIVES` in the folder `out`, for so many steps, and compare what they draw. A finished run is kept.
 
-    Of each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, the share of pictures that show
+    Of each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, the share of images that show
     figure and ground in the colours asked for; `speckled`, the share with as strong speckles as the corpus has; `both`; and the
-    energy distance from a real picture of the same prompt, 0 for equal distributions, between the squares of the grounds (`ground`: what
-    the prompt leaves open) and between patches of the whole pictures (`picture`: the figure's outline counts most). `real` says the same
-    of other real pictures.
+    energy distance from a real image of the same prompt, 0 for equal distributions, between the squares of the grounds (`ground`: what
+    the prompt leaves open) and between patches of the whole images (`image`: the figure's outline counts most). `real` says the same
+    of other real images.
 
     Raises RuntimeError if a training fails.
     """
     pictures, corpus = out / "pictures", out / "corpus"
     if not (pictures / "metadata.jsonl").is_file():
-        write_corpus(pictures, count=PICTURES, max_side=LARGEST_SIDE, speckled=True, shapes=SHAPES)
+        write_corpus(pictures, count=IMAGES, max_side=LARGEST_SIDE, speckled=True, shapes=SHAPES)
     with console.progress() as report:
         prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
     choices = figures(SHAPES)
@@ -85,7 +85,7 @@ def describe_comparison(data: Mapping[str, Any]) -> str:
     lines = []
     for key, title in SCORES.items():
         form = "{:>7.0%}" if key in SHARES else "{:>7.3f}"
-        lines += [f"{title} (real pictures: {form.format(data['real'][key]).strip()})"]
+        lines += [f"{title} (real images: {form.format(data['real'][key]).strip()})"]
         lines += [f"  {'steps':{width}} " + "".join(f"{count:>7}" for count in STEPS)]
         lines += [f"  {name:{width}} " + "".join(form.format(row[count][key]) for count in STEPS) for name, row in data["scores"].items()]
         lines += [""]
@@ -122,7 +122,7 @@ def _draw(model: Path, asked: Sequence[Figure], sizes: Sequence[tuple[int, int]]
 
 
 def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], asked: Sequence[Figure]) -> dict[str, float]:
-    """The `SCORES` of pictures drawn for some prompts, beside real ones of the same sizes."""
+    """The `SCORES` of images drawn for some prompts, beside real ones of the same sizes."""
     read = [read_figure(image) for image in images]
     colours = np.array([(a.colour, a.ground) == (b.colour, b.ground) for a, b in zip(read, asked, strict=True)])
     strength = np.array([read_speckles(image, ground=str(figure.ground)) for image, figure in zip(images, asked, strict=True)])
@@ -141,7 +141,7 @@ def _squares(image: Image.Image) -> NDArray[np.float64]:
 
 
 def _patches(image: Image.Image) -> NDArray[np.float64]:
-    """The whole patches that fit side by side into a picture, (n, 3·8·8), values from 0 to 1."""
+    """The whole patches that fit side by side into an image, (n, 3·8·8), values from 0 to 1."""
     rows, columns = image.height // PATCH, image.width // PATCH
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)[: rows * PATCH, : columns * PATCH] / 255
     return pixels.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2).reshape(rows * columns, -1)

@@ -88,15 +88,15 @@ def streaming(tars: list[str], work: str, shrink: Shrink, workers: int) -> Itera
 
     if not os.path.isdir(work):
         with MDSWriter(out=work, columns={"image": "bytes"}, size_limit=16 << 20) as out:
-            for data in _pictures(tars):
+            for data in _images(tars):
                 out.write({"image": data})
 
-    class Pictures(StreamingDataset):
+    class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> Any:
             return shrink(decoded(super().__getitem__(at)["image"]))
 
     clean_stale_shared_memory()
-    dataset = Pictures(local=work, shuffle=True, batch_size=BATCH)
+    dataset = Images(local=work, shuffle=True, batch_size=BATCH)
     return _endless(DataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list, persistent_workers=True))
 
 
@@ -106,7 +106,7 @@ def litdata(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterabl
     if not os.path.isdir(work):
         files = []
         os.makedirs(work + "-files")
-        for number, data in enumerate(_pictures(tars)):
+        for number, data in enumerate(_images(tars)):
             files.append(os.path.join(work + "-files", f"{number}.jpg"))
             with open(files[-1], "wb") as stream:
                 stream.write(data)
@@ -156,8 +156,8 @@ def energon(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterabl
 LOADERS = {"webdataset": webdataset, "mosaicml-streaming": streaming, "litdata": litdata, "megatron-energon": energon}
 
 
-def _pictures(tars: list[str]) -> Iterator[bytes]:
-    """All pictures, over and over until they make an epoch."""
+def _images(tars: list[str]) -> Iterator[bytes]:
+    """All images, over and over until they make an epoch."""
     pictures = []
     for path in tars:
         with tarfile.open(path) as tar:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.benchmarks.network import picture_sizes
+from launch.benchmarks.network import image_sizes
 from pipeline.cost import DIFFUSION, Floats, Ints, image_costs
 from pipeline.packing.packing import NO_ROOM, fill_holes
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
@@ -34,7 +34,7 @@ Data = dict[str, Any]
 
 
 def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, progress: Progress) -> Data:
-    """Plan `steps` steps of every mix of sizes; `pictures`, if any, are one of them. A plan over `rows` rows is resumed."""
+    """Plan `steps` steps of every mix of sizes; `images`, if any, are one of them. A plan over `rows` rows is resumed."""
     if PLAN.packs_per_step % ranks:
         raise ValueError(f"--ranks {ranks}: must divide {PLAN.packs_per_step} packs a step, so that all planners can be compared")
     mixes: dict[str, Draw] = {
@@ -43,9 +43,9 @@ def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, p
         "two humps": _two_humps,
     }
     if pictures:
-        sides = np.array([size for path in pictures for size in picture_sizes(path)])
+        sides = np.array([size for path in pictures for size in image_sizes(path)])
         if not len(sides):
-            raise ValueError(f"{', '.join(map(str, pictures))}: no pictures: give a corpus or a folder of pictures")
+            raise ValueError(f"{', '.join(map(str, pictures))}: no images: give a corpus or a folder of images")
         mixes = {"pictures": lambda random, count: tuple(sides[random.integers(0, len(sides), count)].T), **mixes}
     data: Data = {"ranks": ranks, "steps": steps, "packs_per_step": PLAN.packs_per_step, "tokens_per_pack": PLAN.tokens_per_pack}
     for done, (name, draw) in enumerate(mixes.items()):

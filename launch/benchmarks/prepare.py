@@ -1,4 +1,4 @@
-"""The measurement of `tim bench prepare`: raw pictures to a clean corpus, beside other tools on the same files, and the decoder alone.
+"""The measurement of `tim bench prepare`: raw images to a clean corpus, beside other tools on the same files, and the decoder alone.
 
 Everybody has the same number of processes and is measured as a user meets them: the whole command, its start included. Only the bare
 decoder has no start: its clock runs in the processes, while they do nothing but decode every pixel.
@@ -35,13 +35,13 @@ _LONGEST = 3600.0  # seconds of one tool
 
 
 def bench_prepare(
-    pictures: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Progress
+    images: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Progress
 ) -> Data:
-    """Images a second, and a second of processor time. In `work` are the pictures' copies and the other tools' environments.
+    """Images a second, and a second of processor time. In `work` are the images' copies and the other tools' environments.
 
-    Every copy has a few bytes of its own behind its end, so that none is a duplicate of another. Raises ValueError without pictures.
+    Every copy has a few bytes of its own behind its end, so that none is a duplicate of another. Raises ValueError without images.
     """
-    folder = _copied(pictures, work=work, copies=copies)
+    folder = _copied(images, work=work, copies=copies)
     files = [path for path in sorted(folder.iterdir()) if path.name != "metadata.jsonl"]
     missing: dict[str, str] = {}
     runs: dict[str, Callable[[Path], Data]] = {
@@ -74,13 +74,13 @@ def bench_prepare(
     return {**data, "not_measured": missing} if missing else data
 
 
-def _copied(pictures: Sequence[Path], *, work: Path, copies: int) -> Path:
-    """A folder with so many copies of all pictures of some folders, and captions."""
-    files = [path for folder in pictures if folder.is_dir() for path in sorted(folder.iterdir())]
+def _copied(images: Sequence[Path], *, work: Path, copies: int) -> Path:
+    """A folder with so many copies of all images of some folders, and captions."""
+    files = [path for folder in images if folder.is_dir() for path in sorted(folder.iterdir())]
     files = [path for path in files if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
     if not files:
-        raise ValueError(f"{', '.join(map(str, pictures))}: no pictures: give folders of them")
-    folder = work / f"pictures-{copies}"
+        raise ValueError(f"{', '.join(map(str, images))}: no images: give folders of them")
+    folder = work / f"images-{copies}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     rows = []
@@ -88,7 +88,7 @@ def _copied(pictures: Sequence[Path], *, work: Path, copies: int) -> Path:
         for number, path in enumerate(files):
             name = f"{copy:03d}-{number:06d}{path.suffix}"
             (folder / name).write_bytes(path.read_bytes() + f"{copy:08d}{number:08d}".encode())
-            rows.append(json.dumps({"file_name": name, "text": f"a picture of {path.stem}"}) + "\n")
+            rows.append(json.dumps({"file_name": name, "text": f"an image of {path.stem}"}) + "\n")
     (folder / "metadata.jsonl").write_text("".join(rows), "utf-8")
     return folder
 

@@ -1,7 +1,7 @@
-"""What other tools do with a folder of captioned pictures, with the checks of `tim prepare` that they have, as their documentation says.
+"""What other tools do with a folder of captioned images, with the checks of `tim prepare` that they have, as their documentation says.
 
 `tim bench prepare` runs this file by the Python of an environment in which they are installed, so it imports nothing of this project. It
-prints one JSON object: how many pictures the tool kept. The folder has pictures and `metadata.jsonl` (`file_name`, `text`).
+prints one JSON object: how many images the tool kept. The folder has images and `metadata.jsonl` (`file_name`, `text`).
 """
 
 # pyright: reportMissingImports=false

@@ -58,7 +58,7 @@ def export(
     state = checkpoint.consolidate(found.folder, ema=ema)
     if official:
         if spec.rope != "legacy":
-            notes.append("the published code exchanges the sides of pictures that are not square: only squares come out alike")
+            notes.append("the published code exchanges the sides of images that are not square: only squares come out alike")
         write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
     else:
         save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)

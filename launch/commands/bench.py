@@ -1,4 +1,4 @@
-"""`tim bench …`: what this machine and these pictures make of the packed network, each time beside other ways to run it."""
+"""`tim bench …`: what this machine and these images make of the packed network, each time beside other ways to run it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ bench = typer.Typer(
 
 Pictures = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[CORPUS|FOLDER]...", help="Whose picture sizes to use; one given twice counts twice. Default: made up."),
+    typer.Argument(metavar="[CORPUS|FOLDER]...", help="Whose image sizes to use; one given twice counts twice. Default: made up."),
 ]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens per image at most, in patches of 16 × 16 pixels.")]
 Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multiple of 64.")]
@@ -105,7 +105,7 @@ def sample(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Guided sampling of pictures of mixed sizes.
+    """Guided sampling of images of mixed sizes.
 
     Example: tim bench sample photos --steps 4
     """
@@ -145,7 +145,7 @@ def index(
 def data(
     pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Whose JPEGs to read.")],
     out: Annotated[Path, typer.Option(help="Folder for their shards and for the other loaders' environment; kept for the next time.")],
-    max_side: Annotated[int, typer.Option(min=32, help="Pictures are scaled down to so many pixels squared.")] = 256,
+    max_side: Annotated[int, typer.Option(min=32, help="Images are scaled down to so many pixels squared.")] = 256,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 10.0,
     repeats: Repeats = 2,
@@ -155,7 +155,7 @@ def data(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pictures from shards to arrays of their target sizes.
+    """Images from shards to arrays of their target sizes.
 
     The loader beside others on the same shards, and beside processes that do nothing but decode; and reading alone.
 
@@ -181,16 +181,16 @@ def data(
 
 @bench.command()
 def prepare(
-    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of pictures; below them nothing is looked for.")],
+    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images; below them nothing is looked for.")],
     out: Annotated[Path, typer.Option(help="Folder for their copies and for the other tools' environments; kept for the next time.")],
-    copies: Annotated[int, typer.Option(min=1, help="How often each picture is there.")] = 4,
+    copies: Annotated[int, typer.Option(min=1, help="How often each image is there.")] = 4,
     workers: Annotated[int, typer.Option(min=1, help="Processes of each tool.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured; the fastest counts.")] = 1,
     install: Annotated[bool, typer.Option("--install", help="Install img2dataset and Data-Juicer there, to compare with.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Raw pictures to a clean corpus.
+    """Raw images to a clean corpus.
 
     `tim prepare` beside img2dataset, datasets.map and Data-Juicer on the same files, and beside processes that do nothing but decode.
 
@@ -216,8 +216,8 @@ def plan(
 ) -> None:
     """How busy the planner keeps many ranks.
 
-    Simulated, for several mixes of picture sizes up to 16,384 tokens, beside next fit, best fit decreasing and padded buckets; and how
-    fast it plans and resumes. Pictures that are given are one of the mixes.
+    Simulated, for several mixes of image sizes up to 16,384 tokens, beside next fit, best fit decreasing and padded buckets; and how
+    fast it plans and resumes. Images that are given are one of the mixes.
 
     Example: tim bench plan photos --ranks 64
     """
@@ -234,7 +234,7 @@ def plan(
 def objective(
     out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; a finished run is kept.")] = Path("objective"),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 600,
-    pictures: Annotated[int, typer.Option(min=10, help="Pictures that are drawn of each, in each number of steps.")] = 200,
+    pictures: Annotated[int, typer.Option(min=10, help="Images that are drawn of each, in each number of steps.")] = 200,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -258,7 +258,7 @@ def _run(
     debug: bool,
     describe: Callable[[Data], str] = describe_bench,
 ) -> None:
-    """Measure on the grids of some pictures, and print what came out."""
+    """Measure on the grids of some images, and print what came out."""
 
     def on_grids(report: Progress) -> Data:
         from launch.benchmarks.network import grids_of  # torch is slow to import, and `--help` does not need it

@@ -32,7 +32,7 @@ def prepare(
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with other settings than the defaults.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus whose pictures count as duplicates; may be given often.")
+        list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus whose images count as duplicates; may be given often.")
     ] = None,
     append: Annotated[bool, typer.Option("--append", help="Add the inputs that the finished corpus does not have, in new shards.")] = False,
     retry_failed: Annotated[
@@ -50,13 +50,13 @@ def prepare(
     ] = "local",
     ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster. Default: the one that runs here.")] = None,
     worker_memory: Annotated[
-        float, typer.Option(min=0.5, metavar="GB", help="What a worker may take; a picture that needs more is rejected as crashed.")
+        float, typer.Option(min=0.5, metavar="GB", help="What a worker may take; an image that needs more is rejected as crashed.")
     ] = 8.0,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Raw pictures and captions to clean shards.
+    """Raw images and captions to clean shards.
 
     Reads any common layout; every input is kept or rejected by name, and the account adds up. Columns are guessed and told.
 
@@ -110,7 +110,7 @@ def index(
 ) -> None:
     """Shards that others wrote, as a corpus.
 
-    Planned, trained and verified from where they lie: nothing is copied or changed, and no picture is decoded.
+    Planned, trained and verified from where they lie: nothing is copied or changed, and no image is decoded.
 
     Example: tim index "laion/{00000..41407}.tar" --out corpus
     """
@@ -148,7 +148,7 @@ def encode(
 ) -> None:
     """Latents and text features, once for all.
 
-    What codec and text encoder make of a corpus, for training to read in place of pictures and captions. Resumable; says first how much
+    What codec and text encoder make of a corpus, for training to read in place of images and captions. Resumable; says first how much
     there will be.
 
     Example: tim encode corpus --codec sd-vae=weights/vae --text hf=weights/gemma --out features max_tokens=[256,1024] flip=true
@@ -185,7 +185,7 @@ def verify(
 ) -> None:
     """Check a corpus.
 
-    Digests, counts, keys, tables against tars, and that every picture can be decoded. Exit code 1 if something is wrong.
+    Digests, counts, keys, tables against tars, and that every image can be decoded. Exit code 1 if something is wrong.
 
     Example: tim verify corpus --repair
     """
@@ -220,7 +220,7 @@ def report(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What is in a corpus, in pictures.
+    """What is in a corpus, in images.
 
     InputCounts, sizes, tokens, captions, scores, examples of what was kept and rejected, duplicates side by side, and the fill that the
     planner expects: one HTML file that needs no network.
@@ -259,7 +259,7 @@ def score(
 ) -> None:
     """Score a corpus with an open_clip model.
 
-    Similarity of picture and caption, an aesthetic head, zero-shot labels, semantic duplicates: columns beside the shards, which stay as
+    Similarity of image and caption, an aesthetic head, zero-shot labels, semantic duplicates: columns beside the shards, which stay as
     they are. Runs on a GPU if there is one; a run that was cut short goes on. Plans use the columns: where: "similarity >= 0.28".
 
     Example: tim score corpus model=ViT-L-14 weights=openai aesthetic=sac+logos+ava1-l14-linearMSE.pth

@@ -1,4 +1,4 @@
-"""The commands from a corpus to pictures: `tim demo`, `recipes`, `plan`, `train`, `launch`, `sample`, `export`."""
+"""The commands from a corpus to images: `tim demo`, `recipes`, `plan`, `train`, `launch`, `sample`, `export`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Replan = Annotated[
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the corpus, the run and the pictures.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the corpus, the run and the images.")] = Path("demo"),
     steps: Annotated[int | None, typer.Option(min=1, help="Updates. Fewer are quicker and draw worse. Default: the recipe's.")] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -92,7 +92,7 @@ def plan(
 ) -> None:
     """What training steps will hold.
 
-    Fill, balance over ranks, sizes, what is left out and why. No picture is read.
+    Fill, balance over ranks, sizes, what is left out and why. No image is read.
 
     Example: tim plan photos corpus=corpus --ranks 8
     """
@@ -226,12 +226,12 @@ def sample(
     codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the codec is, in place of the model's own path.")] = None,
     text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the text encoder is, likewise.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Where its tokenizer is. Default: with the text encoder.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same pictures.")] = 0,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw pictures at any size.
+    """Draw images at any size.
 
     One PNG for every prompt or class, size and number of steps, and all of them in grid.png.
 

@@ -34,7 +34,7 @@ class CorpusConfig(Section):
     name: str | None = None
     """What its samples' ids start with; default: the name in its manifest."""
     features: Annotated[Path, Field(strict=False)] | None = None
-    """A folder of precomputed latents and text features of it, read in place of its pictures and captions."""
+    """A folder of precomputed latents and text features of it, read in place of its images and captions."""
     weight: Weight | None = None
     """Its share of all images, relative to the weights of the other corpora; null: every image is seen equally often. To know how many
     there are of each, the tables of several corpora without weights are read once at the start."""
@@ -363,7 +363,7 @@ class Config(Section):
     """Where the run writes; a run that is there already is resumed."""
     seed: int = Field(default=0, ge=0)
     condition: Literal["text", "class"] = "text"
-    """What pictures are asked for by: their captions, or the classes that the corpus says (`KEY.cls`)."""
+    """What images are asked for by: their captions, or the classes that the corpus says (`KEY.cls`)."""
     plan: PlanConfig = PlanConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
@@ -435,7 +435,7 @@ class Config(Section):
         if objective.guidance is not None and not self.condition_dropout:
             nothing, key = ("the empty caption", "text.caption_dropout")
             if self.condition == "class":
-                nothing, key = ("pictures without a class", "network.params.class_dropout_prob")
+                nothing, key = ("images without a class", "network.params.class_dropout_prob")
             raise ConfigConflict("objective.guidance", f"needs {nothing}, which is not trained: give {key} above 0")
         if objective.alignment is not None and not params.z_dim:
             raise ConfigConflict("objective.alignment", "needs a projection in the network: give network.params.z_dim, the teacher's width")

@@ -1,4 +1,4 @@
-"""`tim sample`: prompts × sizes × step counts → one PNG per picture, and `grid.png`."""
+"""`tim sample`: prompts × sizes × step counts → one PNG per image, and `grid.png`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipeline.storage.atomic import publish
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One picture that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks.
+    """One image that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks.
 
     The prompt is a text, or the number of a class; height and width in pixels; evaluations: forwards of the network that it took.
     """

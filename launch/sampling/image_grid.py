@@ -1,4 +1,4 @@
-"""Pictures of different sizes in one labelled grid, as `tim sample`, `tim demo` and the trainer's previews show them."""
+"""Images of different sizes in one labelled grid, as `tim sample`, `tim demo` and the trainer's previews show them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from PIL import Image, ImageDraw, ImageFont
 GAP = 12
 FONT_SIZE = 16
 LABEL_CHARACTERS = 28
-SMALL = 160  # pictures whose longest side is below this are enlarged, so that a person sees them
+SMALL = 160  # images whose longest side is below this are enlarged, so that a person sees them
 LARGEST_GRID = 6144  # pixels a side; a grid that would be larger is scaled down as a whole
 
 
 def grid(images: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
-    """One white RGB picture: `images[row][column]` with its labels on the left and on top.
+    """One white RGB image: `images[row][column]` with its labels on the left and on top.
 
-    Cells are as high as the highest picture of their row and as wide as the widest of their column. All pictures are shown at
+    Cells are as high as the highest image of their row and as wide as the widest of their column. All images are shown at
     one scale: enlarged by a whole number if all are small, reduced if the grid would exceed `LARGEST_GRID` pixels a side.
 
     Raises:
-        ValueError: rows of different lengths, no picture at all, or labels that do not match.
+        ValueError: rows of different lengths, no image at all, or labels that do not match.
     """
     if not images or not images[0] or any(len(row) != len(images[0]) for row in images):
-        raise ValueError("a grid needs at least one picture, and the same number of pictures in every row")
+        raise ValueError("a grid needs at least one image, and the same number of images in every row")
     if len(row_labels) != len(images) or len(column_labels) != len(images[0]):
-        raise ValueError(f"a grid of {len(images)} × {len(images[0])} pictures needs one label for each row and column")
+        raise ValueError(f"a grid of {len(images)} × {len(images[0])} images needs one label for each row and column")
 
     font = ImageFont.load_default(size=FONT_SIZE)
     row_labels, column_labels = [_printable(label) for label in row_labels], [_printable(label) for label in column_labels]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterable
 
-MAX_TEXT_BYTES = 1 << 20  # of a text or JSON file beside a picture that are read
+MAX_TEXT_BYTES = 1 << 20  # of a text or JSON file beside an image that are read
 
 
 def clean_captions(texts: Iterable[str], *, max_characters: int = MAX_TEXT_BYTES) -> tuple[list[str], bool]:

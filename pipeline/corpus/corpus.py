@@ -54,7 +54,7 @@ class CorpusShard:
 class Corpus:
     """A corpus of shards and their tables. Make one with `Corpus.open`.
 
-    `features` are read in place of its pictures and captions, if there are any. Columns and captions of its `sidecars` are as good as its
+    `features` are read in place of its images and captions, if there are any. Columns and captions of its `sidecars` are as good as its
     own, and take their place where they have the same name.
     """
 

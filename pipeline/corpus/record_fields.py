@@ -1,4 +1,4 @@
-"""What a row of metadata or a JSON file beside a picture says about it, and which files of a sample say something."""
+"""What a row of metadata or a JSON file beside an image says about it, and which files of a sample say something."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGE_EXTENSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What a metadata row or a JSON member says about a picture, sorted by what it is good for."""
+    """What a metadata row or a JSON member says about an image, sorted by what it is good for."""
 
     captions: tuple[str, ...]
     label: int | None
@@ -42,7 +42,7 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
-    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the picture.
+    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the image.
 
     A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value` for all elements of the list.
     `encoding`: of texts without a byte order mark, UTF-8 if empty.

@@ -1,4 +1,4 @@
-"""Feature shards: what a codec and a text encoder made of a corpus (DESIGN §4), read in place of its pictures and captions.
+"""Feature shards: what a codec and a text encoder made of a corpus (DESIGN §4), read in place of its images and captions.
 
 A folder holds, for each shard of the corpus, a tar and a table of the same number; `KEY.features.safetensors` in the tar has the latents
 of a sample, one for each size it was encoded at, the features of all its captions, and an alignment teacher's tokens. The manifest says by
@@ -16,8 +16,8 @@ find what it needs:
     shards: [{name, bytes, sha256, table, table_sha256, of}]                      `of` is the sha256 of the corpus's table
 
 Tables have the columns key, offset and length (of the safetensors), heights and widths (lists, in pixels, of the sizes that are there),
-resize_heights and resize_widths (what the picture was scaled to before its middle was cut out), captions (their number), and reason: why a
-sample could not be encoded ("": it could). Such a sample has nothing in the tar; its place in a batch stays empty, as that of a picture
+resize_heights and resize_widths (what the image was scaled to before its middle was cut out), captions (their number), and reason: why a
+sample could not be encoded ("": it could). Such a sample has nothing in the tar; its place in a batch stays empty, as that of an image
 that cannot be read.
 """
 

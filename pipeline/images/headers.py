@@ -1,6 +1,6 @@
-"""How large a picture is when it stands upright, from the head of its file: nothing is decoded.
+"""How large an image is when it stands upright, from the head of its file: nothing is decoded.
 
-`quick_size` knows plain JPEG, PNG and WebP by their bytes alone. Where EXIF or XMP may turn the picture, or the format is another,
+`quick_size` knows plain JPEG, PNG and WebP by their bytes alone. Where EXIF or XMP may turn the image, or the format is another,
 `careful_size` asks Pillow. Both say what `read_image` would give, or None and a `Rejection` for what they cannot tell.
 """
 
@@ -45,7 +45,7 @@ def quick_size(peek: Peek, *, length: int) -> Size | None:
 
 
 def careful_size(peek: Peek, *, length: int) -> Size:
-    """(height, width) of any picture that `read_image` reads, upright. Raises `Rejection`."""
+    """(height, width) of any image that `read_image` reads, upright. Raises `Rejection`."""
     if length > _LARGEST_FILE:
         raise Rejection("too-large", detail=f"{length / 1e9:.1f} GB")
     head = peek(0, 2048)

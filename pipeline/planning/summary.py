@@ -1,4 +1,4 @@
-"""What a plan will do, before a device is rented: fill, balance over ranks, epochs, and the samples of each step. No picture is read."""
+"""What a plan will do, before a device is rented: fill, balance over ranks, epochs, and the samples of each step. No image is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bare picture sizes as a corpus, to plan over before there are pictures: no captions, no classes, nothing to read.
+"""Bare image sizes as a corpus, to plan over before there are images: no captions, no classes, nothing to read.
 
 The sizes come from a table, or from a function that makes up those of any shard, so that a plan over a billion rows can be tried out.
 """

@@ -37,7 +37,7 @@ def start_prepare(sources: Sequence[Path | str], *, config: PrepareConfig, **tol
 
 
 def photo(seed: int, *, height: int = 40, width: int = 48, format: str = "JPEG", **options: Any) -> bytes:
-    """A smooth picture that is like no other seed's, to the eye and to a perceptual hash."""
+    """A smooth image that is like no other seed's, to the eye and to a perceptual hash."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8))
     buffer = io.BytesIO()
@@ -57,7 +57,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes], *, rows: Iterable[Map
 def photo_folder(folder: Path, *, count: int, first: int = 0) -> Path:
     names = [f"{number:05d}.jpg" for number in range(first, first + count)]
     files = {name: photo(first + place) for place, name in enumerate(names)}
-    return write_folder(folder, files, rows=[{"file_name": name, "text": f"picture {name}"} for name in names])
+    return write_folder(folder, files, rows=[{"file_name": name, "text": f"image {name}"} for name in names])
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:

@@ -69,8 +69,8 @@ def _apply(files: tuple[bytes, ...], which: int, changes: list[tuple[str, float,
 
 
 @cache
-def pictures() -> tuple[bytes, ...]:
-    """A small picture in every format and most of their ways."""
+def images() -> tuple[bytes, ...]:
+    """A small image in every format and most of their ways."""
     image = Image.open(io.BytesIO(photo(1, height=24, width=40, format="PNG")))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -130,7 +130,7 @@ def tables() -> tuple[bytes, ...]:
 
 @cache
 def parquets() -> tuple[bytes, ...]:
-    """Tables of pictures, small and compressed."""
+    """Tables of images, small and compressed."""
     rows = {"image": [{"bytes": photo(1), "path": "1.jpg"}] * 2, "text": ["one", "two"], "label": [1, 2]}
     plain = {"file_name": ["0.jpg", "1.jpg"], "text": ["one", "two"], "captions": [["a"], []]}
     made = []

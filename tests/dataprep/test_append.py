@@ -32,12 +32,12 @@ def test_new_inputs_come_in_new_shards_and_are_compared_with_the_old(tmp_path: P
     out = tmp_path / "C"
     first = photo_folder(tmp_path / "f", count=6)
     (first / "00005.jpg").write_bytes(photo(5, height=400, width=480))
-    rows = [{"file_name": f"{number:05d}.jpg", "text": f"picture {number}", "score": number} for number in range(6)]
+    rows = [{"file_name": f"{number:05d}.jpg", "text": f"image {number}", "score": number} for number in range(6)]
     write_folder(first, {}, rows=rows)
     before = prepare([str(first)], out=out, config=CONFIG)
     old = {name: digest for name, digest in digests(out).items() if name.startswith("00000")}
 
-    rows += [{"file_name": f"{number:05d}.jpg", "text": f"picture {number}", "score": number} for number in (8, 9)]
+    rows += [{"file_name": f"{number:05d}.jpg", "text": f"image {number}", "score": number} for number in (8, 9)]
     rows += [{"file_name": "same.jpg", "text": "again", "score": 0}, {"file_name": "near.jpg", "text": "near", "score": 1}]
     rows += [{"file_name": "bare.jpg", "text": "no score", "licence": "free"}]
     new = {"00008.jpg": photo(8), "00009.jpg": photo(9), "same.jpg": photo(3), "near.jpg": photo(5, height=200, width=240, quality=60)}
@@ -208,7 +208,7 @@ def test_sidecars_of_a_corpus_that_grows_say_nothing_of_new_samples_until_they_a
     ]
     assert [row["score"] for row in rows] == [0.5] * 6 + [None] * 5
     assert rows[0]["captions"] == ["new", next(row["caption"] for row in table_rows(out) if row["key"] == keys[0])]
-    assert sorted(row["captions"][0] for row in rows[6:]) == [f"picture {number:05d}.jpg" for number in range(50, 55)]
+    assert sorted(row["captions"][0] for row in rows[6:]) == [f"image {number:05d}.jpg" for number in range(50, 55)]
     assert [row["key"] for row in rows if row["takedown"]] == [keys[1]]
     assert "Scores and further numbers" in (out / "report.html").read_text()
     rule = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=128).size_rule

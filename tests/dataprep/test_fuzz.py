@@ -37,7 +37,7 @@ from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.images import DecodedImage, Rejection, encode_image, load_image, read_image
 from pipeline.images.headers import careful_size, quick_size
 from tests.dataprep.helpers import photo, write_folder
-from tests.dataprep.mutations import damaged, parquets, pictures, tables, tars
+from tests.dataprep.mutations import damaged, images, parquets, tables, tars
 
 MAX_PIXELS = 1 << 20
 RULES = Rules(images=ImageConfig(max_decode_pixels=MAX_PIXELS), captions=CaptionConfig(), filters=FilterConfig(), hashes=True)
@@ -45,28 +45,28 @@ MAX_MEMORY = 600 << 20  # bytes that a process may grow by, whatever it reads
 SOAK_SECONDS = 600
 
 
-def reads_pictures(data: bytes) -> None:
+def reads_images(data: bytes) -> None:
     """Decoded as a whole or rejected by name; what is decoded can be stored, and read as training does it; headers say the same size."""
-    picture = _picture(data)
+    image = _image(data)
     try:
         size = quick_size(_peek(data), length=len(data)) or careful_size(_peek(data), length=len(data))
     except Rejection:
         size = None
-    if picture is None:
+    if image is None:
         return
-    height, width = picture.pixels.shape[:2]
-    assert picture.pixels.dtype == np.uint8
-    assert picture.pixels.shape == (height, width, 3)
+    height, width = image.pixels.shape[:2]
+    assert image.pixels.dtype == np.uint8
+    assert image.pixels.shape == (height, width, 3)
     assert 0 < height * width <= MAX_PIXELS
     assert size == (height, width)
-    again = read_image(data if picture.clean else encode_image(picture.pixels, format="jpg"))
+    again = read_image(data if image.clean else encode_image(image.pixels, format="jpg"))
     assert again.clean
-    assert again.pixels.shape == picture.pixels.shape
+    assert again.pixels.shape == image.pixels.shape
     resize = (max(1, height // 2), max(1, width // 2))
     assert load_image(data, resize=resize, crop=resize).shape == (*resize, 3)
 
 
-def _picture(data: bytes) -> DecodedImage | None:
+def _image(data: bytes) -> DecodedImage | None:
     try:
         return read_image(data, max_decode_pixels=MAX_PIXELS)
     except Rejection as rejection:
@@ -87,7 +87,7 @@ def reads_source(name: str, *, spec: str) -> Callable[[bytes], None]:
 
     def read(data: bytes) -> None:
         with TemporaryDirectory() as temporary:
-            folder = write_folder(Path(temporary), {f"{number}.jpg": pictures()[0] for number in range(2)} | {name: data})
+            folder = write_folder(Path(temporary), {f"{number}.jpg": images()[0] for number in range(2)} | {name: data})
             before = sorted(os.listdir(folder))
             try:
                 [source] = open_sources([os.path.join(folder, spec)])
@@ -170,7 +170,7 @@ def prepares(files: list[bytes], tar: bytes, lines: bytes) -> None:
 
 # Target: what is tried, how often in `make test`, and on what.
 TARGETS: dict[str, tuple[Callable[..., None], int, tuple[st.SearchStrategy[Any], ...]]] = {
-    "pictures": (reads_pictures, 200, (damaged(pictures()),)),
+    "pictures": (reads_images, 200, (damaged(images()),)),
     "tars": (reads_source("t.tar", spec="t.tar"), 60, (damaged(tars()),)),
     "foreign tars": (indexes_tars, 60, (damaged(tars()),)),
     "metadata.jsonl": (reads_source("metadata.jsonl", spec=""), 30, (damaged(tables()),)),
@@ -181,7 +181,7 @@ TARGETS: dict[str, tuple[Callable[..., None], int, tuple[st.SearchStrategy[Any],
     "list.csv": (reads_source("list.csv", spec="list.csv"), 30, (damaged(tables()),)),
     "list.parquet": (reads_source("list.parquet", spec="list.parquet"), 40, (damaged(parquets()),)),
     "corpora": (reads_corpora, 40, (st.deferred(lambda: damaged((corpus()["000000.parquet"],))),)),
-    "all": (prepares, 2, (st.lists(damaged(pictures()), max_size=4), damaged(tars()), damaged(tables()))),
+    "all": (prepares, 2, (st.lists(damaged(images()), max_size=4), damaged(tars()), damaged(tables()))),
 }
 
 

@@ -70,7 +70,7 @@ def test_an_index_of_prepared_shards_plans_and_reads_as_they_do(tmp_path: Path) 
     data[end - scan : end] = bytes(scan)
     damaged.write_bytes(data)
     (problem,) = verify(tmp_path / "I").problems
-    assert f"{damaged}: {row['key']}: its picture cannot be read: damaged" in problem
+    assert f"{damaged}: {row['key']}: its image cannot be read: damaged" in problem
     damaged.write_bytes(data[:-2000])
     (problem,) = verify(tmp_path / "I").problems
     assert f"{damaged}: is not what 000001.parquet says" in problem

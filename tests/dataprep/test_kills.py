@@ -17,12 +17,12 @@ CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 100}, "dedup": 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A folder of more than one chunk and a tar, with pictures that are re-encoded, broken, alike and the same."""
+    """A folder of more than one chunk and a tar, with images that are re-encoded, broken, alike and the same."""
     folder = tmp_path_factory.mktemp("sources")
     files = {f"{number:05d}.jpg": photo(number % 1100, format="PNG" if number % 7 == 0 else "JPEG") for number in range(1150)}
     files |= {f"cut-{number}.jpg": photo(2000 + number)[:300] for number in range(9)}
     files |= {f"like-{number}.jpg": photo(number, height=80, width=96) for number in range(5)}
-    write_folder(folder / "set", files, rows=[{"file_name": name, "text": f"picture {name}"} for name in files])
+    write_folder(folder / "set", files, rows=[{"file_name": name, "text": f"image {name}"} for name in files])
     write_tar(
         folder / "t.tar", [member for number in range(60) for member in ((f"{number}.jpg", photo(3000 + number)), (f"{number}.txt", b"x"))]
     )

@@ -75,7 +75,7 @@ def test_the_layout_is_the_designs(tmp_path: Path) -> None:
     order = index.read(["path"]).column("path").to_pylist()
     assert sorted(order) != order  # shuffled
     for row in index.read().to_pylist():
-        assert member(out, row, "text").decode() == row["caption"] == f"picture {row['path']}"
+        assert member(out, row, "text").decode() == row["caption"] == f"image {row['path']}"
         assert member(out, row, "image") == (folder / row["path"]).read_bytes()
         record = json.loads(member(out, row, "json"))
         assert {name: record[name] for name in ("key", "url", "caption", "captions", "width", "height", "sha256")} == {
@@ -183,7 +183,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(1300):
         data = photo(number % 1250, format="PNG" if number % 10 == 0 else "JPEG")
         files[f"{number:05d}.jpg"] = data[: len(data) // 2] if number % 97 == 0 else data
-    return write_folder(folder, files, rows=[{"file_name": name, "text": f"picture {name}"} for name in files])
+    return write_folder(folder, files, rows=[{"file_name": name, "text": f"image {name}"} for name in files])
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +258,7 @@ def test_copies_of_a_folder_make_the_same_corpus(tmp_path: Path) -> None:
     assert digests(tmp_path / "C") == digests(tmp_path / "D")
 
 
-def test_a_decoder_that_takes_its_process_down_costs_one_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_takes_its_process_down_costs_one_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
         "import os, simplejpeg\n"

@@ -25,7 +25,7 @@ CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 500}})
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More than one chunk of inputs, few of which are pictures."""
+    """More than one chunk of inputs, few of which are images."""
     files = {f"{number:04d}.jpg": photo(number) if number % 8 == 0 else b"" for number in range(1100)}
     return write_folder(tmp_path_factory.mktemp("many"), files, rows=[{"file_name": name, "text": name} for name in files])
 
@@ -137,7 +137,7 @@ def test_memory_is_limited() -> None:
         assert list(pool.map(square, [3])) == [9]
 
 
-def test_a_picture_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
+def test_a_image_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
     blank = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(blank, "PNG", compress_level=0)
     files = {"large.png": blank.getvalue(), "a.jpg": photo(2), "b.jpg": photo(3)}

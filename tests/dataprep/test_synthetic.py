@@ -12,7 +12,7 @@ from dataprep.synthetic import (
     SHAPES,
     Figure,
     figures,
-    random_picture,
+    random_image,
     random_view,
     read_figure,
     read_speckles,
@@ -22,15 +22,15 @@ from dataprep.synthetic import (
 
 def test_what_is_drawn_is_read_back() -> None:
     for index in range(400):
-        image, figure = random_picture(seed=1, index=index)
-        assert read_figure(image) == figure, f"picture {index}"
+        image, figure = random_image(seed=1, index=index)
+        assert read_figure(image) == figure, f"image {index}"
 
 
 def test_it_is_read_back_through_noise_and_jpeg_like_blur() -> None:
     rng = np.random.default_rng(0)
     right = 0
     for index in range(200):
-        image, figure = random_picture(seed=2, index=index)
+        image, figure = random_image(seed=2, index=index)
         noisy = np.asarray(image, dtype=float) + rng.normal(0, 12, (image.height, image.width, 3))
         right += read_figure(Image.fromarray(noisy.clip(0, 255).astype(np.uint8))) == figure
     assert right >= 196
@@ -43,11 +43,11 @@ def test_what_shows_nothing_reads_as_nothing() -> None:
     assert read_figure(Image.fromarray(noise)).shape is None
 
 
-def test_pictures_follow_from_seed_and_index_and_keep_their_limits() -> None:
+def test_images_follow_from_seed_and_index_and_keep_their_limits() -> None:
     sizes = []
     for index in range(300):
-        image, figure = random_picture(seed=3, index=index)
-        assert random_picture(seed=3, index=index)[1] == figure
+        image, figure = random_image(seed=3, index=index)
+        assert random_image(seed=3, index=index)[1] == figure
         sizes.append(image.size)
     width, height = np.array(sizes).T
     assert min(width.min(), height.min()) >= 16
@@ -55,7 +55,7 @@ def test_pictures_follow_from_seed_and_index_and_keep_their_limits() -> None:
     assert (width / height).max() <= 3.1
     assert (height / width).max() <= 3.1
     assert len(set(sizes)) > 200
-    assert random_picture(seed=4, index=0)[0].tobytes() != random_picture(seed=3, index=0)[0].tobytes()
+    assert random_image(seed=4, index=0)[0].tobytes() != random_image(seed=3, index=0)[0].tobytes()
 
 
 def test_speckled_grounds_are_told_from_plain_ones_and_hide_few_figures() -> None:
@@ -68,7 +68,7 @@ def test_speckled_grounds_are_told_from_plain_ones_and_hide_few_figures() -> Non
             assert 0.6 < read_speckles(speckled, ground=str(figure.ground)) < 1.4
             assert read_speckles(random_view(figure, height=height, width=width, rng=rng), ground=str(figure.ground)) < 0.5
     assert right >= 0.93 * 3 * len(figures())
-    image, _ = random_picture(seed=1, index=0, speckled=True)
+    image, _ = random_image(seed=1, index=0, speckled=True)
     assert image.height % 4 == image.width % 4 == 0
     with pytest.raises(ValueError, match="has no ground"):
         read_speckles(Image.new("RGB", (8, 8)), ground="red")
@@ -82,7 +82,7 @@ def test_captions_name_the_figure() -> None:
 
 def test_the_corpus_is_an_image_folder(tmp_path: Path) -> None:
     write_corpus(tmp_path / "pictures", count=12, seed=0)
-    rows = [json.loads(line) for line in (tmp_path / "pictures/metadata.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "images/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     for row in rows:
         assert read_figure(Image.open(tmp_path / "pictures" / row["file_name"])).caption == row["text"]

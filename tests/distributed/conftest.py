@@ -12,7 +12,7 @@ from dataprep.synthetic import write_corpus
 
 @pytest.fixture(scope="session")
 def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures of the embedded corpus, prepared; only read by the tests."""
+    """40 images of the embedded corpus, prepared; only read by the tests."""
     folder = tmp_path_factory.mktemp("figures")
     write_corpus(folder / "source", count=40)
     prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())

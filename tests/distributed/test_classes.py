@@ -1,4 +1,4 @@
-"""Class training end to end: labelled pictures → shards with KEY.cls → two ZeRO-3 ranks → a model that draws classes."""
+"""Class training end to end: labelled images → shards with KEY.cls → two ZeRO-3 ranks → a model that draws classes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.distributed import jobs
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model
 
-PICTURES = 48
+IMAGES = 48
 CONFIG = """\
 condition: class
 plan: {max_tokens: 16, tokens_per_pack: 64, packs_per_step: 2}
@@ -34,19 +34,19 @@ log: {every: 1}
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures of classes 0 to 2, without captions. Shards made of shards: KEY.cls is written and read back."""
+    """Images of classes 0 to 2, without captions. Shards made of shards: KEY.cls is written and read back."""
     folder = tmp_path_factory.mktemp("labelled")
     rng = np.random.default_rng(0)
     (folder / "source").mkdir()
     rows = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         height, width = (int(side) for side in rng.integers(16, 49, 2))
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / "source" / f"{number}.png")
         rows.append({"file_name": f"{number}.png", "label": number % 3})
     (folder / "source" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     prepare([str(folder / "source")], out=folder / "first", config=PrepareConfig())
     counts = prepare([str(folder / "first" / "000000.tar")], out=folder / "corpus", config=PrepareConfig())
-    assert counts.kept == PICTURES
+    assert counts.kept == IMAGES
     return folder / "corpus"
 
 
@@ -64,7 +64,7 @@ def test_two_ranks_train_the_classes_of_the_corpus_and_none(corpus: Path, tmp_pa
     untrained = TransitionTransformer.from_official(spec.network)
     table, before = (net.state_dict()["y_embedder.embedding_table.weight"] for net in (network, untrained))
     moved = [not torch.equal(row, old) for row, old in zip(table, before, strict=True)]
-    assert moved == [True, True, True, False, False, True]  # three classes, two that no picture has, and none
+    assert moved == [True, True, True, False, False, True]  # three classes, two that no image has, and none
 
     asked = ["--class", "0", "--class", "4", "--size", "24x24,48x16", "--steps", "1,4", "--guidance", "2"]
     assert main(["sample", str(run), *asked, "--out", str(tmp_path / "s")]) == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from launch.demo import PICTURES, READ_ON, SIZES, STEPS
+from launch.demo import IMAGES, READ_ON, SIZES, STEPS
 from tests import REPOSITORY
 from tests.distributed import jobs
 
@@ -28,7 +28,7 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path) -> None:
     assert [row["steps"] for row in result["scores"]] == list(STEPS)
     assert all(0 <= row["all"] <= min(row["shape"], row["colours"]) <= 1 for row in result["scores"])
     assert result["fill"] > 0.9
-    assert json.loads((tmp_path / "demo" / "corpus" / "manifest.json").read_text())["totals"]["kept"] > 0.99 * PICTURES
+    assert json.loads((tmp_path / "demo" / "corpus" / "manifest.json").read_text())["totals"]["kept"] > 0.99 * IMAGES
     with Image.open(tmp_path / result["files"]["grid"]) as grid:
         assert grid.height > 2 * sum(height for height, _ in SIZES)
         assert len(grid.convert("RGB").getcolors(1 << 20) or []) > 1000

@@ -62,7 +62,7 @@ def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, 
     assert (broken / "model" / "model.safetensors").read_bytes() == (unbroken / "model" / "model.safetensors").read_bytes()
     assert (broken / "latest").read_text() == "step-000006\n"
 
-    pictures = tmp_path / "pictures"
+    images = tmp_path / "pictures"
     sizes = ["--size", "512x128,128x512,256x256", "--steps", "1"]
-    assert main(["sample", str(broken), "--prompt", "a photo of a hen", *sizes, "--out", str(pictures)]) == 0
-    assert {Image.open(path).size for path in pictures.glob("*.png") if path.name != "grid.png"} == {(512, 128), (128, 512), (256, 256)}
+    assert main(["sample", str(broken), "--prompt", "a photo of a hen", *sizes, "--out", str(images)]) == 0
+    assert {Image.open(path).size for path in images.glob("*.png") if path.name != "grid.png"} == {(512, 128), (128, 512), (256, 256)}

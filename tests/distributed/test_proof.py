@@ -30,7 +30,7 @@ def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_pa
     assert energy_distance(a, 0.5 * b) > 0.05
 
 
-def test_the_mean_of_all_pictures_of_a_prompt_has_the_colours_but_no_speckles() -> None:
+def test_the_mean_of_all_images_of_a_prompt_has_the_colours_but_no_speckles() -> None:
     rng, asked = np.random.default_rng(0), figures(["circle"])
 
     def views() -> list[Image.Image]:
@@ -54,7 +54,7 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
         trainer.train(load_config(RECIPE, overrides=overrides), quiet=True)
 
     monkeypatch.setattr(objective, "train", in_this_process)  # the demo's, which starts two interpreters each time
-    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0
+    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--images", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["scores"]) == list(OBJECTIVES)
     for name in OBJECTIVES:

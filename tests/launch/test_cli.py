@@ -74,14 +74,14 @@ def refused(done: Done, pattern: str) -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six captioned pictures and one that is not a picture."""
+    """Six captioned images and one that is not an image."""
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for number, (height, width) in enumerate([(32, 32), (32, 64), (64, 32), (48, 40), (64, 64), (40, 100)]):
         Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"picture number {number}")
+        (folder / f"{number}.txt").write_text(f"image number {number}")
     (folder / "broken.jpg").write_bytes(b"this is text")
-    (folder / "broken.txt").write_text("not a picture")
+    (folder / "broken.txt").write_text("not an image")
     return folder
 
 
@@ -203,7 +203,7 @@ def test_prepare_refuses_what_it_cannot_use(pictures: Path, tmp_path: Path, tim:
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
-def test_a_source_without_a_usable_picture_leaves_nothing_behind(pictures: Path, tmp_path: Path, tim: Tim) -> None:
+def test_a_source_without_a_usable_image_leaves_nothing_behind(pictures: Path, tmp_path: Path, tim: Tim) -> None:
     done = tim("prepare", pictures, "--out", tmp_path / "c", "filters.min_side=4096")
     assert done.code in (1, 2)
     assert done.err.splitlines()[-1].startswith("error: ")

@@ -42,13 +42,13 @@ class Sample:
     label: int | None = None
 
 
-def picture(height: int, width: int, *, seed: int) -> np.ndarray:
+def image(height: int, width: int, *, seed: int) -> np.ndarray:
     """A smooth colour gradient, different for every seed."""
     corners = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(corners).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def write_corpus(folder: Path, *, shards: Sequence[Sequence[Sample]], pictures: bool = True, name: str = "corpus") -> Corpus:
+def write_corpus(folder: Path, *, shards: Sequence[Sequence[Sample]], images: bool = True, name: str = "corpus") -> Corpus:
     """Write a corpus with JPEG tars, or with empty tars where only its tables count, and open it."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = {"format": 1, "name": name, "shards": [], "totals": {}, "rejected": {}, "notes": [], "config": {}, "config_hash": ""}
@@ -56,7 +56,7 @@ def write_corpus(folder: Path, *, shards: Sequence[Sequence[Sample]], pictures: 
         for number, samples in enumerate(shards):
             tar = folder / f"{number:06d}.tar"
             rows = [_row(sample, key=f"{number:06d}{i:04d}") for i, sample in enumerate(samples)]
-            tar.write_bytes(_tar(samples, rows=rows, seed=1000 * number) if pictures else b"")
+            tar.write_bytes(_tar(samples, rows=rows, seed=1000 * number) if images else b"")
             table = pa.Table.from_pylist(rows, schema=SCHEMA)
             pq.write_table(table, tar.with_suffix(".parquet"), compression="zstd")
             index.write_table(table)
@@ -76,21 +76,21 @@ def write_corpus(folder: Path, *, shards: Sequence[Sequence[Sample]], pictures: 
 
 
 def varied(count: int, *, seed: int) -> list[Sample]:
-    """Pictures of 16 to 79 pixels a side, with one to three captions each."""
+    """Images of 16 to 79 pixels a side, with one to three captions each."""
     sides = np.random.default_rng(seed).integers(16, 80, (count, 2)).tolist()
     return [Sample(height, width, tuple(f"caption {k} of {i}" for k in range(1 + i % 3)), i) for i, (height, width) in enumerate(sides)]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
-    """24 pictures of 16 to 79 pixels a side in two shards, with one to three captions each."""
+    """24 images of 16 to 79 pixels a side in two shards, with one to three captions each."""
     samples = varied(24, seed=0)
     return write_corpus(tmp_path / "corpus", shards=[samples[:14], samples[14:]])
 
 
 @pytest.fixture
 def damage() -> Callable[[Corpus, int, int], str]:
-    """Overwrite the middle of one picture in its tar, which keeps its length; gives back the sample's id."""
+    """Overwrite the middle of one image in its tar, which keeps its length; gives back the sample's id."""
 
     def overwrite(corpus: Corpus, shard: int, row: int) -> str:
         table = corpus.read(shard, columns=("key", "image_offset", "image_length")).slice(row, 1).to_pylist()[0]
@@ -124,7 +124,7 @@ def _tar(samples: Sequence[Sample], *, rows: Sequence[dict], seed: int) -> bytes
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, (sample, row) in enumerate(zip(samples, rows, strict=True)):
             jpeg = io.BytesIO()
-            Image.fromarray(picture(sample.height, sample.width, seed=seed + i)).save(jpeg, "JPEG", quality=95)
+            Image.fromarray(image(sample.height, sample.width, seed=seed + i)).save(jpeg, "JPEG", quality=95)
             text = {"key": row["key"], "caption": row["caption"], "captions": row["captions"]}
             members = {"image": ("jpg", jpeg.getvalue())}
             if sample.captions:

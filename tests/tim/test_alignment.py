@@ -72,7 +72,7 @@ def test_every_image_has_the_tokens_of_its_own_grid(teacher: alignment.Alignment
 
 
 def test_tokens_lie_where_their_patches_lie(teacher: alignment.AlignmentTeacher) -> None:
-    """Of two pictures that differ in one corner, that corner's token differs most."""
+    """Of two images that differ in one corner, that corner's token differs most."""
     for grid, corner in (((3, 5), (2, 4)), ((5, 2), (0, 1))):
         plain = torch.full((3, 16 * grid[0], 16 * grid[1]), 128, dtype=torch.uint8)
         marked = plain.clone()

@@ -1,4 +1,4 @@
-"""Codecs from tiny weights on disk: what diffusers makes of a picture is what the network sees, whatever is encoded beside it."""
+"""Codecs from tiny weights on disk: what diffusers makes of an image is what the network sees, whatever is encoded beside it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_latents_are_those_of_diffusers_scaled(kind: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("kind", ["kl", "dc-ae"])
-def test_large_pictures_go_through_in_tiles(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_go_through_in_tiles(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = codecs.make(kind, autoencoder(tmp_path, kind))
     smooth = torch.linspace(0, 255, 3 * 256).view(3, 1, 256).expand(3, 256, 256).to(torch.uint8)
     whole = codec.latents([smooth]).means[0]

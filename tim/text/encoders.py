@@ -280,7 +280,7 @@ def _transformers_tower(place: Location) -> tuple[torch.nn.Module, Callable[[Ten
     missing = sorted(name for name in said["missing_keys"] if "pooler" not in name)
     if missing:
         raise ValueError(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more: they are of another model than its config")
-    for part in ("text_model", "language_model"):  # of models that see pictures, too
+    for part in ("text_model", "language_model"):  # of models that see images, too
         network = getattr(network, part, network)
 
     def read(ids: Tensor, mask: Tensor) -> Tensor:

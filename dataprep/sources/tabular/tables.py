@@ -37,7 +37,7 @@ TEXTS, COLUMNAR = ("csv", "tsv", "jsonl", "ndjson", "json"), ("parquet", "arrow"
 COMPRESSIONS = ("zst", "gz")
 _DELIMITERS = {"csv": ",", "tsv": "\t", "psv": "|"}
 _PEEK = 1000  # rows that are looked at to learn the columns of JSON lines
-_BATCH, _BATCH_OF_PICTURES = 1024, 16  # rows
+_BATCH, _BATCH_OF_IMAGES = 1024, 16  # rows
 _BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
@@ -65,7 +65,7 @@ def kind_of_list(file: str) -> str | None:
 class Table:
     """A table at a path or URL.
 
-    `names` are its columns (of JSON, those of the first thousand rows), `pictures` those that hold bytes, alone or in the struct that
+    `names` are its columns (of JSON, those of the first thousand rows), `images` those that hold bytes, alone or in the struct that
     the datasets library writes, `count` its rows, if it says so. A table that cannot be opened has no columns, and a `problem`.
     `encoding`: of a text without a byte order mark, UTF-8 if empty.
     """
@@ -78,7 +78,7 @@ class Table:
         self.kind = kind
         self.encoding = encoding
         self.names: list[str] = []
-        self.pictures: list[str] = []
+        self.images: list[str] = []
         self.count: int | None = None
         self.problem = ""
         if kind not in COLUMNAR:
@@ -98,7 +98,7 @@ class Table:
             self.problem = one_line(error)
             return
         self.names = [str(name) for name in dict.fromkeys(schema.names)]
-        self.pictures = [field.name for field in schema if _holds_bytes(field.type)]
+        self.images = [field.name for field in schema if _holds_bytes(field.type)]
 
     def digest(self) -> str:
         """Of a text, its content; of a Parquet or Arrow file, its name, its size, and what lies at its end. Raises OSError."""
@@ -147,7 +147,7 @@ class Table:
 
     def _read_parquet(self, stream: BinaryIO, *, columns: list[str] | None) -> Iterator[Row]:
         file = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-        size = _BATCH_OF_PICTURES if self.pictures and not columns else _BATCH
+        size = _BATCH_OF_IMAGES if self.images and not columns else _BATCH
         number = 0
         for group in range(file.num_row_groups):
             end = number + file.metadata.row_group(group).num_rows
@@ -230,8 +230,8 @@ def _read_arrow(stream: BinaryIO) -> Iterator[Row]:
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    for place in range(0, batch.num_rows, _BATCH_OF_PICTURES):
-        part = batch.slice(place, _BATCH_OF_PICTURES)
+    for place in range(0, batch.num_rows, _BATCH_OF_IMAGES):
+        part = batch.slice(place, _BATCH_OF_IMAGES)
         try:
             yield from part.to_pylist()
         except (ValueError, pa.ArrowException):  # text that is no UTF-8, dates that are none: some row of these

@@ -20,7 +20,7 @@ def hash_of(data: bytes) -> int:
     return value
 
 
-def test_the_hash_survives_size_and_compression_and_tells_pictures_apart() -> None:
+def test_the_hash_survives_size_and_compression_and_tells_images_apart() -> None:
     original = Image.open(io.BytesIO(photo(1, height=400, width=480, quality=95)))
     copies = []
     for scale, quality in ((1.0, 60), (0.5, 90), (1.5, 80)):
@@ -34,7 +34,7 @@ def test_the_hash_survives_size_and_compression_and_tells_pictures_apart() -> No
     assert min((first ^ other).bit_count() for other in others) > 8
 
 
-def test_flat_pictures_and_gradients_have_no_hash() -> None:
+def test_flat_images_and_gradients_have_no_hash() -> None:
     ramp = np.tile(np.linspace(0, 255, 300).astype(np.uint8)[None, :, None], (200, 1, 3))
     for pixels in (np.full((50, 60, 3), 77, np.uint8), ramp, np.ascontiguousarray(ramp.transpose(1, 0, 2))):
         assert perceptual_hash(pixels) is None
@@ -71,7 +71,7 @@ def test_sorting_finds_what_comparing_all_pairs_finds(seed: int, fixed: int) -> 
     among = rng.random(len(hashes)) < 0.95
 
     kept: list[int] = []
-    fate: dict[int, int] = {}  # of a hash: the picture that its later ones are duplicates of
+    fate: dict[int, int] = {}  # of a hash: the image that its later ones are duplicates of
     expected = [-1] * len(hashes)
     for position in sorted(range(len(hashes)), key=lambda p: (p >= fixed, -pixels[p], -sizes[p], p)):
         value = hashes[position]
@@ -90,13 +90,13 @@ def test_sorting_finds_what_comparing_all_pairs_finds(seed: int, fixed: int) -> 
     assert sum(original >= 0 for original in expected) > 50
 
 
-def test_the_better_picture_stays() -> None:
+def test_the_better_image_stays() -> None:
     found = fingerprints([5, 5, 4, None], pixels=[10, 20, 20, 99], sizes=[9, 1, 2, 9])
     assert near_duplicates(found, among=np.ones(4, bool)).tolist() == [2, 2, -1, -1]
     assert near_duplicates(found, among=np.ones(4, bool), fixed=1).tolist() == [-1, 0, 0, -1]
 
 
-def test_a_crowd_of_equal_and_of_close_hashes_is_one_picture() -> None:
+def test_a_crowd_of_equal_and_of_close_hashes_is_one_image() -> None:
     crowd = [0x0F0F_F0F0_1234_5678] * 2000 + [0x0F0F_F0F0_1234_5678 ^ 1 << bit for bit in range(64)]
     found = near_duplicates(fingerprints(crowd, pixels=[1] * len(crowd), sizes=[1] * len(crowd)), among=np.ones(len(crowd), bool))
     assert found.tolist() == [-1] + [0] * (len(crowd) - 1)
@@ -107,7 +107,7 @@ def test_a_crowd_of_equal_and_of_close_hashes_is_one_picture() -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> tuple[Path, Path]:
-    """Two folders: the second has pictures of its own, copies of the first's, and a smaller and a larger version of two of them."""
+    """Two folders: the second has images of its own, copies of the first's, and a smaller and a larger version of two of them."""
     first = photo_folder(tmp_path / "first", count=6)
     files = {"own.jpg": photo(50), "copy.jpg": (first / "00001.jpg").read_bytes()}
     files |= {"small.jpg": photo(2, height=36, width=43), "large.jpg": photo(3, height=200, width=240)}
@@ -143,7 +143,7 @@ def test_against_a_corpus_what_is_there_stays(sources: tuple[Path, Path], tmp_pa
         prepare([str(second)], out=out, config=config)
 
 
-def test_an_exact_copy_of_a_dropped_picture_names_the_one_that_stayed(tmp_path: Path) -> None:
+def test_an_exact_copy_of_a_dropped_image_names_the_one_that_stayed(tmp_path: Path) -> None:
     files = {"a.jpg": photo(1), "b.jpg": photo(1), "large.jpg": photo(1, height=200, width=240)}
     folder = write_folder(tmp_path / "f", files, rows=[{"file_name": name, "text": name} for name in files])
     out = tmp_path / "C"

@@ -66,7 +66,7 @@ def test_sharpness_is_the_variance_of_the_laplacian() -> None:
     assert contrast(subject(np.full((50, 50, 3), 200, np.uint8))) == 0
 
 
-def test_blur_and_flatness_are_told_from_sharp_pictures_of_any_size() -> None:
+def test_blur_and_flatness_are_told_from_sharp_images_of_any_size() -> None:
     config = FilterConfig(min_sharpness=50, min_contrast=5)
     for side in (200, 3000):
         drawn = Image.fromarray(rough(25, 25)).resize((side, side), Image.Resampling.NEAREST)

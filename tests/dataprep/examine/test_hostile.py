@@ -22,7 +22,7 @@ from tests.dataprep.helpers import member, photo, row_of, table_rows, write_tar
 
 TARS = ("traversal", "cut_mid_member", "orphan_members", "duplicate_keys", "zero_length", "not_a_tar")
 TAR_INPUTS = 5 + 6 + 3 + 2 + 1 + 1
-# Pictures of the folder that a tar has, too, as they were before somebody took their colours.
+# Images of the folder that a tar has, too, as they were before somebody took their colours.
 ALIKE = {"gray.jpg": "cut_mid_member.tar/000003.jpg", "cmyk.jpg": "traversal.tar/000002.jpg"}
 
 
@@ -35,7 +35,7 @@ def hostile(shared: Path) -> Path:
 def corpus(
     request: pytest.FixtureRequest, hostile: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, InputCounts]:
-    """One run over the hostile folder, 440 good pictures and all broken tars."""
+    """One run over the hostile folder, 440 good images and all broken tars."""
     out = tmp_path_factory.mktemp("hostile") / "C"
     sources = [hostile, shared / "corpora/photos", shared / "corpora/sidecar", *(hostile / f"{tar}.tar" for tar in TARS)]
     config = PrepareConfig.model_validate({"dedup": {"near": request.param}, "shards": {"max_samples": 300}})
@@ -69,7 +69,7 @@ def test_every_row_ends_as_it_says(corpus: tuple[Path, InputCounts], hostile: Pa
 
 
 def test_every_broken_tar_ends_as_its_readme_says(corpus: tuple[Path, InputCounts]) -> None:
-    """What is kept when a tar stands alone may be the duplicate of another picture here."""
+    """What is kept when a tar stands alone may be the duplicate of another image here."""
     out, _ = corpus
     reasons = {"duplicate": "", "near-duplicate": ""}
     ends = {
@@ -99,13 +99,13 @@ def test_tars_in_the_folder_are_told_of(corpus: tuple[Path, InputCounts]) -> Non
     assert any("6 tar file(s) inside the folder" in note for note in corpus[1].notes)
 
 
-def test_kept_pictures_look_as_they_should(corpus: tuple[Path, InputCounts], hostile: Path) -> None:
+def test_kept_images_look_as_they_should(corpus: tuple[Path, InputCounts], hostile: Path) -> None:
     out, _ = corpus
 
     def stored(name: str) -> np.ndarray:
-        picture = read_image(member(out, row_of(out, name), "image"))
-        assert picture.clean
-        return picture.pixels.astype(int)
+        image = read_image(member(out, row_of(out, name), "image"))
+        assert image.clean
+        return image.pixels.astype(int)
 
     def seen(name: str, convert: str = "RGB") -> np.ndarray:
         return np.asarray(ImageOps.exif_transpose(Image.open(hostile / name)).convert(convert)).astype(int)

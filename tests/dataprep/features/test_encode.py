@@ -196,7 +196,7 @@ def test_other_settings_are_refused_with_what_differs(corpus: Corpus, models: di
             encoded(corpus, place, **settings)
 
 
-def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus, tmp_path: Path) -> None:
+def test_a_image_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus, tmp_path: Path) -> None:
     row = corpus.read(0, columns=("key", "image_offset", "image_length")).to_pylist()[2]
     with open(corpus.shards[0].path, "r+b") as tar:
         tar.seek(row["image_offset"])
@@ -214,7 +214,7 @@ def test_a_picture_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus
     assert [id for id, weight in weights.items() if not weight] == [bad]
 
 
-def test_a_decoder_that_takes_its_process_down_costs_one_picture(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_that_takes_its_process_down_costs_one_image(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
         "import os, simplejpeg\n"
@@ -308,7 +308,7 @@ def test_an_error_leaves_no_half_written_folder(
 
 
 def test_captions_that_are_cut_are_counted(tmp_path: Path, models: dict[str, Any]) -> None:
-    samples = [Sample(20, 20, ("a red picture", "a " * 20)), Sample(20, 20, ("the " * 11,)), Sample(20, 20, ("the " * 10,))]
+    samples = [Sample(20, 20, ("a red image", "a " * 20)), Sample(20, 20, ("the " * 11,)), Sample(20, 20, ("the " * 10,))]
     corpus = write_corpus(tmp_path / "corpus", shards=[samples])
     done = encoded(corpus, tmp_path / "features", text=models["text"])  # 12 tokens, two of them start and end
     assert (done.captions, done.cut) == (4, 2)

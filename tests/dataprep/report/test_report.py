@@ -34,14 +34,14 @@ HOSTILE = '</p><script>alert(1)</script><img src="https://example.org/x.png" one
 
 
 class Page(HTMLParser):
-    """A page's elements by class and name, its text, and its pictures; raises if elements are not closed in order."""
+    """A page's elements by class and name, its text, and its images; raises if elements are not closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
         self.attributes: list[tuple[str, str, str]] = []
         self.text = ""
-        self.pictures: list[Image.Image] = []
+        self.images: list[Image.Image] = []
         self._open: list[str] = []
         self.feed(text)
         self.close()
@@ -52,7 +52,7 @@ class Page(HTMLParser):
         self.attributes += [(tag, name, value or "") for name, value in attrs]
         if tag == "img":
             data = base64.b64decode(dict(attrs)["src"].removeprefix("data:image/jpeg;base64,"), validate=True)  # type: ignore[union-attr]
-            self.pictures.append(Image.open(io.BytesIO(data)))
+            self.images.append(Image.open(io.BytesIO(data)))
         if tag not in VOID:
             self._open.append(tag)
 
@@ -106,9 +106,9 @@ def test_it_shows_what_there_is(page: Page, corpus: Path) -> None:
         assert said in page.text or said == "looks like"
     assert manifest["rejected"] == {"aspect": 1, "duplicate": 1, "no-caption": 1, "damaged": 1}
     # 14 kept, the pair once more, and of the rejected those that could be decoded
-    assert len(page.pictures) == 14 + 2 + 2
-    assert all(max(picture.size) <= 160 for picture in page.pictures)
-    assert sorted(picture.size for picture in page.pictures).count((160, 8)) == 1  # thin.jpg
+    assert len(page.images) == 14 + 2 + 2
+    assert all(max(image.size) <= 160 for image in page.images)
+    assert sorted(image.size for image in page.images).count((160, 8)) == 1  # thin.jpg
     assert all(name in page.names for name in ("svg", "figure", "details", "table"))
     assert page.names["img"] == sum(1 for tag, name, _ in page.attributes if (tag, name) == ("img", "alt"))
 
@@ -148,7 +148,7 @@ def test_dropped_near_duplicates_are_shown_beside_what_stays(corpus: Path, tmp_p
     prepare([str(source)], out=tmp_path / "D", config=PrepareConfig.model_validate({"dedup": {"near": "drop"}}))
     census = compute_statistics(Corpus.open(tmp_path / "D"), manifest=read_manifest(tmp_path / "D"), plan=plan_of(32, max_tokens=1024))
     [(dropped, stays)] = census.lookalikes["near_duplicate_of"].pairs
-    assert Image.open(io.BytesIO(dropped.picture)).size == (160, 133)
+    assert Image.open(io.BytesIO(dropped.image)).size == (160, 133)
     assert stays is not None
     assert stays.path.endswith("large.jpg")
 
@@ -183,7 +183,7 @@ def test_what_came_later_is_in_it_and_what_was_taken_down_is_not_shown(corpus: P
     page = Page((tmp_path / "C/report.html").read_text("utf-8"))
     assert "beauty" in page.text
     assert all(f"anew-{place}-" in page.text for place in range(14))
-    assert len(page.pictures) == 14 + 2 + 2
+    assert len(page.images) == 14 + 2 + 2
 
     report([corpus, tmp_path / "C"], out=tmp_path / "compare.html", config=ReportConfig())
     drawn = (tmp_path / "compare.html").read_text("utf-8").partition("<figcaption>beauty</figcaption>")[2].partition("</figure>")[0]
@@ -196,17 +196,17 @@ def test_what_came_later_is_in_it_and_what_was_taken_down_is_not_shown(corpus: P
     assert [f"anew-{place}-" in after.text for place in range(14)] == [False] * 4 + [True] * 10
     assert after.text.count("taken down") >= 4
     assert "takedown 4" in after.text
-    assert len(after.pictures) < len(page.pictures) - 3
+    assert len(after.images) < len(page.images) - 3
 
 
 def test_an_index_has_one_too(corpus: Path, tmp_path: Path) -> None:
     shutil.copy(corpus / "000000.tar", tmp_path / "foreign.tar")
     index([str(tmp_path / "foreign.tar")], out=tmp_path / "I")
     report([tmp_path / "I"], out=tmp_path / "i.html", config=ReportConfig())
-    assert len(Page((tmp_path / "i.html").read_text("utf-8")).pictures) == 14
+    assert len(Page((tmp_path / "i.html").read_text("utf-8")).images) == 14
     (tmp_path / "foreign.tar").unlink()
     report([tmp_path / "I"], out=tmp_path / "j.html", config=ReportConfig())
-    assert not Page((tmp_path / "j.html").read_text("utf-8")).pictures
+    assert not Page((tmp_path / "j.html").read_text("utf-8")).images
 
 
 def test_it_stays_small_and_says_what_cannot_be_planned(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_it_stays_small_and_says_what_cannot_be_planned(tmp_path: Path) -> None:
     prepare([str(write_folder(tmp_path / "f", files, rows=rows))], out=tmp_path / "C", config=PrepareConfig())
     page = Page((tmp_path / "C/report.html").read_text("utf-8"))
     assert (tmp_path / "C/report.html").stat().st_size < 1_000_000
-    assert len(page.pictures) == 24
+    assert len(page.images) == 24
     assert "16 more columns of numbers are not drawn" in page.text
-    assert "no plan: all pictures together have 0 tokens" in page.text
+    assert "no plan: all images together have 0 tokens" in page.text
 
 
 def test_what_cannot_be_reported_is_told(tmp_path: Path, corpus: Path) -> None:

@@ -35,7 +35,7 @@ COUNT = 24
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures in three shards, with two captions and a url each, and one more that was rejected."""
+    """24 images in three shards, with two captions and a url each, and one more that was rejected."""
     files = {f"{number:03d}.jpg": photo(number) for number in range(COUNT)}
     rows: list[dict[str, Any]] = [
         {"file_name": name, "text": f"old {name}", "captions": [f"older {name}"], "url": f"http://x/{name}", "license": "unknown"}

@@ -39,11 +39,11 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 pictures in two shards, two of them alike but for their compression, and a large one."""
+    """12 images in two shards, two of them alike but for their compression, and a large one."""
     folder = photo_folder(tmp_path_factory.mktemp("source") / "set", count=10)
     files = {"again.jpg": photo(3, quality=60), "large.jpg": photo(77, height=300, width=420)}
     write_folder(folder, files)
-    lines = "".join(json.dumps({"file_name": name, "text": f"picture {name}"}) + "\n" for name in files)
+    lines = "".join(json.dumps({"file_name": name, "text": f"image {name}"}) + "\n" for name in files)
     (folder / "metadata.jsonl").write_text((folder / "metadata.jsonl").read_text() + lines)
     out = tmp_path_factory.mktemp("prepared") / "C"
     prepare([str(folder)], out=out, config=PrepareConfig.model_validate({"shards": {"max_samples": 7}}))
@@ -71,14 +71,14 @@ def reference(clip: Path, corpus: Path, texts: list[str]) -> tuple[dict[str, np.
 
     made: Any = open_clip.create_model_and_transforms(f"local-dir:{clip}")
     model, transform = made[0].eval(), made[2]
-    pictures = {}
+    images = {}
     for row in table_rows(corpus):
         (corpus.parent / "one.jpg").write_bytes(member(corpus, row, "image"))
         with torch.inference_mode(), Image.open(corpus.parent / "one.jpg") as image:
-            pictures[row["key"]] = model.encode_image(transform(image)[None], normalize=True)[0].numpy()
+            images[row["key"]] = model.encode_image(transform(image)[None], normalize=True)[0].numpy()
     with torch.inference_mode():
         read_texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{clip}")(texts), normalize=True).numpy()
-    return pictures, read_texts, float(model.logit_scale.detach().exp())
+    return images, read_texts, float(model.logit_scale.detach().exp())
 
 
 def head_file(path: Path) -> tuple[Path, torch.nn.Sequential]:
@@ -105,9 +105,9 @@ def test_scores_are_what_open_clip_says(clip: Path, corpus: Path, tmp_path: Path
 
     rows = read(corpus, "caption", "similarity", "aesthetic", "watermark", "embedding")
     keys = list(rows)
-    pictures, texts, scale = reference(clip, corpus, [*(rows[key]["caption"] for key in keys), "a watermark", "a logo", "a clean photo"])
+    images, texts, scale = reference(clip, corpus, [*(rows[key]["caption"] for key in keys), "a watermark", "a logo", "a clean photo"])
     for place, key in enumerate(keys):
-        picture = pictures[key]
+        picture = images[key]
         close = 2e-3 if row_of(corpus, "large.jpg")["key"] == key else 1e-4  # that one is decoded at a fraction of its size
         assert rows[key]["similarity"] == pytest.approx(float(picture @ texts[place]), abs=close)
         odds = np.exp(scale * picture @ texts[-3:].T)
@@ -155,7 +155,7 @@ def test_what_cannot_be_read_has_no_score(clip: Path, corpus: Path) -> None:
     assert [key for key, scored in read(corpus, "similarity").items() if scored["similarity"] is None] == [row["key"]]
 
 
-def test_semantic_duplicates_name_the_better_picture(clip: Path, corpus: Path, tmp_path: Path) -> None:
+def test_semantic_duplicates_name_the_better_image(clip: Path, corpus: Path, tmp_path: Path) -> None:
     done = score(corpus, config=settings(clip, duplicates=0.9999, embeddings=True))
     rows = read(corpus, "embedding", "semantic_duplicate_of", "width", "height", "image_length")
     order = sorted(rows, key=lambda key: (-rows[key]["width"] * rows[key]["height"], -rows[key]["image_length"], key))

@@ -21,7 +21,7 @@ from tests.dataprep.sources.hub_server import COMMIT, hub_server
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two splits, as `save_to_disk` leaves them; the pictures of one lie in files."""
+    """Two splits, as `save_to_disk` leaves them; the images of one lie in files."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
     folder = tmp_path_factory.mktemp("saved")
@@ -76,9 +76,9 @@ def test_streamed_from_a_hub(tmp_path: Path) -> None:
     parquet, tars = tmp_path / "parquet", tmp_path / "tars"
     (parquet / "data").mkdir(parents=True)
     tars.mkdir()
-    pictures = [{"bytes": photo(number), "path": f"{number}.jpg"} for number in range(3)]
-    pictures.append({"bytes": None, "path": "/etc/hostname"})  # what a stranger's data set must not reach
-    table = pa.table({"image": pictures, "text": [f"no {number}" for number in range(4)]})
+    images = [{"bytes": photo(number), "path": f"{number}.jpg"} for number in range(3)]
+    images.append({"bytes": None, "path": "/etc/hostname"})  # what a stranger's data set must not reach
+    table = pa.table({"image": images, "text": [f"no {number}" for number in range(4)]})
     features = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
     info = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(info), parquet / "data/train-00000-of-00001.parquet")

@@ -1,4 +1,4 @@
-"""Image folders: metadata tables of every kind, files beside the pictures, folder names as classes, and folders behind URLs."""
+"""Image folders: metadata tables of every kind, files beside the images, folder names as classes, and folders behind URLs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_columns_of_metadata_can_be_said(tmp_path: Path) -> None:
     assert (sample.captions, sample.extra) == (("long and new",), {"text": "short"})
 
 
-def test_files_beside_the_pictures(tmp_path: Path) -> None:
+def test_files_beside_the_images(tmp_path: Path) -> None:
     record = {"caption": "from json", "captions": ["another"], "label": 4, "score": 2}
     files = {
         "a.jpg": b"1",
@@ -172,7 +172,7 @@ def test_what_is_not_read_is_counted_by_extension(tmp_path: Path) -> None:
     notes = source_of(tmp_path / "f").notes()
     assert notes[0].endswith("and 7 of 7 other kind(s)")
     assert "and 6 more; unpack" in notes[1]
-    with pytest.raises(ValueError, match=r"no pictures, no shards and no lists in this folder; not read: 1 \.svg"):
+    with pytest.raises(ValueError, match=r"no images, no shards and no lists in this folder; not read: 1 \.svg"):
         open_sources([str(write_folder(tmp_path / "none", {"a.svg": b""}))])
 
 
@@ -248,8 +248,8 @@ def test_folders_of_users(shared: Path, tmp_path: Path) -> None:
     for name, count in (("upper", 3), ("dbl", 3), ("gdl", 3)):
         assert [bool(sample.captions) for sample in samples_of(users / "07-sidecar-names" / name)] == [True] * count
     (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures/linked").symlink_to(users / "08-linked-folder/elsewhere/x")
-    (tmp_path / "pictures/own").symlink_to(users / "08-linked-folder/pictures/own")
+    (tmp_path / "images/linked").symlink_to(users / "08-linked-folder/elsewhere/x")
+    (tmp_path / "images/own").symlink_to(users / "08-linked-folder/images/own")
     assert len(samples_of(tmp_path / "pictures")) == 5
     unseen = users / "11-files-unseen"
     told = {}

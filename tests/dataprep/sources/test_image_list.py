@@ -1,4 +1,4 @@
-"""Lists of pictures: which columns are read, where paths start from, what may be named, and what becomes of rows that are none."""
+"""Lists of images: which columns are read, where paths start from, what may be named, and what becomes of rows that are none."""
 
 from __future__ import annotations
 
@@ -190,9 +190,9 @@ def test_values_that_json_has_no_word_for(tmp_path: Path) -> None:
     assert sample.extra == {"when": "2020-01-02T00:00:00", "price": 1.5, "nan": None, "in": {"a": [1], "b": None}}
 
 
-def test_pictures_in_tables_go_the_whole_way(tmp_path: Path) -> None:
-    pictures = [photo(1), photo(2, format="PNG"), photo(3), b"", b"no picture"]
-    rows = [{"image": {"bytes": data, "path": f"{number}.jpg"}, "text": f"number {number}"} for number, data in enumerate(pictures)]
+def test_images_in_tables_go_the_whole_way(tmp_path: Path) -> None:
+    images = [photo(1), photo(2, format="PNG"), photo(3), b"", b"no image"]
+    rows = [{"image": {"bytes": data, "path": f"{number}.jpg"}, "text": f"number {number}"} for number, data in enumerate(images)]
     (tmp_path / "some.parquet").write_bytes(parquet_of(rows))
     (tmp_path / "more.arrow").write_bytes(arrow_of([{"jpg": photo(4), "caption": "number 4"}]))
     sources = [str(tmp_path / "some.parquet"), str(tmp_path / "more.arrow")]
@@ -201,7 +201,7 @@ def test_pictures_in_tables_go_the_whole_way(tmp_path: Path) -> None:
         assert (counts.kept, counts.rejected) == (4, {"missing": 1, "not-an-image": 1})
     assert digests(tmp_path / "C") == digests(tmp_path / "D")
     first, last = row_of(tmp_path / "C", "some.parquet:1"), row_of(tmp_path / "C", "more.arrow:1")
-    assert [member(tmp_path / "C", row, "image") for row in (first, last)] == [pictures[0], photo(4)]
+    assert [member(tmp_path / "C", row, "image") for row in (first, last)] == [images[0], photo(4)]
     assert (first["caption"], first["image_path"], last["caption"]) == ("number 0", "0.jpg", "number 4")
 
 
@@ -211,7 +211,7 @@ def test_the_datasets_librarys_parquet(shared: Path) -> None:
     assert all(sample.data and sample.captions and not sample.reason for sample in samples)
 
 
-def test_pictures_behind_urls_are_fetched_once(tmp_path: Path) -> None:
+def test_images_behind_urls_are_fetched_once(tmp_path: Path) -> None:
     names = [f"{number}.jpg" for number in range(20)]
     write_folder(tmp_path / "web", {name: photo(number) for number, name in enumerate(names)})
     with range_server(tmp_path / "web") as server:
@@ -224,7 +224,7 @@ def test_pictures_behind_urls_are_fetched_once(tmp_path: Path) -> None:
         assert (member(tmp_path / "C", row, "image"), row["url"]) == (photo(3), f"{server.url}/3.jpg")
 
 
-def test_a_picture_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(
         tmp_path,
         {
@@ -244,7 +244,7 @@ def test_a_picture_that_takes_its_downloader_down_costs_itself_alone(tmp_path: P
 
 
 def test_long_lists_take_no_memory(tmp_path: Path) -> None:
-    rows = [{"path": f"{number}.jpg", "text": f"picture {number}", "score": number / 7} for number in range(10_000)]
+    rows = [{"path": f"{number}.jpg", "text": f"image {number}", "score": number / 7} for number in range(10_000)]
     (tmp_path / "list.jsonl.zst").write_bytes(zstandard.compress(jsonl_of(rows)))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet", row_group_size=2500)
     for name in ("list.jsonl.zst", "list.parquet"):
@@ -257,7 +257,7 @@ def test_long_lists_take_no_memory(tmp_path: Path) -> None:
             tracemalloc.stop()
 
 
-def test_a_list_and_its_pictures_behind_a_url(tmp_path: Path) -> None:
+def test_a_list_and_its_images_behind_a_url(tmp_path: Path) -> None:
     write_folder(tmp_path / "web", {"set/a.jpg": photo(1), "set/b.jpg": photo(2), "set/list.csv": b"path,text\na.jpg,one\nb.jpg,two\n"})
     with range_server(tmp_path / "web") as server:
         counts = prepare([f"{server.url}/set/list.csv"], out=tmp_path / "C", config=PrepareConfig())

@@ -57,8 +57,8 @@ def test_metadata_rows_in_their_order(tmp_path: Path) -> None:
     assert (samples[0].label, samples[1].label) == (3, 7)
     assert samples[0].extra == {"score": 0.5, "source_source": "web"}
     assert {sample.source for sample in samples} == {"pictures"}
-    assert any(note.startswith("pictures: 1 image(s) not listed") for note in notes)
-    assert any(note.startswith("pictures: 1 tar file(s)") for note in notes)
+    assert any(note.startswith("images: 1 image(s) not listed") for note in notes)
+    assert any(note.startswith("images: 1 tar file(s)") for note in notes)
 
 
 def test_metadata_of_a_subfolder_speaks_for_it_alone(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_img2datasets_table_speaks_for_what_the_tar_leaves_unsaid(tmp_path: Path
         {"similarity": 0.25, "url": "http://x/1"},
         {},
     ]
-    assert notes == ["00000: 1 row(s) of img2dataset's tables have no picture: their download had failed"]
+    assert notes == ["00000: 1 row(s) of img2dataset's tables have no image: their download had failed"]
 
 
 def test_captions_of_shards_can_be_said(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_sizes_come_from_headers_upright(tmp_path: Path) -> None:
     turned[0x0112] = 6
     Image.new("RGB", (64, 32)).save(tmp_path / "a.jpg", exif=turned)
     Image.new("RGB", (100, 50)).save(tmp_path / "b.png")
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     assert sorted(grids_of([tmp_path], max_tokens=1024)) == [(3, 6), (4, 2)]
     assert sorted(grids_of([tmp_path, tmp_path], max_tokens=1024)) == [(3, 6), (3, 6), (4, 2), (4, 2)]
     assert len(grids_of([], max_tokens=1024)) == 400
@@ -79,10 +79,10 @@ def test_index(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(*found["indexed_per_second"].values(), found["50,000_rows"]["seconds_to_first_step"]) > 0
 
 
-def test_a_folder_without_pictures_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_images_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "step", str(tmp_path)])
-    assert "no pictures: give a corpus or a folder of pictures" in capsys.readouterr().err
+    assert "no images: give a corpus or a folder of images" in capsys.readouterr().err
 
 
 def test_plan(capsys: pytest.CaptureFixture[str]) -> None:

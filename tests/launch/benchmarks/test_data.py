@@ -18,13 +18,13 @@ def test_the_loader_is_measured_and_others_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(data, "PIXELS_PER_STEP", 64 * 64**2)
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     for i in range(8):
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(pictures / f"{i}.jpg")
-    Image.new("RGB", (80, 80)).save(pictures / "left-out.png")
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (80, 100, 3), dtype=np.uint8)).save(images / f"{i}.jpg")
+    Image.new("RGB", (80, 80)).save(images / "left-out.png")
     options = ["--max-side", "64", "--workers", "1", "--seconds", "0.2", "--repeats", "1"]
-    assert main(["bench", "data", str(pictures), "--out", str(tmp_path / "out"), *options, "--json"]) == 0
+    assert main(["bench", "data", str(images), "--out", str(tmp_path / "out"), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures"], found["max_side"], found["workers"]) == (8, 64, 1)
     for what in ("images_per_second", "images_per_cpu_second"):
@@ -32,7 +32,7 @@ def test_the_loader_is_measured_and_others_are_named(
         assert min(found[what].values()) > 0
     assert found["gigabytes_read_per_cpu_second"] > 0
     assert set(found["not_measured"]) == set(peers.LOADERS)
-    settings = {"tars": tmp_path / "out/pictures-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
+    settings = {"tars": tmp_path / "out/images-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
     assert data.peer_rates(Path(sys.executable), "webdataset", settings)["images_per_cpu_second"] > 0
     with pytest.raises(ChildProcessError, match="No module named"):
         data.peer_rates(Path(sys.executable), "megatron-energon", settings)
@@ -41,4 +41,4 @@ def test_the_loader_is_measured_and_others_are_named(
 def test_a_folder_without_jpegs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "data", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "no JPEGs: give a folder of pictures" in capsys.readouterr().err
+    assert "no JPEGs: give a folder of images" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`tim bench prepare`: that it measures, everybody on the same pictures, and says what it could not compare with."""
+"""`tim bench prepare`: that it measures, everybody on the same images, and says what it could not compare with."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from launch.cli import main
 from tests.dataprep.helpers import photo, write_folder
 
 
-def test_everybody_keeps_the_same_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_everybody_keeps_the_same_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {f"{number}.jpg": photo(number) for number in range(4)} | {"thin.png": photo(9, height=8, width=90, format="PNG")}
-    folder = write_folder(tmp_path / "pictures", {**files, "note.txt": b"no picture"})
+    folder = write_folder(tmp_path / "pictures", {**files, "note.txt": b"no image"})
     assert main(["bench", "prepare", str(folder), "--out", str(tmp_path / "out"), "--copies", "2", "--workers", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["pictures"], found["workers"]) == (10, 1)
@@ -25,7 +25,7 @@ def test_everybody_keeps_the_same_pictures(tmp_path: Path, capsys: pytest.Captur
     assert all("--install does it" in why for why in found["not_measured"].values())
 
 
-def test_folders_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", "prepare", str(tmp_path), "--out", str(tmp_path / "out")])
-    assert "no pictures: give folders of them" in capsys.readouterr().err
+    assert "no images: give folders of them" in capsys.readouterr().err

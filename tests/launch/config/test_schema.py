@@ -198,7 +198,7 @@ def test_a_class_model_takes_no_captions(good: Path) -> None:
     for override, message in {
         "network.params.cap_feat_dim=8": r"cap_feat_dim: 8 given, which is for condition: text, not class",
         "text.caption_dropout=0.5": "text: condition: class reads no captions",
-        "network.params.class_dropout_prob=0": r"objective\.guidance: needs pictures without a class.*network\.params\.class",
+        "network.params.class_dropout_prob=0": r"objective\.guidance: needs images without a class.*network\.params\.class",
     }.items():
         with pytest.raises(ConfigError, match=message):
             load_config(good, overrides=["condition=class", "objective.guidance={}", override])

@@ -9,20 +9,20 @@ from PIL import Image
 from launch.sampling.image_grid import LARGEST_GRID, SMALL, grid
 
 
-def pixels_of(picture: Image.Image, colour: str) -> int:
+def pixels_of(image: Image.Image, colour: str) -> int:
     wanted = np.asarray(Image.new("RGB", (1, 1), colour))
-    return int((np.asarray(picture) == wanted).all(axis=2).sum())
+    return int((np.asarray(image) == wanted).all(axis=2).sum())
 
 
-def test_every_picture_of_any_size_is_shown_whole() -> None:
+def test_every_image_of_any_size_is_shown_whole() -> None:
     sizes = {"red": (200, 300), "blue": (400, 100), "lime": (160, 160), "magenta": (48, 500)}
     red, blue, lime, magenta = (Image.new("RGB", size, colour) for colour, size in sizes.items())
-    picture = grid([[red, blue], [lime, magenta]], row_labels=["a row × 2", "another\nwith two lines"], column_labels=["1 step", "2 steps"])
+    image = grid([[red, blue], [lime, magenta]], row_labels=["a row × 2", "another\nwith two lines"], column_labels=["1 step", "2 steps"])
     for colour, (width, height) in sizes.items():
-        assert pixels_of(picture, colour) == width * height
+        assert pixels_of(image, colour) == width * height
 
 
-def test_small_pictures_are_enlarged_and_huge_grids_reduced() -> None:
+def test_small_images_are_enlarged_and_huge_grids_reduced() -> None:
     tiny = grid([[Image.new("RGB", (32, 16), "red")]], row_labels=["r"], column_labels=["c"])
     assert pixels_of(tiny, "red") == (SMALL // 32) ** 2 * 32 * 16
     wide = grid([[Image.new("RGB", (4096, 64), "red")] * 4], row_labels=["r"], column_labels=list("abcd"))

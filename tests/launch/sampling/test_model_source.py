@@ -125,12 +125,12 @@ def test_a_model_folder_with_its_models_is_moved(latents: Path, tmp_path: Path) 
     export(latents, out=tmp_path / "model", with_models=True)
     said = json.loads((tmp_path / "model" / "config.json").read_text())
     assert (said["codec"]["path"], said["text"]["path"]) == ("codec", "text_encoder")
-    before = opened(tmp_path / "model")("a red picture", **SIZE)[0]
+    before = opened(tmp_path / "model")("a red image", **SIZE)[0]
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "model").rename(tmp_path / "elsewhere" / "m")
     shutil.rmtree(tmp_path / "models")
-    assert opened(tmp_path / "elsewhere" / "m")("a red picture", **SIZE)[0].tobytes() == before.tobytes()
-    again = Generator.from_pretrained(tmp_path / "elsewhere" / "m")("a red picture", **SIZE)[0]
+    assert opened(tmp_path / "elsewhere" / "m")("a red image", **SIZE)[0].tobytes() == before.tobytes()
+    again = Generator.from_pretrained(tmp_path / "elsewhere" / "m")("a red image", **SIZE)[0]
     assert again.tobytes() == before.tobytes()
     with pytest.raises(ValueError, match="--with-models: the published code takes"):
         export(latents, out=tmp_path / "official", official=True, with_models=True)
@@ -152,7 +152,7 @@ def test_a_run_with_models_inside_is_moved(alone: Ranks, tmp_path: Path) -> None
 def test_models_in_other_places_are_named(latents: Path, tim: Tim, tmp_path: Path) -> None:
     export(latents, out=latents / "model")
     shutil.move(tmp_path / "models", tmp_path / "others")
-    sample = ["sample", latents, "--prompt", "a red picture", "--size", "32x32", "--steps", 1, "--out", tmp_path / "s"]
+    sample = ["sample", latents, "--prompt", "a red image", "--size", "32x32", "--steps", 1, "--out", tmp_path / "s"]
     refused_after_remarks(tim(*sample), r"models/vae: no such folder.*\(--codec, --text and --tokenizer say where these models are\)")
     assert not (tmp_path / "s").exists()
     refused_after_remarks(tim(*sample, "--codec", tmp_path / "others" / "vae"), r"models/bert: no such folder.*--text and --tokenizer")

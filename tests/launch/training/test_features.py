@@ -1,4 +1,4 @@
-"""Training from features is training from pictures."""
+"""Training from features is training from images."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENCODER = {"kind": "lookup", "width": 16, "max_tokens": 77, "precision": "fp32"}
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    samples = [Sample(20 + 7 * i, 60 - 4 * i, (f"number {i}", f"the {i}th picture")[: 1 + i % 2]) for i in range(6)]
+    samples = [Sample(20 + 7 * i, 60 - 4 * i, (f"number {i}", f"the {i}th image")[: 1 + i % 2]) for i in range(6)]
     corpus = write_corpus(tmp_path / "corpus", shards=[samples])
     path = tmp_path / "run.yaml"
     path.write_text(CONFIG.replace("CORPUS", str(corpus.path)).replace("FEATURES", str(tmp_path / "features")))
@@ -78,13 +78,13 @@ def trained(config: Config, alone: Ranks) -> tuple[list[tuple[float, ...]], dict
         return [(*measure.raw, measure.grad_norm) for measure in measures], weights
 
 
-def test_a_run_from_features_is_the_run_from_pictures(config: Path, tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_from_features_is_the_run_from_images(config: Path, tmp_path: Path, alone: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """From float32 features to the last bit; from float16 closely."""
     corpus = Corpus.open(tmp_path / "corpus")
     encode(corpus, tmp_path / "features", config, dtype=torch.float32)
     encode(corpus, tmp_path / "half", config, dtype=torch.float16)
     expected, weights = trained(load_config(config, overrides=[f"corpus={corpus.path}"]), alone)
-    Path(corpus.shards[0].path).write_bytes(bytes(corpus.shards[0].bytes))  # nobody looks at the pictures any more,
+    Path(corpus.shards[0].path).write_bytes(bytes(corpus.shards[0].bytes))  # nobody looks at the images any more,
     monkeypatch.setattr(codecs, "make", None)  # nor runs a codec
     monkeypatch.setattr(encoders, "make", None)  # or a text encoder
     found, same = trained(load_config(config), alone)
@@ -153,7 +153,7 @@ def test_real_models_beforehand_are_real_models_in_the_step(
     drawn: list[torch.Tensor] = []
     decode = generator.codec.decode
     monkeypatch.setattr(generator.codec, "decode", lambda latents: decode([drawn.append(latent) or latent for latent in latents]))
-    [image] = generator("a red picture", height=16, width=24, steps=2)
+    [image] = generator("a red image", height=16, width=24, steps=2)
     [pixels] = codecs.make("kl", tmp_path / "kl").decode(drawn)
     assert drawn[0].shape == (6, 8, 12)
     assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())

@@ -36,7 +36,7 @@ train: {{steps: 100}}
 def config(tmp_path: Path) -> Path:
     for name, width, count in (("photos", 256, 40), ("art", 128, 30)):
         samples = [Sample(128, width, ("a", "b"))] * count + [Sample(128, 100, ("a",))] * 3
-        write_corpus(tmp_path / name, shards=[samples], pictures=False, name=name)
+        write_corpus(tmp_path / name, shards=[samples], images=False, name=name)
     pq.write_table(pa.table({"key": ["0000000001", "0000000002"]}), tmp_path / "keys.parquet")
     (tmp_path / "run.yaml").write_text(CONFIG.format(folder=tmp_path))
     return tmp_path / "run.yaml"

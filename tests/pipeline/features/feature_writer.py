@@ -34,7 +34,7 @@ def write_features(
     flipped: bool = False,
     zstd: bool = False,
 ) -> Path:
-    """Encode all samples of a corpus whose pictures lie in its own folder."""
+    """Encode all samples of a corpus whose images lie in its own folder."""
     folder.mkdir()
     shards = []
     for number, shard in enumerate(corpus.shards):

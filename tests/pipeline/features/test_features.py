@@ -1,4 +1,4 @@
-"""Latents and text features take the place of pictures and captions, and nothing else changes."""
+"""Latents and text features take the place of images and captions, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_what_features_lack_is_read_from_the_corpus(small: Corpus, encode: Calla
 
 
 def test_two_sizes_are_one_latent_only_if_they_show_the_same(small: Corpus, encode: Callable[..., Path]) -> None:
-    """Two limits may give a picture the same sides, but cut out of it scaled otherwise."""
+    """Two limits may give an image the same sides, but cut out of it scaled otherwise."""
     rules = [SizeRule(stride=8, max_tokens=tokens) for tokens in (24, 25, 26, 28, 30, 36)]
     folder = encode(rules=rules)
     for rule in rules:

@@ -1,4 +1,4 @@
-"""Sizes from headers are those of the decoded, upright picture."""
+"""Sizes from headers are those of the decoded, upright image."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TURNED["png by xmp"] = _png[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0"
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_plain_pictures_are_measured_by_their_bytes_alone(name: str) -> None:
+def test_plain_images_are_measured_by_their_bytes_alone(name: str) -> None:
     assert sizes(PLAIN[name]) == ((20, 30), (20, 30))
     assert read_image(PLAIN[name]).pixels.shape[:2] == (20, 30)
 

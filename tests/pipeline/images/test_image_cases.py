@@ -66,11 +66,11 @@ def test_rejected_by_name(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", KEPT)
 def test_kept_with_its_colours(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
-    picture = read_image(data)
+    image = read_image(data)
     height, width, mean = KEPT[name]
-    assert picture.pixels.shape == (height, width, 3)
-    assert abs(float(picture.pixels.mean()) - mean) < 2
-    assert not picture.clean  # none of them is shown alike by every reader
+    assert image.pixels.shape == (height, width, 3)
+    assert abs(float(image.pixels.mean()) - mean) < 2
+    assert not image.clean  # none of them is shown alike by every reader
     size = (max(1, height // 8), max(1, width // 8))
     assert load_image(data, resize=size, crop=size).shape == (*size, 3)
 

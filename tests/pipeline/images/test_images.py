@@ -18,7 +18,7 @@ HEIGHT, WIDTH = 48, 64
 
 
 def scene(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """A smooth picture whose four corners differ, so that no turn or flip maps it on itself."""
+    """A smooth image whose four corners differ, so that no turn or flip maps it on itself."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     return (np.stack([x, y, (x + y) / 2], axis=-1) * 200 + 20).astype(np.uint8)
 
@@ -77,7 +77,7 @@ def test_every_exif_orientation_ends_upright(format: str, orientation: int) -> N
     assert picture.clean == (format == "JPEG" and orientation == 1)
 
 
-def test_broken_exif_does_not_cost_the_picture() -> None:
+def test_broken_exif_does_not_cost_the_image() -> None:
     data = save(Image.fromarray(scene()), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert read_image(data).pixels.shape == (HEIGHT, WIDTH, 3)
 
@@ -104,7 +104,7 @@ def test_a_broken_profile_is_ignored() -> None:
     assert far(picture.pixels, scene()) < 3
 
 
-def test_an_rgb_profile_on_a_gray_picture_is_used() -> None:
+def test_an_rgb_profile_on_a_gray_image_is_used() -> None:
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     gray = Image.fromarray(scene()).convert("L")
     picture = read_image(save(gray, "JPEG", quality=95, icc_profile=srgb))
@@ -194,7 +194,7 @@ def test_the_rarer_formats_are_read(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["AVIF", "HEIF"])
-def test_pictures_of_phones_end_upright_and_on_white(format: str) -> None:
+def test_images_of_phones_end_upright_and_on_white(format: str) -> None:
     if format == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
@@ -258,7 +258,7 @@ def test_a_few_bytes_that_claim_to_be_a_hundred_megapixels_are_not_decoded() -> 
     claim = bytearray(save(Image.new("RGB", (16, 16)), "WEBP", lossless=True))
     claim[21:25] = ((side - 1) | (side - 1) << 14).to_bytes(4, "little")
     assert reason_of(bytes(claim)) == "too-large"
-    read_image(save(Image.new("RGB", (2000, 2000)), "WEBP", lossless=True))  # flat pictures of common sizes are fine
+    read_image(save(Image.new("RGB", (2000, 2000)), "WEBP", lossless=True))  # flat images of common sizes are fine
 
 
 def test_pillows_own_limit_is_left_as_it_was() -> None:
@@ -319,7 +319,7 @@ def test_loading_applies_what_reading_applies() -> None:
 @pytest.mark.parametrize("max_pixels", [256**2, 1024**2])
 @pytest.mark.parametrize("corpus", ["photos", "hires"])
 def test_loading_is_within_38_db_of_a_full_decode_and_pillows_resizing(shared: Path, corpus: str, max_pixels: int) -> None:
-    """Pictures of every size, at sides that no power of two divides, whatever the decoder skips."""
+    """Images of every size, at sides that no power of two divides, whatever the decoder skips."""
     files = sorted((shared / "corpora" / corpus).glob("*.[jJ]*G" if corpus == "photos" else "*.jpg"))
     for file in files[:: len(files) // 4]:
         data = file.read_bytes()
@@ -336,8 +336,8 @@ def test_loading_is_within_38_db_of_a_full_decode_and_pillows_resizing(shared: P
 
 @pytest.mark.parametrize("shape", [(401, 603), (399, 605), (163, 229)])
 @pytest.mark.parametrize("ratio", [1.3, 1.7, 2.1, 2.9, 4.2, 9.0])
-def test_every_shrink_leaves_the_picture_where_it_is(shape: tuple[int, int], ratio: float) -> None:
-    """A ramp shows any shift: a pixel that the decoder rounds up must not stretch the picture."""
+def test_every_shrink_leaves_the_image_where_it_is(shape: tuple[int, int], ratio: float) -> None:
+    """A ramp shows any shift: a pixel that the decoder rounds up must not stretch the image."""
     height, width = shape
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width]).reshape(2, 1, 1)
     data = save(Image.fromarray((np.stack([x, y, 1 - x], axis=-1) * 255).astype(np.uint8)), "JPEG", quality=98)

@@ -12,16 +12,16 @@ from dataprep.prepare import PrepareConfig, prepare
 from pipeline.corpus.corpus import Corpus
 from pipeline.loading.loader import Loader
 from pipeline.planning.planner import PlanConfig, Planner
-from tests.pipeline.conftest import picture
+from tests.pipeline.conftest import image
 
 
-def test_prepared_pictures_are_planned_and_read(tmp_path: Path) -> None:
+def test_prepared_images_are_planned_and_read(tmp_path: Path) -> None:
     source = tmp_path / "pictures"
     source.mkdir()
     records = []
     for i in range(12):
-        Image.fromarray(picture(24 + 5 * i, 90 - 4 * i, seed=i)).save(source / f"{i}.png")
-        captions = [f"picture {i}", f"number {i}"]
+        Image.fromarray(image(24 + 5 * i, 90 - 4 * i, seed=i)).save(source / f"{i}.png")
+        captions = [f"image {i}", f"number {i}"]
         records.append({"file_name": f"{i}.png", "text": captions[0], "captions": captions})
     (source / "metadata.jsonl").write_text("\n".join(map(json.dumps, records)))
     prepare([str(source)], out=tmp_path / "corpus", config=PrepareConfig())

@@ -74,7 +74,7 @@ def by_sample(batches: list[Batch]) -> dict[tuple[str, float], tuple[Any, ...]]:
 
 def test_batches_hold_what_was_planned(corpus: Corpus) -> None:
     loader, planner = make_loader(corpus), make_loader(corpus)._planner
-    pictures = {f"corpus/{key}": data for key, data in stored_pictures(corpus).items()}
+    pictures = {f"corpus/{key}": data for key, data in stored_images(corpus).items()}
     for step in islice(loader, 4):
         planned = planner.next_step()
         assert (step.index, step.images, step.tokens, step.fill) == (planned.index, planned.images, planned.tokens, planned.fill)
@@ -98,7 +98,7 @@ def test_batches_hold_what_was_planned(corpus: Corpus) -> None:
             assert 0 < batch.uniforms.min() < batch.uniforms.max() < 1
 
 
-def stored_pictures(corpus: Corpus) -> dict[str, bytes]:
+def stored_images(corpus: Corpus) -> dict[str, bytes]:
     pictures = {}
     for number, shard in enumerate(corpus.shards):
         tar = Path(shard.path).read_bytes()
@@ -222,7 +222,7 @@ def test_an_empty_pack_is_one_dummy(corpus: Corpus) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_picture_leaves_weight_0(
+def test_a_damaged_image_leaves_weight_0(
     corpus: Corpus, damage: Callable[[Corpus, int, int], str], caplog: pytest.LogCaptureFixture, workers: int
 ) -> None:
     whole = list(islice(make_loader(corpus), 4))
@@ -250,7 +250,7 @@ def test_a_damaged_picture_leaves_weight_0(
     assert "not-an-image" in caplog.text
 
 
-def test_too_many_damaged_pictures_stop_the_run(corpus: Corpus, damage: Callable[[Corpus, int, int], str]) -> None:
+def test_too_many_damaged_images_stop_the_run(corpus: Corpus, damage: Callable[[Corpus, int, int], str]) -> None:
     for row in range(3):
         damage(corpus, 0, row)
     with pytest.raises(RuntimeError, match=r"samples could not be read, more than max_bad_fraction 0\.05 allows.*tim verify"):

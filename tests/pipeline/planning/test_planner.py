@@ -40,7 +40,7 @@ class Case:
 
     def write(self, folder: str) -> Corpus:
         shards = [[Sample(height, width, tuple("abcd"[:captions]), 3) for height, width, captions in shard] for shard in self.shards]
-        return write_corpus(Path(folder), shards=shards, pictures=False)
+        return write_corpus(Path(folder), shards=shards, images=False)
 
     @property
     def rule(self) -> SizeRule:
@@ -210,7 +210,7 @@ def make_planner(*corpora: Corpus | CorpusView, seed: int = 0, **changes: Any) -
 def random_corpus(folder: Path, *, shards: int, samples: int, name: str = "corpus") -> Corpus:
     random = np.random.default_rng(len(name))
     sizes = random.lognormal(np.log(100), 0.4, (shards, samples, 2)).astype(int) + 16
-    return write_corpus(folder, shards=[[Sample(h, w, ("a",)) for h, w in shard] for shard in sizes.tolist()], pictures=False, name=name)
+    return write_corpus(folder, shards=[[Sample(h, w, ("a",)) for h, w in shard] for shard in sizes.tolist()], images=False, name=name)
 
 
 def test_packs_are_full_and_balanced(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_state_stays_small_where_hardly_anything_fits() -> None:
 
 
 def test_a_corpus_smaller_than_a_step_is_repeated_and_fills_it(tmp_path: Path) -> None:
-    planner = make_planner(write_corpus(tmp_path, shards=[[Sample(32, 32, ("a",)), Sample(48, 32, ("b",))]], pictures=False))
+    planner = make_planner(write_corpus(tmp_path, shards=[[Sample(32, 32, ("a",)), Sample(48, 32, ("b",))]], images=False))
     step = planner.next_step()
     assert step.fill > 0.97
     visits = Counter((sample.id, sample.visit) for pack in step.packs for sample in pack.samples)
@@ -362,7 +362,7 @@ def test_planning_anew_repeats_no_draw_and_resumes_exactly(case: Case, changed: 
 
 
 def test_impossible_plans(tmp_path: Path) -> None:
-    corpus = write_corpus(tmp_path, shards=[[Sample(20, 200, ("a",)), Sample(8, 8, ("b",))]], pictures=False)
+    corpus = write_corpus(tmp_path, shards=[[Sample(20, 200, ("a",)), Sample(8, 8, ("b",))]], images=False)
     with pytest.raises(ValueError, match=r"plan\.max_tokens 512 is more than plan\.tokens_per_pack 256"):
         small_plan(max_tokens=512)
     with pytest.raises(ValueError, match=r"plan\.min_tokens 65 is more than plan\.max_tokens 64"):

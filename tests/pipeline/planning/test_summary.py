@@ -12,7 +12,7 @@ from tests.pipeline.conftest import Sample, write_corpus
 
 def make_planner(folder: Path, *, samples: int) -> Planner:
     sizes = [(20 + 7 * (i % 13), 20 + 5 * (i % 17)) for i in range(samples)] + [(20, 300), (7, 7)]
-    corpus = write_corpus(folder, shards=[[Sample(height, width, ("a",)) for height, width in sizes]], pictures=False)
+    corpus = write_corpus(folder, shards=[[Sample(height, width, ("a",)) for height, width in sizes]], images=False)
     plan = PlanConfig(stride=8, max_tokens=64, tokens_per_pack=512, packs_per_step=8)
     return Planner([corpus], plan=plan, seed=0, width=64, diffusion_share=0.5, consistency_share=0.1)
 

@@ -55,7 +55,7 @@ class Part:
         """Written only once."""
         if not folder.exists():
             shards = [[Sample(height, width, ("a", "b")) for height, width in shard] for shard in self.shards]
-            write_corpus(folder, shards=shards, pictures=False, name=folder.name)
+            write_corpus(folder, shards=shards, images=False, name=folder.name)
             pq.write_table(pa.table({"key": pa.array(self.excluded, pa.string())}), folder / "exclude.parquet")
         exclude = folder / "exclude.parquet" if self.excluded else None
         return CorpusView(Corpus.open(folder), weight=self.weight, cap=self.cap, where=self.where, exclude=exclude)
@@ -195,7 +195,7 @@ def test_resume_at_any_step_of_a_schedule_equals_the_unbroken_plan(case: Case, s
 
 def make_corpus(folder: Path, *, count: int, **settings: Any) -> CorpusView:
     shards = [[Sample(32, 32, ("a",), label=i % 4) for i in range(start, min(start + 20, count))] for start in range(0, count, 20)]
-    return CorpusView(write_corpus(folder, shards=shards, pictures=False, name=folder.name), **settings)
+    return CorpusView(write_corpus(folder, shards=shards, images=False, name=folder.name), **settings)
 
 
 def make_planner(*sources: CorpusView, **changes: Any) -> Planner:

@@ -80,9 +80,9 @@ def test_a_text_encoder_under_every_name(name: str, encoder: Path, tmp_path: Pat
         torch.save(weights, folder / name)
     else:
         save_file(weights, folder / name, metadata={"format": "pt"})
-    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
+    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red image"])[0]
     for path in (folder, folder / name):
-        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
+        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red image"])[0], expected)
 
 
 class Bomb:
@@ -142,9 +142,9 @@ def test_parts_of_a_repository(vae: Path, encoder: Path, tmp_path: Path, monkeyp
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for path in ("hf://me/pipe", "hf://me/pipe/vae", f"hf://me/pipe/vae/{WEIGHTS}.bin"):
         torch.testing.assert_close(latent(path), latent(vae))
-    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red picture"])[0]
+    expected = encoders.make("hf", encoder, max_tokens=8).encode(["a red image"])[0]
     for path in ("hf://me/pipe", "hf://me/pipe/text_encoder"):
-        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red picture"])[0], expected)
+        torch.testing.assert_close(encoders.make("hf", path, max_tokens=8).encode(["a red image"])[0], expected)
     assert not (cache / "unet").exists()
     with pytest.raises(ValueError, match="me/pipe has no folder vqvae"):
         weight_files.locate("hf://me/pipe/vqvae")

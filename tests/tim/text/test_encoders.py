@@ -13,7 +13,7 @@ from tests.tim.models import bert, clip, gemma, t5
 from tim.pretrained import weight_files
 from tim.text import encoders
 
-CAPTIONS = ["a small red picture", "", "the 3 large blue picture number 7 of 9", "the"]
+CAPTIONS = ["a small red image", "", "the 3 large blue image number 7 of 9", "the"]
 
 
 @pytest.mark.parametrize(("write", "width"), [(bert, 24), (t5, 16), (gemma, 32)])

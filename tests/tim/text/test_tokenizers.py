@@ -73,12 +73,12 @@ def test_a_vocabulary_of_special_tokens_alone_is_none(encoder: Path, tmp_path: P
         encoders.make("hf", folder, max_tokens=8)
     named = encoders.make("hf", folder, tokenizer_path=encoder, max_tokens=8)
     own = encoders.make("hf", encoder, max_tokens=8)
-    assert named.tokenizer(["a red picture"]) == own.tokenizer(["a red picture"])
+    assert named.tokenizer(["a red image"]) == own.tokenizer(["a red image"])
 
 
 def test_the_tokenizer_of_a_pipeline_is_found(encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pipe = pipeline_of(encoder, tmp_path / "pipe")
-    captions = ["a red picture", ""]
+    captions = ["a red image", ""]
     expected = encoders.make("hf", encoder, max_tokens=8).encode(captions)
     with caplog.at_level("INFO"):
         for path in (pipe, pipe / "text_encoder"):
@@ -106,7 +106,7 @@ def test_a_digest_is_of_the_tokenizer_too(encoder: Path, tmp_path: Path) -> None
 
 
 def test_lengths_are_those_before_the_cut(encoder: Path, tmp_path: Path) -> None:
-    captions = ["a red picture", "", "a " * 30]
+    captions = ["a red image", "", "a " * 30]
     for kind, path in (("hf", encoder), ("open_clip", clip(tmp_path / "clip")), ("lookup", None)):
         found = encoders.tokenizer(kind, path, max_tokens=8)
         assert found.lengths(captions) == [5, 2, 32], kind
