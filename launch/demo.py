@@ -19,7 +19,8 @@ from PIL import Image
 from dataprep.examine.examine import ImageConfig
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import Figure, figures, read_figure, write_corpus
-from launch.config.schema import Config, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
 from launch.sampling.image_grid import grid

@@ -9,10 +9,12 @@ from typing import Any
 
 from dataprep.features.encode import EncodeConfig, Encoded, encode, read_encoded
 from launch.config import yaml_file
-from launch.config.schema import Config, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config
 from launch.console import Console
 from launch.distributed.torchrun import LAUNCHER, cores, die_with_launcher, run_in_processes
 from pipeline.corpus.corpus import Corpus
+from pipeline.planning.config import SizeLimits
 
 
 def settings(like: str | None, *, overrides: Sequence[str]) -> EncodeConfig:
@@ -33,7 +35,7 @@ def needs(config: Config) -> dict[str, Any]:
         "codec": {"kind": config.codec.kind, "path": config.codec.path},
         "patch_size": config.network.params.patch_size,
         "max_tokens": sorted({plan.max_tokens, *(stage.max_tokens for stage in plan.schedule if stage.max_tokens is not None)}),
-        **plan.model_dump(include={"max_pixels", "min_tokens", "max_aspect", "fit"}),
+        **plan.model_dump(include=set(SizeLimits.model_fields)),
         "flip": plan.flip > 0,
     }
     if config.condition == "text":

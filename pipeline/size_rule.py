@@ -19,6 +19,7 @@ KEPT = ""
 LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude", "takedown")  # position = code in `Targets.left_out`
 
 
+Fit = Literal["crop", "squash"]
 Crop = tuple[int, int, int, int]
 """What an image is scaled to, and what is cut out of the middle of that: resize_height, resize_width, height, width."""
 
@@ -32,7 +33,7 @@ class SizeRule:
     max_pixels: int | None = None
     min_tokens: int = 1
     max_aspect: float = 8.0
-    fit: Literal["crop", "squash"] = "crop"
+    fit: Fit = "crop"
 
 
 @dataclass(frozen=True, slots=True)

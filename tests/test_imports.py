@@ -26,7 +26,6 @@ MAY_IMPORT = {
 FLOORS = set(MAY_IMPORT)
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 12
 LARGER_FOLDERS: Mapping[str, int] = {}
-LONGER_FILES: Mapping[str, int] = {"launch.config.schema": 530}
 LONGER_FUNCTIONS: Mapping[str, int] = {
     "dataprep.prepare.prepare": 63,
     "launch.commands.corpus.prepare": 69,
@@ -144,7 +143,7 @@ def test_private_names_stay_in_their_file(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_files_and_functions_are_short(path: Path) -> None:
     """Lines of a function count without its docstring."""
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= LONGER_FILES.get(module_name(path), MAX_LINES)
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
     for node in ast.walk(_parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             said = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
@@ -172,8 +171,11 @@ def test_models_and_preparation_work_without_deepspeed() -> None:
     subprocess.run([sys.executable, "-c", forbid + modules], cwd=REPOSITORY, check=True, timeout=120)
 
 
-def test_the_command_line_and_the_schema_load_without_torch() -> None:
-    """It takes seconds and memory to import, and `--help`, `recipes` and every worker of `prepare` do without it."""
-    modules = "launch.cli, launch.config.schema, dataprep.prepare, dataprep.index_tars"
-    check = f"import sys, {modules}; assert 'torch' not in sys.modules"
+def test_the_command_line_and_the_schema_work_without_torch() -> None:
+    """It takes seconds and memory to import, and `--help`, `recipes`, a schema's check and every worker of `prepare` do without it."""
+    modules = "launch.cli, launch.config.schema, dataprep.prepare, dataprep.index_tars, dataprep.features.encoders"
+    network = {"params": {"depth": 1, "hidden_size": 8, "num_heads": 1}}
+    config = {"network": network, "train": {"steps": 1}, "codec": {"kind": "kl", "path": "nowhere"}, "objective": {"transport": "ve"}}
+    validate = f"launch.config.schema.Config.model_validate({config})"
+    check = f"import sys, {modules}; {validate}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

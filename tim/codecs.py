@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from tim.kinds import CodecKind
 from tim.pretrained import weight_files
 from tim.pretrained.weight_files import Location, read_config
 
@@ -127,8 +128,8 @@ class Autoencoder:
         network.use_tiling = max(size) > tile
 
 
-AUTOENCODERS = {"sd-vae": "AutoencoderKL", "kl": "AutoencoderKL", "dc-ae": "AutoencoderDC", "tiny": "AutoencoderTiny"}
-CODECS = ("pixel", *AUTOENCODERS)
+AUTOENCODERS: dict[str, str] = {"sd-vae": "AutoencoderKL", "kl": "AutoencoderKL", "dc-ae": "AutoencoderDC", "tiny": "AutoencoderTiny"}
+CODECS = get_args(CodecKind)
 PARTS = ("vae",)  # sub-folders of a pipeline that hold a codec
 GEOMETRIES = {"pixel": Geometry(1, 3), "sd-vae": Geometry(8, 4), "dc-ae": Geometry(32, 32)}  # those known without a look at the weights
 

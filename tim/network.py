@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tim.kinds import NewCondition
 from tim.layers import (
     Block,
     CaptionEmbedding,
@@ -49,7 +50,7 @@ OFFICIAL_PARAMS: dict[str, Any] = {
 }
 TEXT_PARAMS: dict[str, Any] = {"cap_feat_dim": None}
 CLASS_PARAMS: dict[str, Any] = {"num_classes": 1000, "class_dropout_prob": 0.1}
-NEW_CONDITIONS = ("t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r")
+NEW_CONDITIONS = get_args(NewCondition)
 
 
 class TransitionTransformer(nn.Module):

@@ -10,19 +10,18 @@ Legend: B images, T tokens of a pack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tim.kinds import Derivative, Precision, Weighting
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
-DERIVATIVES = ("finite-difference", "jvp")
-PRECISIONS = ("fp32", "bf16")
-WEIGHTINGS = ("tangent", "none")
+DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(Precision), get_args(Weighting)
 SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fades
 
 Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]

@@ -12,12 +12,15 @@ Layouts:
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from tim.kinds import RopeLayout
 from tim.packed import PackedTokens
 
-LAYOUTS = ("rowcol", "centred", "legacy")
+LAYOUTS = get_args(RopeLayout)
 
 
 def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float = 10000.0) -> Tensor:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from pipeline.planning.config import SizeLimits
 from pipeline.size_rule import Crop, SizeRule
+from tim.kinds import CodecKind, Precision, TeacherKind, TextKind
 
 if TYPE_CHECKING:
     import torch
@@ -28,34 +30,34 @@ class Settings(BaseModel):
 class CodecSettings(Settings):
     """As the section `codec` of a training config."""
 
-    kind: Literal["pixel", "sd-vae", "kl", "dc-ae", "tiny"]
+    kind: CodecKind
     path: str | None = None
 
 
 class TextSettings(Settings):
     """As the section `text` of a training config; `width` is its network.params.cap_feat_dim, which only `lookup` needs to be told."""
 
-    kind: Literal["lookup", "open_clip", "hf"]
+    kind: TextKind
     path: str | None = None
     tokenizer: str | None = None
     width: Count | None = None
     max_tokens: int = Field(default=77, ge=2, le=4096)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 class TeacherSettings(Settings):
     """As the section `objective.alignment` of a training config, with its train.precision."""
 
-    kind: Literal["radio", "dinov2", "open_clip"]
+    kind: TeacherKind
     path: str
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
 
 
 def _as_several(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-class EncodeConfig(Settings):
+class EncodeConfig(SizeLimits):
     """All settings of `tim encode`. The size rule is that of the section `plan` of a training config, for each of `max_tokens`.
 
     `patch_size` is the network's; `flip` encodes every image mirrored, too; `zstd` compresses, which saves little and costs time to read.
@@ -66,10 +68,6 @@ class EncodeConfig(Settings):
     teacher: TeacherSettings | None = None
     patch_size: Count = 1
     max_tokens: Annotated[tuple[Count, ...], BeforeValidator(_as_several)] = (1024,)
-    max_pixels: Count | None = None
-    min_tokens: Count = 1
-    max_aspect: float = Field(default=8.0, ge=1)
-    fit: Literal["crop", "squash"] = "crop"
     flip: bool = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     zstd: bool = False
@@ -91,9 +89,8 @@ class EncodeConfig(Settings):
             return []
         from tim import codecs
 
-        limits = {"max_pixels": self.max_pixels, "min_tokens": self.min_tokens, "max_aspect": self.max_aspect, "fit": self.fit}
         stride = codecs.geometry(self.codec.kind, self.codec.path).factor * self.patch_size
-        return [SizeRule(stride=stride, max_tokens=tokens, **limits) for tokens in dict.fromkeys(self.max_tokens)]
+        return [self.rule(stride=stride, max_tokens=tokens) for tokens in dict.fromkeys(self.max_tokens)]
 
 
 def identity(config: EncodeConfig) -> dict[str, Any]:

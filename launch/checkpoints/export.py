@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from launch.config.schema import Config, TextConfig, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config, TextConfig
 from tim import transports
 from tim.model_folder.folder import ModelSpec, save_model, write_folder
 from tim.pretrained.official import NETWORK_FILE, OURS, published_config

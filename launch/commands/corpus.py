@@ -73,10 +73,10 @@ def prepare(
         from dataprep.prepare import AppendMode, InputCounts, JobPart, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
         from dataprep.shards.manifest import REPORT
-        from launch.config.schema import load_config
+        from launch.config.load import load_settings
 
         positional, overrides = split_sources(sources or [], settings=PrepareConfig.model_fields)
-        settings = load_config(config, overrides=overrides, schema=PrepareConfig)
+        settings = load_settings(config, overrides=overrides, schema=PrepareConfig)
         if (append or retry_failed) and config is None:
             settings = with_own_settings(out, given=settings)
         if not positional and not settings.sources:
@@ -267,10 +267,10 @@ def score(
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.sidecars.score import ScoreConfig
         from dataprep.sidecars.score import score as score_corpus
-        from launch.config.schema import load_config
+        from launch.config.load import load_settings
 
         corpus, overrides = one_corpus(arguments)
-        settings = load_config(config, overrides=overrides, schema=ScoreConfig)
+        settings = load_settings(config, overrides=overrides, schema=ScoreConfig)
         with console.progress() as progress:
             done = score_corpus(corpus, config=settings, name=name, against=against or (), workers=workers or cores(), progress=progress)
         console.result(describe_scores(corpus, asdict(done)), data={"corpus": corpus, **asdict(done)})

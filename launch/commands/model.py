@@ -55,7 +55,7 @@ def recipes(
     Example: tim recipes show photos > mine.yaml
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.config.schema import recipe_names, recipe_path
+        from launch.config.recipes import recipe_names, recipe_path
 
         if action == "show" and name is not None:
             text = recipe_path(name).read_text(encoding="utf-8")
@@ -141,7 +141,7 @@ def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False,
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.config.schema import load_config
+        from launch.config.load import load_config
         from launch.distributed import torchrun
         from launch.training.trainer import train as train_run
 
@@ -170,7 +170,7 @@ def launch(
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.config.schema import load_config
+        from launch.config.load import load_config
         from launch.distributed import torchrun
         from launch.training.build import check_ready
 

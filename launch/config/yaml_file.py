@@ -87,6 +87,11 @@ def check(written: Written, schema: type[Schema]) -> Schema:
         raise ConfigError(_explain(written, schema, first) + more) from None
 
 
+def conflict_error(written: Written, conflict: ConfigConflict) -> ConfigError:
+    """The same one line for values that turned out not to fit together after validation."""
+    return ConfigError(f"{written.place(tuple(conflict.key.split('.')))}: {conflict.key}: {conflict}")
+
+
 def dump(config: BaseModel) -> str:
     """The whole configuration as YAML, defaults filled in."""
     return dump_yaml(config.model_dump(mode="json"))

@@ -14,7 +14,7 @@ import torch
 
 from launch.checkpoints.export import PUBLISHED_GUIDANCE, model_folder, spec_of
 from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights, load_weights, read_network_file
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from tim import Generator, TransitionTransformer, codecs, transports
 from tim.model_folder.folder import ModelSpec, load_model
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description

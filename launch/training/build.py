@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.compute as pc
 
 from launch.arguments import one_config, split_overrides
-from launch.config.schema import Config, ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config, ConfigError
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.tags import TagShuffle
 from pipeline.features.manifest import Features

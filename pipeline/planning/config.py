@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pipeline.cost import KIND_FACTORS
-from pipeline.size_rule import SizeRule
+from pipeline.size_rule import Fit, SizeRule
 
 Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -46,7 +46,22 @@ class Stage(BaseModel):
         return {key: value for key, value in serialize(self).items() if value is not None or not key.endswith("_share")}
 
 
-class PlanConfig(BaseModel):
+class SizeLimits(BaseModel):
+    """The limits of the native-size rule that do not change from stage to stage (`pipeline.size_rule.SizeRule`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_pixels: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=1, ge=1)
+    max_aspect: float = Field(default=8.0, ge=1)
+    fit: Fit = "crop"
+
+    def rule(self, *, stride: int, max_tokens: int) -> SizeRule:
+        limits = {name: getattr(self, name) for name in SizeLimits.model_fields}
+        return SizeRule(stride=stride, max_tokens=max_tokens, **limits)
+
+
+class PlanConfig(SizeLimits):
     """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
 
     `window` shards are shuffled together. `groups` splits the shards, and the packs of a step, into so many groups, so that the nodes of a
@@ -56,14 +71,8 @@ class PlanConfig(BaseModel):
     at which step.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     stride: int | None = Field(default=None, ge=1)
     max_tokens: int = Field(default=1024, ge=1)
-    max_pixels: int | None = Field(default=None, ge=1)
-    min_tokens: int = Field(default=1, ge=1)
-    max_aspect: float = Field(default=8.0, ge=1)
-    fit: Literal["crop", "squash"] = "crop"
     tokens_per_pack: int = Field(default=4096, ge=1)
     packs_per_step: int = Field(default=8, ge=1)
     window: int = Field(default=8, ge=1)
@@ -128,11 +137,4 @@ class PlanConfig(BaseModel):
     def size_rule(self) -> SizeRule:
         """The native-size rule. The stride must be known."""
         assert self.stride is not None
-        return SizeRule(
-            stride=self.stride,
-            max_tokens=self.max_tokens,
-            max_pixels=self.max_pixels,
-            min_tokens=self.min_tokens,
-            max_aspect=self.max_aspect,
-            fit=self.fit,
-        )
+        return self.rule(stride=self.stride, max_tokens=self.max_tokens)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from dataprep.prepare import PrepareConfig, prepare
 from launch.cli import main
-from launch.config.schema import ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import ConfigError
 from launch.training.build import make_planner
 from launch.training.metrics import read_rows
 from tests.distributed import jobs

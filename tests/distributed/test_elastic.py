@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from launch.checkpoints import checkpoint
-from launch.config.schema import ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import ConfigError
 from launch.training.build import plan_from_checkpoint
 from launch.training.metrics import read_rows
 from launch.training.trainer import train

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from launch.config.schema import ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import ConfigError
 from launch.training.metrics import read_rows
 from launch.training.trainer import train
 from tests.distributed import jobs

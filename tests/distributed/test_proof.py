@@ -17,7 +17,7 @@ from dataprep.synthetic import figures, random_view
 from launch.benchmarks import objective
 from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_comparison, energy_distance, scores
 from launch.cli import main
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.demo import RECIPE
 from launch.training import trainer
 

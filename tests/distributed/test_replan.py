@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints import history
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.training.metrics import read_rows
 from launch.training.trainer import train
 from tests.distributed import jobs

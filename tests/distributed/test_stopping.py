@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.config.schema import Config, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config
 from launch.training.metrics import read_rows
 from pipeline.corpus.corpus import Corpus
 from pipeline.planning.planner import Planner

@@ -8,7 +8,7 @@ import pytest
 
 from dataprep.report.caption_lengths import beyond_usual, measure, sample_captions
 from launch.caption_lengths import caption_lengths, cut_prompts
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.training.build import make_planner
 from tests.pipeline.conftest import Sample, write_corpus
 from tim.text import encoders

@@ -102,7 +102,7 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder of a tiny network with random weights."""
-    from launch.config.schema import load_config
+    from launch.config.load import load_config
 
     folder = tmp_path_factory.mktemp("model")
     (folder / "tiny.yaml").write_text(CONFIG)
@@ -259,7 +259,8 @@ def test_plan_over_bare_sizes(tmp_path: Path, tim: Tim) -> None:
 def test_plan_goes_on_where_a_checkpoint_stands(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
     given = [config, f"corpus={corpus}"]
     ahead = tim("plan", *given, "--steps", "5", "--json").data["steps"]
-    from launch.config.schema import load_config, to_yaml
+    from launch.config.load import load_config
+    from launch.config.schema import to_yaml
     from launch.training.build import plan_from_config
 
     settings = load_config(config, overrides=[f"corpus={corpus}"])
@@ -305,7 +306,7 @@ def test_launch_says_what_it_would_run(corpus: Path, config: Path, tmp_path: Pat
 
 
 def test_recipes_hold_no_paths_and_load(tim: Tim) -> None:
-    from launch.config.schema import load_config
+    from launch.config.load import load_config
 
     names = tim("recipes", "--json").data["recipes"]
     assert {"demo", "photos"} <= set(names)

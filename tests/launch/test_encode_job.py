@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.encode_job import settings
 from launch.training.build import check_ready, make_planner
 from pipeline.corpus.corpus import Corpus

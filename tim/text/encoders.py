@@ -13,11 +13,12 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from tim.kinds import TextKind
 from tim.pretrained import weight_files
 from tim.pretrained.weight_files import HUB, Location, in_words
 from tim.text.tokenizers import KEY, BytePairs, PretrainedTokenizer, Tokenizer, tokenizer_folder, transformers_library
@@ -113,7 +114,7 @@ class TowerEncoder:
         return [features[i] for i in range(len(captions))]
 
 
-TEXT_ENCODERS = ("lookup", "open_clip", "hf")
+TEXT_ENCODERS = get_args(TextKind)
 
 
 def make(

@@ -13,7 +13,7 @@ from torch import Tensor
 from launch.checkpoints import checkpoint
 from launch.checkpoints.export import export, model_folder, spec_of
 from launch.checkpoints.tensor_fragments import Fragment
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.distributed.ranks import Ranks
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints.run_folder import changes_on_resume, exclusive_lock, write_config
-from launch.config.schema import Config, ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config, ConfigError
 
 HOLD = """
 import sys, time

@@ -8,7 +8,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from dataprep.prepare import PrepareConfig
-from launch.config.schema import Config, ConfigError, digest, load_config, recipe_names, recipe_path, to_yaml
+from launch.config.load import load_config, load_settings
+from launch.config.recipes import recipe_names, recipe_path
+from launch.config.schema import Config, ConfigError, digest, to_yaml
 from launch.training.build import check_models
 from tim import TransitionTransformer
 
@@ -233,9 +235,9 @@ def test_a_shift_that_nobody_asked_for_is_left_out_where_there_is_none(good: Pat
 
 
 def test_any_schema_can_be_loaded() -> None:
-    assert load_config(None, overrides=["workers=4"], schema=Other).workers == 4
+    assert load_settings(None, overrides=["workers=4"], schema=Other).workers == 4
     with pytest.raises(ConfigError, match="did you mean workers"):
-        load_config(None, overrides=["worker=4"], schema=Other)
+        load_settings(None, overrides=["worker=4"], schema=Other)
 
 
 def test_config_is_the_default_schema(good: Path) -> None:
@@ -244,7 +246,7 @@ def test_config_is_the_default_schema(good: Path) -> None:
 
 def test_what_there_is_to_say_of_sources() -> None:
     overrides = ["sources.web.tags=real, licensed", "sources.art.path=x", "sources.art.tags=[old]", "sources.art.columns.caption=[new,alt]"]
-    config = load_config(None, overrides=[*overrides, "sources.more=list.csv"], schema=PrepareConfig)
+    config = load_settings(None, overrides=[*overrides, "sources.more=list.csv"], schema=PrepareConfig)
     assert {name: (source.path, source.tags) for name, source in config.sources.items()} == {
         "web": (None, ("real", "licensed")),
         "art": ("x", ("old",)),
@@ -257,4 +259,4 @@ def test_what_there_is_to_say_of_sources() -> None:
         ("sources.web.tags=[[1]]", r"sources\.web\.tags\.0: input should be a valid string"),
     ):
         with pytest.raises(ConfigError, match=f"^command line: .*{message}"):
-            load_config(None, overrides=[override], schema=PrepareConfig)
+            load_settings(None, overrides=[override], schema=PrepareConfig)

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from launch.checkpoints.export import export, spec_of
-from launch.config.schema import load_config
+from launch.config.load import load_config
 from launch.distributed.ranks import Ranks
 from launch.sampling.model_source import Replacements, generator_of, open_model
 from tests.launch.checkpoints.test_export import save_checkpoint

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from dataprep.features.encode import EncodeConfig
 from dataprep.features.encode import encode as encode_corpus
 from launch.checkpoints.export import spec_of
-from launch.config.schema import Config, ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import Config, ConfigError
 from launch.distributed.ranks import Ranks
 from launch.encode_job import needs
 from launch.training.build import check_ready, make_planner

@@ -17,7 +17,8 @@ import torch
 from launch.checkpoints import checkpoint, history
 from launch.checkpoints.export import export
 from launch.cli import main
-from launch.config.schema import ConfigError, load_config
+from launch.config.load import load_config
+from launch.config.schema import ConfigError
 from launch.training.build import plan_from_checkpoint
 from launch.training.metrics import read_rows
 from launch.training.trainer import Trainer, train

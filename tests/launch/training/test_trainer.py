@@ -6,7 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from launch.config.schema import ConfigError, TrainConfig, load_config
+from launch.config.load import load_config
+from launch.config.schema import ConfigError, TrainConfig
 from launch.distributed.ranks import Ranks
 from launch.training.step_losses import StepLosses
 from launch.training.trainer import learning_rate, train

@@ -1,0 +1,35 @@
+"""Load a configuration: read the file and overrides, validate, resolve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from launch.config import yaml_file
+from launch.config.recipes import config_path, expand_network_recipe
+from launch.config.resolve import resolve
+from launch.config.schema import Config
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+def load_config(source: str | Path | None, *, overrides: Sequence[str] = ()) -> Config:
+    """The resolved configuration of a training run, from a file or a recipe's name, with `key.sub=value` overrides.
+
+    Raises:
+        ConfigError: one line that names the key, file and line, and the nearest valid key.
+    """
+    written = expand_network_recipe(yaml_file.read(config_path(source), overrides=overrides))
+    config = yaml_file.check(written, Config)
+    try:
+        return resolve(config)
+    except yaml_file.ConfigConflict as conflict:
+        raise yaml_file.conflict_error(written, conflict) from None
+
+
+def load_settings(source: str | Path | None, *, overrides: Sequence[str] = (), schema: type[Schema]) -> Schema:
+    """The settings of another command, likewise; nothing is resolved. Raises ConfigError."""
+    return yaml_file.check(yaml_file.read(config_path(source), overrides=overrides), schema)

@@ -1,0 +1,16 @@
+"""Names of the model's variants, as configurations give them. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+AttentionChoice = Literal["auto", "varlen", "flash", "flex", "sdpa"]
+CodecKind = Literal["pixel", "sd-vae", "kl", "dc-ae", "tiny"]
+Derivative = Literal["finite-difference", "jvp"]
+NewCondition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]
+Precision = Literal["fp32", "bf16"]
+RopeLayout = Literal["rowcol", "centred", "legacy"]
+TeacherKind = Literal["radio", "dinov2", "open_clip"]
+TextKind = Literal["lookup", "open_clip", "hf"]
+TransportKind = Literal["ot_fm", "trigflow", "vp", "ve", "edm"]
+Weighting = Literal["tangent", "none"]
