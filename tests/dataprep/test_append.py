@@ -131,7 +131,7 @@ def replace_and_die(source, target, replace=os.replace):
 
 os.replace = replace_and_die
 config = PrepareConfig.model_validate_json(sys.stdin.read())
-prepare([sys.argv[1]], out=sys.argv[2], config=config, growth=AppendMode(append=True, retry=False))
+prepare([sys.argv[1]], out=sys.argv[2], config=config, append_mode=AppendMode(append=True, retry=False))
 """
 
 

@@ -14,8 +14,8 @@ from launch.config.schema import Config, ConfigError
 HOLD = """
 import sys, time
 from pathlib import Path
-from launch.checkpoints.run_folder import claimed
-with claimed(Path(sys.argv[1])):
+from launch.checkpoints.run_folder import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(300)
 """

@@ -26,7 +26,7 @@ FACTS = [ShardFacts(SIZE, hashlib.sha256(data).hexdigest()) for data in CONTENTS
 READER = """
 import sys, random
 from tests.pipeline.storage.test_shard_cache import CONTENTS, FACTS, SIZE
-from pipeline.storage.shard_reader import Part, ShardCache, ShardReader
+from pipeline.storage.shard_reader import ByteRange, ShardCache, ShardReader
 
 url, folder, limit, seed = sys.argv[1:]
 urls = [f"{url}/{i}.tar" for i in range(len(FACTS))]
@@ -34,7 +34,7 @@ reader = ShardReader(facts=dict(zip(urls, FACTS)), cache=ShardCache(folder, limi
 draw = random.Random(int(seed))
 for _ in range(40):
     shards = draw.sample(range(len(FACTS)), 2)
-    parts = [Part(urls[i], draw.randrange(SIZE - 100), 100) for i in shards]
+    parts = [ByteRange(urls[i], draw.randrange(SIZE - 100), 100) for i in shards]
     for i, part, found in zip(shards, parts, reader.read_parts(parts), strict=True):
         assert found == CONTENTS[i][part.offset : part.offset + 100], found
 print("done")
