@@ -38,7 +38,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PrepareConfig(BaseModel):
-    """All settings of a preparation. The defaults are those of DESIGN §4; `name` is the first source's if it is None.
+    """All settings of a preparation. The defaults are those of docs/preparing.md; `name` is the first source's if it is None.
 
     `sources`: by name, what is read beside the sources of the command line, or what there is to say of those. `columns`: for all of them.
     """

@@ -1,4 +1,4 @@
-"""How the code is laid out (DESIGN §2): who imports whom, and how large files, functions and folders are.
+"""How the code is laid out (docs/architecture.md): who imports whom, and how large files, functions and folders are.
 
 Read from the source, so that an import inside a function counts too.
 """

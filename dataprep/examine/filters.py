@@ -95,7 +95,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A threshold: its key in `FilterConfig`, what it limits in words and as a number, the reason it gives if DESIGN has one for it, and
+    """A threshold: its key in `FilterConfig`, what it limits in words and as a number, its reason in `REASONS` if it has one, and
     the column of the tables that the measure goes into, if any."""
 
     key: str

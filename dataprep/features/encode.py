@@ -1,4 +1,4 @@
-"""`tim encode`: a corpus's images and captions → feature shards (DESIGN §4). Read `encode` from top to bottom.
+"""`tim encode`: a corpus's images and captions → feature shards (docs/formats.md). Read `encode` from top to bottom.
 
 Processes, one for each GPU, share the shards: whoever is free takes the next. A shard appears whole or not at all, so that a run that was
 killed goes on where it was, and ends with the same bytes; so does a corpus that has grown. Nothing depends on the number of processes.

@@ -27,7 +27,7 @@ KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
 MAX_SCORES = 24  # further columns of numbers that are drawn
 MAX_STEPS, RANKS = 20, 8  # that are planned
 SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
-WIDTH = 1152  # of the network that the plan is for: the published ones of DESIGN's size class
+WIDTH = 1152  # of the network that the plan is for: the published ones at XL size
 LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", SEMANTIC_DUPLICATE: "semantic"}
 """Columns that name the image which is kept in the place of another, and of which kind its duplicates are."""
 

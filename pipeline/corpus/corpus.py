@@ -1,6 +1,6 @@
 """A corpus as training sees it: its manifest, and the tables of its kept samples, read one shard at a time.
 
-Columns and files are those that `tim prepare` and `tim index` write (DESIGN §4). Every shard has a table of its own, so that memory stays
+Columns and files are those that `tim prepare` and `tim index` write (docs/formats.md). Every shard has its own table, so memory stays
 bounded by the shards that a plan has open, however many there are.
 """
 

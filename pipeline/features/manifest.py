@@ -1,4 +1,4 @@
-"""Feature shards: what a codec and a text encoder made of a corpus (DESIGN §4), read in place of its images and captions.
+"""Feature shards: what a codec and a text encoder made of a corpus (docs/formats.md), read in place of its images and captions.
 
 A folder holds, for each shard of the corpus, a tar and a table of the same number; `KEY.features.safetensors` in the tar has the latents
 of a sample, one for each size it was encoded at, the features of all its captions, and an alignment teacher's tokens. The manifest says by

@@ -116,7 +116,7 @@ class ShardGroup:
         """The share of token room that is not filled at first, so that packs can be balanced by cost.
 
         Where one image can fill a good part of a pack, cost balance needs more freedom, and an unfilled token costs nothing under
-        variable-length attention (measured: DESIGN's four size mixes keep 94 to 99 % of 64 ranks busy at 0.94, 1 to 6 % fewer at 0.985).
+        variable-length attention (docs/benchmarks.md: 94 to 99 % of 64 ranks are busy at 0.94, 1 to 6 % fewer at 0.985).
         """
         return 0.02 if self._now.max_tokens * 4 <= self._now.tokens_per_pack else 0.06
 

@@ -1,4 +1,4 @@
-"""Small corpora written in the prepared format (DESIGN §4) by the shortest code that does it, independent of dataprep."""
+"""Small corpora written in the prepared format (docs/formats.md) by the shortest code that does it, independent of dataprep."""
 
 from __future__ import annotations
 

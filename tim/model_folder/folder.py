@@ -1,4 +1,4 @@
-"""The model folder: everything that sampling needs, in `config.json` and `model.safetensors` (DESIGN §5)."""
+"""The model folder: everything that sampling needs, in `config.json` and `model.safetensors` (docs/formats.md)."""
 
 from __future__ import annotations
 
