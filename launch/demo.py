@@ -24,8 +24,8 @@ from launch.config.schema import Config
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
 from launch.sampling.image_grid import grid
-from launch.training.build import make_planner
 from launch.training.metrics import read_rows
+from launch.training.planning import make_planner
 from pipeline.planning.summary import plan_summary
 
 RECIPE = "demo"

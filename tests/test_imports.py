@@ -31,7 +31,6 @@ LONGER_FUNCTIONS: Mapping[str, int] = {
     "launch.commands.corpus.prepare": 69,
     "launch.commands.model.sample": 62,
     "launch.sampling.draw.draw": 80,
-    "launch.training.trainer.__init__": 77,
     "pipeline.loading.loader.__init__": 68,
     "pipeline.planning.planner.__init__": 70,
     "tim.generator.__call__": 68,

@@ -72,7 +72,7 @@ class ShardedTensors:
         return self.read(name, start=0, stop=math.prod(shape)).view(shape)
 
     @torch.no_grad()
-    def fill(self, fragments: Mapping[str, Fragment]) -> None:
+    def read_into(self, fragments: Mapping[str, Fragment]) -> None:
         """Set fragments, cut however they are, to what lies there in the files. Raises ValueError as `read`."""
         for name, fragment in fragments.items():
             fragment.values.copy_(self.read(name, start=fragment.start, stop=fragment.start + len(fragment.values)))

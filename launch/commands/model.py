@@ -98,7 +98,7 @@ def plan(
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.caption_lengths import caption_lengths
-        from launch.training.build import plan_from_checkpoint, plan_from_config, plan_from_sizes, typed_config
+        from launch.training.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes, typed_config
         from pipeline.planning.summary import plan_summary
 
         options = {
@@ -172,7 +172,7 @@ def launch(
     with session(as_json=as_json, debug=debug) as console:
         from launch.config.load import load_config
         from launch.distributed import torchrun
-        from launch.training.build import check_ready
+        from launch.training.planning import check_ready
 
         source, overrides = one_config(config)
         settings = load_config(source, overrides=overrides)

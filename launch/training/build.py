@@ -1,235 +1,188 @@
-"""A run's planner, as its config describes it: what `tim plan` shows is what `tim train` does."""
+"""Build the parts of a run, each from its own section of the configuration."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
+import torch
 
-from launch.arguments import one_config, split_overrides
-from launch.config.load import load_config
-from launch.config.schema import Config, ConfigError
-from pipeline.corpus.corpus import Corpus
-from pipeline.corpus.tags import TagShuffle
-from pipeline.features.manifest import Features
-from pipeline.planning.planner import PlanConfig, Planner
-from pipeline.storage.remote import is_remote
+from launch.checkpoints.history import History
+from launch.checkpoints.initial import load_initial
+from launch.config.data_sections import CodecConfig, LoaderConfig, TextConfig
+from launch.config.model_sections import AlignmentConfig, NetworkConfig
+from launch.config.schema import Config, ConfigError, TrainConfig
+from launch.distributed.ranks import Ranks
+from launch.training.ema import ShardedEMA
+from launch.training.engine import Engine
+from launch.training.frozen_models import FrozenModels
+from pipeline.loading.feature_reader import empty_text
+from pipeline.loading.loader import Loader
+from pipeline.planning.planner import Planner
 from pipeline.storage.shard_cache import ShardCache
-from pipeline.streams.corpus_view import CorpusView
-from pipeline.streams.size_only_corpus import read_sizes
+from tim import TransitionObjective, TransitionTransformer, alignment, codecs, transports
+from tim.attention.dispatch import AttentionRequirements, choose_backend
+from tim.text import encoders
 
 if TYPE_CHECKING:
+    from tim.alignment import AlignmentTeacher
+    from tim.codecs import Codec
     from tim.text.encoders import TextEncoder
 
 
-def make_planner(config: Config) -> Planner:
-    """Open the corpora and plan over them.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a step needs. parameters: their number in the network."""
+
+    planner: Planner
+    loader: Loader
+    frozen: FrozenModels
+    objective: TransitionObjective
+    engine: Engine
+    ema: ShardedEMA
+    parameters: int
+    history: History
+
+
+def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> Parts:
+    """Build all parts; all ranks call it alike. `is_new`: the run begins, with the weights of `train.init` if there are any.
 
     Raises:
-        ValueError: no corpus is given, one is none, lacks the classes that it is to be trained with, or the plan is impossible.
+        ValueError: a frozen model that cannot be loaded or does not fit the network.
     """
-    if not config.corpus:
-        raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
-    check_shards = config.loader.on_bad_shard == "error"
-    sources = [
-        CorpusView(
-            Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
-            weight=entry.weight,
-            repeats=entry.repeats,
-            cap=entry.cap,
-            where=entry.where,
-            exclude=entry.exclude,
-        )
-        for entry in config.corpus
-    ]
-    corpora = [source.corpus for source in sources]
-    _check_cache(config, corpora)
-    for corpus in corpora:
-        if corpus.features is not None:
-            _check_encoders(corpus.features, config)
-    if config.network.params.num_classes is not None:
-        for corpus in corpora:
-            _check_classes(corpus, classes=config.network.params.num_classes)
-    return Planner(
-        sources,
-        plan=config.plan,
-        seed=config.seed,
-        width=config.network.params.hidden_size,
-        diffusion_share=config.objective.diffusion_share,
-        consistency_share=config.objective.consistency_share,
-        caption_dropout=config.condition_dropout,
-        caption_weights=config.text.caption_weights,
-        shuffle_tags=TagShuffle(**tags.model_dump()) if (tags := config.text.shuffle_tags) else None,
+    features = planner.corpora[0].features
+    cached = () if features is None else features.parts
+    params, device = config.network.params, ranks.device
+
+    # frozen models
+    codec = encoder = teacher = None
+    if "latents" not in cached:
+        codec = ranks.run_on_all_ranks(lambda: make_codec(config.codec, device=device))
+    if params.cap_feat_dim is not None and "captions" not in cached:
+        encoder = ranks.run_on_all_ranks(lambda: make_encoder(config.text, width=params.cap_feat_dim, device=device))
+    if (chosen := config.objective.alignment) is not None and "teacher" not in cached:
+        teacher = ranks.run_on_all_ranks(lambda: make_teacher(chosen, width=params.z_dim, device=device, precision=config.train.precision))
+
+    # data
+    loader = make_loader(config, planner, ranks=ranks, stochastic_codec=codec is not None and codec.is_stochastic)
+    cleanup.callback(loader.close)
+
+    # network and optimizer
+    torch.manual_seed(config.seed)
+    network = make_network(config.network)
+    history = History(init=ranks.run_on_all_ranks(lambda: load_initial(network, config)) if is_new else None)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    frozen = FrozenModels(
+        codec,
+        encoder,
+        teacher,
+        empty_text=None if features is None or features.empty is None else empty_text(features.empty),
+        null_class=network.null_class,
+        reads_text=config.condition == "text",
+        stride=planner.plan.size_rule.stride,
+        device=device,
+    )
+    network.configure_execution(**execution(config.train, device))
+    engine = make_engine(config.train, network, ranks=ranks)
+    cleanup.callback(engine.close)
+
+    return Parts(
+        planner=planner,
+        loader=loader,
+        frozen=frozen,
+        objective=make_objective(config),
+        engine=engine,
+        ema=ShardedEMA(engine.fragments(), decay=config.train.ema),
+        parameters=parameters,
+        history=history,
     )
 
 
-def make_cache(config: Config) -> ShardCache | None:
-    """Where remote shards are kept, if anywhere."""
-    cache = config.loader.cache
-    return None if cache is None else ShardCache(cache.dir, limit=cache.bytes)
+def make_codec(section: CodecConfig, *, device: torch.device) -> Codec:
+    return codecs.make(section.kind, section.path, device=device)
 
 
-def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
-    """The config of a typed `CONFIG [KEY=VALUE …]`; where only a checkpoint or a run is given, that of its run. Raises ValueError."""
-    if checkpoint is not None and not split_overrides(arguments)[0]:
-        arguments = [str(_step_folder(checkpoint).parents[1] / "config.yaml"), *arguments]
-    source, overrides = one_config(arguments)
-    return load_config(source, overrides=overrides)
-
-
-def plan_from_config(arguments: Sequence[str]) -> Planner:
-    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
-    return make_planner(typed_config(arguments))
-
-
-def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool = False) -> Planner:
-    """The planner where a checkpoint left it; of a run, where its newest one did. Its config is the run's, unless `arguments` name one.
-
-    With `replan`, the plan that `tim train --replan` would begin there.
-
-    Raises ValueError if it is no checkpoint, or was left by another plan.
-    """
-    from launch.checkpoints import history
-    from launch.checkpoints.resuming import restore_plan
-
-    try:
-        folder = _step_folder(path)
-        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
-        state["data"]
-    except (OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: neither a checkpoint nor a run with one; give RUN/checkpoints/step-000500, or RUN") from error
-    config = typed_config(arguments, checkpoint=path)
-    planner = make_planner(config)
-    recorded = history.read(folder.resolve().parents[1])
-    restore_plan(planner, state, planner=planner, recorded=recorded, config=config, folder=folder, replan=replan)
-    return planner
-
-
-def _step_folder(path: Path) -> Path:
-    """The checkpoint that is meant: of a run, its newest."""
-    latest = path / "latest"
-    return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
-
-
-def plan_from_sizes(file: Path, *, stride: int = 32, width: int = 1152, **plan: Any) -> Planner:
-    """Plan over a bare list of sizes, all of which cost what an image with r = t does. `plan` are keys of the plan section."""
-    settings = PlanConfig(stride=stride, cost_factors=(1, 1, 1), **plan)
-    return Planner([read_sizes(file)], plan=settings, seed=0, width=width, diffusion_share=1, consistency_share=0)
-
-
-def check_ready(config: Config) -> Path:
-    """Refuse once, before any training process is started, what each of them would refuse. Returns the run_dir.
-
-    Raises:
-        ValueError: no run_dir, corpus or teacher's weights are given, a corpus is none, the codec cannot be run, or the plan is
-            impossible.
-    """
-    if config.run_dir is None:
-        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
-    check_models(config)
-    make_planner(config)
-    return config.run_dir
-
-
-def check_models(config: Config) -> None:
-    """Raises ConfigError if a frozen model that has to be run cannot be: codec, text encoder or alignment teacher."""
-    from tim import codecs
-    from tim.text import encoders
-
-    parts = _parts(config)
-    try:
-        if "latents" not in parts and config.codec.kind != "pixel":
-            codecs.weights_folder(config.codec.kind, config.codec.path)
-    except ValueError as error:
-        raise ConfigError(f"codec.path: {error}") from error
-    try:
-        if "captions" not in parts and config.condition == "text":
-            encoders.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
-    except ValueError as error:
-        raise ConfigError(f"text.path: {error}") from error
-    alignment = config.objective.alignment
-    if alignment is not None and alignment.path is None and "teacher" not in parts:
-        raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")
-
-
-def make_encoder(config: Config, *, device: Any) -> TextEncoder:
-    """The text encoder of a run. Raises ConfigError where it cannot be had, or makes features of another width than the network takes."""
-    from tim.text import encoders
-
-    chosen, width = config.text, config.network.params.cap_feat_dim
+def make_encoder(section: TextConfig, *, width: int | None, device: torch.device) -> TextEncoder:
+    """The text encoder. Raises ConfigError if it cannot be loaded, or its features are not as wide as the network's."""
     try:
         return encoders.make(
-            chosen.kind,
-            chosen.path,
-            tokenizer_path=chosen.tokenizer,
+            section.kind,
+            section.path,
+            tokenizer_path=section.tokenizer,
             width=width,
-            max_tokens=chosen.max_tokens,
+            max_tokens=section.max_tokens,
             device=device,
-            precision=chosen.precision,
+            precision=section.precision,
         )
     except ValueError as error:
         raise ConfigError(f"text: {error}") from error
 
 
-def _parts(config: Config) -> set[str]:
-    """What is read from features in all corpora."""
-    read = [set(Features.open(entry.features).parts) if entry.features else set() for entry in config.corpus]
-    return set.intersection(*read) if read else set()
+def make_teacher(section: AlignmentConfig, *, width: int, device: torch.device, precision: str) -> AlignmentTeacher:
+    """The alignment teacher. Raises ConfigError if its features are not as wide as the network's projection."""
+    assert section.path is not None, "check_models has seen to it"
+    teacher = alignment.make(section.kind, section.path, device=device, precision=precision)
+    if teacher.width != width:
+        raise ConfigError(f"network.params.z_dim: {width} given, but the teacher {section.path} is {teacher.width} wide")
+    return teacher
 
 
-def _check_encoders(features: Features, config: Config) -> None:
-    """Refuse features of another codec, text encoder or teacher than the config's."""
-    from tim import codecs
-    from tim.pretrained import weight_files
-    from tim.text import encoders
-
-    if features.codec is not None:
-        geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
-        path = config.codec.path
-        weights = {} if path is None else {"digest": codecs.digest(path)}
-        _expect(features, "codec", found=features.codec, wanted={"kind": config.codec.kind, **weights, **geometry})
-    if features.text is not None and config.network.params.cap_feat_dim is not None:
-        words = config.text
-        weights = {} if words.path is None else {"digest": encoders.digest(words.kind, words.path, tokenizer_path=words.tokenizer)}
-        settings = words.model_dump(include={"max_tokens", "precision"})
-        wanted = {"kind": words.kind, **weights, "width": config.network.params.cap_feat_dim, **settings}
-        _expect(features, "text", found=features.text, wanted=wanted)
-    if (alignment := config.objective.alignment) is not None and features.teacher is not None:
-        weights = {} if alignment.path is None else {"digest": weight_files.digest(alignment.path)}
-        wanted = {"kind": alignment.kind, **weights, "width": config.network.params.z_dim}
-        _expect(features, "teacher", found=features.teacher, wanted=wanted)
+def make_objective(config: Config) -> TransitionObjective:
+    section = config.objective
+    return TransitionObjective(
+        transports.make(section.transport, **section.transport_settings()),
+        patch_size=config.network.params.patch_size,
+        derivative=section.derivative,
+        derivative_precision=section.derivative_precision,
+        epsilon=section.epsilon,
+        weighting=section.weighting,
+        shift=section.shift,
+        pixels_per_cell=codecs.geometry(config.codec.kind, config.codec.path).factor,
+        alignment=section.alignment.weight if section.alignment else 1.0,
+        equal_forwards=config.train.zero == 3,
+    )
 
 
-def _expect(features: Features, section: str, *, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
-            raise ConfigError(
-                f"features {features.path} are of {section}.{key} {found.get(key)}, the config says {value}: encode with that"
-            )
+def make_loader(config: Config, planner: Planner, *, ranks: Ranks, stochastic_codec: bool) -> Loader:
+    section, geometry = config.loader, codecs.geometry(config.codec.kind, config.codec.path)
+    return Loader(
+        planner,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        lockstep=config.train.lockstep,
+        channels=geometry.channels,
+        factor=geometry.factor,
+        stochastic_codec=stochastic_codec,
+        teacher=config.objective.alignment is not None,
+        cache=make_cache(section),
+        device=ranks.device,
+        **section.model_dump(include={"workers", "prefetch", "max_bad_fraction", "on_bad_shard", "verify", "timeout"}),
+    )
 
 
-def _check_cache(config: Config, corpora: Sequence[Corpus]) -> None:
-    remote = [shard for corpus in corpora for shard in corpus.shards if is_remote(shard.path)]
-    largest = max(remote, key=lambda shard: shard.bytes, default=None)
-    cache = config.loader.cache
-    if cache is not None and largest is not None and largest.bytes > cache.bytes:
-        raise ConfigError(f"loader.cache.bytes: {cache.bytes} is less than the {largest.bytes} bytes of {largest.path}")
+def make_cache(section: LoaderConfig) -> ShardCache | None:
+    """The local cache of remote shards, if there is one."""
+    return None if section.cache is None else ShardCache(section.cache.dir, limit=section.cache.bytes)
 
 
-def _check_classes(corpus: Corpus, *, classes: int) -> None:
-    """One shard in memory at a time."""
-    without, largest = 0, -1
-    for shard in range(len(corpus.shards)):
-        labels = corpus.read(shard, columns=("label",)).column("label")
-        without += labels.null_count
-        largest = max(largest, pc.call_function("max", [labels]).as_py() or 0)
-    if without:
-        raise ConfigError(
-            f"corpus {corpus.name}: {without} of {corpus.count} samples have no class, which condition: class needs: "
-            "prepare it from sources with a column `label`, or with KEY.cls members"
-        )
-    if largest >= classes:
-        raise ConfigError(f"corpus {corpus.name}: has class {largest}, but network.params.num_classes {classes} means 0 to {classes - 1}")
+def make_network(section: NetworkConfig) -> TransitionTransformer:
+    return TransitionTransformer.from_official(section.params.model_dump(exclude_none=True), rope=section.rope)
+
+
+def make_engine(section: TrainConfig, network: TransitionTransformer, *, ranks: Ranks) -> Engine:
+    settings = section.model_dump(include={"precision", "optimizer", "betas", "weight_decay", "clip"})
+    return Engine(network, ranks=ranks, stage=section.zero, **settings)
+
+
+def execution(section: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of `TransitionTransformer.configure_execution`. Raises ConfigError for an attention that this device lacks."""
+    dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    try:
+        choose_backend(AttentionRequirements(device.type, dtype, backward=True, capability=capability), section.attention)
+    except ValueError as error:
+        raise ConfigError(f"train.attention: {error}") from error
+    every = {"none": 0, "full": 1}[section.checkpointing] if isinstance(section.checkpointing, str) else section.checkpointing
+    return {"attention": {dtype: section.attention}, "checkpoint_every": every, "compile": section.compile}

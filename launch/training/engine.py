@@ -123,7 +123,7 @@ class Engine:
         zero = self._engine.optimizer
         if self.stage == 3:
             zero.checkpoint_event_prologue()  # small parameters, too, lie in shares only
-        pieces("weights").fill(self.fragments())
+        pieces("weights").read_into(self.fragments())
         if self.stage == 3:  # as after an update: the network takes over the masters
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -132,7 +132,7 @@ class Engine:
             zero.update_lp_params()
         for kind in self._kinds:
             saved = pieces(kind)
-            saved.fill({name: share.of(self._moment(kind, share)) for name, share in self._shares.items() if name in saved})
+            saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._shares.items() if name in saved})
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(updates), device=self.ranks.device)
         self.updates = updates

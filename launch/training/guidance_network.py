@@ -19,11 +19,11 @@ from launch.distributed.ranks import Ranks
 from tim import PackedTokens
 from tim.packed import Condition
 
-FILE = "replica.safetensors"  # in a checkpoint: between two fillings it is older than the average
+FILE = "replica.safetensors"  # in a checkpoint: between two updates it is older than the average
 
 
 class GuidanceNetwork:
-    """Empty until `fill` or `load`. Call it like the network."""
+    """Empty until `update_from` or `load`. Call it like the network."""
 
     def __init__(self, network: nn.Module, *, ranks: Ranks) -> None:
         """network: of the right shape, on the meta device; becomes the replica's own."""
@@ -38,7 +38,7 @@ class GuidanceNetwork:
             return self.network(packed, t, r, condition)
 
     @torch.no_grad()
-    def fill(self, average: Mapping[str, Fragment]) -> None:
+    def update_from(self, average: Mapping[str, Fragment]) -> None:
         """Put the average together from the fragments of all ranks; all of them call it."""
         for name, parameter in self.network.named_parameters():
             whole = torch.zeros(math.prod(parameter.shape), device=self.ranks.device)

@@ -14,8 +14,8 @@ from dataprep.prepare import PrepareConfig, prepare
 from launch.cli import main
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
-from launch.training.build import make_planner
 from launch.training.metrics import read_rows
+from launch.training.planning import make_planner
 from tests.distributed import jobs
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model

@@ -11,8 +11,8 @@ import torch
 from launch.checkpoints import checkpoint
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
-from launch.training.build import plan_from_checkpoint
 from launch.training.metrics import read_rows
+from launch.training.planning import plan_from_checkpoint
 from launch.training.trainer import train
 from tests.distributed import jobs
 

@@ -261,7 +261,7 @@ def test_plan_goes_on_where_a_checkpoint_stands(corpus: Path, config: Path, tmp_
     ahead = tim("plan", *given, "--steps", "5", "--json").data["steps"]
     from launch.config.load import load_config
     from launch.config.schema import to_yaml
-    from launch.training.build import plan_from_config
+    from launch.training.planning import plan_from_config
 
     settings = load_config(config, overrides=[f"corpus={corpus}"])
     planner = plan_from_config(list(map(str, given)))

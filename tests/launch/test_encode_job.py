@@ -10,7 +10,7 @@ import pytest
 
 from launch.config.load import load_config
 from launch.encode_job import settings
-from launch.training.build import check_ready, make_planner
+from launch.training.planning import check_ready, make_planner
 from pipeline.corpus.corpus import Corpus
 from tests.launch.test_cli import Tim, refused, tim
 from tests.pipeline.conftest import varied, write_corpus

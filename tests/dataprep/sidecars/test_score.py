@@ -22,7 +22,7 @@ from dataprep.report.html import ReportConfig, report
 from dataprep.sidecars.score import ScoreConfig, score
 from launch.cli import main
 from launch.config.load import load_config
-from launch.training.build import make_planner
+from launch.training.planning import make_planner
 from pipeline.corpus.corpus import Corpus
 from pipeline.streams.corpus_view import CorpusView
 from tests import REPOSITORY

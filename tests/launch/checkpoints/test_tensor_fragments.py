@@ -52,7 +52,7 @@ def test_pieces_of_any_number_of_ranks_fill_those_of_any_other(before: list[int]
             assert torch.equal(saved.whole(name), tensor), name
         for expected in cut(after):
             piece = {name: Fragment(part.start, torch.zeros_like(part.values)) for name, part in expected.items()}
-            saved.fill(piece)
+            saved.read_into(piece)
             assert all(torch.equal(piece[name].values, part.values) for name, part in expected.items())
 
 

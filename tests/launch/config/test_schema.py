@@ -11,7 +11,7 @@ from dataprep.prepare import PrepareConfig
 from launch.config.load import load_config, load_settings
 from launch.config.recipes import recipe_names, recipe_path
 from launch.config.schema import Config, ConfigError, digest, to_yaml
-from launch.training.build import check_models
+from launch.training.checks import check_models
 from tim import TransitionTransformer
 
 GOOD = """\

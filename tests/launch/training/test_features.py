@@ -18,7 +18,8 @@ from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
 from launch.distributed.ranks import Ranks
 from launch.encode_job import needs
-from launch.training.build import check_ready, make_planner
+from launch.training.build import build
+from launch.training.planning import check_ready, make_planner
 from launch.training.trainer import Trainer
 from pipeline.corpus.corpus import Corpus
 from tests.pipeline.conftest import Sample, write_corpus
@@ -73,9 +74,9 @@ def encode(corpus: Corpus, folder: Path, config: Path, *, dtype: torch.dtype) ->
 def trained(config: Config, alone: Ranks) -> tuple[list[tuple[float, ...]], dict[str, torch.Tensor]]:
     """Losses and gradient norms of three steps, and the weights after them."""
     with ExitStack() as cleanup:
-        trainer = Trainer(config, make_planner(config), ranks=alone, cleanup=cleanup)
+        trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
         measures = [trainer.take_step(stop=False)[0] for _ in range(3)]
-        weights = {name: fragment.values.clone() for name, fragment in trainer.engine.fragments().items()}
+        weights = {name: fragment.values.clone() for name, fragment in trainer.parts.engine.fragments().items()}
         return [(*measure.raw, measure.grad_norm) for measure in measures], weights
 
 
@@ -125,16 +126,17 @@ def test_real_models_beforehand_are_real_models_in_the_step(
     def seen(config: Config) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Latents, captions' features and teacher's tokens of every pack of two steps."""
         with ExitStack() as cleanup:
-            trainer = Trainer(config, make_planner(config), ranks=alone, cleanup=cleanup)
-            batches = [batch for step in islice(trainer.loader, 2) for batch in step.batches]
+            parts = build(config, make_planner(config), ranks=alone, cleanup=cleanup)
+            frozen = parts.frozen
+            batches = [batch for step in islice(parts.loader, 2) for batch in step.batches]
             found = []
             for batch in batches:
-                text = trainer._condition(batch.captions, batch.labels, batch.texts)
+                text = frozen.condition(batch)
                 assert isinstance(text, PackedText)
-                teacher = trainer.teacher.tokens(batch.images, trainer._grids(batch)) if trainer.teacher else batch.teacher
+                teacher = frozen.teacher_tokens(batch)
                 assert teacher is not None
-                found.append((torch.cat([latent.flatten() for latent in trainer._latents(batch)]), text.features, teacher))
-            assert (trainer.codec is None, trainer.encoder is None, trainer.teacher is None) == (bool(config.corpus[0].features),) * 3
+                found.append((torch.cat([latent.flatten() for latent in frozen.latents(batch)]), text.features, teacher))
+            assert (frozen.codec is None, frozen.encoder is None, frozen.teacher is None) == (bool(config.corpus[0].features),) * 3
             return found
 
     for pack, same, close in zip(seen(online), seen(offline), seen(half), strict=True):

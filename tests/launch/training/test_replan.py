@@ -19,8 +19,8 @@ from launch.checkpoints.export import export
 from launch.cli import main
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
-from launch.training.build import plan_from_checkpoint
 from launch.training.metrics import read_rows
+from launch.training.planning import plan_from_checkpoint
 from launch.training.trainer import Trainer, train
 from tests.pipeline.conftest import varied, write_corpus
 from tim.model_folder.folder import load_model

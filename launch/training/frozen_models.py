@@ -1,0 +1,67 @@
+"""The frozen models of a run, and what they make of a pack: latents, the condition, the alignment teacher's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.loading.loader import Batch
+from tim.alignment import AlignmentTeacher
+from tim.codecs import Codec
+from tim.packed import Condition, PackedText
+from tim.text.encoders import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenModels:
+    """Codec, text encoder and alignment teacher. Each is None where it is not used, or where all corpora bring its features.
+
+    empty_text: features (M, F) of the empty caption where captions are cached; null_class: the network's class for "no class";
+    stride: pixels per side of a token.
+    """
+
+    codec: Codec | None
+    encoder: TextEncoder | None
+    teacher: AlignmentTeacher | None
+    empty_text: Tensor | None
+    null_class: int | None
+    reads_text: bool
+    stride: int
+    device: torch.device
+
+    def latents(self, batch: Batch) -> list[Tensor]:
+        """Latents (C, h, w) of a pack's images."""
+        if batch.latents is not None:
+            return batch.latents
+        assert self.codec is not None
+        means, deviations = self.codec.latents(batch.images)
+        if deviations is None:
+            return means
+        assert batch.codec_noise is not None
+        return [mean + spread * noise for mean, spread, noise in zip(means, deviations, batch.codec_noise, strict=True)]
+
+    def condition(self, batch: Batch) -> Condition:
+        return self._condition(batch.captions, batch.labels, batch.texts)
+
+    def no_condition(self, images: int) -> Condition:
+        """The condition of as many images without caption or class."""
+        empty = None if self.empty_text is None else [self.empty_text] * images
+        return self._condition([""] * images, torch.full((images,), -1), empty)
+
+    def teacher_tokens(self, batch: Batch) -> Tensor | None:
+        """The teacher's tokens (T, z_dim) of a pack, None without alignment."""
+        if self.teacher is None:
+            return batch.teacher
+        return self.teacher.tokens(batch.images, [(image.shape[1] // self.stride, image.shape[2] // self.stride) for image in batch.images])
+
+    def _condition(self, captions: Sequence[str], classes: Tensor, texts: Sequence[Tensor] | None) -> Condition:
+        """texts: features of the captions, where they are cached. Class −1 is none."""
+        if self.encoder is not None:
+            return PackedText.from_features(self.encoder.encode(captions))
+        if texts is not None and self.reads_text:
+            return PackedText.from_features([text.to(self.device) for text in texts])
+        null_class = 0 if self.null_class is None else self.null_class  # without one, only the dummy of an empty pack has no class
+        return classes.where(classes >= 0, null_class).to(self.device)

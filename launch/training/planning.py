@@ -1,0 +1,148 @@
+"""A run's planner, as its configuration describes it: what `tim plan` shows is what `tim train` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+
+from launch.arguments import one_config, split_overrides
+from launch.config.load import load_config
+from launch.config.schema import Config, ConfigError
+from launch.training.checks import check_features, check_models
+from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.tags import TagShuffle
+from pipeline.planning.planner import PlanConfig, Planner
+from pipeline.storage.remote import is_remote
+from pipeline.streams.corpus_view import CorpusView
+from pipeline.streams.size_only_corpus import read_sizes
+
+
+def make_planner(config: Config) -> Planner:
+    """Open the corpora and plan over them.
+
+    Raises:
+        ValueError: no corpus is given, one is none, lacks the classes that it is to be trained with, or the plan is impossible.
+    """
+    if not config.corpus:
+        raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
+    check_shards = config.loader.on_bad_shard == "error"
+    sources = [
+        CorpusView(
+            Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
+            weight=entry.weight,
+            repeats=entry.repeats,
+            cap=entry.cap,
+            where=entry.where,
+            exclude=entry.exclude,
+        )
+        for entry in config.corpus
+    ]
+    corpora = [source.corpus for source in sources]
+    _check_cache(config, corpora)
+    for corpus in corpora:
+        if corpus.features is not None:
+            check_features(corpus.features, config)
+    if config.network.params.num_classes is not None:
+        for corpus in corpora:
+            _check_classes(corpus, classes=config.network.params.num_classes)
+    return Planner(
+        sources,
+        plan=config.plan,
+        seed=config.seed,
+        width=config.network.params.hidden_size,
+        diffusion_share=config.objective.diffusion_share,
+        consistency_share=config.objective.consistency_share,
+        caption_dropout=config.condition_dropout,
+        caption_weights=config.text.caption_weights,
+        shuffle_tags=TagShuffle(**tags.model_dump()) if (tags := config.text.shuffle_tags) else None,
+    )
+
+
+def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
+    """The config of a typed `CONFIG [KEY=VALUE …]`; where only a checkpoint or a run is given, that of its run. Raises ValueError."""
+    if checkpoint is not None and not split_overrides(arguments)[0]:
+        arguments = [str(_step_folder(checkpoint).parents[1] / "config.yaml"), *arguments]
+    source, overrides = one_config(arguments)
+    return load_config(source, overrides=overrides)
+
+
+def plan_from_config(arguments: Sequence[str]) -> Planner:
+    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
+    return make_planner(typed_config(arguments))
+
+
+def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool = False) -> Planner:
+    """The planner where a checkpoint left it; of a run, where its newest one did. Its config is the run's, unless `arguments` name one.
+
+    With `replan`, the plan that `tim train --replan` would begin there.
+
+    Raises ValueError if it is no checkpoint, or was left by another plan.
+    """
+    from launch.checkpoints import history
+    from launch.checkpoints.resuming import restore_plan
+
+    try:
+        folder = _step_folder(path)
+        state = json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+        state["data"]
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: neither a checkpoint nor a run with one; give RUN/checkpoints/step-000500, or RUN") from error
+    config = typed_config(arguments, checkpoint=path)
+    planner = make_planner(config)
+    recorded = history.read(folder.resolve().parents[1])
+    restore_plan(planner, state, planner=planner, recorded=recorded, config=config, folder=folder, replan=replan)
+    return planner
+
+
+def plan_from_sizes(file: Path, *, stride: int = 32, width: int = 1152, **plan: Any) -> Planner:
+    """Plan over a bare list of sizes, all of which cost what an image with r = t does. `plan` are keys of the plan section."""
+    settings = PlanConfig(stride=stride, cost_factors=(1, 1, 1), **plan)
+    return Planner([read_sizes(file)], plan=settings, seed=0, width=width, diffusion_share=1, consistency_share=0)
+
+
+def check_ready(config: Config) -> Path:
+    """Refuse once, before any training process is started, what each of them would refuse. Returns the run_dir.
+
+    Raises:
+        ValueError: no run_dir, corpus or teacher's weights are given, a corpus is none, the codec cannot be run, or the plan is
+            impossible.
+    """
+    if config.run_dir is None:
+        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    check_models(config)
+    make_planner(config)
+    return config.run_dir
+
+
+def _step_folder(path: Path) -> Path:
+    """The checkpoint that is meant: of a run, its newest."""
+    latest = path / "latest"
+    return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
+
+
+def _check_cache(config: Config, corpora: Sequence[Corpus]) -> None:
+    remote = [shard for corpus in corpora for shard in corpus.shards if is_remote(shard.path)]
+    largest = max(remote, key=lambda shard: shard.bytes, default=None)
+    cache = config.loader.cache
+    if cache is not None and largest is not None and largest.bytes > cache.bytes:
+        raise ConfigError(f"loader.cache.bytes: {cache.bytes} is less than the {largest.bytes} bytes of {largest.path}")
+
+
+def _check_classes(corpus: Corpus, *, classes: int) -> None:
+    """One shard in memory at a time."""
+    without, largest = 0, -1
+    for shard in range(len(corpus.shards)):
+        labels = corpus.read(shard, columns=("label",)).column("label")
+        without += labels.null_count
+        largest = max(largest, pc.call_function("max", [labels]).as_py() or 0)
+    if without:
+        raise ConfigError(
+            f"corpus {corpus.name}: {without} of {corpus.count} samples have no class, which condition: class needs: "
+            "prepare it from sources with a column `label`, or with KEY.cls members"
+        )
+    if largest >= classes:
+        raise ConfigError(f"corpus {corpus.name}: has class {largest}, but network.params.num_classes {classes} means 0 to {classes - 1}")
