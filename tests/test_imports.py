@@ -28,9 +28,6 @@ MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 12
 LARGER_FOLDERS: Mapping[str, int] = {}
 LONGER_FUNCTIONS: Mapping[str, int] = {
     "dataprep.prepare.prepare": 63,
-    "launch.commands.corpus.prepare": 69,
-    "launch.commands.model.sample": 62,
-    "launch.sampling.draw.draw": 80,
     "pipeline.loading.loader.__init__": 68,
     "pipeline.planning.planner.__init__": 70,
     "tim.generator.__call__": 68,

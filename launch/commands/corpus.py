@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +12,12 @@ import typer
 from launch.arguments import one_corpus, one_of, parse_part, split_overrides, split_sources
 from launch.commands.options import Debug, Json, Workers
 from launch.commands.text_tables import count, describe_annotation, describe_features, describe_input_counts, describe_scores
-from launch.console import session
+from launch.console import Console, session
 from launch.distributed.torchrun import cores
 
 if TYPE_CHECKING:
+    from dataprep.examine.run import Examined
+    from dataprep.shards.manifest import InputCounts
     from dataprep.workers.pool import Pool
 
 
@@ -70,9 +73,8 @@ def prepare(
     """
     with session(as_json=as_json, debug=debug) as console:
         from dataprep.job import with_own_settings
-        from dataprep.prepare import AppendMode, InputCounts, JobPart, PrepareConfig, prepare_part
+        from dataprep.prepare import AppendMode, JobPart, PrepareConfig, prepare_part
         from dataprep.prepare import prepare as prepare_corpus
-        from dataprep.shards.manifest import REPORT
         from launch.config.load import load_settings
 
         positional, overrides = split_sources(sources or [], settings=PrepareConfig.model_fields)
@@ -81,24 +83,33 @@ def prepare(
             settings = with_own_settings(out, given=settings)
         if not positional and not settings.sources:
             raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
-        modes = {"--append/--retry-failed": append or retry_failed, "--part": part is not None, "--merge": merge}
-        if sum(modes.values()) > 1:
-            raise ValueError(f"{' and '.join(name for name, given in modes.items() if given)}: give one of them")
+        _check_one_mode({"--append/--retry-failed": append or retry_failed, "--part": part is not None, "--merge": merge})
         pool = _pool(executor, workers=workers, memory=round(worker_memory * 1e9), ray_address=ray_address)
         with console.progress() as report:
-            job: dict[str, Any] = {"out": out, "config": settings, "against": against or (), "work": work, "pool": pool}
-            job |= {"progress": report, "announce": console.line}
+            job: dict[str, Any] = {"out": out, "config": settings, "against": against or (), "work": work, "pool": pool, "progress": report}
+            append_mode = AppendMode(append=append, retry=retry_failed) if append or retry_failed else None
             if part is not None:
-                done = prepare_part(positional, part=JobPart(*parse_part(part)), **job)
+                done = prepare_part(positional, part=JobPart(*parse_part(part)), announce=console.line, **job)
             else:
-                append_mode = AppendMode(append=append, retry=retry_failed) if append or retry_failed else None
-                done = prepare_corpus(positional, append_mode=append_mode, merge=merge, **job)
-        facts = asdict(done)
-        if isinstance(done, InputCounts):
-            page = f"{out.rstrip('/')}/{REPORT}"
-            console.result(f"{describe_input_counts(out, facts)}\nreport: {page}", data={"corpus": out, **facts, "report": page})
-        else:
-            console.result(f"{out}: part {part} of {count(done.inputs, 'input')} is examined", data={"corpus": out, "part": part, **facts})
+                done = prepare_corpus(positional, append_mode=append_mode, merge=merge, announce=console.line, **job)
+        _show_prepared(console, done, out=out, part=part)
+
+
+def _check_one_mode(modes: Mapping[str, bool]) -> None:
+    given = [option for option, is_given in modes.items() if is_given]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: give one of them")
+
+
+def _show_prepared(console: Console, done: InputCounts | Examined, *, out: str, part: str | None) -> None:
+    from dataprep.shards.manifest import REPORT
+
+    counts = asdict(done)
+    if part is not None:
+        console.result(f"{out}: part {part} of {count(done.inputs, 'input')} is examined", data={"corpus": out, "part": part, **counts})
+        return
+    page = f"{out.rstrip('/')}/{REPORT}"
+    console.result(f"{describe_input_counts(out, counts)}\nreport: {page}", data={"corpus": out, **counts, "report": page})
 
 
 def index(

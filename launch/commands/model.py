@@ -246,24 +246,21 @@ def sample(
         guided = parse_interval(interval) if interval is not None else None
         if steps is not None and times is not None:
             raise ValueError(f"--steps {steps} and --times {times}: give one of them")
-        from launch.sampling.draw import draw
+        from launch.sampling.draw import DrawSettings, draw
         from launch.sampling.model_source import Replacements
 
-        drawings, grid = draw(
-            model,
-            prompts=prompts,
-            sizes=sizes,
+        settings = DrawSettings(
             steps=step_counts,
             guidance=scale,
             seed=seed,
-            out=out,
-            console=console,
             negative=negative,
             times=grid_times,
             interval=guided,
             stochasticity=stochasticity,
-            recipe=recipe,
-            replacements=Replacements(codec=codec, text=text, tokenizer=tokenizer),
+        )
+        places = Replacements(codec=codec, text=text, tokenizer=tokenizer)
+        drawings, grid = draw(
+            model, prompts=prompts, sizes=sizes, settings=settings, out=out, recipe=recipe, replacements=places, console=console
         )
         listed = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(listed, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
