@@ -1,10 +1,11 @@
-"""The high-level way to sample: prompts and sizes in, PIL images out."""
+"""The high-level sampling API: prompts and sizes in, PIL images out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -16,15 +17,27 @@ from tim.packed import Condition, PackedText
 from tim.sampler import sample, time_grid
 from tim.text import encoders
 
-T = TypeVar("T")
-Prompt: TypeAlias = str | int  # a text, or for a model of classes the number of one
+Prompt: TypeAlias = str | int  # a text, or a class id for a class model
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of one image."""
+
+    prompt: Prompt
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int
+    negative: Prompt | None
 
 
 class Generator:
     """A network with its codec and text encoder.
 
-    Every argument of a call may be a list: images of mixed sizes, prompts, steps and seeds share packs of up to `tokens_per_pack` tokens.
-    An image depends on its own arguments alone, never on its neighbours in the pack.
+    Most arguments of a call may be lists: images of mixed sizes, prompts, steps and seeds share packs of up to `tokens_per_pack` tokens.
+    An image depends only on its own arguments, never on its neighbours in the pack.
     """
 
     def __init__(
@@ -50,13 +63,13 @@ class Generator:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:
-        """Load a model folder. Raises ValueError where it is not one."""
+        """Load a model folder. Raises ValueError if it is not one."""
         network, spec = load_model(folder, device=device)
         return cls(network, spec, device=device)
 
     @property
     def stride(self) -> int:
-        """Pixels per side of a token: sizes are multiples of it."""
+        """Pixels per token side. Sizes must be multiples of it."""
         return self.codec.factor * self.network.patch_size
 
     def __call__(
@@ -73,60 +86,46 @@ class Generator:
         interval: tuple[float, float] | None = None,
         stochasticity: float = 0.0,
     ) -> list[Image.Image]:
-        """Draw images; steps, guidance and its interval default to the model's own.
+        """Sample images. `steps`, `guidance` and `interval` default to the model's own.
 
-        prompt: what to draw, for a class model a class id; negative: what guidance leads away from, by default the empty caption or no
-        class. Raises ValueError for lists of different lengths, sizes that are no multiples of `stride`, fewer than one step, a prompt
-        that is not of the model's kind and a class that it does not know.
+        Args:
+            prompt: a text, or a class id for a class model.
+            negative: the prompt that guidance moves away from; by default the empty caption or the null class.
+            times: a time grid for all images instead of `steps`.
+            interval, stochasticity: as in `tim.sampler.sample`.
+
+        Raises ValueError for lists of different lengths, sizes that are not multiples of `stride`, fewer than one step, a prompt of the
+        wrong type and an unknown class.
         """
         defaults = self.spec.sampling
         if times is not None and steps is not None:
             raise ValueError(f"{steps} steps and times {list(times)}: give one of them")
-        steps = int(defaults["steps"]) if steps is None else steps
-        guidance = float(defaults["guidance"]) if guidance is None else guidance
-        negative = self._nothing if negative is None else negative
-        arguments = {
-            "prompt": prompt,
-            "height": height,
-            "width": width,
-            "steps": steps,
-            "guidance": guidance,
-            "seed": seed,
-            "negative": negative,
-        }
-        lengths = {len(value) for value in arguments.values() if isinstance(value, Sequence) and not isinstance(value, str)}
-        if len(lengths) > 1:
-            raise ValueError(f"the lists given have different lengths: {sorted(lengths)}")
-        count = lengths.pop() if lengths else 1
-        prompts: list[Prompt] = _spread(prompt, count)
-        negatives: list[Prompt] = [] if negative is None else _spread(negative, count)
-        self.check(prompts + negatives)
-        heights, widths = _spread(height, count), _spread(width, count)
-        step_counts, scales, seeds = _spread(steps, count), _spread(guidance, count), _spread(seed, count)
-        for h, w in zip(heights, widths, strict=True):
-            if h < self.stride or w < self.stride or h % self.stride or w % self.stride:
-                raise ValueError(f"size {w}x{h}: width and height must be multiples of {self.stride} pixels")
+        requests = _requests(
+            prompt=prompt,
+            height=height,
+            width=width,
+            steps=int(defaults["steps"]) if steps is None else steps,
+            guidance=float(defaults["guidance"]) if guidance is None else guidance,
+            seed=seed,
+            negative=self._null_prompt if negative is None else negative,
+        )
+        self.check([request.prompt for request in requests] + [request.negative for request in requests if request.negative is not None])
+        for request in requests:
+            self._check_size(request.width, request.height)
 
         images: list[Image.Image] = []
-        for pack in self._packs(heights, widths):
-            noise = [self._noise(heights[i], widths[i], seeds[i]) for i in pack]
-            grids = [
-                time_grid(step_counts[i], transport=self.transport, pixels=heights[i] * widths[i], shift=defaults["shift"])
-                if times is None
-                else [float(t) for t in times]
-                for i in pack
-            ]
+        for pack in self._packs(requests):
             samples = sample(
                 self.network,
-                noise,
-                self._condition([prompts[i] for i in pack]),
+                [self._noise(request.height, request.width, request.seed) for request in pack],
+                self._condition([request.prompt for request in pack]),
                 transport=self.transport,
-                times=grids,
-                guidance=[scales[i] for i in pack],
-                null_condition=self._condition([negatives[i] for i in pack]) if negatives else None,
+                times=[self._time_grid(request) if times is None else [float(t) for t in times] for request in pack],
+                guidance=[request.guidance for request in pack],
+                null_condition=self._null_condition(pack),
                 interval=tuple(defaults["interval"]) if interval is None else interval,
                 stochasticity=stochasticity,
-                seeds=[seeds[i] for i in pack],
+                seeds=[request.seed for request in pack],
                 instantaneous=bool(defaults.get("instantaneous", False)),
             )
             for pixels, evaluations in zip(self.codec.decode(samples.latents), samples.evaluations, strict=True):
@@ -135,44 +134,62 @@ class Generator:
         return images
 
     @property
-    def _nothing(self) -> Prompt | None:
-        """The prompt that asks for nothing in particular: the empty caption, the null class, or None where there is no such class."""
+    def _null_prompt(self) -> Prompt | None:
+        """The unconditional prompt: the empty caption, the null class, or None if the model has no null class."""
         return "" if self.network.classes is None else self.network.null_class
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError for a prompt that is not of the model's kind, and for a class that it does not know."""
+        """Raise ValueError for a prompt of the wrong type (text or class id) and for an unknown class."""
         captions = [prompt for prompt in prompts if isinstance(prompt, str)]
         classes = [prompt for prompt in prompts if not isinstance(prompt, str)]
         if self.network.classes is None and classes:
-            raise ValueError(f"prompt {classes[0]}: this model draws what a text says, not classes by number")
+            raise ValueError(f"prompt {classes[0]}: this model takes text, not class ids")
         if self.network.classes is not None:
             if captions:
-                raise ValueError(f"prompt {captions[0]!r}: this model draws classes by number, from 0 to {self.network.classes - 1}")
+                raise ValueError(f"prompt {captions[0]!r}: this model takes class ids from 0 to {self.network.classes - 1}")
             check_classes(classes, classes=self.network.classes, null=self.network.null_class)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width < self.stride or height < self.stride or width % self.stride or height % self.stride:
+            raise ValueError(f"size {width}x{height}: width and height must be multiples of {self.stride} pixels")
 
     def _condition(self, prompts: Sequence[Prompt]) -> Condition:
         if self.text is None:
             return torch.tensor(prompts, device=self.device)
         return PackedText.from_features(self.text.encode([str(prompt) for prompt in prompts]))
 
+    def _null_condition(self, pack: Sequence[_Request]) -> Condition | None:
+        negatives = [request.negative for request in pack if request.negative is not None]
+        return self._condition(negatives) if negatives else None
+
     def _noise(self, height: int, width: int, seed: int) -> torch.Tensor:
-        """(C, h, w) drawn on the CPU from the image's own seed, so that every device and pack sees the same."""
+        """(C, h, w), drawn on the CPU from the image's own seed: the same on every device and in every pack."""
         shape = (self.codec.channels, height // self.codec.factor, width // self.codec.factor)
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
-    def _packs(self, heights: Sequence[int], widths: Sequence[int]) -> list[list[int]]:
-        """Consecutive images up to the token limit; both guidance halves of an image count."""
-        packs: list[list[int]] = []
+    def _time_grid(self, request: _Request) -> list[float]:
+        pixels = request.height * request.width
+        return time_grid(request.steps, transport=self.transport, pixels=pixels, shift=self.spec.sampling["shift"])
+
+    def _packs(self, requests: Sequence[_Request]) -> list[list[_Request]]:
+        """Group consecutive images up to the token limit. An image counts twice, for the two halves of guidance."""
+        packs: list[list[_Request]] = []
         room = 0
-        for i, (h, w) in enumerate(zip(heights, widths, strict=True)):
-            tokens = 2 * (h // self.stride) * (w // self.stride)
+        for request in requests:
+            tokens = 2 * (request.height // self.stride) * (request.width // self.stride)
             if not packs or tokens > room:
                 packs.append([])
                 room = self.tokens_per_pack
-            packs[-1].append(i)
+            packs[-1].append(request)
             room -= tokens
         return packs
 
 
-def _spread(value: T | Sequence[T], count: int) -> list[T]:
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value] * count  # pyright: ignore[reportReturnType]
+def _requests(**arguments: Any) -> list[_Request]:
+    """One request per image: lists give a value to each image, other arguments hold for all. Raises ValueError for unequal lengths."""
+    lists = {name: value for name, value in arguments.items() if isinstance(value, Sequence) and not isinstance(value, str)}
+    lengths = {len(values) for values in lists.values()}
+    if len(lengths) > 1:
+        raise ValueError(f"the lists have different lengths: {sorted(lengths)}")
+    count = lengths.pop() if lengths else 1
+    return [_Request(**{**arguments, **{name: values[i] for name, values in lists.items()}}) for i in range(count)]

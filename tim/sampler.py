@@ -1,4 +1,4 @@
-"""The any-step sampler: from noise to images in as many transitions as asked for (TiM, arXiv 2509.04394, §4.3)."""
+"""The any-step sampler: from noise to images in any number of transitions (TiM, arXiv 2509.04394, §4.3)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import OptimalTransportFlow, Transport
 
-FRESH = 0x9E3779B97F4A7C15  # parts an image's stream of new noise from the noise that it starts with
+_NEW_NOISE = 0x9E3779B97F4A7C15  # separates an image's stream of new noise from its initial noise, which has the same seed
 
 
 class Network(Protocol):
-    """What the sampler needs of a network: `TransitionTransformer` is one."""
+    """The interface the sampler needs; `TransitionTransformer` has it."""
 
     @property
     def patch_size(self) -> int: ...
@@ -27,17 +27,17 @@ class Network(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """latents: (C, h, w) per image; evaluations: forwards of the network per image, conditional and unconditional counted alike."""
+    """latents: (C, h, w) per image; evaluations: network forwards per image, conditional plus unconditional."""
 
     latents: list[Tensor]
     evaluations: list[int]
 
 
 def time_grid(steps: int, *, transport: Transport, pixels: int | None = None, shift: int | None = None) -> list[float]:
-    """steps + 1 times from noise to image, as the transport spaces them, in float64; shifted for an image of so many pixels if `shift`,
-    the side of the reference square, is given.
+    """steps + 1 times from noise to image in float64, spaced by the transport. With `shift`, the side of the reference square in pixels,
+    the times are shifted for an image of `pixels` pixels.
 
-    Raises ValueError for fewer than one step, and for a shift that the transport does not have.
+    Raises ValueError for fewer than one step, and for a shift that the transport does not support.
     """
     if steps < 1:
         raise ValueError(f"{steps} steps: at least 1 is needed")
@@ -64,77 +64,114 @@ def sample(
     instantaneous: bool = False,
     callback: Callable[[int, list[Tensor]], None] | None = None,
 ) -> Samples:
-    """Carry every image of a pack from noise to its end.
+    """Sample every image of a pack.
 
-    noise: (C, h, w) per image, any sizes; condition, null_condition: one caption or class id per image; steps: for all images or one
-    number each, at the transport's own times; times: custom grids instead, falling; guidance s: f_∅ + s·(f − f_∅) where `interval`
-    (closed, in shares of the transport's start) holds t; stochasticity: how much noise is exchanged for new in every step but the first
-    and the last (OT-FM only), drawn for each image from its own one of `seeds`; instantaneous: the network was trained with r = t alone
-    (plain flow matching) and is told so in every step; callback(step, clean estimates) after every step.
-    The state is kept in float64, times are never rounded to the network's dtype. Noise is scaled by what the transport says of the first
-    time, latents are given back in the scale of images.
-    Raises ValueError for grids that do not fall or leave the transport's range, an empty interval, guidance without a null condition, and
-    stochastic steps without seeds or of another transport.
+    Args:
+        noise: (C, h, w) per image, any sizes. It is scaled by the transport's sigma at the first time.
+        condition, null_condition: one caption or class id per image.
+        steps: one number for all images or one each, at the transport's own times.
+        times: custom decreasing grids instead of `steps`, one for all images or one each.
+        guidance: scale s in f_∅ + s·(f − f_∅), one for all images or one each.
+        interval: closed range of t, as shares of the transport's start, in which guidance applies.
+        stochasticity: share of the noise that is replaced by new noise in every step but the first and the last (OT-FM only).
+        seeds: one per image, for the new noise.
+        instantaneous: set r = t in the network's inputs, for a network trained with r = t only (plain flow matching).
+        callback: called as callback(step, clean estimates) after every step.
+
+    The state is float64, and times are not rounded to the network's dtype. Latents are returned as float32, in the scale of images.
+    Raises ValueError for grids that do not decrease or leave the transport's range, an empty interval, guidance without a null condition,
+    and stochastic steps without seeds or with another transport.
     """
     count = len(noise)
     scales = [float(guidance)] * count if isinstance(guidance, (int, float)) else [float(g) for g in guidance]
     grids = _grids(count, steps=steps, times=times, transport=transport)
-    if interval[0] > interval[1]:
-        raise ValueError(f"guidance interval {interval}: its start is after its end")
-    if stochasticity and not isinstance(transport, OptimalTransportFlow):
-        raise ValueError(f"stochasticity {stochasticity}: only transport ot_fm has stochastic steps; set 0")
-    if stochasticity < 0 or (stochasticity and (seeds is None or len(seeds) != count)):
-        raise ValueError(f"stochasticity {stochasticity}: must be at least 0, and needs one seed for each of the {count} images")
-    if any(scale != 1.0 for scale in scales) and null_condition is None:
-        raise ValueError("guidance other than 1 needs a null condition")
+    _check_guidance(scales, interval=interval, null_condition=null_condition)
+    _check_stochasticity(stochasticity, count=count, transport=transport, seeds=seeds)
+    model = _GuidedNetwork(network, transport, condition, null_condition, scales, interval, instantaneous, evaluations=[0] * count)
 
     state = [z.double() * transport.interpolant(torch.tensor(grid[0]).double())[1] for z, grid in zip(noise, grids, strict=True)]
-    scale = transport.interpolant(torch.tensor(transport.end).double())[0]
-    streams = [torch.Generator().manual_seed((seed ^ FRESH) % 2**63) for seed in seeds or []]
-    evaluations = [0] * count
-    for step in range(max(len(grid) for grid in grids) - 1):
+    clean_scale = transport.interpolant(torch.tensor(transport.end).double())[0]
+    streams = [torch.Generator().manual_seed((seed ^ _NEW_NOISE) % 2**63) for seed in seeds or []]
+    for step in range(max(map(len, grids)) - 1):
         active = [i for i in range(count) if step < len(grids[i]) - 1]
-        guided = [i for i in active if scales[i] != 1.0 and interval[0] <= grids[i][step] / transport.start <= interval[1]]
-        packed = PackedTokens.from_latents([state[i] for i in active + guided], network.patch_size)
-        device = packed.tokens.device
-        t = torch.tensor([grids[i][step] for i in active + guided], dtype=torch.float64)
-        r = torch.tensor([grids[i][step + 1] for i in active + guided], dtype=torch.float64)
-        asked = [select(condition, active)]
-        if guided:
-            assert null_condition is not None
-            asked.append(select(null_condition, guided))
-        out = network(
-            packed._replace(tokens=packed.tokens.float()),
-            transport.time_input(t).to(device, torch.float32),
-            transport.time_input(t if instantaneous else r).to(device, torch.float32),
-            join(asked),
-        )
-        outputs = [f.double() for f in out.to_latents()]
-        directions = dict(zip(active, outputs, strict=False))
-        for i, unconditional in zip(guided, outputs[len(active) :], strict=True):
-            directions[i] = unconditional + scales[i] * (directions[i] - unconditional)
-            evaluations[i] += 1
-        estimates = [x / scale for x in state]
-        for position, i in enumerate(active):
-            evaluations[i] += 1
+        t = torch.tensor([grids[i][step] for i in active], dtype=torch.float64)
+        r = torch.tensor([grids[i][step + 1] for i in active], dtype=torch.float64)
+        outputs = model.predict(state, t, r, images=active)
+        estimates = [x / clean_scale for x in state]
+        for i, t_i, r_i, f in zip(active, t, r, outputs, strict=True):
             if callback is not None:
-                estimates[i] = transport.clean(state[i], t[position], directions[i])
-            moved = transport.step(state[i], t[position], r[position], directions[i])
+                estimates[i] = transport.clean(state[i], t_i, f)
+            x_r = transport.step(state[i], t_i, r_i, f)
             if stochasticity and 0 < step < len(grids[i]) - 2:
-                moved += _exchange(state[i], t[position], r[position], directions[i], transport, share=stochasticity, stream=streams[i])
-            state[i] = moved
+                x_r += _noise_exchange(state[i], t_i, r_i, f, transport, share=stochasticity, stream=streams[i])
+            state[i] = x_r
         if callback is not None:
             callback(step, estimates)
-    return Samples([(x / scale).float() for x in state], evaluations)
+    return Samples([(x / clean_scale).float() for x in state], model.evaluations)
 
 
-def _exchange(x_t: Tensor, t: Tensor, r: Tensor, f: Tensor, transport: Transport, *, share: float, stream: torch.Generator) -> Tensor:
-    """What a step from t to r changes by taking some noise out and new noise in: −s·ẑ·(t − r) + √(2·s·t·(t − r))·n.
+@dataclass(frozen=True, slots=True)
+class _GuidedNetwork:
+    """A network with classifier-free guidance for the images of one pack. `evaluations` counts its forwards per image."""
+
+    network: Network
+    transport: Transport
+    condition: Condition
+    null_condition: Condition | None
+    scales: list[float]
+    interval: tuple[float, float]
+    instantaneous: bool
+    evaluations: list[int]
+
+    def predict(self, state: Sequence[Tensor], t: Tensor, r: Tensor, *, images: Sequence[int]) -> list[Tensor]:
+        """Guided outputs in float64 for `images` at t and r, one each. Conditional and unconditional evaluations share one forward."""
+        guided = [k for k, i in enumerate(images) if self._is_guided(i, float(t[k]))]
+        rows = [*range(len(images)), *guided]
+        conditions = [select(self.condition, images)]
+        if guided:
+            assert self.null_condition is not None
+            conditions.append(select(self.null_condition, [images[k] for k in guided]))
+
+        packed = PackedTokens.from_latents([state[images[k]] for k in rows], self.network.patch_size)
+        device = packed.tokens.device
+        out = self.network(
+            packed._replace(tokens=packed.tokens.float()),
+            self.transport.time_input(t[rows]).to(device, torch.float32),
+            self.transport.time_input((t if self.instantaneous else r)[rows]).to(device, torch.float32),
+            join(conditions),
+        )
+        outputs = [f.double() for f in out.to_latents()]
+        for k, unconditional in zip(guided, outputs[len(images) :], strict=True):
+            outputs[k] = unconditional + self.scales[images[k]] * (outputs[k] - unconditional)
+        for k in rows:
+            self.evaluations[images[k]] += 1
+        return outputs[: len(images)]
+
+    def _is_guided(self, image: int, t: float) -> bool:
+        return self.scales[image] != 1.0 and self.interval[0] <= t / self.transport.start <= self.interval[1]
+
+
+def _noise_exchange(x_t: Tensor, t: Tensor, r: Tensor, f: Tensor, transport: Transport, *, share: float, stream: torch.Generator) -> Tensor:
+    """Change of a step from t to r when noise is removed and new noise is added: −s·ẑ·(t − r) + √(2·s·t·(t − r))·n.
 
     A Langevin step along the score −ẑ/t, under which the noisy images of time t keep their distribution (SiT, arXiv 2401.08740, eq. 7).
     """
     fresh = torch.randn(x_t.shape, generator=stream, dtype=torch.float64).to(x_t.device)
     return (2 * share * t * (t - r)).sqrt() * fresh - share * (t - r) * transport.noise(x_t, t, f)
+
+
+def _check_guidance(scales: Sequence[float], *, interval: tuple[float, float], null_condition: Condition | None) -> None:
+    if interval[0] > interval[1]:
+        raise ValueError(f"guidance interval {interval}: its start is after its end")
+    if any(scale != 1.0 for scale in scales) and null_condition is None:
+        raise ValueError("guidance other than 1 needs a null condition")
+
+
+def _check_stochasticity(stochasticity: float, *, count: int, transport: Transport, seeds: Sequence[int] | None) -> None:
+    if stochasticity and not isinstance(transport, OptimalTransportFlow):
+        raise ValueError(f"stochasticity {stochasticity}: only transport ot_fm has stochastic steps; set 0")
+    if stochasticity < 0 or (stochasticity and (seeds is None or len(seeds) != count)):
+        raise ValueError(f"stochasticity {stochasticity}: must be at least 0, and needs one seed for each of the {count} images")
 
 
 def _grids(
@@ -151,7 +188,7 @@ def _grids(
         raise ValueError(f"{len(grids)} time grids for {count} images")
     for grid in grids:
         if len(grid) < 2 or any(later >= earlier for earlier, later in pairwise(grid)):
-            raise ValueError(f"times {grid}: a grid needs two times or more, each smaller than the one before")
+            raise ValueError(f"times {grid}: a grid needs at least two times, each smaller than the one before")
         if grid[0] > transport.start or grid[-1] < transport.end:
-            raise ValueError(f"times {grid}: this transport's times go from {transport.start:g} to {transport.end:g}")
+            raise ValueError(f"times {grid}: this transport's times run from {transport.start:g} to {transport.end:g}")
     return grids

@@ -364,7 +364,7 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
 
     refused(tim("sample", model, "--size", "16x16", "--out", out), "--prompt TEXT, or --class ID .*neither was given")
     refused(sample("--class", "1"), "both were given")
-    assert "prompt 1: this model draws what a text says" in tim("sample", model, "--size", "16x16", "--class", "1", "--out", out).err
+    assert "prompt 1: this model takes text, not class ids" in tim("sample", model, "--size", "16x16", "--class", "1", "--out", out).err
     refused(sample(folder=tmp_path / "nowhere"), "no such folder")
     refused(sample(folder=tmp_path / "file"), "no such folder")
     refused(sample(folder=tmp_path / "folder"), "neither a model folder")

@@ -85,11 +85,11 @@ def test_classes_are_drawn_by_number(tiny_classes: TransitionTransformer, tmp_pa
     together = [np.asarray(image, dtype=int) for image in generator([0, 2, 3], height=8, width=4, guidance=2.0)]
     for number, image in zip((0, 2, 3), together, strict=True):
         assert np.abs(image - pixels(number)).max() <= 1
-    assert np.array_equal(pixels(0), pixels(0, negative=3))  # guidance leads away from no class, unless told otherwise
+    assert np.array_equal(pixels(0), pixels(0, negative=3))  # guidance leads away from no class, by default
     assert not np.array_equal(pixels(0), pixels(0, negative=1))
     assert not np.array_equal(pixels(0), pixels(1))
     for prompt, message in {
-        "red": "'red': this model draws classes by number, from 0 to 2",
+        "red": "'red': this model takes class ids from 0 to 2",
         4: "class 4: must be from 0 to 2, or 3",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -113,7 +113,7 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     generator = Generator.from_pretrained(folder)
     with pytest.raises(ValueError, match="size 9x8: width and height must be multiples of 2"):
         generator("x", height=8, width=9)
-    with pytest.raises(ValueError, match="prompt 3: this model draws what a text says"):
+    with pytest.raises(ValueError, match="prompt 3: this model takes text, not class ids"):
         generator(3, height=8, width=8)
     with pytest.raises(ValueError, match=r"3 steps and times \[1, 0\]: give one of them"):
         generator("x", height=8, width=8, steps=3, times=[1, 0])

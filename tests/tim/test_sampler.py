@@ -129,9 +129,9 @@ def test_grids_are_exact_and_shift_towards_noise_on_large_images() -> None:
     [
         ({"steps": 0}, "0 steps: at least 1"),
         ({"times": [1.0, 0.5, 0.5]}, "each smaller than the one before"),
-        ({"times": [1.0]}, "two times or more"),
+        ({"times": [1.0]}, "at least two times"),
         ({"guidance": 2.0}, "needs a null condition"),
-        ({"times": [1.5, 0.0]}, "this transport's times go from 1 to 0"),
+        ({"times": [1.5, 0.0]}, "this transport's times run from 1 to 0"),
         ({"times": [0.2, 0.7]}, "each smaller than the one before"),
         ({"stochasticity": 0.2}, "needs one seed for each of the 1 images"),
         ({"stochasticity": 0.2, "seeds": [1], "transport": transports.make("ve")}, "only transport ot_fm has stochastic steps"),
