@@ -1,4 +1,4 @@
-"""Planned packs as tensors: worker processes read ahead, in order, and what they have read ahead is never part of the state."""
+"""Load planned packs as tensors. Worker processes prefetch in plan order; prefetched packs are not part of the state."""
 
 from __future__ import annotations
 
@@ -32,17 +32,16 @@ _SHARED_MEMORY = "/dev/shm"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One pack of B images of different sizes, in planned order: as pixels and captions, or as their features.
+    """One pack of B images of different sizes in planned order, as pixels and captions or as features.
 
     `images` are uint8 (3, h, w), in memory (h, w, 3); `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64
-    −1 where dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for a
-    sample that could not be read (a black image of one stride in its place) and for the dummy of an empty pack, whose id is "". `tokens`
-    are the planned ones.
+    −1 if dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for an
+    unreadable sample (replaced by a black image of one stride) and for the dummy of an empty pack, whose id is "". `tokens` is the
+    planned number.
 
-    What the corpus has features of takes the place of what they were made of, all in float32: `latents` of the noise's shapes that of
-    images (none), `texts`, (M, F) each, that of captions (""). `teacher` (T, D) is what an alignment teacher sees. `codec_noise`, like
-    `noise`, is there for a codec that draws the latents of images. Images, latents, teacher and noise are on the loader's device, the
-    rest is on the host.
+    Cached features replace their inputs, all in float32: `latents`, shaped like `noise`, replace images (empty list); `texts`, (M, F)
+    each, replace captions (""). `teacher` (T, D) holds the alignment teacher's tokens. `codec_noise`, shaped like `noise`, is for a
+    stochastic codec. Images, latents, teacher and noise are on the loader's device, the rest is on the host.
     """
 
     ids: list[str]
@@ -62,7 +61,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LoadedStep:
-    """A step with the packs of this rank. `images`, `tokens`, `fill` and `ids` are of all ranks; `state` is the plan's after the step."""
+    """A step with the packs of this rank. `images`, `tokens`, `fill` and `ids` cover all ranks; `state` is the plan's after the step."""
 
     index: int
     images: int
@@ -83,25 +82,25 @@ class _Ahead:
 
 
 class Loader:
-    """The steps of a plan, without end, from where its state stands.
+    """Endless iterator over the steps of a plan, starting at the planner's state.
 
     Args:
-        planner: belongs to the loader from now on.
+        planner: owned by the loader from now on.
         seed: of times, noise and tags.
-        rank, world_size: which packs of each step are read; every rank gets equally many.
-        lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3), or once a step; which packs they get depends on it.
-        channels, factor: latent channels, and pixels per latent cell, of the codec.
-        codec_draws: whether it draws the latents of images.
-        teacher: whether an alignment teacher's tokens are wanted, or else images for it to see.
-        workers: processes that read; 0 reads in this one, which a decoder that crashes then ends.
-        prefetch: steps that are read ahead.
+        rank, world_size: select the packs to read in each step; every rank gets the same number.
+        lockstep: whether ranks wait for each other in every pack (ZeRO-2 and 3) or once a step; the assignment of packs depends on it.
+        channels, factor: the codec's latent channels and pixels per latent cell.
+        stochastic_codec: whether the codec samples the latents of images.
+        teacher: load the alignment teacher's tokens, or images for the teacher if no tokens are cached.
+        workers: number of reader processes; 0 reads in this process, which a crashing decoder then ends.
+        prefetch: number of steps to read ahead.
         max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
-        on_bad_shard: whether a shard that is missing, cut off or not what its digest says stops reading with RuntimeError, or leaves
-            the places of its samples empty, which `samples_skipped` counts.
-        verify: compare local shards with their digests before they are first read.
-        cache: where remote shards are kept whole; None reads the wanted parts of them.
-        timeout: seconds without progress after which reading stops with RuntimeError, or gives up the sample that is being decoded.
-        device: where images and noise go; to a GPU from pinned memory, without waiting.
+        on_bad_shard: whether a shard that is missing, truncated or does not match its digest stops reading with RuntimeError, or its
+            samples are skipped and counted in `samples_skipped`.
+        verify: check the digest of each local shard before its first read.
+        cache: keeps whole copies of remote shards; with None, only the needed byte ranges are read.
+        timeout: seconds without progress after which reading stops with RuntimeError, or the sample being decoded is given up.
+        device: target of images and noise; copies to a GPU are asynchronous, from pinned memory.
     """
 
     def __init__(
@@ -126,58 +125,44 @@ class Loader:
         device: torch.device | None = None,
     ) -> None:
         if planner.stride % factor:
-            raise ValueError(f"plan.stride {planner.stride} is no multiple of the codec's {factor} pixels per latent cell")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not one of {world_size} ranks")
-        if workers < 0 or prefetch < 1:
-            raise ValueError(f"loader.workers {workers} must be at least 0, loader.prefetch {prefetch} at least 1")
-        if not 0 <= max_bad_fraction <= 1 or timeout <= 0:
-            raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
+            raise ValueError(f"plan.stride {planner.stride} is not a multiple of the codec's {factor} pixels per latent cell")
+        _check_arguments(rank, world_size, workers=workers, prefetch=prefetch, max_bad_fraction=max_bad_fraction, timeout=timeout)
         self.samples_seen = 0  # by this rank, since this object was made
         self.samples_failed = 0
-        self.samples_skipped = 0  # those of bad shards, which are not among the failed ones
+        self.samples_skipped = 0  # because of bad shards; not counted in samples_failed
+
+        # The plan, and the part of it that this rank reads.
         self._planner = planner
-        geometry = {"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor}
-        parts, decoder = (), None
-        if (features := planner.corpora[0].features) is not None:
-            parts = features.parts
-            width = features.teacher["width"] if teacher and features.teacher else None
-            decoder = FeatureDecoder(**geometry, latents="latents" in parts, empty=features.empty, teacher=width)
-        reader = PackReader(
-            **geometry,
-            shards=ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify),
-            pixels="latents" not in parts or (teacher and "teacher" not in parts),
-            captions="captions" not in parts,
-            features=decoder,
-            stochastic_codec=stochastic_codec and "latents" not in parts,
-            shuffle_tags=planner.shuffle_tags,
+        self._state = planner.state_dict()
+        self._rank, self._world_size, self._lockstep = rank, world_size, lockstep
+
+        # Samples to packs: run by the workers.
+        reader = _pack_reader(
+            planner,
+            ShardReader(facts=_facts(planner.corpora), cache=cache, verify=verify),
+            geometry={"seed": seed, "stride": planner.stride, "channels": channels, "factor": factor},
+            stochastic_codec=stochastic_codec,
+            teacher=teacher,
         )
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
         self._decode: Decode[Any, ReadPack] = reader.decode
-        self._rank = rank
-        self._world_size = world_size
-        self._lockstep = lockstep
-        self._channels = channels
-        self._factor = factor
-        self._workers = workers
-        self._prefetch = prefetch
-        self._max_bad_fraction = max_bad_fraction
-        self._on_bad_shard = on_bad_shard
-        self._bad_shards: set[str] = set()
-        self._timeout = timeout
-        self._device = device
-        self._state = planner.state_dict()
-        self._ahead: deque[_Ahead] = deque()
+        self._workers, self._prefetch, self._timeout = workers, prefetch, timeout
         self._pool: WorkerPool[tuple[PlannedSample, ...], ReadPack] | None = None
+        self._ahead: deque[_Ahead] = deque()
         self._iterations = 0
+
+        # Packs to batches, and what may fail on the way.
+        self._channels, self._factor, self._device = channels, factor, device
+        self._max_bad_fraction, self._on_bad_shard = max_bad_fraction, on_bad_shard
+        self._bad_shards: set[str] = set()
         if workers:
             start_fork_server()
 
     def __iter__(self) -> Iterator[LoadedStep]:
-        """Endless. An earlier iterator ends.
+        """Iterate without end. A new iterator ends the previous one.
 
-        A sample at which a worker dies, or is stuck, twice is one that cannot be read. Raises RuntimeError if too many samples fail, if
-        nothing comes from storage, or if workers die without end.
+        A sample counts as unreadable after a worker died or hung twice while decoding it. Raises RuntimeError if too many samples fail,
+        if storage does not respond, or if workers keep dying.
         """
         self.close()
         self._planner.load_state_dict(self._state)
@@ -189,7 +174,7 @@ class Loader:
         iteration = self._iterations
         while iteration == self._iterations:
             while len(self._ahead) <= steps_ahead:
-                self._plan_one_more()
+                self._plan_next_step()
             ahead = self._ahead.popleft()
             read = self._read(ahead.packs)
             batches = [self._batch(pack, samples=samples) for pack, samples in zip(read, ahead.packs, strict=True)]
@@ -206,30 +191,30 @@ class Loader:
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan's state after the last step that was handed out, whatever was read ahead."""
+        """The plan's state after the last yielded step; prefetched steps do not count."""
         return self._state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step at which `state` was taken. Raises ValueError if it is of another plan."""
+        """Continue after the step at which `state` was taken. Raises ValueError if it belongs to another plan."""
         self.close()
         self._planner.load_state_dict(state)
         self._state = state
 
     def replan(self, state: dict[str, Any]) -> None:
-        """Begin the plan at the step at which `state` of another one was taken (`Planner.replan`)."""
+        """Start this plan at the step at which another plan's `state` was taken (`Planner.replan`)."""
         self.close()
         self._planner.replan(state)
         self._state = self._planner.state_dict()
 
     def close(self) -> None:
-        """End the workers and what iterates; iterating anew starts them again."""
+        """End the workers and the current iterator. Iterating again restarts the workers."""
         self._iterations += 1
         self._ahead.clear()
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def _plan_one_more(self) -> None:
+    def _plan_next_step(self) -> None:
         step = self._planner.next_step()
         rank_packs = assign_to_ranks(step, ranks=self._world_size, lockstep=self._lockstep)
         packs = [pack.samples for pack in rank_packs[self._rank]]
@@ -248,18 +233,18 @@ class Loader:
             raise
 
     def _steps_ahead(self) -> int:
-        """How many steps are read ahead: `prefetch`, as far as shared memory holds them."""
+        """Number of steps to read ahead: `prefetch`, or fewer if shared memory is small."""
         if not os.path.isdir(_SHARED_MEMORY):
             return self._prefetch
         stride, cells = self._planner.stride, self._planner.stride // self._factor
         packs = -(-self._planner.plan.most_packs // self._world_size)
         step_bytes = packs * self._planner.plan.tokens_per_pack * (3 * stride**2 + 4 * self._channels * cells**2)
-        found = os.statvfs(_SHARED_MEMORY)
-        free = found.f_bavail * found.f_frsize
-        possible = free // (2 * step_bytes) - 1  # one more is being trained; half is for the other ranks of this machine
+        filesystem = os.statvfs(_SHARED_MEMORY)
+        free = filesystem.f_bavail * filesystem.f_frsize
+        possible = free // (2 * step_bytes) - 1  # one more step is being trained; half is left to the other ranks of this machine
         if possible < 0:
             raise RuntimeError(
-                f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, reading by worker processes needs {2 * step_bytes / 1e6:.0f} MB: "
+                f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, worker processes need {2 * step_bytes / 1e6:.0f} MB: "
                 "enlarge it (docker run --shm-size), or set loader.workers=0"
             )
         if possible < self._prefetch:
@@ -297,17 +282,17 @@ class Loader:
         )
 
     def _on_device(self, flat: Tensor) -> Tensor:
-        """One copy for all images of a pack; into pinned memory first, from where a GPU fetches it while this process goes on."""
+        """Copy all images of a pack at once. To a GPU, copy asynchronously from pinned memory."""
         if self._device is None or self._device.type == "cpu":
             return flat
         return (flat.pin_memory() if self._device.type == "cuda" else flat).to(self._device, non_blocking=True)
 
     def _note_failure(self, failure: Failure, sample: PlannedSample) -> None:
-        """Log and count a sample that could not be read, or stop because of its shard; a bad shard is logged once."""
+        """Log and count an unreadable sample, or stop because of its shard. A bad shard is logged once."""
         tar = sample.features_tar or sample.tar
         if not failure.bad_shard:
             self.samples_failed += 1
-            logger.warning("sample %s of %s cannot be read, its place stays empty: %s", sample.id, tar, failure.reason)
+            logger.warning("skipped sample %s of %s: %s", sample.id, tar, failure.reason)
             return
         if self._on_bad_shard == "error":
             self.close()
@@ -315,17 +300,45 @@ class Loader:
         self.samples_skipped += 1
         if tar not in self._bad_shards:
             self._bad_shards.add(tar)
-            logger.warning("the places of all samples of %s stay empty: %s", tar, failure.reason)
+            logger.warning("skipping all samples of %s: %s", tar, failure.reason)
 
     def _stop_if_too_many_failed(self) -> None:
-        """Judged as soon as so many samples were seen that at least one of them may have failed."""
+        """Raise RuntimeError if too many samples failed. Applies once enough were seen to allow at least one failure."""
         failed, allowed = self.samples_failed, self._max_bad_fraction * self.samples_seen
         if failed > allowed and (allowed >= 1 or self._max_bad_fraction == 0):
             self.close()
             raise RuntimeError(
                 f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
-                "allows: see the warnings above, `tim verify` on the corpus names all of them"
+                "allows: see the warnings above; `tim verify` on the corpus lists all of them"
             )
+
+
+def _check_arguments(rank: int, world_size: int, *, workers: int, prefetch: int, max_bad_fraction: float, timeout: float) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not one of {world_size} ranks")
+    if workers < 0 or prefetch < 1:
+        raise ValueError(f"loader.workers {workers} must be at least 0, loader.prefetch {prefetch} at least 1")
+    if not 0 <= max_bad_fraction <= 1 or timeout <= 0:
+        raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
+
+
+def _pack_reader(planner: Planner, shards: ShardReader, *, geometry: dict[str, int], stochastic_codec: bool, teacher: bool) -> PackReader:
+    """A reader of images and captions, or of features in place of those that the corpora have features of."""
+    features = planner.corpora[0].features
+    parts = () if features is None else features.parts
+    decoder = None
+    if features is not None:
+        width = features.teacher["width"] if teacher and features.teacher else None
+        decoder = FeatureDecoder(**geometry, latents="latents" in parts, empty=features.empty, teacher=width)
+    return PackReader(
+        **geometry,
+        shards=shards,
+        pixels="latents" not in parts or (teacher and "teacher" not in parts),
+        captions="captions" not in parts,
+        features=decoder,
+        stochastic_codec=stochastic_codec and "latents" not in parts,
+        shuffle_tags=planner.shuffle_tags,
+    )
 
 
 def _part_name(samples: tuple[PlannedSample, ...], part: int) -> str:
@@ -333,7 +346,7 @@ def _part_name(samples: tuple[PlannedSample, ...], part: int) -> str:
 
 
 def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:
-    """What manifests say of the shards that are read."""
+    """Sizes and digests of all shards, from the manifests."""
     facts: dict[str, ShardFacts] = {}
     for corpus in corpora:
         facts |= {shard.path: ShardFacts(shard.bytes, shard.sha256) for shard in corpus.shards}

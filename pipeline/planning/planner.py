@@ -70,48 +70,28 @@ class Planner:
         self.sources = tuple(corpus if isinstance(corpus, CorpusView) else CorpusView(corpus) for corpus in corpora)
         self.corpora = tuple(source.corpus for source in self.sources)
         _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
+        _check_groups(self.sources, groups=plan.groups)
         if plan.stride is None:
             raise ValueError("plan.stride is not known: it is the codec's pixels per latent cell times the network's patch size")
-        if not 0 <= caption_dropout <= 1:
-            raise ValueError(f"caption_dropout {caption_dropout} is not a share between 0 and 1")
-        if not caption_weights or min(caption_weights) < 0 or max(caption_weights) == 0:
-            raise ValueError(f"caption_weights {list(caption_weights)} must be at least 0, and one of them above")
+        draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
+        _check_draws(draw_rule)
         self.plan = plan
         self.stride = plan.stride
         self.seed = seed
         self.width = width
         self.shuffle_tags = shuffle_tags
-        self._check_groups()
+
         self._counts: dict[int, dict[str, Any]] = {}
-        self._stages = {
-            first: _Stage(
-                plan.at(first), self._mixture_shares(first), plan.kind_shares_at(first, first=(diffusion_share, consistency_share))
-            )
-            for first in (0, *(stage.step for stage in plan.schedule))
-        }
+        self._stages = self._schedule(first_kinds=(diffusion_share, consistency_share))
         _check_kinds(self._stages)
-        self._now, shares, kind_shares = self._stages[0]
         for corpus in self.corpora:
             corpus.check_features(rules=[stage.plan.size_rule for stage in self._stages.values()], flips=plan.flip > 0)
-        draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
-        self._groups = [
-            ShardGroup(
-                Mixture(
-                    self.sources,
-                    shares=shares,
-                    rule=self._now.size_rule,
-                    draw_rule=draw_rule,
-                    window=plan.window,
-                    part=ShardSubset(number, of=plan.groups),
-                ),
-                plan=self._now,
-                width=width,
-                kind_shares=kind_shares,
-            )
-            for number in range(plan.groups)
-        ]
+
+        self._now = self._stages[0].plan
+        self._groups = [self._group(number, stage=self._stages[0], draw_rule=draw_rule) for number in range(plan.groups)]
         self.places = self._groups[0].places
         self._step = 0
+
         self._inputs: dict[str, Any] = {
             "corpora": [source.identity for source in self.sources],
             "seed": seed,
@@ -220,25 +200,51 @@ class Planner:
             self._counts[plan.max_tokens] = count_samples(self.sources, rule=plan.size_rule)
         return self._counts[plan.max_tokens]
 
+    def _schedule(self, *, first_kinds: tuple[float, float]) -> dict[int, _Stage]:
+        """The stages by their first steps."""
+        plan = self.plan
+        return {
+            first: _Stage(plan.at(first), self._mixture_shares(first), plan.kind_shares_at(first, first=first_kinds))
+            for first in (0, *(stage.step for stage in plan.schedule))
+        }
+
     def _mixture_shares(self, step: int) -> tuple[int, ...]:
         def samples() -> list[int]:
             return [corpus["samples"] for corpus in self._count_samples(self.plan.at(0))["corpora"]]
 
         return mixture_shares(self.sources, scheduled=self.plan.weights_at(step), samples=samples)
 
-    def _check_groups(self) -> None:
-        """Every group has packs in every step, and shards of every corpus."""
-        groups = self.plan.groups
-        for source in self.sources:
-            for what, count in (("shards", len(source.corpus.shards)), ("samples by its cap", source.cap)):
-                if groups > 1 and count is not None and count < groups:
-                    raise ValueError(f"corpus {source.name} has {count} {what}, which plan.groups {groups} cannot share: lower it")
+    def _group(self, number: int, *, stage: _Stage, draw_rule: DrawRule) -> ShardGroup:
+        mixture = Mixture(
+            self.sources,
+            shares=stage.shares,
+            rule=stage.plan.size_rule,
+            draw_rule=draw_rule,
+            window=self.plan.window,
+            part=ShardSubset(number, of=self.plan.groups),
+        )
+        return ShardGroup(mixture, plan=stage.plan, width=self.width, kind_shares=stage.kind_shares)
 
     def _enter(self, step: int) -> None:
         """Plan as the schedule says for `step`."""
         self._now, shares, kind_shares = self._stages[max(first for first in self._stages if first <= step)]
         for group in self._groups:
             group.enter(self._now, shares=shares, kind_shares=kind_shares)
+
+
+def _check_groups(sources: Sequence[CorpusView], *, groups: int) -> None:
+    """Raise ValueError unless every group has packs in every step, and shards of every corpus."""
+    for source in sources:
+        for unit, count in (("shards", len(source.corpus.shards)), ("samples by its cap", source.cap)):
+            if groups > 1 and count is not None and count < groups:
+                raise ValueError(f"corpus {source.name} has {count} {unit}, fewer than plan.groups {groups}: lower plan.groups")
+
+
+def _check_draws(rule: DrawRule) -> None:
+    if not 0 <= rule.caption_dropout <= 1:
+        raise ValueError(f"caption_dropout {rule.caption_dropout} is not a share between 0 and 1")
+    if not rule.caption_weights or min(rule.caption_weights) < 0 or max(rule.caption_weights) == 0:
+        raise ValueError(f"caption_weights {list(rule.caption_weights)} must be at least 0, and one of them above")
 
 
 def _check_kinds(stages: Mapping[int, _Stage]) -> None:

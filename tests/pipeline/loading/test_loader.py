@@ -246,7 +246,7 @@ def test_a_damaged_image_leaves_weight_0(
                     assert torch.equal(batch.noise[i], same.noise[i])
     assert places == loader.samples_failed > 0
     assert loader.samples_seen == sum(step.images for step in steps)
-    assert f"sample {broken} of {corpus.shards[1].path} cannot be read" in caplog.text
+    assert f"skipped sample {broken} of {corpus.shards[1].path}: " in caplog.text
     assert "not-an-image" in caplog.text
 
 
@@ -334,7 +334,7 @@ class Dying:
 
 
 @pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, None])
-def test_a_sample_that_takes_its_reader_down_is_named_and_left_empty(
+def test_a_sample_that_takes_its_reader_down_is_named_and_skipped(
     corpus: Corpus, caplog: pytest.LogCaptureFixture, number: int | None
 ) -> None:
     steps = 1 if number is None else 3  # each time that it is stuck takes the time limit
@@ -356,7 +356,7 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_left_empty(
             assert all(torch.equal(batch.images[i], same.images[i]) and torch.equal(batch.noise[i], same.noise[i]) for i in kept)
     how = "was stuck for 5 s" if number is None else f"was killed by signal {number:d} ({signal.Signals(number).name})"
     assert re.search(rf"reader-\d \(pid \d+\) {re.escape(how)} at sample {victim} of .*\.tar: a new one does its work again", caplog.text)
-    assert re.search(rf"sample {victim} of .*\.tar cannot be read, its place stays empty: .*crashed: .* {re.escape(how)}", caplog.text)
+    assert re.search(rf"skipped sample {victim} of .*\.tar: .*crashed: .* {re.escape(how)}", caplog.text)
 
 
 def test_samples_that_take_readers_down_count_as_bad(corpus: Corpus) -> None:
@@ -450,7 +450,7 @@ def workers_of_this_process() -> list[psutil.Process]:
 
 
 def test_impossible_loaders(corpus: Corpus) -> None:
-    with pytest.raises(ValueError, match=r"plan\.stride 8 is no multiple"):
+    with pytest.raises(ValueError, match=r"plan\.stride 8 is not a multiple"):
         Loader(make_loader(corpus)._planner, seed=0, channels=3, factor=3)
     with pytest.raises(ValueError, match="rank 2 is not one of 2 ranks"):
         make_loader(corpus, rank=2, world_size=2)
