@@ -40,7 +40,7 @@ _SHOWN = (
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row of the tables, as a report shows it. `image`: a JPEG thumbnail, if there is one; else `place` is where the image lies."""
+    """One row of the tables, as a report shows it. `image`: a JPEG thumbnail, if there is one; else `location` is that of the image."""
 
     path: str
     caption: str
@@ -50,7 +50,7 @@ class Example:
     reason: str = ""
     detail: str = ""
     image: bytes = b""
-    place: tuple[str, int, int] | None = None  # tar, offset, length
+    location: tuple[str, int, int] | None = None  # tar, offset, length
 
 
 @dataclass(slots=True)
@@ -211,7 +211,7 @@ def _example(rows: pa.Table, row: int, *, tar: str = "") -> Example:
         reason=found.get("reason") or "",
         detail=found.get("detail") or "",
         image=found.get("thumbnail") or b"",
-        place=(tar, found["image_offset"], found["image_length"]) if tar and key and found["image_offset"] is not None else None,
+        location=(tar, found["image_offset"], found["image_length"]) if tar and key and found["image_offset"] is not None else None,
     )
 
 
