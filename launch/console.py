@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, TextIO
 
-from pipeline.errors import DetailedError
+from pipeline.errors import DetailedError, kind_and_line, one_line
 from pipeline.progress import Progress
 
 STOPPED = 75  # see above
@@ -104,16 +104,14 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
 
 def explain(error: Exception) -> tuple[int, str]:
     """Exit code and one line for people."""
-    text = " ".join(str(error).split())
-    if len(text) > LONGEST_ERROR:
-        text = text[:LONGEST_ERROR] + " …"
+    text = one_line(error, limit=LONGEST_ERROR)
     if isinstance(error, ValueError):
-        return 2, text or type(error).__name__
+        return 2, text
     if isinstance(error, OSError) and error.strerror and error.filename:
         return 1, f"{error.strerror}: {error.filename}"
-    if isinstance(error, (OSError, RuntimeError)) and text:
+    if isinstance(error, (OSError, RuntimeError)) and str(error):
         return 1, text
-    return 1, f"{type(error).__name__}: {text} (unforeseen: run the command again with --debug for the traceback)"
+    return 1, f"{kind_and_line(error, limit=LONGEST_ERROR)} (unforeseen: run the command again with --debug for the traceback)"
 
 
 class _PlainLines:

@@ -15,14 +15,14 @@ class DetailedError(RuntimeError):
         self.data = data
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length; what kind it is, if it says nothing."""
-    return _words(error)[:200] or type(error).__name__
+def one_line(error: BaseException, *, limit: int = 200) -> str:
+    """The message of an error in one line of at most `limit` characters; its class name if the message is empty."""
+    return _words(error)[:limit] or type(error).__name__
 
 
-def kind_and_line(error: BaseException) -> str:
-    """What kind of error it is and what it says, in one line of bounded length: for those that say too little alone."""
-    return ": ".join(part for part in (type(error).__name__, _words(error)) if part)[:300]
+def kind_and_line(error: BaseException, *, limit: int = 300) -> str:
+    """The class name and the message of an error in one line of at most `limit` characters."""
+    return ": ".join(part for part in (type(error).__name__, _words(error)) if part)[:limit]
 
 
 def _words(error: BaseException) -> str:

@@ -6,7 +6,6 @@ killed goes on where it was, and ends with the same bytes; so does a corpus that
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -21,6 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+from rich import filesize
+
 from dataprep.config_diff import difference
 from dataprep.features.encode_shard import EncodedShard, encode_shard, finished_shard, read_samples
 from dataprep.features.encoders import EncodeConfig, Encoders, identity
@@ -32,7 +34,7 @@ from pipeline.features.manifest import EMPTY, KIND
 from pipeline.features.tensors import pack, text_name
 from pipeline.features.writer import features_manifest
 from pipeline.progress import Progress, no_progress
-from pipeline.storage.atomic import JOB, WORK, exclusive_lock, publish, publish_text, size_in_words
+from pipeline.storage.atomic import JOB, WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
@@ -249,14 +251,17 @@ def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders
 
 @contextmanager
 def _taken(lock: Path) -> Iterator[bool]:
-    """Whether this process has the lock; it ends with the process, however that ends."""
-    with open(lock, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    """Whether this process gets the lock. The operating system releases it when the process ends, even by SIGKILL."""
+    held = FileLock(lock, timeout=0, fallback_to_soft=False)
+    try:
+        held.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        held.release()
 
 
 class _EncodeCounts:
@@ -326,5 +331,5 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
     parts = [f"{images} images"] * (images > 0) + [f"{captions} captions"] * (words is not None)
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
-    compressed = " before compression" if config.zstd else ""
-    return f"{corpus.count} samples, {' and '.join(parts)}: about {size_in_words(expected)}{compressed}; {size_in_words(free)} are free"
+    expectation = f"about {filesize.decimal(expected)}{' before compression' if config.zstd else ''}"
+    return f"{corpus.count} samples, {' and '.join(parts)}: {expectation}; {filesize.decimal(free)} are free"

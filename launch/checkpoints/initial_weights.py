@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.errors import one_line
 from tim.model_folder.folder import read_spec
 from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
 
@@ -78,7 +79,7 @@ def read_network_file(folder: Path) -> Mapping[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         network_description(content)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}") from error
+        raise ValueError(f"{path}: {one_line(error)}") from error
     return content
 
 

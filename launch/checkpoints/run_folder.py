@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from launch.checkpoints.checkpoint import write_atomically
 from launch.checkpoints.history import History, write
@@ -25,7 +24,7 @@ FIXED = ("codec", "text", "network", "condition", "objective.transport", "object
 
 @contextmanager
 def exclusive_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run's lock. The lock of a process that died, however it died, is nobody's.
+    """Hold the run's lock. The operating system releases it when the process ends, even by SIGKILL.
 
     Raises:
         ConfigError: the run is in use, or the folder holds something else than a run.
@@ -36,12 +35,21 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
     if there and CONFIG not in there and there != [LOCK]:
         raise ConfigError(f"run_dir {run_dir} holds something else than a run ({', '.join(there[:3])}); give another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(run_dir / LOCK)
+    path = run_dir / LOCK
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
+        lock.acquire()
+    except Timeout:
+        holder = path.read_text("utf-8", errors="replace").strip() if path.exists() else ""
+        raise ConfigError(f"run_dir {run_dir} is in use by {holder or 'another process'}; wait for it, or give another folder") from None
+    except OSError as error:
+        raise OSError(error.errno, f"the file system cannot lock {path}: {error.strerror}") from None
+    try:
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
         yield
     finally:
-        (run_dir / LOCK).unlink(missing_ok=True)
-        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
@@ -72,29 +80,6 @@ def write_config(run_dir: Path, config: Config, *, history: History = History())
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:
     return any(f"{key}.".startswith(f"{section}.") for section in sections)
-
-
-def _lock(path: Path) -> int:
-    """A POSIX record lock: it ends with the process, and its children do not inherit it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-            os.close(descriptor)
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                by = holder or "another process"
-                raise ConfigError(f"run_dir {path.parent} is in use by {by}; wait for it, or give another folder") from None
-            raise OSError(error.errno, f"the file system cannot lock {path}: {error.strerror}") from None
-        try:
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                return descriptor
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)  # its last holder removed the file between our opening and locking it
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+from braceexpand import UnbalancedBracesError, braceexpand
+
 from dataprep.sources.files.file_listing import Listing
 from dataprep.sources.files.walk import Walk, is_hidden, is_hidden_image
 from pipeline.corpus.captions import MAX_TEXT_BYTES
@@ -18,27 +20,23 @@ from pipeline.storage import remote
 from pipeline.storage.remote import is_remote
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_MAX_RANGE = 1_000_000
 _VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id", "lfs")  # what servers call the digest of a file
 _TEXTS_AT_ONCE = 64
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a{00..02}b{x,y}" → all names in order; a range keeps the width of its bounds, as in a shell. Raises ValueError."""
-    match = _BRACES.search(pattern)
-    if match is None:
+    """ "a{00..02}b{x,y}" → all names in order, as bash expands them. Raises ValueError for a range that descends or is too long."""
+    if _BRACES.search(pattern) is None:
         return [pattern]
-    before, inside, after = pattern[: match.start()], match.group(1), pattern[match.end() :]
-    span = _RANGE.fullmatch(inside)
-    if span is None:
-        choices = inside.split(",")
-    else:
-        low, high = span.groups()
-        if int(high) < int(low) or int(high) - int(low) > 1_000_000:
-            raise ValueError(f"{pattern}: the range {{{inside}}} has no order or no end in sight")
-        width = max(len(low), len(high)) if low.startswith("0") or high.startswith("0") else 0
-        choices = [f"{number:0{width}d}" for number in range(int(low), int(high) + 1)]
-    return [before + choice + rest for choice in choices for rest in expand_braces(after)]
+    for low, high in _RANGE.findall(pattern):
+        if not 0 <= int(high) - int(low) <= _MAX_RANGE:
+            raise ValueError(f"{pattern}: the range {{{low}..{high}}} must ascend and have at most {_MAX_RANGE:,} numbers")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{pattern}: its braces are not balanced") from error
 
 
 def is_pattern(spec: str) -> bool:

@@ -57,8 +57,8 @@ def test_metadata_rows_in_their_order(tmp_path: Path) -> None:
     assert (samples[0].label, samples[1].label) == (3, 7)
     assert samples[0].extra == {"score": 0.5, "source_source": "web"}
     assert {sample.source for sample in samples} == {"pictures"}
-    assert any(note.startswith("images: 1 image(s) not listed") for note in notes)
-    assert any(note.startswith("images: 1 tar file(s)") for note in notes)
+    assert any(note.startswith("pictures: 1 image(s) not listed") for note in notes)
+    assert any(note.startswith("pictures: 1 tar file(s)") for note in notes)
 
 
 def test_metadata_of_a_subfolder_speaks_for_it_alone(tmp_path: Path) -> None:
