@@ -172,7 +172,7 @@ def finished_input_counts(job: Job) -> InputCounts | None:
         manifest = read_manifest(job.store.place)
         changed = differences(manifest, job.identity)
         if changed:
-            remedy = "add inputs with --append, give another folder, or delete this one"
+            remedy = "append to it, give another folder, or delete this one"
             raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
         if begun and "grows" not in begun:
             shutil.rmtree(job.work)

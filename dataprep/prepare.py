@@ -78,7 +78,7 @@ def prepare(
             extended_sidecars(job.store, shards=base.shards, first=len(base.shards))
         examined = examined_before(job.work) if merge or (job.work / JobPart().marker).exists() else None
         if merge and examined is None:
-            raise RuntimeError(f"{job.store.place}: no part has been examined yet: run --part 1/N, 2/N, … before --merge")
+            raise RuntimeError(f"{job.store.place}: no part has been examined yet: run part 1/N, 2/N, … before the merge")
         examined = examined or _examine(job, part=JobPart(), selection=selection, pool=pool, progress=progress, announce=announce)
         tables = ChunkTables([chunk_path(job.work, number) for number in range(examined.chunks)])
         plan = make_plan(

@@ -55,7 +55,7 @@ def open_references(paths: Sequence[str | Path]) -> list[Corpus]:
         missing = [name for name in _COLUMNS if name not in corpus.schema.names]
         if missing:
             raise ValueError(
-                f"--against {corpus.folder}: its tables have no column {missing[0]}; only what `tim prepare` made can be compared"
+                f"against {corpus.folder}: its tables have no column {missing[0]}; only what `tim prepare` made can be compared"
             )
     return corpora
 

@@ -62,7 +62,7 @@ def examined_before(work: Path) -> Examined | None:
         of, numbers = max(done.items())
         missing = sorted(set(range(1, of + 1)) - numbers)
         named = ", ".join(f"{number}/{of}" for number in missing[:10]) + (", …" if len(missing) > 10 else "")
-        raise RuntimeError(f"{len(missing)} part(s) have not come to their end: run --part {named} (again) before --merge")
+        raise RuntimeError(f"{len(missing)} part(s) have not come to their end: run part {named} (again) before the merge")
     return None
 
 

@@ -124,26 +124,26 @@ def _default_name(table: Path) -> str:
 def _new_columns(parquet: pq.ParquetFile, *, of: Corpus, table: Path, on: str, mark: str | None) -> pa.Schema:
     """The table's columns that are new, in types that a sidecar can hold: numbers, truth values, texts, captions."""
     if on not in of.schema.names:
-        raise ValueError(f"--on {on}: corpus {of.folder} has no such column; there are: {', '.join(of.schema.names)}")
+        raise ValueError(f"on {on}: corpus {of.folder} has no such column; there are: {', '.join(of.schema.names)}")
     fields = []
     for field in parquet.schema_arrow:
         if field.name == on:
             continue
         if field.name in RESERVED or field.name == mark:
-            raise ValueError(f"--table {table}: column '{field.name}' cannot be said anew: rename it or leave it out")
+            raise ValueError(f"table {table}: column '{field.name}' cannot be said anew: rename it or leave it out")
         fields.append(pa.field(field.name, _kind(field, table=table)))
     if not fields and mark is None:
-        raise ValueError(f"--table {table}: has nothing but '{on}': add columns, or give --mark NAME to mark the samples that it names")
+        raise ValueError(f"table {table}: has nothing but '{on}': add columns, or give mark=NAME to mark the samples that it names")
     return pa.schema(fields)
 
 
 def _kind(field: pa.Field, *, table: Path) -> pa.DataType:
     kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
     if field.name == TAKEDOWN and not pa.types.is_boolean(kind):
-        raise ValueError(f"--table {table}: column '{TAKEDOWN}' is {kind}; it must hold truth values, or use --mark {TAKEDOWN}")
+        raise ValueError(f"table {table}: column '{TAKEDOWN}' is {kind}; it must hold truth values, or use mark={TAKEDOWN}")
     if field.name == "captions":
         if not pa.types.is_list(kind) and not pa.types.is_large_list(kind):
-            raise ValueError(f"--table {table}: column 'captions' is {kind}; it must hold lists of texts")
+            raise ValueError(f"table {table}: column 'captions' is {kind}; it must hold lists of texts")
         return _CAPTIONS
     if pa.types.is_boolean(kind):
         return pa.bool_()
@@ -153,7 +153,7 @@ def _kind(field: pa.Field, *, table: Path) -> pa.DataType:
         return pa.float64()
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    raise ValueError(f"--table {table}: column '{field.name}' is {kind}; numbers, truth values and texts can be joined: leave it out")
+    raise ValueError(f"table {table}: column '{field.name}' is {kind}; numbers, truth values and texts can be joined: leave it out")
 
 
 def _sidecar_schema(new: pa.Schema, *, of: Corpus, table: Path, mark: str | None) -> pa.Schema:
@@ -161,7 +161,7 @@ def _sidecar_schema(new: pa.Schema, *, of: Corpus, table: Path, mark: str | None
     for field in fields:
         if field.name in of.schema.names and of.schema.field(field.name).type != field.type:
             old = of.schema.field(field.name).type
-            raise ValueError(f"--table {table}: column '{field.name}' is {field.type}, corpus {of.folder} has one of {old}: rename it")
+            raise ValueError(f"table {table}: column '{field.name}' is {field.type}, corpus {of.folder} has one of {old}: rename it")
     if mark is not None:
         fields.append(pa.field(mark, pa.bool_()))
     if len(fields) < len(new) + (mark is not None):
@@ -188,7 +188,7 @@ def _fill(
         stored = _ask(lookup, [name for name, _ in pairs])
         for name, row in pairs:
             if stored[name] != row:
-                raise ValueError(f"--table {table}: two rows of {on} {name} say different things: keep one of them")
+                raise ValueError(f"table {table}: two rows of {on} {name} say different things: keep one of them")
         for row in (row for row, name in enumerate(names) if not name):
             damage.add(f"row {read + row + 1}: has no {on}")
         read += len(names)

@@ -55,12 +55,12 @@ def as_parquet(table: Path, *, on: str, known: pa.Schema, into: Path) -> tuple[p
             parquet = pq.ParquetFile(table)
         except (OSError, pa.ArrowException) as error:
             wanted = "give a .parquet, .csv, .tsv or .jsonl file"
-            raise ValueError(f"--table {table}: cannot be read as parquet: {one_line(error)}; {wanted}") from error
+            raise ValueError(f"table {table}: cannot be read as parquet: {one_line(error)}; {wanted}") from error
     else:
         parquet = _convert(table, kind=kind, texts={on, *_texts_of(known)}, into=into, damage=damage)
     names = parquet.schema_arrow.names
     if on not in names:
-        raise ValueError(f"--table {table}: has no column '{on}' to join on; there are: {', '.join(names)}")
+        raise ValueError(f"table {table}: has no column '{on}' to join on; there are: {', '.join(names)}")
     return parquet, damage
 
 
@@ -68,9 +68,9 @@ def _convert(table: Path, *, kind: str, texts: Collection[str], into: Path, dama
     try:
         source = Table(str(table))
     except OSError as error:
-        raise ValueError(f"--table {table}: cannot be read: {one_line(error)}") from error
+        raise ValueError(f"table {table}: cannot be read: {one_line(error)}") from error
     if not source.names:
-        raise ValueError(f"--table {table}: has no rows that can be read ({source.problem or 'it is empty'})")
+        raise ValueError(f"table {table}: has no rows that can be read ({source.problem or 'it is empty'})")
     is_text = kind not in COLUMNAR and not kind.startswith(("json", "ndjson"))
     names = dict.fromkeys(source.names)
     kinds: dict[str, set[pa.DataType]] = {}
@@ -130,7 +130,7 @@ def _common(kinds: set[pa.DataType], *, name: str, table: Path) -> pa.DataType:
     if not kinds:
         return _TEXTS if name == "captions" else _TEXT
     if pa.null() in kinds or (_TEXTS in kinds and len(kinds) > 1):
-        raise ValueError(f"--table {table}: column '{name}' holds objects or values of several kinds: leave it out, or write texts")
+        raise ValueError(f"table {table}: column '{name}' holds objects or values of several kinds: leave it out, or write texts")
     if len(kinds) == 1:
         return next(iter(kinds))
     return _NUMBER if kinds == {_WHOLE_NUMBER, _NUMBER} else _TEXT

@@ -69,7 +69,7 @@ class Clip:
             batch = torch.stack(list(pictures)).to(self.device, self._dtype)
             return torch.nn.functional.normalize(self._model.encode_image(batch).float(), dim=-1)
 
-    def read(self, texts: Sequence[str]) -> Tensor:
+    def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts, cut at the model's length → embeddings of length 1: (B, D) float32."""
         import torch
 

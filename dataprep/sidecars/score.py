@@ -118,7 +118,7 @@ def score(
     Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
     """
     if against and config.duplicates is None:
-        raise ValueError("--against: goes with duplicates=COSINE, without it nothing is compared")
+        raise ValueError("against: needs duplicates=COSINE, without which nothing is compared")
     model = Clip(config.model, weights=config.weights, precision=config.precision, device=config.device)
     with opened_for_sidecars(corpus, name=name) as (opened, store), Decoders(workers) as decoders, ThreadPoolExecutor(workers) as threads:
         result = Scored(sidecar=name, samples=opened.count)
@@ -174,10 +174,10 @@ class _Scorer:
         self._counts: defaultdict[str, int] = defaultdict(int)
         self._reader = ShardReader(max_open_files=4)
         self._head = None if config.aesthetic is None else Head(config.aesthetic, device=model.device)
-        self._labels = {name: (model.read(label.positive), model.read(label.negative)) for name, label in config.labels.items()}
-        width = model.read(["an image"]).shape[1]
+        self._labels = {name: (model.encode_texts(label.positive), model.encode_texts(label.negative)) for name, label in config.labels.items()}
+        width = model.encode_texts(["an image"]).shape[1]
         if self._head is not None:
-            self._head(model.read(["an image"]))  # refuses another width before anything is scored
+            self._head(model.encode_texts(["an image"]))  # refuses another width before anything is scored
         fields = [field for field in config.score_columns if field.name != EMBEDDING]
         if config.keeps_embeddings:
             made_by = {"model": f"{config.model} {config.weights or ''}".strip()}
@@ -212,7 +212,7 @@ class _Scorer:
         seen = self._model.encode_images(images)
         scores: dict[str, Any] = {}
         if self._config.similarity:
-            scores[SIMILARITY] = (seen * self._model.read(captions)).sum(dim=-1).tolist()
+            scores[SIMILARITY] = (seen * self._model.encode_texts(captions)).sum(dim=-1).tolist()
         if self._head is not None:
             scores[AESTHETIC] = self._head(seen).tolist()
         for name, (positive, negative) in self._labels.items():

@@ -86,11 +86,11 @@ def _check_embeddings(corpus: Corpus, *, others: Sequence[Corpus]) -> int:
     fields = []
     for each in (corpus, *others):
         if EMBEDDING not in each.schema.names:
-            raise ValueError(f"--against {each.folder}: has no embeddings: run `tim score` on it with embeddings=true and the same model")
+            raise ValueError(f"against {each.folder}: has no embeddings: run `tim score` on it with embeddings=true and the same model")
         fields.append(each.schema.field(EMBEDDING))
     for each, found in zip(others, fields[1:], strict=True):
         if found.type != fields[0].type or found.metadata != fields[0].metadata:
-            raise ValueError(f"--against {each.folder}: its embeddings are of another model: run `tim score` on it with this one")
+            raise ValueError(f"against {each.folder}: its embeddings are of another model: run `tim score` on it with this one")
     return fields[0].type.list_size
 
 

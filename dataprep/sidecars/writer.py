@@ -47,7 +47,7 @@ def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[tuple[Corpus
     Raises ValueError, in one line, if it is none or cannot be written to, and RuntimeError if another run writes into it.
     """
     if not _NAME.fullmatch(name):
-        raise ValueError(f"--name {name}: is no name for a sidecar: lower-case letters, digits, - and _ make one, at most 40")
+        raise ValueError(f"name {name}: is no name for a sidecar: lower-case letters, digits, - and _ make one, at most 40")
     store, work = open_store(path, work=None)
     corpus = Corpus.open(path, check_shards=False, without=name, partial=True)
     with locked_work_folder(work, place=store.place, folder=None if store.is_remote else corpus.path):
@@ -84,7 +84,7 @@ def write_sidecar(
     for other in corpus.sidecars:
         both = sorted(set(other.columns) & set(schema.names) - {*TEXT_COLUMNS, *merged})
         if both:
-            raise ValueError(f"{corpus.folder}: its sidecar '{other.name}' has a column {both[0]}: to replace it, give --name {other.name}")
+            raise ValueError(f"{corpus.folder}: its sidecar '{other.name}' has a column {both[0]}: to replace it, give name={other.name}")
     shards: dict[str, SidecarShard] = {}
     done = 0
     for number, shard in enumerate(corpus.shards):

@@ -92,11 +92,11 @@ def _connect(address: str | None) -> int:
     try:
         import ray
     except ImportError as error:
-        raise ValueError("--executor ray needs Ray: pip install 'tim[ray]'") from error
+        raise ValueError("the Ray executor needs Ray: pip install 'tim[ray]'") from error
     if not ray.is_initialized():
         try:
             ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            remedy = "start one with `ray start --head`, or give --ray-address"
-            raise ValueError(f"no Ray cluster at {address or 'the usual place'} ({one_line(error)}): {remedy}") from error
+            remedy = "start one with `ray start --head`, or give the address of one"
+            raise ValueError(f"no Ray cluster at {address or 'the default address'} ({one_line(error)}): {remedy}") from error
     return int(ray.cluster_resources().get("CPU", 0))

@@ -26,7 +26,7 @@ class PlanChangedError(ValueError):
     def __init__(self, changes: Sequence[PlanChange]) -> None:
         self.changes = tuple(changes)
         listed = ", ".join(map(str, changes))
-        super().__init__(f"the saved state is of another plan: {listed}; go on with what was saved, or plan anew from here (--replan)")
+        super().__init__(f"the saved state is of another plan: {listed}; resume with the saved settings, or replan from here")
 
 
 def counts_of(sources: Sequence[CorpusView]) -> dict[str, dict[str, int]]:

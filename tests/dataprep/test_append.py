@@ -113,7 +113,7 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
     assert prepare([f"f={folder}"], out=out, config=own, append_mode=APPEND).kept == 3
     with pytest.raises(ValueError, match=r"another seed \(0 there, 1 here\)"):
         prepare([str(folder)], out=out, config=with_own_settings(out, given=PrepareConfig(seed=1)), append_mode=APPEND)
-    with pytest.raises(ValueError, match=r"another sources \(g is not in it, f is in it, too\); add inputs with --append"):
+    with pytest.raises(ValueError, match=r"another sources \(g is not in it, f is in it, too\); append to it"):
         prepare([str(photo_folder(tmp_path / "g", count=2))], out=out, config=CONFIG)
 
 

@@ -39,11 +39,11 @@ def reference(many: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 def test_parts_are_merged_to_the_same_bytes(many: Path, reference: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "C"
-    with pytest.raises(RuntimeError, match="no part has been examined yet: run --part 1/N"):
+    with pytest.raises(RuntimeError, match="no part has been examined yet: run part 1/N"):
         prepare([str(many)], out=out, config=CONFIG, merge=True)
     done = prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(2, 2))
     assert (done.inputs, sorted(path.name for path in (out / ".work").glob("chunk*"))) == (1100, ["chunk-000001.arrow"])
-    with pytest.raises(RuntimeError, match=r"1 part\(s\) have not come to their end: run --part 1/2 \(again\) before --merge"):
+    with pytest.raises(RuntimeError, match=r"1 part\(s\) have not come to their end: run part 1/2 \(again\) before the merge"):
         prepare([str(many)], out=out, config=CONFIG, merge=True)
     prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(1, 2))
     prepare([str(many)], out=out, config=CONFIG, merge=True)

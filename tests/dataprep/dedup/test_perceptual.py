@@ -157,6 +157,6 @@ def test_a_corpus_without_hashes_cannot_be_compared(sources: tuple[Path, Path], 
 
     prepare([str(sources[0])], out=tmp_path / "old", config=PrepareConfig())
     index([str(tmp_path / "old/*.tar")], out=tmp_path / "index")
-    with pytest.raises(ValueError, match=r"^--against [^\n]*index: its tables have no column [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^against [^\n]*index: its tables have no column [^\n]*$"):
         prepare([str(sources[1])], out=tmp_path / "C", config=PrepareConfig(), against=[tmp_path / "index"])
     assert not (tmp_path / "C").exists()

@@ -144,7 +144,7 @@ def test_the_last_word_counts_and_an_earlier_one_is_replaced(corpus: Path, tmp_p
         assert text in captions_read(corpus)
     assert [entry["name"] for entry in json.loads((corpus / "sidecars.json").read_text())["sidecars"]] == ["b", "a"]
     annotate(corpus, table=write_table(tmp_path / "s.parquet", [{"key": key, "s": 1}]), on="key")
-    with pytest.raises(ValueError, match=r"its sidecar 's' has a column s: to replace it, give --name s"):
+    with pytest.raises(ValueError, match=r"its sidecar 's' has a column s: to replace it, give name=s"):
         annotate(corpus, table=write_table(tmp_path / "t.parquet", [{"key": key, "s": 2}]), on="key")
 
 
