@@ -23,20 +23,29 @@ def load_image(data: bytes | memoryview, *, resize: tuple[int, int], crop: tuple
     A JPEG is decoded at a fraction of its size as far as that keeps it within 38 dB of a full decode (`_SHRINKS`), which is up to three
     times faster. How the array lies in memory is not said: whoever keeps it copies it anyway. Raises `Rejection`.
     """
+    stored = _clean_jpeg_size(data)
+    if stored is None:
+        pixels = resize_and_crop(read_image(bytes(data)).pixels, resize=resize, crop=crop)
+    else:
+        pixels, covered = _decode_shrunk(data, stored=stored, target=resize)
+        pixels = resize_and_crop(pixels, resize=resize, crop=crop, covered=covered)
+    return pixels[:, ::-1] if flip else pixels
+
+
+def resize_and_crop(
+    pixels: Pixels, *, resize: tuple[int, int], crop: tuple[int, int], covered: tuple[float, float] | None = None
+) -> Pixels:
+    """Scale an upright image (H, W, 3) to `resize` with antialiasing, and cut the central `crop`, both (height, width).
+
+    `covered` says how many rows and columns, from the first on, hold the image; all of them by default.
+    """
     (target_height, target_width), (height, width) = resize, crop
     assert 0 < height <= target_height, (resize, crop)
     assert 0 < width <= target_width, (resize, crop)
-    stored = _clean_jpeg_size(data)
-    if stored is None:
-        pixels = read_image(bytes(data)).pixels
-        covered = pixels.shape[:2]
-    else:
-        pixels, covered = _decode_shrunk(data, stored=stored, target=resize)
     if pixels.shape[:2] != resize:
-        pixels = _resize(pixels, size=resize, covered=covered)
+        pixels = _resize(pixels, size=resize, covered=pixels.shape[:2] if covered is None else covered)
     top, left = (target_height - height) // 2, (target_width - width) // 2
-    pixels = pixels[top : top + height, left : left + width]
-    return pixels[:, ::-1] if flip else pixels
+    return pixels[top : top + height, left : left + width]
 
 
 def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:

@@ -190,6 +190,12 @@ class Loader:
                 state=ahead.state,
             )
 
+    def read_pack(self, samples: tuple[PlannedSample, ...]) -> Batch:
+        """Read one pack in this process; the loader stays where it is. Raises RuntimeError if too many samples fail."""
+        batch = self._batch(self._decode(self._fetch(samples)), samples=samples)
+        self._stop_if_too_many_failed()
+        return batch
+
     def state_dict(self) -> dict[str, Any]:
         """The plan's state after the last yielded step; prefetched steps do not count."""
         return self._state
