@@ -174,7 +174,9 @@ class _Scorer:
         self._counts: defaultdict[str, int] = defaultdict(int)
         self._reader = ShardReader(max_open_files=4)
         self._head = None if config.aesthetic is None else Head(config.aesthetic, device=model.device)
-        self._labels = {name: (model.encode_texts(label.positive), model.encode_texts(label.negative)) for name, label in config.labels.items()}
+        self._labels = {
+            name: (model.encode_texts(label.positive), model.encode_texts(label.negative)) for name, label in config.labels.items()
+        }
         width = model.encode_texts(["an image"]).shape[1]
         if self._head is not None:
             self._head(model.encode_texts(["an image"]))  # refuses another width before anything is scored
