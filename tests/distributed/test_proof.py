@@ -54,7 +54,7 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
         trainer.train(load_config(RECIPE, overrides=overrides), quiet=True)
 
     monkeypatch.setattr(objective, "train", in_this_process)  # the demo's, which starts two interpreters each time
-    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--images", "10", "--json"]) == 0
+    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["scores"]) == list(OBJECTIVES)
     for name in OBJECTIVES:

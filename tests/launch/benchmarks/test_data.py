@@ -32,7 +32,7 @@ def test_the_loader_is_measured_and_others_are_named(
         assert min(found[what].values()) > 0
     assert found["gigabytes_read_per_cpu_second"] > 0
     assert set(found["not_measured"]) == set(peers.LOADERS)
-    settings = {"tars": tmp_path / "out/images-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
+    settings = {"tars": tmp_path / "out/pictures-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
     assert data.peer_rates(Path(sys.executable), "webdataset", settings)["images_per_cpu_second"] > 0
     with pytest.raises(ChildProcessError, match="No module named"):
         data.peer_rates(Path(sys.executable), "megatron-energon", settings)
