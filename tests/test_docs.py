@@ -35,10 +35,17 @@ FENCE = re.compile(r"^```(\w+)?(.*)$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:configs|dataprep|docs|launch|pipeline|tests|tim)/[\w./-]+\.(?:py|md|yaml|png))`")
 CORPUS = ("prepare", "images", "downloads/{00000..00001}.tar", "--out", "corpus")  # as README prepares it
-SMALL = (  # what the test adds to a recipe, before the overrides that the page itself gives
+# What the test adds to a command, before the overrides that the page itself gives: small networks and plans, few steps, one process.
+SMALL_NETWORK = (
     *("network.params.depth=1", "network.params.hidden_size=32", "network.params.num_heads=2", "network.params.lora_hidden_size=8"),
     *("plan.tokens_per_pack=256", "plan.packs_per_step=2", "train.steps=2", "train.warmup=0", "loader.workers=0"),
 )
+SMALLER = {
+    "plan": ("plan.max_tokens=16", "plan.tokens_per_pack=64"),
+    "train": SMALL_NETWORK,
+    "launch": SMALL_NETWORK,
+}
+ENDINGS = {"plan": ("--steps", "2"), "encode": ("--processes", "1")}
 TRAINING = {"network": {"params": {"depth": 1, "hidden_size": 32, "num_heads": 2}}, "train": {"steps": 1}}
 
 
@@ -222,13 +229,10 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def run(program: str, *arguments: str, launches: bool = False) -> None:
-    """Run a command of `tim`, trainings small. Without `launches` those of several processes are only checked (`--dry-run`)."""
+    """Run a command of `tim` on little. Without `launches`, trainings of several processes are checked by `--dry-run` alone."""
     assert program == "tim", f"{program}: mark it as one that is not run: ```sh skip"
-    typed = [*arguments]
-    if typed[0] in ("train", "launch"):
-        typed[2:2] = SMALL
-    if typed[0] == "launch" and not launches:
-        typed.append("--dry-run")
+    endings = {} if launches else {**ENDINGS, "launch": ("--dry-run",)}
+    typed = [*arguments[:2], *SMALLER.get(arguments[0], ()), *arguments[2:], *endings.get(arguments[0], ())]
     try:
         code = main(typed)
     except SystemExit as ended:
