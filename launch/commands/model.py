@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,12 +14,28 @@ from launch.commands.options import ConfigArgument, Debug, Json
 from launch.commands.text_tables import describe_plan, describe_recipes
 from launch.console import STOPPED, Console, session
 
+if TYPE_CHECKING:
+    from pipeline.planning.planner import Planner
+
 Replan = Annotated[
     bool,
     typer.Option(
         "--replan",
         help="Go on although corpora, batch or other inputs of the plan have changed: weights, averages, step and learning rate are kept, "
         "the plan begins anew.",
+    ),
+]
+Export = Annotated[
+    Path | None,
+    typer.Option(
+        "--export", metavar="FILE", help="Write the plan for another trainer and print no summary: JSON lines, one for each pack."
+    ),
+]
+ExportAs = Annotated[
+    Literal["steps", "tim-buckets"] | None,
+    typer.Option(
+        help="With --export: steps, or tim-buckets: the whole corpus once, in the two files of the official TiM code, in the folder FILE. "
+        "Default: steps."
     ),
 ]
 
@@ -87,6 +103,8 @@ def plan(
     packs_per_step: Annotated[int | None, typer.Option(min=1, help="With --sizes: packs of a step, all ranks. Default: 8.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="With --sizes: width of the network. Default: 1152.")] = None,
     gamma: Annotated[float | None, typer.Option(min=0, help="With --sizes: weight of attention in the cost. Default: 1.")] = None,
+    export_file: Export = None,
+    export_as: ExportAs = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -98,7 +116,7 @@ def plan(
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.caption_lengths import caption_lengths
-        from launch.training.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes, typed_config
+        from launch.training.planning import typed_config
         from pipeline.planning.summary import plan_summary
 
         options = {
@@ -110,26 +128,49 @@ def plan(
             "gamma": gamma,
         }
         given = {name: value for name, value in options.items() if value is not None}
-        if replan and checkpoint is None:
-            raise ValueError("--replan: goes with --from CHECKPOINT, whose plan it lets end there")
-        if sizes is not None:
-            if config or checkpoint:
-                raise ValueError(f"--sizes {sizes}: stands for itself, leave out {'--from' if checkpoint else ' '.join(config or [])}")
-            planner = plan_from_sizes(sizes, **given)
-        elif given:
-            raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
-        elif checkpoint is not None:
-            planner = plan_from_checkpoint(checkpoint, arguments=config or [], replan=replan)
-        elif not config:
-            raise ValueError("give a CONFIG, --from CHECKPOINT or --sizes FILE (see `tim plan --help`)")
-        else:
-            planner = plan_from_config(config)
+        if export_as is not None and (export_file is None or (export_as == "tim-buckets" and sizes is not None)):
+            raise ValueError(f"--export-as {export_as}: goes with --export FILE{'' if export_file is None else ' and a CONFIG'}")
+        planner = _planner(config or [], checkpoint=checkpoint, replan=replan, sizes=sizes, given=given)
+        if export_file is not None:
+            _export_plan(planner, export_file, format=export_as or "steps", steps=steps, ranks=ranks, console=console)
+            return
         with console.progress() as report:
             summary = plan_summary(planner, steps=steps, ranks=ranks, progress=report)
         if sizes is None:
             measured = caption_lengths(typed_config(config or [], checkpoint=checkpoint), planner)
             summary["captions"] = None if measured is None else asdict(measured)
         console.result(describe_plan(summary), data=summary)
+
+
+def _planner(config: list[str], *, checkpoint: Path | None, replan: bool, sizes: Path | None, given: dict[str, Any]) -> Planner:
+    """The planner that `tim plan` was asked for. `given` are options that go with --sizes. Raises ValueError for options that do not."""
+    from launch.training.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes
+
+    if replan and checkpoint is None:
+        raise ValueError("--replan: goes with --from CHECKPOINT, whose plan it lets end there")
+    if sizes is not None:
+        if config or checkpoint:
+            raise ValueError(f"--sizes {sizes}: stands for itself, leave out {'--from' if checkpoint else ' '.join(config)}")
+        return plan_from_sizes(sizes, **given)
+    if given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
+    if checkpoint is not None:
+        return plan_from_checkpoint(checkpoint, arguments=config, replan=replan)
+    if not config:
+        raise ValueError("give a CONFIG, --from CHECKPOINT or --sizes FILE (see `tim plan --help`)")
+    return plan_from_config(config)
+
+
+def _export_plan(planner: Planner, file: Path, *, format: str, steps: int, ranks: int, console: Console) -> None:
+    from pipeline.planning.export import export_buckets, export_steps
+
+    with console.progress() as report:
+        if format == "steps":
+            counts = export_steps(planner, file=file, steps=steps, ranks=ranks, progress=report)
+        else:
+            counts = export_buckets(planner, folder=file, progress=report)
+    text = ", ".join(f"{number:,} {what}" for what, number in counts.items())
+    console.result(f"{file}: {text}", data={"export": str(file), "format": format, **counts})
 
 
 def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False, debug: Debug = False) -> None:

@@ -157,8 +157,8 @@ class PackStream:
             target = target_size(height, width=width, rule=self._plan.size_rule)
             if target.left_out:
                 return self._leave_out(sample, target.left_out, detail=f"{width}x{height} pixels")
-            limits = {"resize": target.resize, "crop": (target.height, target.width)}
-            fitted = load_image(image, **limits) if pixels is None else resize_and_crop(pixels, **limits)
+            resize, crop = target.resize, (target.height, target.width)
+            fitted = load_image(image, resize=resize, crop=crop) if pixels is None else resize_and_crop(pixels, resize=resize, crop=crop)
         except Rejection as rejection:
             return self._leave_out(sample, rejection.reason, detail=rejection.detail)
         return _Waiting(np.array(fitted, order="C"), {name: value for name, value in sample.items() if name != key}, target.tokens)

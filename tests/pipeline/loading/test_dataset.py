@@ -81,11 +81,10 @@ def test_the_stream_is_the_same_for_any_number_of_workers(workers: int, corpus: 
 def test_a_stateful_loader_resumes_exactly(workers: int, taken: int, corpus: Corpus, unbroken: list[tuple[Any, ...]]) -> None:
     """Between two steps and within one, twice in a row."""
     batches: list[tuple[Any, ...]] = []
-    state = None
+    state: dict[str, Any] = {}
     for _ in range(2):
         loader = StatefulDataLoader(packed(corpus), batch_size=None, num_workers=workers)
-        if state is not None:
-            loader.load_state_dict(state)
+        loader.load_state_dict(state)  # an empty one is none
         batches += contents(islice(loader, taken))
         state = pickle.loads(pickle.dumps(loader.state_dict()))
     loader = StatefulDataLoader(packed(corpus), batch_size=None, num_workers=workers)

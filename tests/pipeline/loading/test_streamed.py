@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import webdataset
 from PIL import Image
+from webdataset.compat import WebDataset
 
 from pipeline import StreamedPack, pack_stream
 from pipeline.images import Rejection, read_image
@@ -50,7 +50,7 @@ def file_of(index: int, format: str, **how: Any) -> bytes:
 
 def packs_of(urls: list[str], *decoders: str) -> tuple[list[StreamedPack], Counter[str]]:
     stage = pack_stream(**LIMITS)
-    data = webdataset.WebDataset(urls, shardshuffle=False)
+    data = WebDataset(urls, shardshuffle=False)
     data = data.decode(*decoders) if decoders else data
     return list(data.compose(stage)), stage.left_out
 
