@@ -1,7 +1,7 @@
-"""What a pack costs, from the network's parameters and the lengths of its segments alone: floating-point operations and memory.
+"""Floating-point operations and activation memory of a pack, from the network's parameters and the segment lengths.
 
-Operations are those of matrix products (2 for a multiplication and an addition), as the model needs them: what a kernel or activation
-checkpointing computes a second time does not count. `torch.utils.flop_counter` counts the same.
+Only matrix products count (2 operations per multiply-add), without recomputation by kernels or activation checkpointing.
+`torch.utils.flop_counter` counts the same.
 
 Legend: T tokens of a pack, S text tokens, B images, D network width, M hidden width of a block's MLP.
 """
@@ -18,36 +18,36 @@ from tim.network import modulation_rank
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """tokens: of every image; text: of every image's caption, None for a class model."""
+    """tokens: number per image; text: number per caption, None for a class model."""
 
     tokens: Sequence[int]
     text: Sequence[int] | None
 
     def of(self, images: Sequence[int]) -> Lengths:
-        """Some of the images."""
+        """Lengths of some of the images."""
         return Lengths([self.tokens[i] for i in images], None if self.text is None else [self.text[i] for i in images])
 
 
 def forward_flops(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool = False) -> int:
-    """One forward pass of a pack. params: under the published names, complete; alignment: with the projection."""
+    """One forward pass of a pack. params: complete, with the published names; alignment: include the projection."""
     return _inputs(params, lengths) + _first_layers(params, lengths) + _rest(params, lengths, alignment=alignment)
 
 
 def backward_flops(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool = False) -> int:
-    """One backward pass: twice the forward, but nothing goes back into tokens and times."""
+    """One backward pass: twice the forward, except that tokens and times need no gradient."""
     return _first_layers(params, lengths) + 2 * (_inputs(params, lengths) + _rest(params, lengths, alignment=alignment))
 
 
 def step_flops(params: Mapping[str, Any], lengths: Lengths, *, moving: Sequence[int], alignment: bool = False) -> int:
-    """A training step: forward and backward of the pack, and two forwards of its r < t images, whose indices are `moving`."""
+    """A training step: forward and backward of the pack, and two forwards of its r < t images, with indices `moving`."""
     derivative = 2 * forward_flops(params, lengths.of(moving)) if moving else 0
     return forward_flops(params, lengths, alignment=alignment) + backward_flops(params, lengths, alignment=alignment) + derivative
 
 
 def activation_bytes(params: Mapping[str, Any], lengths: Lengths, *, precision: str = "fp32", checkpoint_every: int = 0) -> int:
-    """What a forward pass keeps for the backward pass, and with it the block that is computed again: by far the most of a step's peak.
+    """Memory kept for the backward pass, including the block being recomputed: by far the largest part of a step's peak.
 
-    precision: fp32, or bf16 (autocast); checkpoint_every: as in `TransitionTransformer.execute`.
+    precision: fp32, or bf16 (autocast); checkpoint_every: as in `TransitionTransformer.configure_execution`.
     """
     width, depth = params["hidden_size"], params["depth"]
     mlp = mlp_width(width)
@@ -62,8 +62,8 @@ def activation_bytes(params: Mapping[str, Any], lengths: Lengths, *, precision: 
     last = sum(lengths.tokens) * width * (2 * full + 2 * half)  # the final layer
     if not checkpoint_every:
         return depth * block + last
-    again = depth // checkpoint_every
-    return (depth - again + 1) * block + again * sum(lengths.tokens) * width * half + last
+    recomputed = depth // checkpoint_every
+    return (depth - recomputed + 1) * block + recomputed * sum(lengths.tokens) * width * half + last
 
 
 def _linear(rows: int, *widths: tuple[int, int]) -> int:
@@ -75,7 +75,7 @@ def _swiglu(width: int, hidden: int, out: int) -> tuple[tuple[int, int], ...]:
 
 
 def _first_layers(params: Mapping[str, Any], lengths: Lengths) -> int:
-    """The embedding of patches, and the first layer of each embedded time: what reads inputs that need no gradient."""
+    """The patch embedding and the first layer of each time embedding, whose inputs need no gradient."""
     width, features = params["hidden_size"], params["patch_size"] ** 2 * params["in_channels"]
     return _linear(sum(lengths.tokens), (features, width)) + _linear(
         _times(params) * len(lengths.tokens), (2 * TimeEmbedding.FREQUENCIES, width)
@@ -90,7 +90,7 @@ def _inputs(params: Mapping[str, Any], lengths: Lengths) -> int:
 
 
 def _times(params: Mapping[str, Any]) -> int:
-    """How many embedded times a forward pass computes for an image."""
+    """Number of time embeddings per image in a forward pass."""
     return 1 + len(params["new_condition"].split(","))
 
 

@@ -23,14 +23,14 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def plain_norm(x: Tensor) -> Tensor:
-    """Layer normalisation without learned scale, in float32 (eps 1e-6)."""
+    """Layer normalisation without learned scale and bias, in float32 (eps 1e-6)."""
     return F.layer_norm(at_least_float32(x), x.shape[-1:], eps=1e-6)
 
 
 class ModulatedNorm(nn.Module):
     """Plain norm, then x·(1 + scale) + shift with one shift and scale per image (adaLN, DiT, arXiv 2212.09748).
 
-    A module without parameters that takes tensors alone, so that it can be compiled: `owner` is that of the pack, (T,).
+    Has no parameters and takes only tensors, so that it can be compiled. `owner` is the pack's, (T,).
     """
 
     def forward(self, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, owner: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class SwiGLU(nn.Module):
 
 
 def mlp_width(width: int) -> int:
-    """Hidden width of a block's SwiGLU: two thirds of the usual four times, for its third matrix."""
+    """Hidden width of a block's SwiGLU: two thirds of the usual 4x, because it has a third matrix."""
     return int(4 * width * 2 / 3)
 
 
@@ -103,7 +103,7 @@ class CaptionEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One learned vector for each class, and with `null` a last one that stands for none of them. (B,) int64 → (B, D)."""
+    """One learned vector per class, plus one for the null class if `null`. (B,) int64 → (B, D)."""
 
     def __init__(self, classes: int, *, null: bool, width: int) -> None:
         super().__init__()
@@ -114,10 +114,10 @@ class ClassEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention among an image's tokens whose projections also see how far the transition goes ("interval attention", TiM §4.2).
+    """Attention among an image's tokens, with projections that depend on the transition length ("interval attention", TiM §4.2).
 
-    qkv(x) + qkv_d(E_Δ), normalised per head, turned by the rotary embedding. `delta_BD` is the embedding of t − r. `backends` holds
-    the attention backend to use for a dtype, where it is not to be `auto`.
+    qkv(x) + qkv_d(E_Δ), normalised per head, then rotated. `delta_BD` is the embedding of t − r. `backends` maps a dtype to an attention
+    backend; the default is `auto`.
     """
 
     backends: Mapping[torch.dtype, str] = {}
@@ -143,7 +143,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from an image's tokens to its caption's; only the queries are turned by the rotary embedding."""
+    """Attention from an image's tokens to its caption's. Only the queries are rotated."""
 
     backends: Mapping[torch.dtype, str] = {}
 
@@ -168,7 +168,7 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self-attention, cross-attention to the (normalised) caption and SwiGLU, each modulated and gated by the image's condition.
 
-    Without `captions` there is no cross-attention: the condition says all, and `text` is None.
+    Without `captions` there is no cross-attention and `text` is None.
     """
 
     def __init__(self, width: int, *, heads: int, modulation_rank: int, qk_norm: bool, distance_aware: bool, captions: bool) -> None:

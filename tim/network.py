@@ -1,6 +1,6 @@
-"""The transition transformer: predicts, for a pack of images at times t, the direction that leads each one to its time r.
+"""The transition transformer: predicts, for a pack of images at times t, the direction of each to its time r.
 
-TiM, arXiv 2509.04394, §4; parameter names, order and initialisation are those of the published checkpoints.
+TiM, arXiv 2509.04394, §4. Parameter names, order and initialisation match the published checkpoints.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tim.packed import Condition, PackedText, PackedTokens
 from tim.pretrained.official import read_weights, unnested
 from tim.rope import LAYOUTS, rotations
 
-# The published parameters and their defaults; `None` marks the required ones. input_size sizes the published rotary table, which
+# The published parameters and their defaults; `None` marks required ones. input_size is the size of the published rotary table, which
 # this network computes on the fly.
 OFFICIAL_PARAMS: dict[str, Any] = {
     "input_size": 32,
@@ -56,8 +56,8 @@ NEW_CONDITIONS = get_args(NewCondition)
 class TransitionTransformer(nn.Module):
     """Transition network over packs (no padding anywhere), conditioned on captions or, without `cap_feat_dim`, on classes.
 
-    `params` holds the published names; build it with `from_official`. `rope` is the rotary layout (see `tim.rope`).
-    `classes` is the number of classes (None: captions), `null_class` the id that stands for none of them (None: there is no such id).
+    `params` has the published names; build it with `from_official`. `rope` is the rotary layout (see `tim.rope`).
+    `classes` is the number of classes (None: captions), `null_class` the id of the null class (None: there is none).
     """
 
     def __init__(self, params: dict[str, Any], *, rope: str = "rowcol") -> None:
@@ -100,15 +100,15 @@ class TransitionTransformer(nn.Module):
     def from_official(cls, params: dict[str, Any], *, rope: str = "rowcol") -> TransitionTransformer:
         """Build from the keys of a published YAML's `network.params`.
 
-        Raises ValueError naming the unknown, missing or impossible parameter.
+        Raises ValueError naming an unknown, missing or invalid parameter.
         """
         return cls(params, rope=rope)
 
     def load_official(self, weights: Mapping[str, Any] | str | Path, *, strict: bool = True) -> None:
-        """Load weights under the published names, or the file that holds them; both may be nested as in a training checkpoint.
+        """Load weights with the published names, or from a file; both may be nested as in a training checkpoint.
 
-        `projector.*` may be absent, or present where this network has none. Raises ValueError listing missing keys, unexpected keys
-        and wrong shapes (with `strict=False`: wrong shapes only), and where a file cannot be read.
+        `projector.*` keys are optional, and ignored if this network has no projector. Raises ValueError listing missing keys, unexpected
+        keys and wrong shapes (with `strict=False`: wrong shapes only), and if a file cannot be read.
         """
         given = unnested(weights) if isinstance(weights, Mapping) else read_weights(weights)
         own = self.state_dict()
@@ -118,24 +118,24 @@ class TransitionTransformer(nn.Module):
         shapes = [
             f"{k} {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in given if k in own and given[k].shape != own[k].shape
         ]
-        problems = [f"wrong shapes: {_some(shapes)}"] if shapes else []
+        problems = [f"wrong shapes: {_listed(shapes)}"] if shapes else []
         if strict and missing:
-            problems.append(f"missing keys: {_some(missing)}")
+            problems.append(f"missing keys: {_listed(missing)}")
         if strict and unexpected:
-            problems.append(f"unexpected keys: {_some(unexpected)}")
+            problems.append(f"unexpected keys: {_listed(unexpected)}")
         if problems:
-            where = "" if isinstance(weights, Mapping) else f"{weights}: "
-            raise ValueError(f"{where}these weights are not of this network: " + "; ".join(problems))
+            source = "" if isinstance(weights, Mapping) else f"{weights}: "
+            raise ValueError(f"{source}these weights do not fit this network: " + "; ".join(problems))
         super().load_state_dict(given, strict=False)
 
     def to_official(self) -> dict[str, Tensor]:
-        """A copy of the weights on the CPU under the published names: what `load_official` and the published code read."""
+        """A copy of the weights on the CPU with the published names, as `load_official` and the published code read them."""
         return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
     def configure_execution(
         self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False
     ) -> None:
-        """Choose how the network runs. Changes speed and memory only.
+        """Configure speed and memory use. Results do not change.
 
         attention: the backend of `tim.attention.dispatch` by dtype (others: auto). checkpoint_every: every n-th block keeps only its
         input and is recomputed in the backward pass (1: all, 0: none). compile: fuse the blocks' norms and MLPs with `torch.compile`;
@@ -165,9 +165,9 @@ class TransitionTransformer(nn.Module):
     ) -> PackedTokens | tuple[PackedTokens, Tensor]:
         """Network output for every token.
 
-        packed: noisy images; t, r: (B,) the transport's time inputs of start and end; condition: one caption, or (B,) class ids.
-        Returns a pack of the input's layout, with `return_alignment` also the projection after block `encoder_depth`, (T, z_dim).
-        Raises ValueError where the condition is not of this network's kind, width or range.
+        packed: noisy images; t, r: (B,) the transport's time inputs of start and end; condition: captions, or (B,) class ids.
+        Returns a pack with the input's layout, and with `return_alignment` also the projection after block `encoder_depth`, (T, z_dim).
+        Raises ValueError if the condition has the wrong type, width or range.
         """
         self._check(condition, images=len(packed.sizes))
         angles = rotations(packed, head_dim=self.head_dim, layout=self.rope)
@@ -191,7 +191,7 @@ class TransitionTransformer(nn.Module):
         return out if alignment is None else (out, alignment)
 
     def _interval(self, t: Tensor, r: Tensor) -> Tensor:
-        """The embedding of how far a transition goes, (B, D): the last time that `new_condition` names has an embedder of its own."""
+        """Embedding of the transition length, (B, D). The last time in `new_condition` has its own embedder."""
         times = {"t": t, "r": r, "t-r": t - r}
         *others, last = self.params["new_condition"].split(",")
         embedding = (self.t_embedder if self.delta_embedder is None else self.delta_embedder)(times[last])
@@ -200,14 +200,14 @@ class TransitionTransformer(nn.Module):
         return embedding
 
     def _check(self, condition: Condition, *, images: int) -> None:
-        """Refuse a condition that is not for this network, as far as the host can see it: class ids on a GPU are not looked at."""
+        """Reject a condition that does not fit this network. Class ids on a GPU are not checked, to avoid synchronising."""
         if isinstance(condition, PackedText) != (self.classes is None):
-            reads = "captions (PackedText)" if self.classes is None else f"class ids, {_ids(self.classes, self.null_class)}"
-            raise ValueError(f"this network is conditioned on {reads}, not on {type(condition).__name__}")
+            expected = "captions (PackedText)" if self.classes is None else f"class ids, {_ids(self.classes, self.null_class)}"
+            raise ValueError(f"this network is conditioned on {expected}, not on {type(condition).__name__}")
         if isinstance(condition, PackedText):
             count, width, wanted = len(condition.segments.lengths), condition.features.shape[-1], self.params["cap_feat_dim"]
             if width != wanted:
-                raise ValueError(f"caption features are {width} wide, this network's cap_feat_dim is {wanted}: use its own text encoder")
+                raise ValueError(f"caption features have width {width}, this network's cap_feat_dim is {wanted}: use its own text encoder")
         else:
             count = len(condition)
             assert self.classes is not None
@@ -241,7 +241,7 @@ def modulation_rank(params: Mapping[str, Any]) -> int:
 
 
 def check_classes(classes_given: Sequence[int], *, classes: int, null: int | None) -> None:
-    """Raises ValueError naming the first id that is none of `classes` ids from 0, nor `null`."""
+    """Raise ValueError naming the first id that is neither in [0, `classes`) nor `null`."""
     for given in classes_given:
         if given != null and not 0 <= given < classes:
             raise ValueError(f"class {given}: must be {_ids(classes, null)}")
@@ -252,14 +252,14 @@ def _ids(classes: int, null: int | None) -> str:
 
 
 def _checked(params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters with defaults filled in, or a ValueError that names the wrong one."""
+    """The parameters with defaults filled in. Raises ValueError naming a wrong one."""
     kind, other = (CLASS_PARAMS, TEXT_PARAMS) if params.get("cap_feat_dim") is None else (TEXT_PARAMS, CLASS_PARAMS)
     known = {**OFFICIAL_PARAMS, **kind}
     for key, value in params.items():
         if key in other and value is not None:
             raise ValueError(f"network parameter {key!r} is for class models, cap_feat_dim for text models: give one of them")
         if key not in known and key not in other:
-            raise ValueError(f"unknown network parameter {key!r}: known are {', '.join([*known, *other])}")
+            raise ValueError(f"unknown network parameter {key!r}: known parameters are {', '.join([*known, *other])}")
     filled = {**known, **{key: value for key, value in params.items() if key in known}}
     for key, value in filled.items():
         if value is None:
@@ -270,8 +270,8 @@ def _checked(params: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"network parameter encoder_depth {filled['encoder_depth']}: must be from 1 to depth {filled['depth']}")
     if filled.get("num_classes", 1) < 1 or not 0 <= filled.get("class_dropout_prob", 0) <= 1:
         raise ValueError("network parameters num_classes and class_dropout_prob: must be at least 1, and from 0 to 1")
-    head_dim, rest = divmod(filled["hidden_size"], filled["num_heads"])
-    if rest or head_dim % 4:
+    head_dim, remainder = divmod(filled["hidden_size"], filled["num_heads"])
+    if remainder or head_dim % 4:
         raise ValueError(
             f"hidden_size {filled['hidden_size']} over num_heads {filled['num_heads']}: "
             "the head width must be a multiple of 4 (rotary pairs of rows and columns)"
@@ -283,6 +283,6 @@ def _projector(width: int, *, hidden: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out))
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def _listed(names: list[str], limit: int = 5) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest

@@ -1,10 +1,10 @@
-"""The transition objective: teach the network to carry x_t to x_r for any r ≤ t (TiM, arXiv 2509.04394, §4).
+"""The transition objective: train the network to map x_t to x_r for any r ≤ t (TiM, arXiv 2509.04394, §4).
 
-Images come in three kinds, chosen by the planner: r = t (plain flow matching), r = 0 (straight to the image) and r < t (in between).
-Where r < t the target contains df/dt, the network's own total derivative along the path: measured by a central difference of two
-evaluations that run as one pack, or exactly, by forward-mode differentiation.
+The planner assigns each image a kind: r = t (plain flow matching), r = 0 (directly to the image) or r < t (in between). For r < t the
+target contains df/dt, the network's own total derivative along the path: a central difference of two evaluations that run as one pack,
+or the exact derivative by forward-mode differentiation.
 
-Legend: B images, T tokens of a pack.
+Legend: B images, T tokens of a pack, p patch size, C latent channels.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
 DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(Precision), get_args(Weighting)
-SHORTEST = 1e-2  # length of a pixel's channels below which the cosine term fades
+MIN_NORM = 1e-2  # norm of a pixel's channels below which the cosine term fades
 
 Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]
 
 
 class AlignedNetwork(Protocol):
-    """A network that also gives what is compared with an alignment teacher, (T, z_dim)."""
+    """A network that also returns the projection for the alignment teacher, (T, z_dim)."""
 
     def __call__(
         self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, /, *, return_alignment: bool
@@ -36,9 +36,11 @@ class AlignedNetwork(Protocol):
 
 
 class Losses(NamedTuple):
-    """loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached
-    squared error plus cosine term of every image, before weighting; alignment: (B,) detached distance from the alignment teacher,
-    0 without one."""
+    """Losses of a pack.
+
+    loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached squared error
+    plus cosine term per image, before weighting; alignment: (B,) detached distance from the alignment teacher, 0 without one.
+    """
 
     loss: Tensor
     raw: Tensor
@@ -46,11 +48,11 @@ class Losses(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """Model guidance: what the averaged network says for r = t takes part in the target, so that the trained one needs no guidance
-    when it samples (TiM, §5; 0.75 is the published weight, a guidance scale of 1.75).
+    """Model guidance: the averaged network's output for r = t enters the target, so that the trained network needs no guidance when
+    sampling (TiM, §5; 0.75 is the published weight, a guidance scale of 1.75).
 
-    In f*, of images whose t lies in the closed `interval` (shares of the transport's start), v becomes
-    w_gt·v + w_cond·F(x_t, t, t | c) + (1 − w_gt − w_cond)·F(x_t, t, t | ∅). null_condition: ∅ for each of the pack's images.
+    If t is in the closed `interval` (shares of the transport's start), v in f* becomes
+    w_gt·v + w_cond·F(x_t, t, t | c) + (1 − w_gt − w_cond)·F(x_t, t, t | ∅). null_condition: ∅ for each image of the pack.
     """
 
     network: Network
@@ -61,14 +63,20 @@ class Guide(NamedTuple):
 
 
 class TransitionObjective:
-    """Callable on one pack; holds no state.
+    """Loss of one pack. Has no state.
 
-    transport: see `tim.transports`; derivative: how df/dt is found, `finite-difference` or `jvp` (exact; needs whole weights, and
-    attention with a forward-mode derivative); derivative_precision: `fp32`, or `bf16` by autocast; epsilon: half the interval of the
-    central difference; weighting: `tangent` gives an r < t image (1 + tan t − tan r)^−½, `none` gives 1; shift: side in pixels of the
-    square whose times are not shifted (None: no shift); pixels_per_cell: the codec's factor; alignment: weight of the distance from
-    the alignment teacher; equal_forwards: whether a pack without r < t images runs the difference's forward all the same, on one token,
-    because ranks wait for one another in every forward (ZeRO-3).
+    Args:
+        transport: see `tim.transports`.
+        derivative: method for df/dt, `finite-difference` or `jvp` (exact; needs unsharded weights and attention with a forward-mode
+            derivative).
+        derivative_precision: `fp32`, or `bf16` (autocast).
+        epsilon: half the interval of the central difference.
+        weighting: `tangent` weights r < t images by (1 + tan t − tan r)^−½, `none` by 1.
+        shift: side in pixels of the square whose times are not shifted; None disables the shift.
+        pixels_per_cell: the codec's factor.
+        alignment: weight of the distance from the alignment teacher.
+        equal_forwards: run the difference's forward on one token if a pack has no r < t images, because under ZeRO-3 ranks wait for each
+            other in every forward.
     """
 
     def __init__(
@@ -123,8 +131,8 @@ class TransitionObjective:
         """Loss of one pack.
 
         latents, noise: B tensors (C, h, w) of equal shapes; kinds: (B,) on the CPU; uniforms: (B, 2) in (0, 1) on the CPU, the times'
-        draws; weights: (B,), 0 for a sample that is not there. `derivative_network` evaluates the derivative (default: `network`); `guide`
-        takes part in the target; `teacher`: (T, z_dim), what the network's projection is to be aligned with (REPA, arXiv 2410.06940).
+        draws; weights: (B,), 0 for a missing sample; derivative_network: evaluates the derivative (default: `network`); guide: model
+        guidance of the target; teacher: (T, z_dim) tokens to align the network's projection with (REPA, arXiv 2410.06940).
         """
         t, r = self.draw_times(uniforms, kinds, latents)
         return self.at_times(
@@ -141,7 +149,7 @@ class TransitionObjective:
         )
 
     def draw_times(self, uniforms: Tensor, kinds: Tensor, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Times t and r, (B,) float64 on the CPU: the larger and the smaller of two draws, r replaced as the kind says."""
+        """Times t and r, (B,) float64 on the CPU: the larger and the smaller of two draws, with r replaced according to the kind."""
         times = self.transport.draw_times(uniforms)
         if self.shift is not None:
             cells = torch.tensor([latent.shape[-2] * latent.shape[-1] for latent in latents])
@@ -164,7 +172,7 @@ class TransitionObjective:
         guide: Guide | None = None,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError where r > t."""
+        """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError if r > t."""
         if (r > t).any():
             index = int((r > t).nonzero()[0])
             raise ValueError(
@@ -195,63 +203,62 @@ class TransitionObjective:
     def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
         """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
 
-        In the cosine, what is shorter than `SHORTEST` counts in proportion to its length: a new network says zero, where the cosine has
-        no direction and its gradient no bound.
+        In the cosine, vectors shorter than `MIN_NORM` count in proportion to their norm: a new network outputs zero, where the cosine is
+        undefined and its gradient unbounded.
         """
         squared = (out.tokens - target).square().mean(-1)
         pixels = (len(target), out.patch_size**2, -1)
-        said, wanted = out.tokens.view(pixels), target.view(pixels)
-        lengths = said.norm(dim=-1).clamp(min=SHORTEST) * wanted.norm(dim=-1).clamp(min=SHORTEST)
-        cosine = ((said * wanted).sum(-1) / lengths).mean(-1)
+        predicted, expected = out.tokens.view(pixels), target.view(pixels)
+        norms = predicted.norm(dim=-1).clamp(min=MIN_NORM) * expected.norm(dim=-1).clamp(min=MIN_NORM)
+        cosine = ((predicted * expected).sum(-1) / norms).mean(-1)
         return out.mean_per_image(squared + 1 - cosine)
 
     def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
-        """(B,) weight of an image by how far its transition goes."""
+        """(B,) weight of each image, from the length of its transition."""
         if self.weighting == "none":
             return torch.ones_like(t)
         return torch.where(r == t, torch.ones_like(t), (1 + self.transport.tangent(t) - self.transport.tangent(r)).rsqrt())
 
     def _guidance(self, guide: Guide, noisy: PackedTokens, ideal: Tensor, condition: Condition, *, t: Tensor) -> Tensor:
-        """What model guidance adds to the target, (T, p·p·C): both evaluations of the guide run as one pack."""
+        """Change of the target by model guidance, (T, p·p·C). Both evaluations of the guide run as one pack."""
         shares = t / self.transport.start
         guided = ((guide.interval[0] <= shares) & (shares <= guide.interval[1])).nonzero()[:, 0].tolist()
-        nothing = torch.zeros_like(ideal)
+        zeros = torch.zeros_like(ideal)
         if not guided:
-            return nothing
+            return zeros
         both, rows = guided + guided, noisy.rows(guided)
         times = self._time_input(t[both], noisy)
         with torch.no_grad():
             conditions = join([select(condition, guided), select(guide.null_condition, guided)])
-            said, said_of_none = guide.network(noisy.select(both), times, times, conditions).tokens.chunk(2)
-        w_none = 1 - guide.w_gt - guide.w_cond
-        change = (guide.w_gt - 1) * ideal.index_select(0, rows) + guide.w_cond * said + w_none * said_of_none
-        return nothing.index_copy(0, rows, change.to(ideal.dtype))
+            conditional, unconditional = guide.network(noisy.select(both), times, times, conditions).tokens.chunk(2)
+        w_null = 1 - guide.w_gt - guide.w_cond
+        change = (guide.w_gt - 1) * ideal.index_select(0, rows) + guide.w_cond * conditional + w_null * unconditional
+        return zeros.index_copy(0, rows, change.to(ideal.dtype))
 
     def _derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> Tensor:
-        """df/dt along the path at fixed r, (T, p·p·C), zero where r = t. Only r < t images are evaluated, without gradient.
+        """df/dt along the path at fixed r, (T, p·p·C), zero for r = t. Only r < t images are evaluated, without gradient.
 
-        With `equal_forwards` the difference of a pack without such images evaluates one token, so that every rank runs the same number of
-        forwards.
+        With `equal_forwards`, a pack without such images evaluates one token, so that every rank runs the same number of forwards.
         """
         moving = (r < t).nonzero()[:, 0].tolist()
-        device, nothing = clean.tokens.device, torch.zeros_like(clean.tokens)
+        device, zeros = clean.tokens.device, torch.zeros_like(clean.tokens)
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.derivative_precision == "bf16"):
             if moving:
                 part, noise_part = clean.select(moving), clean._replace(tokens=noise_tokens).select(moving).tokens
-                measure = self._exact_rate if self.derivative == "jvp" else self._central_difference
-                rate = measure(network, part, noise_part, select(condition, moving), t=t[moving], r=r[moving])
-                return nothing.index_copy(0, clean.rows(moving), rate)
+                differentiate = self._exact_rate if self.derivative == "jvp" else self._central_difference
+                rate = differentiate(network, part, noise_part, select(condition, moving), t=t[moving], r=r[moving])
+                return zeros.index_copy(0, clean.rows(moving), rate)
             if self.derivative == "finite-difference" and self.equal_forwards:
                 token = clean.select([0]).first_token()
                 self._central_difference(network, token, noise_tokens[:1], select(condition, [0]), t=t[:1], r=r[:1])
-            return nothing
+            return zeros
 
     def _central_difference(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> Tensor:
-        """(f(later) − f(earlier)) / (later − earlier), both evaluated as one pack; at the ends of time the interval is shorter."""
+        """(f(later) − f(earlier)) / (later − earlier), evaluated as one pack. The interval is shorter at the ends of the time range."""
         earlier, later = self.transport.around(t, self.epsilon)
         both = [*range(len(t))] * 2
         pair, times = clean.select(both), torch.cat([later, earlier])
@@ -264,16 +271,16 @@ class TransitionObjective:
     def _exact_rate(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> Tensor:
-        """The derivative by forward-mode differentiation, through every operation of one evaluation."""
+        """The derivative by forward-mode differentiation of one evaluation."""
         ends = self._time_input(r, clean)
 
-        def along(times: Tensor) -> Tensor:
+        def output(times: Tensor) -> Tensor:
             mixed = self.transport.mix(clean.tokens, noise_tokens, clean.per_token(times)[:, None])
             return network(clean._replace(tokens=mixed), self._time_input(times, clean), ends, condition).tokens
 
         times = t.to(clean.tokens.device)
-        return torch.func.jvp(along, (times,), (torch.ones_like(times),))[1]
+        return torch.func.jvp(output, (times,), (torch.ones_like(times),))[1]
 
     def _time_input(self, t: Tensor, packed: PackedTokens) -> Tensor:
-        """(B,) what the network sees of times, made in float64."""
+        """(B,) the network's input for times, computed in float64."""
         return self.transport.time_input(t).to(packed.tokens.device, packed.tokens.dtype)

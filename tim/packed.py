@@ -1,6 +1,6 @@
-"""Packs: images or captions of different lengths laid end to end, without padding.
+"""Packs: images or captions of different lengths, concatenated without padding.
 
-Legend: B images, C latent channels, p patch size, T tokens of a pack, F features of a token, S text tokens of a pack.
+Legend: B images, C latent channels, p patch size, T image tokens of a pack, F features of a token, S text tokens of a pack.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 class Segments(NamedTuple):
-    """Where each segment of a pack begins, built once on the host so that no layer has to synchronise the device.
+    """Segment boundaries of a pack, built once on the host so that no layer synchronises the device.
 
-    cu_seqlens: (B+1,) int32 running sum of the lengths, on the pack's device; max_len and lengths: the same on the host.
+    cu_seqlens: (B+1,) int32 cumulative lengths on the pack's device; max_len and lengths: on the host.
     """
 
     cu_seqlens: Tensor
@@ -46,7 +46,7 @@ class PackedTokens(NamedTuple):
 
     @classmethod
     def from_latents(cls, latents: Sequence[Tensor], patch_size: int) -> PackedTokens:
-        """Pack latents (C, h, w) of any sizes. Raises ValueError where a side is no multiple of the patch size."""
+        """Pack latents (C, h, w) of any sizes. Raises ValueError if a side is not a multiple of the patch size."""
         if not latents:
             raise ValueError("a pack needs at least one image")
         for index, latent in enumerate(latents):
@@ -83,7 +83,7 @@ class PackedTokens(NamedTuple):
         ]
 
     def rows(self, images: Sequence[int]) -> Tensor:
-        """Indices into `tokens` of these images' tokens, image after image, built on the host."""
+        """Indices into `tokens` of the tokens of these images, in order, built on the host."""
         starts = np.concatenate([[0], np.cumsum(self.segments.lengths)])
         rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in images])
         return torch.from_numpy(rows).to(self.tokens.device, non_blocking=True)
@@ -108,17 +108,17 @@ class PackedTokens(NamedTuple):
         return PackedTokens(self.tokens[:1], segments, self.owner[:1], self.positions[:1], ((1, 1),), self.patch_size)
 
     def per_token(self, values: Tensor) -> Tensor:
-        """Spread one row per image, (B, …), over the image's tokens: (T, …)."""
+        """Repeat one row per image, (B, …), for each of its tokens: (T, …)."""
         return values.index_select(0, self.owner)
 
     def mean_per_image(self, values: Tensor) -> Tensor:
-        """Mean over every image's tokens of one value per token: (T,) → (B,)."""
+        """Mean over the tokens of each image: (T,) → (B,)."""
         sums = values.new_zeros(len(self.sizes)).index_add(0, self.owner, values)
         return sums / (self.segments.cu_seqlens[1:] - self.segments.cu_seqlens[:-1])
 
 
 class PackedText(NamedTuple):
-    """Captions end to end. features: (S, F); segments: one per caption."""
+    """Captions, concatenated. features: (S, F); segments: one per caption."""
 
     features: Tensor
     segments: Segments
@@ -136,7 +136,7 @@ class PackedText(NamedTuple):
         return PackedText.from_features([parts[i] for i in captions])
 
 
-# What the images of a pack are to show: a caption for each, or (B,) int64 class ids.
+# Conditioning of the images of a pack: one caption each, or (B,) int64 class ids.
 Condition: TypeAlias = PackedText | Tensor
 
 
@@ -148,10 +148,10 @@ def select(condition: Condition, images: Sequence[int]) -> Condition:
 
 
 def join(conditions: Sequence[Condition]) -> Condition:
-    """One condition after the other. Raises ValueError where captions meet class ids."""
+    """Concatenate conditions. Raises ValueError if captions and class ids are mixed."""
     captions = [condition for condition in conditions if isinstance(condition, PackedText)]
     if not captions:
         return torch.cat([condition for condition in conditions if isinstance(condition, Tensor)])
     if len(captions) < len(conditions):
-        raise ValueError("captions and class ids in one pack: an image's condition and its null condition must be of one kind")
+        raise ValueError("captions and class ids in one pack: conditions and null conditions must be of the same type")
     return PackedText.from_features([part for text in captions for part in text.features.split(text.segments.lengths)])

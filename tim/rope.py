@@ -1,13 +1,13 @@
 """Two-dimensional rotary position embedding (RoPE) over packs of images.
 
-The head's first half turns with one coordinate of the patch, the second half with the other; features 2i and 2i+1 are a pair.
+The first half of each head encodes one coordinate of the patch, the second half the other; features 2i and 2i+1 are a pair.
 Layouts:
 
 - `rowcol`: first half = column, second half = row, counted from the top left corner. Equals the published networks on squares.
-- `centred`: the same, counted from the middle of the image. Self-attention cannot tell, it sees differences only; the caption's
-  cross-attention, where only queries turn, learns where in an image of any size a token lies, not how far from its corner.
-- `legacy`: the grid of the published networks, which exchanges the sides of images that are not square (token k gets k mod h and
-  k div h); for their weights only.
+- `centred`: the same, counted from the centre of the image. Self-attention sees only differences, so it is unaffected. Caption
+  cross-attention rotates only the queries, so it learns a token's position relative to the centre instead of the corner.
+- `legacy`: the grid of the published networks, which swaps height and width of non-square images (token k gets k mod h and k div h);
+  only for their weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYOUTS = get_args(RopeLayout)
 
 
 def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float = 10000.0) -> Tensor:
-    """Unit complex numbers, (T, 1, head_dim/2), that `rotate` multiplies a pack's queries and keys with. Always float32."""
+    """Unit complex numbers, (T, 1, head_dim/2), for `rotate` to apply to queries and keys. Always float32."""
     row, column = packed.positions.unbind(-1)
     if layout != "rowcol":
         height, width = torch.tensor(packed.sizes, device=row.device)[packed.owner].unbind(-1)
@@ -40,7 +40,7 @@ def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float 
 
 
 def rotate(x_THD: Tensor, rotations_T1D: Tensor) -> Tensor:
-    """Turn every pair of features by its angle, in float32 at least; the result has the dtype of `x_THD`."""
+    """Rotate every pair of features by its angle, at least in float32; the result has the dtype of `x_THD`."""
     full = x_THD if x_THD.dtype == torch.float64 else x_THD.float()
     pairs = torch.view_as_complex(full.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations_T1D).flatten(-2).to(x_THD.dtype)

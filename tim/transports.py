@@ -1,14 +1,14 @@
-"""Transports: how noise and image mix over time, and what that makes of the state transition identity.
+"""Transports: how noise and image mix over time, and the resulting state transition identity.
 
-A transport is one row of TiM's table (arXiv 2509.04394, appendix). It says how a noisy image is mixed, x_t = α·x + σ·ε, and what a
-perfect network says for r → t, f* = α̂·x + σ̂·ε. All else follows: with C = σ̂_t·α_t − α̂_t·σ_t, one image and one noise are carried by
+A transport is one row of TiM's table (arXiv 2509.04394, appendix). It defines the noisy image x_t = α·x + σ·ε and the ideal network
+output for r → t, f* = α̂·x + σ̂·ε. The rest follows. With C = σ̂_t·α_t − α̂_t·σ_t, the transition of one image and one noise is
 
     x_r = A·x_t + B·f,   A = (α_r·σ̂_t − σ_r·α̂_t) / C,   B = (σ_r·α_t − α_r·σ_t) / C,
 
-and the network is right for every r if d/dt [B·(f* − f)] = 0 along the path (state transition identity), which is the target. The
-published EDM has sigma_d cubed where its square belongs, and its steps miss; derived in this way, all five are exact.
+and the network is exact for every r if d/dt [B·(f* − f)] = 0 along the path (state transition identity), which gives the target. The
+published EDM has sigma_d cubed instead of squared, so its steps are wrong; derived this way, all five transports are exact.
 
-Times and what is made of them broadcast against x, noise and f; functions of time are evaluated in the times' own dtype.
+Times and functions of them broadcast against x, noise and f; functions of time are evaluated in the dtype of the times.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class Transport(ABC):
-    """What all transports share. Times fall from `start` (noise) to `end` (image); `shifts`: whether they may shift with resolution."""
+    """Base class. Times decrease from `start` (noise) to `end` (image). `shifts`: whether times can shift with resolution."""
 
     start: ClassVar[float] = 1.0
     end: ClassVar[float] = 0.0
@@ -47,7 +47,7 @@ class Transport(ABC):
 
     @abstractmethod
     def time_input(self, t: Tensor) -> Tensor:
-        """The time as the network sees it."""
+        """The network's time input."""
 
     @abstractmethod
     def draw_times(self, uniforms: Tensor) -> Tensor:
@@ -62,11 +62,11 @@ class Transport(ABC):
         return _combine(self.interpolant_rate(t), x, noise)
 
     def ideal(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """f*: what the network should say at x_t for r = t, on average over all images and noises that meet there."""
+        """f*: the ideal network output at x_t for r = t, up to the average over all images and noises with this x_t."""
         return _combine(self.direction(t), x, noise)
 
     def target(self, x: Tensor, noise: Tensor, t: Tensor, r: Tensor, derivative: Tensor) -> Tensor:
-        """What the network should say at (x_t, t, r), given the total derivative df/dt of what it says: f* + (B/B′)·(df*/dt − df/dt)."""
+        """The training target at (x_t, t, r), given the total derivative df/dt of the network output: f* + (B/B′)·(df*/dt − df/dt)."""
         change = _combine(self.direction_rate(t), x, noise)
         return self.ideal(x, noise, t) + self._reach(t, r).to(x.dtype) * (change - derivative)
 
@@ -78,21 +78,21 @@ class Transport(ABC):
         return _combine((a / cross, b / cross), x_t, f)
 
     def clean(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
-        """The estimate of the noise-free image that goes with output f at time t."""
+        """Estimate of the noise-free image from output f at time t."""
         (_, sigma), (_, to_sigma), cross = self.interpolant(t), self.direction(t), self._cross(t)
         return _combine((to_sigma / cross, -sigma / cross), x_t, f)
 
     def noise(self, x_t: Tensor, t: Tensor, f: Tensor) -> Tensor:
-        """The estimate of the noise that goes with output f at time t."""
+        """Estimate of the noise from output f at time t."""
         (alpha, _), (to_alpha, _), cross = self.interpolant(t), self.direction(t), self._cross(t)
         return _combine((-to_alpha / cross, alpha / cross), x_t, f)
 
     def around(self, t: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """The times before and after t between which a central difference is taken, epsilon away, inside the transport's range."""
+        """The two times of a central difference, epsilon before and after t, clamped to the transport's range."""
         return (t - epsilon).clamp(min=self.end), (t + epsilon).clamp(max=self.start)
 
     def tangent(self, t: Tensor) -> Tensor:
-        """The time as the tangent weighting measures it."""
+        """tan of the time, as used by the tangent weighting."""
         return torch.tan(t)
 
     def times(self, steps: int) -> Tensor:
@@ -102,12 +102,12 @@ class Transport(ABC):
     def shift(self, t: Tensor, *, pixels: Tensor, reference: int) -> Tensor:
         """Shift times with resolution: the ratio of noise to image, σ/α, times q = sqrt(pixels / reference²) (TiM, appendix C).
 
-        pixels: h·w of the image, broadcast against t; reference: the side in pixels of the square that is left as it is.
-        Raises ValueError where the transport's noise ends at a fixed ratio, which a shift would leave.
+        pixels: h·w of the image, broadcast against t; reference: side in pixels of the square that is not shifted.
+        Raises ValueError for a transport with a fixed noise range, which a shift would leave.
         """
         kind = next(name for name, transport in TRANSPORTS.items() if isinstance(self, transport))
-        able = ", ".join(name for name, transport in TRANSPORTS.items() if transport.shifts)
-        raise ValueError(f"transport {kind} has a fixed range of noise, its times do not shift: set shift to null, or choose {able}")
+        alternatives = ", ".join(name for name, transport in TRANSPORTS.items() if transport.shifts)
+        raise ValueError(f"transport {kind} has a fixed noise range, its times cannot shift: set shift to null, or choose {alternatives}")
 
     def _cross(self, t: Tensor) -> Tensor:
         """C(t)."""
@@ -209,7 +209,7 @@ class VariancePreserving(Transport):
 
     def interpolant_rate(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.interpolant(t)
-        half = 9.95 * t + 0.05  # of the exponent's rate
+        half = 9.95 * t + 0.05  # half the exponent's derivative
         return -half * alpha, half * alpha**2 / sigma
 
     def direction(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,19 +225,19 @@ class VariancePreserving(Transport):
         return self.end + (self.start - self.end) * uniforms.double()
 
 
-class _Noisier(Transport):
-    """Transports whose time is the amount of noise itself, from almost none to far more than image."""
+class _NoiseLevelTime(Transport):
+    """Transports whose time is the noise level itself, from almost none to far more noise than image."""
 
     __slots__ = ()
 
-    SPACING = 7  # of sampling times (EDM, arXiv 2206.00364, eq. 5): short steps where there is little noise
+    SPACING = 7  # exponent of sampling times (EDM, arXiv 2206.00364, eq. 5): short steps at low noise
 
     def around(self, t: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-        """The times before and after t between which a central difference is taken: a factor e^±epsilon away, inside the range."""
+        """The two times of a central difference, a factor e^±epsilon from t, clamped to the transport's range."""
         return (t * math.exp(-epsilon)).clamp(min=self.end), (t * math.exp(epsilon)).clamp(max=self.start)
 
     def tangent(self, t: Tensor) -> Tensor:
-        """The ratio of noise to image is the tangent of the angle that TrigFlow calls time."""
+        """The ratio of noise to image, which is the tangent of TrigFlow's time."""
         return t
 
     def times(self, steps: int) -> Tensor:
@@ -249,7 +249,7 @@ class _Noisier(Transport):
 
 
 @dataclass(frozen=True, slots=True)
-class VarianceExploding(_Noisier):
+class VarianceExploding(_NoiseLevelTime):
     """VE diffusion (arXiv 2011.13456): x_t = x + t·ε, f* = −ε. Training times are log-uniform in [0.02, 100]."""
 
     start: ClassVar[float] = 100.0
@@ -275,7 +275,7 @@ class VarianceExploding(_Noisier):
 
 
 @dataclass(frozen=True, slots=True)
-class ElucidatedDiffusion(_Noisier):
+class ElucidatedDiffusion(_NoiseLevelTime):
     """EDM (arXiv 2206.00364): x_t = (x + t·ε) / s with s = √(t² + sigma_d²), f* = (t·x/sigma_d − sigma_d·ε) / s.
 
     Training times are log-normal, ln t ~ N(mean, std); sigma_d is the standard deviation of the latents.
@@ -326,9 +326,9 @@ TRANSPORTS: dict[str, type[Transport]] = {
 
 
 def make(kind: str, **settings: float) -> Transport:
-    """A transport by its published name. settings: `mean` and `std` of the law of its times, `sigma_d`, where it has them.
+    """A transport by its published name. settings: `mean` and `std` of the distribution of its times, and `sigma_d`, if it has them.
 
-    Raises ValueError naming an unknown transport or a setting that it does not have, and the allowed ones.
+    Raises ValueError for an unknown transport or setting, listing the allowed ones.
     """
     if kind not in TRANSPORTS:
         raise ValueError(f"unknown transport {kind!r}: choose one of {', '.join(TRANSPORTS)}")

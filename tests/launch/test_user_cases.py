@@ -12,7 +12,7 @@ from tests.launch.test_cli import Tim, refused, tim
 __all__ = ["tim"]
 
 WITHOUT = "01-text-encoder-without-tokenizer"
-REFUSAL = r"has no usable tokenizer \(.*\): missing tokenizer\.json.*name the folder that has them as text\.tokenizer"
+REFUSAL = r"has no usable tokenizer \(.*\): missing tokenizer\.json.*set text\.tokenizer to the folder that has them"
 TINY = ["train.steps=1", "loader.workers=0"]
 
 
@@ -85,7 +85,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_in_plain_words(cases: Path) ->
     from tim.pretrained.official import read_weights
 
     with pytest.raises(
-        ValueError, match=r"ns\.pt: .*it holds argparse\.Namespace, which could run code: save its weights alone"
+        ValueError, match=r"ns\.pt: .*it contains argparse\.Namespace, which could run code: save its weights alone"
     ) as refusal:
         read_weights(cases / "15-weights-loading" / "ns.pt")
     assert "\x1b" not in str(refusal.value)

@@ -116,7 +116,7 @@ def test_the_published_tar_of_radio_is_read_without_running_code(tmp_path: Path)
     one, other = (alignment.make("radio", tmp_path / name).tokens(images(), GRIDS) for name in ("radio.pth.tar", "radio.safetensors"))
     assert torch.equal(one, other)
     torch.save({"state_dict": weights, "args": Path("x")}, tmp_path / "strange.pth.tar")
-    with pytest.raises(ValueError, match=r"strange\.pth\.tar: no weights can be read from it"):
+    with pytest.raises(ValueError, match=r"strange\.pth\.tar: cannot read weights"):
         alignment.make("radio", tmp_path / "strange.pth.tar")
 
 
@@ -138,8 +138,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         alignment.make("vgg", tmp_path)
     with pytest.raises(ValueError, match=r"nowhere: no such file or folder; give the local weights of the alignment teacher radio"):
         alignment.make("radio", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"not a folder of open_clip: it needs open_clip_config\.json"):
+    with pytest.raises(ValueError, match=r"not an open_clip folder: it needs open_clip_config\.json"):
         alignment.make("open_clip", tmp_path)
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"not RADIO's weights: none is named …patch_generator\.embedder\.weight"):
+    with pytest.raises(ValueError, match=r"not RADIO weights: no key ends with patch_generator\.embedder\.weight"):
         alignment.make("radio", tmp_path)

@@ -225,7 +225,7 @@ def test_a_condition_of_another_network_is_refused(tiny: TransitionTransformer, 
     packed, times, one = PackedTokens.from_latents([torch.zeros(3, 4, 4)] * 2, 2), torch.ones(2), torch.zeros(1, 16)
     refusals = [
         (tiny, torch.tensor([0, 1]), r"conditioned on captions \(PackedText\), not on Tensor"),
-        (tiny, PackedText.from_features([one[:, :12]] * 2), "caption features are 12 wide, this network's cap_feat_dim is 16"),
+        (tiny, PackedText.from_features([one[:, :12]] * 2), "caption features have width 12, this network's cap_feat_dim is 16"),
         (tiny, PackedText.from_features([one]), "1 conditions for 2 images"),
         (tiny_classes, PackedText.from_features([one] * 2), "conditioned on class ids, from 0 to 2, or 3 for none, not on PackedText"),
         (tiny_classes, torch.tensor([0, 4]), "class 4: must be from 0 to 2, or 3 for none"),

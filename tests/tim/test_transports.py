@@ -151,5 +151,5 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"transport sigma_d 0\.0: must be above 0"):
         transports.make("edm", sigma_d=0.0)
     for kind in ("vp", "ve", "edm"):
-        with pytest.raises(ValueError, match=f"transport {kind} has a fixed range of noise.*choose ot_fm, trigflow"):
+        with pytest.raises(ValueError, match=f"transport {kind} has a fixed noise range.*choose ot_fm, trigflow"):
             transports.make(kind).shift(torch.ones(1), pixels=torch.ones(1), reference=1)

@@ -1,11 +1,12 @@
 """Variable-length attention over packs: every segment attends to its own keys only, and nothing is padded.
 
-Legend: T query tokens, S key tokens, H heads, D head width. Backends, and what each can do, are in `BACKENDS`:
+Legend: T query tokens, S key tokens, H heads, D head width. `BACKENDS` lists the backends and their capabilities:
 
-- `varlen`: `torch.nn.attention.varlen`, one kernel for the whole pack; what a GPU uses in half precision.
-- `flash`: the same by the packages flash-attn 3 (Hopper) or flash-attn 2.
-- `flex`: FlexAttention with a block mask, compiled at its first use; any precision on a GPU.
-- `sdpa`: scaled-dot-product attention, segments of similar lengths batched; runs everywhere, and alone has a forward-mode derivative.
+- `varlen`: `torch.nn.attention.varlen`, one kernel for the whole pack; the default on a GPU in half precision.
+- `flash`: the same from the packages flash-attn 3 (Hopper) or flash-attn 2.
+- `flex`: FlexAttention with a block mask, compiled at first use; any precision on a GPU.
+- `sdpa`: scaled-dot-product attention, segments of similar lengths batched; runs everywhere, and the only one with a forward-mode
+  derivative.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Attention = Callable[[Tensor, Tensor, Tensor, Segments, Segments], Tensor]
 
 
 class AttentionRequirements(NamedTuple):
-    """What a call asks of a backend. device: its type; capability: of the GPU, None where it does not matter."""
+    """What a call needs from a backend. device: device type; capability: compute capability of the GPU, None if irrelevant."""
 
     device: str
     dtype: torch.dtype
@@ -42,8 +43,8 @@ class AttentionRequirements(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """An implementation and what it can do. devices, backward: device types of its forward and its backward pass; dtypes: None for
-    all; forward_mode: whether `torch.func.jvp` goes through; capability: the least a GPU must have."""
+    """An implementation and its capabilities. devices, backward: device types of the forward and the backward pass; dtypes: None for
+    all; forward_mode: whether it supports `torch.func.jvp`; capability: minimum compute capability of the GPU."""
 
     run: Attention
     devices: tuple[str, ...]
@@ -54,9 +55,9 @@ class Backend(NamedTuple):
 
 
 def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments, kv_segments: Segments, *, backend: str = "auto") -> Tensor:
-    """Softmax attention inside each segment, scale D^−½. Returns (T, H, D); a segment without keys gets zeros.
+    """Softmax attention within each segment, scale D^−½. Returns (T, H, D); zeros for a segment without keys.
 
-    Raises ValueError for an unknown backend or one that cannot do what the call needs.
+    Raises ValueError for an unknown backend or one that does not meet the requirements.
     """
     needs = AttentionRequirements(
         q_THD.device.type,
@@ -70,14 +71,14 @@ def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments,
 
 @cache
 def choose_backend(needs: AttentionRequirements, wanted: str = "auto") -> str:
-    """The backend for a call; what `auto` chooses is logged once with its reason.
+    """The backend for a call. The choice of `auto` is logged once with its reason.
 
-    Raises ValueError for an unknown backend, or one that cannot do it: it says why, and what can.
+    Raises ValueError for an unknown backend, and for an unsuitable one with the reason and an alternative.
     """
     best = next(name for name in ("flash", "varlen", "sdpa") if (name != "flash" or _flash_3()) and _obstacle(name, needs) is None)
     if wanted == "auto":
         reasons = {"flash": "flash-attn 3 is installed", "sdpa": f"varlen {_obstacle('varlen', needs)}"}
-        log.info("attention backend %s for %s on %s: %s", best, needs.dtype, needs.device, reasons.get(best, "the GPU can"))
+        log.info("attention backend %s for %s on %s: %s", best, needs.dtype, needs.device, reasons.get(best, "supported by the GPU"))
         return best
     if wanted not in BACKENDS:
         raise ValueError(f"unknown attention backend {wanted!r}: choose one of auto, {', '.join(BACKENDS)}")
@@ -88,15 +89,15 @@ def choose_backend(needs: AttentionRequirements, wanted: str = "auto") -> str:
 
 
 def _obstacle(name: str, needs: AttentionRequirements) -> str | None:
-    """Why a backend cannot do it, or None."""
+    """Why a backend cannot be used, or None."""
     backend = BACKENDS[name]
     if needs.device not in backend.devices:
         return f"needs {' or '.join(backend.devices)}, not {needs.device}"
     if backend.dtypes is not None and needs.dtype not in backend.dtypes:
         return f"needs {' or '.join(str(dtype) for dtype in backend.dtypes)}, not {needs.dtype}"
     if backend.capability is not None and needs.capability is not None and needs.capability < backend.capability:
-        least, found = (".".join(map(str, version)) for version in (backend.capability, needs.capability))
-        return f"needs a GPU of compute capability {least}, not {found}"
+        required, actual = (".".join(map(str, version)) for version in (backend.capability, needs.capability))
+        return f"needs a GPU of compute capability {required}, not {actual}"
     if needs.forward_mode and not backend.forward_mode:
         return "has no forward-mode derivative"
     if needs.backward and needs.device not in backend.backward:
@@ -133,16 +134,16 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: 
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    from tim.attention.flex import flex  # imports torch's symbolic shapes: a second that no other backend needs
+    from tim.attention.flex import flex  # imports torch's symbolic shapes, which takes a second
 
     return flex(q, k, v, q_segments, kv_segments)
 
 
 def _fused(function: Any, q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    """The seven positional arguments on which all releases of torch and flash-attn agree."""
+    """Call with the seven positional arguments that all releases of torch and flash-attn share."""
     cu_q, cu_k = q_segments.cu_seqlens, kv_segments.cu_seqlens
     out = function(q.contiguous(), k.contiguous(), v.contiguous(), cu_q, cu_k, q_segments.max_len, kv_segments.max_len)
-    return out[0] if isinstance(out, tuple) else out  # early releases of flash-attn 3 add the log-sum-exp
+    return out[0] if isinstance(out, tuple) else out  # early releases of flash-attn 3 also return the log-sum-exp
 
 
 BACKENDS = {

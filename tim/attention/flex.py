@@ -1,4 +1,4 @@
-"""Attention over packs by FlexAttention (arXiv 2412.05496): one kernel over the whole pack that skips blocks which no segment shares.
+"""Attention over packs by FlexAttention (arXiv 2412.05496): one kernel over the whole pack that skips blocks without a common segment.
 
 Legend: T query tokens, S key tokens, H heads, D head width.
 """
@@ -19,7 +19,7 @@ BLOCK = 128  # tokens per side of a mask block
 
 
 def flex(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    """Attention of a pack, (T, H, D); see `tim.attention.dispatch.attention`. On the CPU the forward pass only, in memory of T × S."""
+    """Attention of a pack, (T, H, D); see `tim.attention.dispatch.attention`. On the CPU forward only, in memory proportional to T·S."""
     if not len(k_SHD) or not len(q_THD):
         return torch.zeros_like(q_THD)
     mask = _block_mask(q_segments.lengths, kv_segments.lengths, q_THD.device)
@@ -35,7 +35,7 @@ def _compiled() -> Any:
 
 @lru_cache(maxsize=64)
 def _block_mask(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> BlockMask:
-    """Built on the host from the lengths alone: segments lie end to end, so a row of query blocks sees one range of key blocks."""
+    """Built on the host from the lengths. Segments are contiguous, so a row of query blocks sees one range of key blocks."""
     assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
     q_owner, kv_owner = (np.repeat(np.arange(len(lengths)), lengths) for lengths in (q_lengths, kv_lengths))
     q_first, q_last = _ends(q_owner)
@@ -63,13 +63,13 @@ def _ends(owner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _uniform(owner: np.ndarray) -> np.ndarray:
-    """Whether a block is whole and of one segment: nothing in it needs a mask."""
+    """Whether a block is complete and within one segment, so that it needs no mask."""
     first, last = _ends(owner)
     return (first == last) & (np.arange(1, len(first) + 1) * BLOCK <= len(owner))
 
 
 def _ordered(blocks: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are set, and the columns with those that are set first."""
+    """Number of set blocks per row, and the columns ordered with set blocks first."""
     counts = torch.from_numpy(blocks.sum(1).astype(np.int32))
     columns = torch.from_numpy(np.argsort(~blocks, axis=1, kind="stable").astype(np.int32))
     return counts[None, None].to(device), columns[None, None].to(device)

@@ -16,9 +16,9 @@ from torch.autograd import forward_ad
 
 from tim.packed import Segments
 
-# One more kernel launch costs about as much as this many query-key pairs, so segments are batched while masking wastes less.
+# A kernel launch costs about as much as this many query-key pairs: segments are batched while masking wastes less.
 PAIRS_PER_LAUNCH = 2048
-# On a CPU, copying this many tokens into a batch and out of it costs about as much as a launch; on a GPU nearly nothing.
+# On a CPU, copying this many tokens into and out of a batch costs about as much as a launch; on a GPU almost nothing.
 TOKENS_PER_LAUNCH = 128
 
 
@@ -33,7 +33,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Seg
     heads, width = q.shape[1:]
     if not plan.batches:
         return torch.zeros_like(q)
-    kernel = _written_out if has_tangent(q, k, v) else F.scaled_dot_product_attention
+    kernel = _unfused_attention if has_tangent(q, k, v) else F.scaled_dot_product_attention
     if plan.rows is not None:
         q = _Gather.apply(q, plan.rows.q_index, plan.rows.q_inverse)
         k, v = (_Gather.apply(x, plan.rows.kv_index, plan.rows.kv_inverse) for x in (k, v))
@@ -52,8 +52,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Seg
     return torch.cat(outputs).index_select(0, plan.rows.q_inverse)
 
 
-def _written_out(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
-    """Scaled-dot-product attention as plain products and a softmax: the fused kernels have no forward-mode derivative."""
+def _unfused_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
+    """Scaled-dot-product attention from matrix products and a softmax: the fused kernels have no forward-mode derivative."""
     scores = (q_BHTD * q_BHTD.shape[-1] ** -0.5) @ k_BHSD.mT
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf)
@@ -68,7 +68,7 @@ class _Batch(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Where tokens go: `index` gathers them into batches, `inverse` finds a token there (one row past the end: nowhere)."""
+    """`index` gathers tokens into batches, `inverse` maps each token to its row in the batches (one past the end: none)."""
 
     q_index: Tensor
     q_inverse: Tensor
@@ -77,14 +77,14 @@ class _Rows(NamedTuple):
 
 
 class _Batching(NamedTuple):
-    """How a pack falls into batches. rows: None where every token lies in its place already."""
+    """A pack split into batches. rows: None if the tokens are already in order."""
 
     batches: tuple[_Batch, ...]
     rows: _Rows | None
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index, where rows that occur twice are padding without gradient: so the backward pass is a gather too, not a scatter."""
+    """Gather rows by index. Repeated rows are padding without gradient, so the backward pass is a gather too, not a scatter."""
 
     @staticmethod
     def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -109,7 +109,7 @@ class _Gather(torch.autograd.Function):
 
 @lru_cache(maxsize=256)
 def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> _Batching:
-    """Batch segments of similar lengths, or leave each alone where it lies if that saves more copying than it costs launches."""
+    """Batch segments of similar lengths, or keep each separate and in place if the saved copies outweigh the extra launches."""
     assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
     segments = [i for i in range(len(q_lengths)) if q_lengths[i] and kv_lengths[i]]
     groups = _groups(segments, q_lengths, kv_lengths)
@@ -137,13 +137,13 @@ def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: t
 
 
 def _groups(segments: list[int], q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...]) -> list[list[int]]:
-    """Segments sorted by length, neighbours together while masking costs less than another kernel launch."""
+    """Group segments sorted by length while masking costs less than another kernel launch."""
     groups: list[list[int]] = []
     for i in sorted(segments, key=lambda i: (-q_lengths[i], -kv_lengths[i], i)):
         if groups:
             q_len, kv_len = q_lengths[groups[-1][0]], max(kv_lengths[j] for j in groups[-1])
-            grown = max(kv_len, kv_lengths[i])
-            waste = q_len * grown - q_lengths[i] * kv_lengths[i] + (grown - kv_len) * q_len * len(groups[-1])
+            new_kv_len = max(kv_len, kv_lengths[i])
+            waste = q_len * new_kv_len - q_lengths[i] * kv_lengths[i] + (new_kv_len - kv_len) * q_len * len(groups[-1])
             if waste <= PAIRS_PER_LAUNCH:
                 groups[-1].append(i)
                 continue

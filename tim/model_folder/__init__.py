@@ -1,1 +1,1 @@
-"""The model folder: everything that sampling needs."""
+"""The model folder: everything needed for sampling."""

@@ -1,4 +1,4 @@
-"""The model folder: everything that sampling needs, in `config.json` and `model.safetensors` (docs/formats.md)."""
+"""The model folder: everything needed for sampling, in `config.json` and `model.safetensors` (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What a model is made of, as `config.json` holds it.
+    """Description of a model, stored in `config.json`.
 
-    network: parameters under the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind, path};
+    network: parameters with the published names; rope: rotary layout; transport: {kind} and its settings; codec: {kind, path};
     text: {kind, path, tokenizer, precision, max_tokens}, null for class models; sampling: defaults {steps, guidance, interval, shift}, and
-    whether the network knows r = t alone (`instantaneous`).
+    `instantaneous` for a network trained with r = t only.
     """
 
     network: dict[str, Any]
@@ -44,30 +44,27 @@ class ModelSpec:
 def save_model(
     folder: str | Path, state_dict: dict[str, Tensor], spec: ModelSpec, *, home: str | Path | None = None, copy_models: bool = False
 ) -> None:
-    """Write a model folder; it appears whole or not at all, an older one is replaced.
+    """Write a model folder atomically, replacing an older one.
 
-    Models that lie in `home` (by default the folder itself), which is moved with it, are named relative to the folder. With `copy_models`
-    codec, text encoder and tokenizer are copied into it. Raises ValueError where one to be copied is not there.
+    Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved together.
+    With `copy_models`, codec, text encoder and tokenizer are copied into it. Raises ValueError if one of them is missing.
     """
     models: dict[str, Location] = {}
-    codec, words = dict(spec.codec), spec.text
+    codec, text = dict(spec.codec), spec.text
     if copy_models:
-        codec, words, models = paths.copied(codec, words)
+        codec, text, models = paths.copied(codec, text)
     else:
-        moved = {"folder": Path(folder), "home": Path(home or folder)}
-        codec, words = paths.relative(codec, **moved), words and paths.relative(words, **moved)
-    spec = replace(spec, codec=codec, text=words)
-    text = json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n"
-    write_folder(folder, state_dict, name="config.json", text=text, models=models)
+        roots = {"folder": Path(folder), "home": Path(home or folder)}
+        codec, text = paths.relative(codec, **roots), text and paths.relative(text, **roots)
+    spec = replace(spec, codec=codec, text=text)
+    config = json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n"
+    write_folder(folder, state_dict, name="config.json", text=config, models=models)
 
 
 def write_folder(
     folder: str | Path, state_dict: dict[str, Tensor], *, name: str, text: str, models: Mapping[str, Location] | None = None
 ) -> None:
-    """Write `model.safetensors`, beside it a file of this name and text, and copies of `models` in sub-folders of these names.
-
-    The folder appears whole or not at all.
-    """
+    """Write a folder atomically: `model.safetensors`, a file `name` with `text`, and copies of `models` in sub-folders of their names."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -87,7 +84,7 @@ def write_folder(
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tuple[TransitionTransformer, ModelSpec]:
     """The network, ready to sample, and its spec.
 
-    Raises ValueError where the folder holds no model, an unknown format, or weights that do not fit the config.
+    Raises ValueError if the folder has no model, an unknown format, or weights that do not fit the config.
     """
     spec = read_spec(folder)
     weights = Path(folder) / "model.safetensors"
@@ -103,7 +100,7 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tup
 
 
 def read_spec(folder: str | Path) -> ModelSpec:
-    """The spec of a model folder. Raises ValueError where there is none that this version reads."""
+    """The spec of a model folder. Raises ValueError if it is missing or of an unknown format."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: not a model folder (no config.json): give the folder that `tim export` or a finished run wrote")
@@ -118,8 +115,8 @@ def read_spec(folder: str | Path) -> ModelSpec:
     if set(content) - {"format"} != names:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
     spec = ModelSpec(**{name: content[name] for name in names})
-    words = spec.text and paths.absolute(spec.text, folder=Path(folder))
-    return replace(spec, codec=paths.absolute(spec.codec, folder=Path(folder)), text=words)
+    text = spec.text and paths.absolute(spec.text, folder=Path(folder))
+    return replace(spec, codec=paths.absolute(spec.codec, folder=Path(folder)), text=text)
 
 
 def _sync(path: Path) -> None:

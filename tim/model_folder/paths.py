@@ -1,4 +1,4 @@
-"""Paths of the codec, the text encoder and its tokenizer in a model folder: relative where the models are moved together with it."""
+"""Paths of the codec, the text encoder and its tokenizer in a model folder: relative if the models move together with it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _KEYS = ("path", "tokenizer")
 
 
 def relative(section: Section, *, folder: Path, home: Path) -> Section:
-    """A section of a model's description with the paths that lie in `home` relative to `folder`, which lies in `home`, too."""
+    """A section of a model spec, with paths inside `home` made relative to `folder`, which is also inside `home`."""
     root = home.resolve()
 
     def shorten(path: str) -> str:
@@ -29,33 +29,33 @@ def relative(section: Section, *, folder: Path, home: Path) -> Section:
 
 
 def absolute(section: Section, *, folder: Path) -> Section:
-    """The same with relative paths as they are from here."""
+    """A section of a model spec with relative paths resolved against `folder`."""
     return _mapped(section, lambda path: os.path.normpath(folder.absolute() / path))
 
 
-def copied(codec: Section, words: Section | None) -> tuple[Section, Section | None, dict[str, Location]]:
-    """The sections for a folder that holds copies of the models, and what is to be copied to which of its sub-folders.
+def copied(codec: Section, text: Section | None) -> tuple[Section, Section | None, dict[str, Location]]:
+    """The sections for a folder with copies of the models, and the models to copy, by sub-folder.
 
-    Raises ValueError where a model is not there.
+    Raises ValueError if a model is missing.
     """
     models: dict[str, Location] = {}
     codec = dict(codec)
     if codec.get("path") is not None:
         models["codec"] = codecs.location(codec["kind"], codec["path"])
         codec["path"] = "codec"
-    if words is not None and words.get("path") is not None:
-        words = dict(words)
-        models["text_encoder"] = encoders.location(words["kind"], words["path"])
-        tokenizer = encoders.tokenizer_location(words["kind"], words["path"], tokenizer_path=words.get("tokenizer"))
-        words["path"] = "text_encoder"
+    if text is not None and text.get("path") is not None:
+        text = dict(text)
+        models["text_encoder"] = encoders.location(text["kind"], text["path"])
+        tokenizer = encoders.tokenizer_location(text["kind"], text["path"], tokenizer_path=text.get("tokenizer"))
+        text["path"] = "text_encoder"
         if tokenizer is not None and tokenizer != models["text_encoder"].folder:
             models["tokenizer"] = Location(tokenizer, None)
-            words["tokenizer"] = "tokenizer"
-    return codec, words, models
+            text["tokenizer"] = "tokenizer"
+    return codec, text, models
 
 
 def copy(location: Location, target: Path) -> None:
-    """Copy the files of a model: those that describe it, and its weights or the file of them that was named."""
+    """Copy the files of a model: descriptions, and all weights or the given weights file."""
     target.mkdir()
     for file in weight_files.files(location):
         shutil.copyfile(file, target / file.name)

@@ -1,1 +1,1 @@
-"""Weights that others trained: where their files are, and the published networks' format."""
+"""Pretrained weights: locating their files, and the published networks' format."""

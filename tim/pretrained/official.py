@@ -1,4 +1,4 @@
-"""The published networks' files: reading their weights, safely and however they are nested, and describing a network as they do."""
+"""The published networks' files: safe reading of weights, nested or not, and network descriptions."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Where training checkpoints keep their weights, the averaged ones first.
+# Keys under which training checkpoints keep their weights, averaged ones first.
 NESTS = ("ema", "ema_model", "state_dict_ema", "model_ema", "state_dict", "model", "module")
-PREFIXES = ("module.", "model.", "ema_model.")  # in front of every name: of DDP, Lightning and averaging
+PREFIXES = ("module.", "model.", "ema_model.")  # before every name: from DDP, Lightning and averaging
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # anywhere in a name
-COUNTERS = ("n_averaged", "initted", "step")  # tensors of averaging, beside its weights
+COUNTERS = ("n_averaged", "initted", "step")  # tensors of averaging that are not weights
 PICKLES = (".bin", ".pt", ".pth")
 WEIGHTS = (".safetensors", *PICKLES)
 TRANSPORTS = {"ot_fm": "OT_FM", "trigflow": "TrigFlow", "vp": "VP_SDE", "ve": "VE_SDE"}  # their EDM step is wrong
 SETTINGS = {"mean": "P_mean", "std": "P_std", "sigma_d": "sigma_d"}
-NETWORK_FILE = "network.yaml"  # the description of a network in the published form, beside its weights
-OURS = "tim"  # the key of NETWORK_FILE that holds what the published form has no place for: rope, codec, text encoder, sampling defaults
+NETWORK_FILE = "network.yaml"  # network description in the published form, next to the weights
+OURS = "tim"  # key of NETWORK_FILE for settings outside the published form: rope, codec, text encoder, sampling defaults
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The weights in a `.safetensors`, `.bin`, `.pt` or `.pth` file, on the CPU. Pickles are read as tensors only: no code in them runs.
 
-    Raises ValueError naming the file where it is missing, damaged, of another kind, or holds no weights.
+    Raises ValueError naming the file if it is missing, damaged, of another type, or has no weights.
     """
     path = Path(path)
     if not path.is_file():
@@ -39,25 +39,25 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         content = _loaded(path)
     except Exception as error:  # damaged files raise almost anything
-        raise ValueError(f"{path}: no weights can be read from it ({unreadable(error)})") from error
+        raise ValueError(f"{path}: cannot read weights ({unreadable(error)})") from error
     try:
         return unnested(content)
     except ValueError as error:
-        raise ValueError(f"{path}: no weights can be read from it ({error})") from error
+        raise ValueError(f"{path}: cannot read weights ({error})") from error
 
 
 def _loaded(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of kinds of files that it then refuses
+        warnings.simplefilter("ignore")  # torch warns about file types that it then rejects
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unnested(content: Any) -> dict[str, Tensor]:
-    """The weights in the content of a checkpoint: itself, or under one of `NESTS`, in this order; without the prefixes of wrappers.
+    """The weights in a checkpoint's content, at the top level or under one of `NESTS` (in this order), without wrapper prefixes.
 
-    Raises ValueError where there are none.
+    Raises ValueError if there are none.
     """
     if isinstance(content, Mapping):
         if content and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
@@ -66,11 +66,11 @@ def unnested(content: Any) -> dict[str, Tensor]:
         if nest is not None:
             return unnested(content[nest])
     found = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else type(content).__name__
-    raise ValueError(f"expected names and tensors, by themselves or under {', '.join(NESTS)}; found {found or 'nothing'}")
+    raise ValueError(f"expected names and tensors, at the top level or under {', '.join(NESTS)}; found {found or 'nothing'}")
 
 
 def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under the network's own names: without what DDP, FSDP, Lightning, torch.compile and averaging put in front or between."""
+    """Weights with the network's own names: without the prefixes of DDP, FSDP, Lightning, torch.compile and averaging."""
     averaged = {name: value for name, value in weights.items() if name.startswith("ema_model.")}
     kept = averaged or {name: value for name, value in weights.items() if name not in COUNTERS} or dict(weights)
     kept = {re.sub(rf"(^|\.)(?:(?:{'|'.join(WRAPPERS)})\.)+", r"\1", name): value for name, value in kept.items()}
@@ -80,16 +80,16 @@ def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def published_config(params: Mapping[str, Any], *, rope: str, transport: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a published YAML file that its code needs to build and sample this network.
+    """The part of a published YAML file that the published code needs to build and sample this network.
 
-    params: under the published names; rope: the network's rotary layout; transport: {kind} and its settings, all of them.
-    Raises ValueError where the published code would compute something else on every image.
+    params: with the published names; rope: the network's rotary layout; transport: {kind} and all its settings.
+    Raises ValueError if the published code would compute different results on every image.
     """
     is_text = params.get("cap_feat_dim") is not None
     if is_text and rope == "centred":
         raise ValueError("rope: centred is unknown to the published code, which counts positions from the corner")
     if transport["kind"] not in TRANSPORTS:
-        raise ValueError(f"transport {transport['kind']}: the published code has it wrong; it has {', '.join(TRANSPORTS)}")
+        raise ValueError(f"transport {transport['kind']}: the published code implements it incorrectly; supported: {', '.join(TRANSPORTS)}")
     given = {name: value for name, value in params.items() if value is not None and not (name == "lora_hidden_size" and not value)}
     if not given.get("z_dim"):
         given = {name: value for name, value in given.items() if name not in ("z_dim", "projector_dim", "encoder_depth")}
@@ -109,32 +109,32 @@ def network_description(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     params = network.get("params") if isinstance(network, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(params, Mapping):
         raise ValueError("has no model.network.params: give a file as `tim export --official` or the published code writes it")
-    described = model.get("transport") or {}
-    target = str(described.get("target", "OT_FM")).rpartition(".")[2]
+    section = model.get("transport") or {}
+    target = str(section.get("target", "OT_FM")).rpartition(".")[2]
     kinds = {theirs: ours for ours, theirs in TRANSPORTS.items()}
     if target not in kinds:
         raise ValueError(f"model.transport.target {target}: expected one of {', '.join(kinds)}")
-    theirs = described.get("params") or {}
+    theirs = section.get("params") or {}
     settings = {ours: theirs[name] for ours, name in SETTINGS.items() if name in theirs}
     return dict(params), {"kind": kinds[target], **settings}
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message, without its terminal colours."""
+    """The first line of an error message, without terminal colours."""
     plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", str(error)).strip()
     return (plain.splitlines() or [type(error).__name__])[0][:200]
 
 
 def unreadable(error: BaseException) -> str:
-    """Why a file of weights cannot be loaded, and the remedy, in one line. torch's advice to run unknown code is left out."""
+    """Why a weights file cannot be loaded, and the remedy, in one line. Omits torch's advice to run unknown code."""
     chain = [error]
     while (before := chain[-1].__context__) is not None:
         chain.append(before)
     everything = " ".join(str(each) for each in chain)
     if found := re.search(r"GLOBAL ([\w.]+)|Trying to (?:call|load|set|use)\D*? ([A-Za-z_]\w*\.[\w.]+)", everything):
-        return f"it holds {found[1] or found[2]}, which could run code: save its weights alone with torch.save, or as .safetensors"
+        return f"it contains {found[1] or found[2]}, which could run code: save its weights alone with torch.save, or as .safetensors"
     if "TorchScript" in everything:
-        return "it is a TorchScript archive: save the state_dict of the module alone"
+        return "it is a TorchScript archive: save only the module's state_dict"
     if isinstance(error, SafetensorError) or (isinstance(error, OSError) and error.strerror):
         return first_line(error)
-    return "it is cut off, damaged, or not a file of torch.save: fetch it again, or save its weights as .safetensors"
+    return "it is truncated, damaged, or not a torch.save file: download it again, or save its weights as .safetensors"

@@ -1,12 +1,12 @@
-"""Weights of other libraries' models: where they are, and their digest.
+"""Locate the weights of other libraries' models, and compute their digest.
 
 A path is one of
-- a folder as `save_pretrained` writes it: a config with safetensors beside it (whole, in parts, or of a variant such as fp16), or `.bin`;
-- one file of weights in such a folder;
-- a pipeline's folder, of which the sub-folder of the wanted part is taken;
-- any of these in a repository of the hub: `hf://OWNER/NAME`, `hf://OWNER/NAME/vae`, fetched once into the hub's cache.
+- a folder written by `save_pretrained`: a config with safetensors (single, sharded, or a variant such as fp16) or `.bin`;
+- one weights file in such a folder;
+- a diffusers pipeline folder, whose sub-folder for the model is used;
+- any of these in a hub repository: `hf://OWNER/NAME`, `hf://OWNER/NAME/vae`, downloaded once into the hub's cache.
 
-Pickles (`.bin`) are read as tensors only, and taken where there are no safetensors. No code that comes with a model is run.
+Pickles (`.bin`) are used if there are no safetensors, and read as tensors only. No code that comes with a model is run.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ log = logging.getLogger(__name__)
 
 
 class Location(NamedTuple):
-    """A model's folder, and the file of weights in it that was named, if one was."""
+    """A model's folder, and the weights file in it if one was given."""
 
     folder: Path
     file: Path | None
 
 
 class Loadable(NamedTuple):
-    """A folder that `from_pretrained` reads with these arguments."""
+    """A folder that `from_pretrained` reads, and its arguments."""
 
     folder: Path
     arguments: dict[str, Any]
 
 
 class NoWeightsError(ValueError):
-    """A folder without weights, or with several files of which none is the plain one."""
+    """A folder without weights, or with several weights files and no default one."""
 
 
-def in_words(error: BaseException) -> str:
-    """What another library's error says, in one line of bounded length."""
+def one_line(error: BaseException) -> str:
+    """An error's message as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
 def local_folder(path: str | Path, *, parts: Sequence[str] = ()) -> Path:
-    """The folder that a path means; one of the hub is fetched where it is not in the cache. `parts`: see `locate`. Raises ValueError."""
+    """The folder of a path; hub folders are downloaded if not cached. `parts`: see `locate`. Raises ValueError."""
     return locate(path, parts=parts).folder
 
 
 def locate(path: str | Path, *, parts: Sequence[str] = ()) -> Location:
-    """The folder of a model, and the file of weights in it if `path` names one.
+    """The folder of a model, and the weights file in it if `path` names one.
 
-    parts: names of the sub-folders, the preferred first, in which a pipeline has this kind of model. Raises ValueError where there is none.
+    parts: sub-folders of a pipeline that can have this kind of model, preferred first. Raises ValueError if there is no such folder.
     """
     name = str(path)
     if name.startswith(HUB):
-        return _fetched(name, parts=parts)
+        return _download(name, parts=parts)
     found = Path(path)
     if found.is_file() and found.suffix in (SAFE, PICKLE):
         return Location(found.parent, found)
@@ -82,12 +82,12 @@ def locate(path: str | Path, *, parts: Sequence[str] = ()) -> Location:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says. Raises ValueError where it is missing or damaged."""
+    """The content of config.json. Raises ValueError if it is missing or damaged."""
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        why = "is a pipeline without the part that is wanted" if (folder / PIPELINE).is_file() else "has no config.json"
-        raise ValueError(f"{folder}: {why}; give the folder of a model as save_pretrained writes it") from None
+        why = "is a pipeline without this part" if (folder / PIPELINE).is_file() else "has no config.json"
+        raise ValueError(f"{folder}: {why}; give a model folder written by save_pretrained") from None
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: not valid JSON ({error})") from error
     if not isinstance(found, dict):
@@ -96,27 +96,27 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def failure(location: Location, error: BaseException, *, library: str) -> ValueError:
-    """The error for weights that a library does not read, in one line."""
+    """The one-line error for weights that a library cannot read."""
     if isinstance(error, NoWeightsError):
         return error
-    place = location.file or location.folder
-    is_safe = place.suffix == SAFE or any(place.glob(f"*{SAFE}"))
-    return ValueError(f"{place}: not weights that {library} reads ({in_words(error) if is_safe else unreadable(error)})")
+    path = location.file or location.folder
+    is_safe = path.suffix == SAFE or any(path.glob(f"*{SAFE}"))
+    return ValueError(f"{path}: not weights that {library} reads ({one_line(error) if is_safe else unreadable(error)})")
 
 
 @contextmanager
 def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loadable]:
-    """A folder whose weights have the names that `from_pretrained` expects; a temporary one of links where they are called otherwise.
+    """A folder whose weights have the names that `from_pretrained` expects: a temporary folder of links if they are named differently.
 
-    stem: of the name of safetensors, pickle_stem: of pickles ("diffusion_pytorch_model", "model", "pytorch_model"). Raises ValueError where
-    the folder has no weights, or several of which none is the plain one.
+    stem, pickle_stem: file name stems of safetensors and pickles ("diffusion_pytorch_model", "model", "pytorch_model"). Raises ValueError
+    if the folder has no weights, or several and no default one.
     """
     chosen = location.file or _chosen(location.folder, stem=stem, pickle_stem=pickle_stem)
     is_safe = SAFE in chosen.suffixes or chosen.name.endswith(f"{SAFE}.index.json")
     expected = f"{stem}{SAFE}" if is_safe else f"{pickle_stem}{PICKLE}"
     arguments = {"use_safetensors": is_safe, "local_files_only": True}
     if not is_safe:
-        log.info("%s: read as tensors only, as all pickles", chosen)
+        log.info("%s: pickle, read as tensors only", chosen)
     if chosen.name == expected or chosen.suffix == ".json":
         variant = chosen.name.removesuffix(".json").rpartition(".index.")[2] if ".index." in chosen.name.removesuffix(".json") else None
         yield Loadable(location.folder, {**arguments, **({"variant": variant} if variant else {})})
@@ -130,60 +130,58 @@ def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loa
 
 
 def digest(path: str | Path, *, parts: Sequence[str] = (), weights: bool = True) -> str:
-    """sha256 in hexadecimal of a file, or of all files of a folder that a model is made of; without `weights` of the others alone.
+    """sha256 in hexadecimal of a file or of all model files of a folder; without `weights`, of the other files only.
 
-    Raises ValueError where there is no folder.
+    Raises ValueError if there is no folder.
     """
     if Path(path).is_file():
-        return _of_file(Path(path))
+        return _file_digest(Path(path))
     location = locate(path, parts=parts)
     if location.file is not None:
-        return _of_file(location.file)
-    counted = [file for file in files(location) if weights or file.suffix in _DESCRIPTIONS]
-    return hashlib.sha256("\n".join(f"{file.name} {_of_file(file)}" for file in counted).encode()).hexdigest()
+        return _file_digest(location.file)
+    included = [file for file in files(location) if weights or file.suffix in _DESCRIPTIONS]
+    return hashlib.sha256("\n".join(f"{file.name} {_file_digest(file)}" for file in included).encode()).hexdigest()
 
 
 def files(location: Location) -> list[Path]:
-    """The files that a model is made of, by name: descriptions, and weights or the file of them that was named.
+    """The files of a model, by name: descriptions, and all weights or the given weights file.
 
-    Pickles count where there are no safetensors.
+    Pickles are included if there are no safetensors.
     """
-    everything = sorted(file for file in location.folder.iterdir() if file.is_file())
+    all_files = sorted(file for file in location.folder.iterdir() if file.is_file())
     if location.file is not None:
-        return [file for file in everything if file.suffix in _DESCRIPTIONS or file.name == location.file.name]
-    suffixes = _TAKEN if any(file.suffix == SAFE for file in everything) else (*_TAKEN, PICKLE)
-    return [file for file in everything if file.suffix in suffixes]
+        return [file for file in all_files if file.suffix in _DESCRIPTIONS or file.name == location.file.name]
+    suffixes = _TAKEN if any(file.suffix == SAFE for file in all_files) else (*_TAKEN, PICKLE)
+    return [file for file in all_files if file.suffix in suffixes]
 
 
 def _part(folder: Path, parts: Sequence[str]) -> str:
-    """The sub-folder of a pipeline that is wanted, "" for a folder that is a model's own."""
+    """The sub-folder of a pipeline for the model, "" if the folder is a model's own."""
     if (folder / "config.json").is_file() and not (folder / PIPELINE).is_file():
         return ""
     return next((part for part in parts if any((folder / part).glob("*.json"))), "")
 
 
 def _chosen(folder: Path, *, stem: str, pickle_stem: str) -> Path:
-    """The weights in a folder: plain before variants, safetensors before pickles, a list of parts for weights in several files."""
+    """The weights in a folder: default before variants, safetensors before pickles, the index file of sharded weights."""
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     for suffix, plain in ((SAFE, stem), (PICKLE, pickle_stem)):
         for name in (f"{plain}{suffix}", f"{plain}{suffix}.index.json"):
             if name in names:
                 return folder / name
-        lists = [name for name in names if name.startswith(f"{plain}{suffix}.index.") and name.endswith(".json")]
+        indexes = [name for name in names if name.startswith(f"{plain}{suffix}.index.") and name.endswith(".json")]
         others = [name for name in names if name.endswith(suffix) and "-of-" not in name]
-        found = lists or [name for name in others if name.startswith(f"{plain}.")] or others
+        found = indexes or [name for name in others if name.startswith(f"{plain}.")] or others
         if len(found) == 1:
             log.info("weights: %s", folder / found[0])
             return folder / found[0]
         if found:
-            raise NoWeightsError(f"{folder}: holds {', '.join(found[:4])}: name the file that is meant, {folder / found[0]} for example")
-    raise NoWeightsError(
-        f"{folder}: holds no weights: expected {stem}{SAFE} beside its config.json, a variant of it, or {pickle_stem}{PICKLE}"
-    )
+            raise NoWeightsError(f"{folder}: has {', '.join(found[:4])}: give the path of one of them, for example {folder / found[0]}")
+    raise NoWeightsError(f"{folder}: has no weights: expected {stem}{SAFE}, a variant of it, or {pickle_stem}{PICKLE}")
 
 
-def _fetched(name: str, *, parts: Sequence[str]) -> Location:
-    """What an address of the hub means, fetched into its cache. Raises ValueError where it cannot be had."""
+def _download(name: str, *, parts: Sequence[str]) -> Location:
+    """Download a hub address into the hub's cache. Raises ValueError if that fails."""
     owner, _, rest = name.removeprefix(HUB).strip("/").partition("/")
     repository, _, inside = rest.partition("/")
     if not owner or not repository:
@@ -199,8 +197,8 @@ def _fetched(name: str, *, parts: Sequence[str]) -> Location:
     if not inside and parts:
         root = _snapshot(repository, [PIPELINE, "config.json"], name=name)
         if (root / PIPELINE).is_file():
-            listed = json.loads((root / PIPELINE).read_text(encoding="utf-8"))
-            inside = next((part for part in parts if part in listed), "")
+            components = json.loads((root / PIPELINE).read_text(encoding="utf-8"))
+            inside = next((part for part in parts if part in components), "")
     prefix = f"{inside}/" if inside else ""
     root = _snapshot(repository, [f"{prefix}*{suffix}" for suffix in _TAKEN], name=name)
     folder = root / inside
@@ -216,14 +214,14 @@ def _snapshot(repository: str, patterns: list[str], *, name: str) -> Path:
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # what the hub, its cache and the network raise
+    except Exception as error:  # anything that the hub, its cache and the network raise
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{name} cannot be fetched ({why}); give a local folder with its config.json and safetensors instead") from error
+        raise ValueError(f"{name} cannot be downloaded ({why}); give a local folder with config.json and safetensors instead") from error
 
 
-def _of_file(file: Path) -> str:
-    found = hashlib.sha256()
+def _file_digest(file: Path) -> str:
+    digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
+            digest.update(block)
+    return digest.hexdigest()

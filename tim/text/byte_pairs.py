@@ -10,9 +10,9 @@ from typing import Any
 
 @cache
 def simple_tokenizer() -> Any:
-    """CLIP's `SimpleTokenizer`, from its own file: the package imports transformers, torchvision and timm, six seconds a process.
+    """CLIP's `SimpleTokenizer`, loaded from its file: the package imports transformers, torchvision and timm, six seconds per process.
 
-    Raises ModuleNotFoundError where open_clip is not installed.
+    Raises ModuleNotFoundError if open_clip is not installed.
     """
     package = find_spec("open_clip")
     if package is None or not package.submodule_search_locations:

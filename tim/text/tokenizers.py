@@ -1,7 +1,7 @@
-"""Tokenizers: captions to token ids, cut to the encoder's length, and how long they are uncut.
+"""Tokenizers: captions to token ids, truncated to the encoder's length, and their untruncated lengths.
 
-A tokenizer without a vocabulary is refused: transformers makes one of special tokens alone where the files are missing, and it reads
-every caption alike.
+A tokenizer without a vocabulary is rejected: if files are missing, transformers builds one with special tokens only, for which all
+captions are the same.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tim.pretrained import weight_files
-from tim.pretrained.weight_files import HUB, in_words
+from tim.pretrained.weight_files import HUB, one_line
 from tim.text.byte_pairs import simple_tokenizer
 
 KEY = "text.tokenizer"
-PARTS = ("tokenizer",)  # sub-folders of a pipeline that hold a tokenizer
-ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # text_encoder_2 has tokenizer_2 beside it
+PARTS = ("tokenizer",)  # sub-folders of a diffusers pipeline with a tokenizer
+ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # text_encoder_2 goes with tokenizer_2
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tekken.json", "*.model", "*.tiktoken")
 _WITHOUT_VOCABULARY = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")  # they read bytes or characters
 _USUAL = ("tokenizer.json", "vocab.txt", "vocab.json and merges.txt", "spiece.model", "tokenizer.model")
@@ -32,15 +32,15 @@ class Tokenizer(Protocol):
     max_tokens: int
 
     def __call__(self, captions: Sequence[str]) -> list[list[int]]:
-        """Token ids of every caption, cut."""
+        """Token ids per caption, truncated."""
         ...
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
-        """Number of tokens of every caption before it is cut; more than `max_tokens` are not read."""
+        """Number of tokens per caption before truncation to `max_tokens`."""
         ...
 
     def samples(self) -> list[str]:
-        """A few words of its vocabulary."""
+        """A few words of the vocabulary."""
         ...
 
 
@@ -56,8 +56,8 @@ class BytePairs:
         return self._pairs.vocab_size
 
     def __call__(self, captions: Sequence[str]) -> list[list[int]]:
-        pairs, most = self._pairs, self.max_tokens - 2
-        return [[pairs.sot_token_id, *pairs.encode(caption)[:most], pairs.eot_token_id] for caption in captions]
+        pairs, limit = self._pairs, self.max_tokens - 2
+        return [[pairs.sot_token_id, *pairs.encode(caption)[:limit], pairs.eot_token_id] for caption in captions]
 
     def lengths(self, captions: Sequence[str]) -> list[int]:
         return [len(self._pairs.encode(caption)) + 2 for caption in captions]
@@ -67,14 +67,14 @@ class BytePairs:
 
 
 class PretrainedTokenizer:
-    """A tokenizer of transformers, from a folder. Raises ValueError where it has none that can be used, naming the files it lacks."""
+    """A transformers tokenizer from a folder. Raises ValueError naming the missing files if there is no usable one."""
 
     def __init__(self, folder: Path, *, max_tokens: int) -> None:
         self.max_tokens = max_tokens
-        self._found = _load(folder)
+        self._tokenizer = _load(folder)
         words = self.samples()
         if len(words) < 2 or len({tuple(ids) for ids in self._ids(words)}) < 2:
-            raise _unusable(folder, "it knows no words, special tokens alone", self._found)
+            raise _unusable(folder, "it has special tokens only", self._tokenizer)
 
     def __call__(self, captions: Sequence[str]) -> list[list[int]]:
         return self._ids(captions, truncation=True, max_length=self.max_tokens)
@@ -83,21 +83,21 @@ class PretrainedTokenizer:
         return [len(ids) for ids in self._ids(captions, verbose=False)]
 
     def samples(self) -> list[str]:
-        special = set(self._found.all_special_tokens)
-        vocabulary = sorted((number, token) for token, number in self._found.get_vocab().items() if token not in special)
+        special = set(self._tokenizer.all_special_tokens)
+        vocabulary = sorted((number, token) for token, number in self._tokenizer.get_vocab().items() if token not in special)
         step = max(1, len(vocabulary) // (2 * _SAMPLES))
-        words = [self._found.convert_tokens_to_string([token]).strip() for _, token in vocabulary[::step]]
+        words = [self._tokenizer.convert_tokens_to_string([token]).strip() for _, token in vocabulary[::step]]
         return [*dict.fromkeys(word for word in words if word and "\ufffd" not in word)][: 4 * _SAMPLES]
 
     def _ids(self, captions: Sequence[str], **settings: Any) -> list[list[int]]:
-        return [list(ids) for ids in self._found(list(captions), **settings)["input_ids"]] if captions else []
+        return [list(ids) for ids in self._tokenizer(list(captions), **settings)["input_ids"]] if captions else []
 
 
 def tokenizer_folder(encoder: weight_files.Location, *, path: str | Path, tokenizer: str | Path | None) -> Path:
-    """The folder of a text encoder's tokenizer: the one that is named; else the encoder's own, or where that has no vocabulary the one
-    beside it in a pipeline.
+    """The folder of a text encoder's tokenizer: `tokenizer` if given, else the encoder's own, or if that has no vocabulary, the sibling
+    tokenizer folder of a pipeline.
 
-    encoder: where the encoder is; path: how that was written. Raises ValueError where the named folder is none.
+    encoder: the encoder's location; path: the encoder's path as configured. Raises ValueError if `tokenizer` is not a folder.
     """
     if tokenizer is not None:
         try:
@@ -107,20 +107,20 @@ def tokenizer_folder(encoder: weight_files.Location, *, path: str | Path, tokeni
     folder = encoder.folder
     if _has_vocabulary(folder) or not folder.name.startswith(ENCODER):
         return folder
-    beside = folder.name.replace(ENCODER, TOKENIZER, 1)
+    sibling = folder.name.replace(ENCODER, TOKENIZER, 1)
     if str(path).startswith(HUB):
         owner, name = str(path).removeprefix(HUB).split("/")[:2]
-        found = weight_files.local_folder(f"{HUB}{owner}/{name}/{beside}")
+        found = weight_files.local_folder(f"{HUB}{owner}/{name}/{sibling}")
     else:
-        found = folder.resolve().parent / beside
+        found = folder.resolve().parent / sibling
     if not _has_vocabulary(found):
         return folder
-    log.info("%s has no tokenizer: the one beside it is taken, %s", folder, found)
+    log.info("%s has no tokenizer, using %s", folder, found)
     return found
 
 
 def transformers_library() -> Any:
-    """The library. Raises ValueError where it is not installed."""
+    """The transformers module. Raises ValueError if it is not installed."""
     try:
         import transformers  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -131,25 +131,25 @@ def transformers_library() -> Any:
 def _load(folder: Path) -> Any:
     transformers = transformers_library()
     if not _has_vocabulary(folder):
-        raise _unusable(folder, "there is no vocabulary in it", _class_of(folder, transformers))
+        raise _unusable(folder, "it has no vocabulary", _class_of(folder, transformers))
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files raise what the Rust library raises, a plain Exception
-        raise _unusable(folder, in_words(error).partition(": (1)")[0], _class_of(folder, transformers)) from error
+        raise _unusable(folder, one_line(error).partition(": (1)")[0], _class_of(folder, transformers)) from error
 
 
 def _has_vocabulary(folder: Path) -> bool:
     if any(file.is_file() for pattern in _VOCABULARIES for file in folder.glob(pattern)):
         return True
     try:
-        described = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(described, dict) and str(described.get("tokenizer_class")).removesuffix("Fast") in _WITHOUT_VOCABULARY
+    return isinstance(config, dict) and str(config.get("tokenizer_class")).removesuffix("Fast") in _WITHOUT_VOCABULARY
 
 
 def _class_of(folder: Path, transformers: Any) -> Any:
-    """The class of tokenizers that the model in a folder has; None where transformers knows none for it."""
+    """The tokenizer class of the model in a folder, None if transformers has none."""
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         found = transformers.TOKENIZER_MAPPING[type(config)]
@@ -159,7 +159,7 @@ def _class_of(folder: Path, transformers: Any) -> Any:
 
 
 def _unusable(folder: Path, why: str, kind: Any) -> ValueError:
-    """The error for a folder without a tokenizer. kind: its tokenizer or the class of it, which says the files it is made of."""
+    """The error for a folder without a usable tokenizer. kind: its tokenizer or tokenizer class, which knows its files."""
     named = [str(name) for name in (getattr(kind, "vocab_files_names", None) or {}).values()]
     alone = [name for name in named if name not in ("vocab.json", "merges.txt")]
     pairs = ["vocab.json and merges.txt"] if "merges.txt" in named else []
@@ -168,7 +168,7 @@ def _unusable(folder: Path, why: str, kind: Any) -> ValueError:
     missing = " or ".join(files) if not present else f"a readable {' or '.join(present)}"
     return ValueError(
         f"{folder}: has no usable tokenizer ({why}): missing {missing}; "
-        f"name the folder that has them as {KEY} (a pipeline keeps {TOKENIZER}/ beside {ENCODER}/)"
+        f"set {KEY} to the folder that has them (in a pipeline, {TOKENIZER}/ is next to {ENCODER}/)"
     )
 
 

@@ -94,7 +94,7 @@ def test_the_published_files_with_a_recipe(latents: Path, tmp_path: Path) -> Non
         ({"recipe": None}, r"do not say of which network they are: give --recipe NAME"),
         ({"recipe": str(recipe), "text": models["text"]}, r"codec sd-vae needs its weights.*\(--codec, --text and --tokenizer say where"),
         ({"recipe": str(recipe), "codec": models["codec"]}, r"text encoder hf needs its weights.*\(--codec, --text and --tokenizer say"),
-        ({"recipe": "demo"}, "these weights are not of this network"),
+        ({"recipe": "demo"}, "these weights do not fit this network"),
     ):
         with pytest.raises(ValueError, match=said):
             opened(tmp_path / "t2i.bin", **given)  # pyright: ignore[reportArgumentType]

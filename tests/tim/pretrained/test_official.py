@@ -79,15 +79,15 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path, monke
     (tmp_path / "text.bin").write_text("no pickle")
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     refusals = {
-        "bomb.pt": "no weights can be read",
+        "bomb.pt": "cannot read weights",
         "empty.pt": "or under ema, .*, module; found step, optimizer",
-        "values.pt": r"it holds argparse\.Namespace, which could run code: save its weights alone",
-        "network.pt": r"it holds torch\.nn\.modules\.linear\.Linear, which could run code",
-        "page.pt": "it is cut off, damaged, or not a file of torch.save",
-        "nothing.pt": "it is cut off, damaged, or not a file of torch.save",
-        "half.pt": "it is cut off, damaged, or not a file of torch.save",
-        "text.bin": "no weights can be read",
-        "cut.safetensors": "no weights can be read",
+        "values.pt": r"it contains argparse\.Namespace, which could run code: save its weights alone",
+        "network.pt": r"it contains torch\.nn\.modules\.linear\.Linear, which could run code",
+        "page.pt": "it is truncated, damaged, or not a torch.save file",
+        "nothing.pt": "it is truncated, damaged, or not a torch.save file",
+        "half.pt": "it is truncated, damaged, or not a torch.save file",
+        "text.bin": "cannot read weights",
+        "cut.safetensors": "cannot read weights",
         "none.pt": "no such file",
     }
     for name, message in refusals.items():
@@ -101,5 +101,5 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path: Path, monke
     with pytest.raises(ValueError, match=r"are read from \.safetensors, \.bin"):
         read_weights(tmp_path / "weights.npz")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"other\.safetensors: these weights are not of this network: missing keys"):
+    with pytest.raises(ValueError, match=r"other\.safetensors: these weights do not fit this network: missing keys"):
         TransitionTransformer.from_official(TINY).load_official(tmp_path / "other.safetensors")

@@ -64,7 +64,7 @@ def test_the_plain_weights_go_before_a_variant_and_several_variants_are_asked_fo
     folder = with_weights(vae, tmp_path / "vae", f"{WEIGHTS}.fp16.safetensors")
     half = {name: value * 0 for name, value in load_file(folder / f"{WEIGHTS}.fp16.safetensors").items()}
     save_file(half, folder / f"{WEIGHTS}.bf16.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=rf"holds {WEIGHTS}\.bf16\.safetensors, .*: name the file that is meant"):
+    with pytest.raises(ValueError, match=rf"has {WEIGHTS}\.bf16\.safetensors, .*: give the path of one of them"):
         latent(folder)
     torch.testing.assert_close(latent(folder / f"{WEIGHTS}.fp16.safetensors"), latent(vae))
     shutil.copy(vae / f"{WEIGHTS}.safetensors", folder)
@@ -106,7 +106,7 @@ def test_what_cannot_be_loaded_is_one_line(vae: Path, encoder: Path, tmp_path: P
         (lambda: latent(bomb), "bomb: .*which could run code: save its weights alone"),
         (lambda: encoders.make("hf", words, max_tokens=8), "words: .*which could run code: save its weights alone"),
         (lambda: latent(cut), "cut: not weights that diffusers reads"),
-        (lambda: latent(bare), rf"bare: holds no weights: expected {WEIGHTS}\.safetensors"),
+        (lambda: latent(bare), rf"bare: has no weights: expected {WEIGHTS}\.safetensors"),
         (lambda: latent("note.pt"), r"note\.pt: weights are read from \.safetensors and \.bin files"),
         (lambda: latent("hf://alone"), r"hf://alone: expected hf://OWNER/NAME, or hf://OWNER/NAME/FOLDER"),
     ]

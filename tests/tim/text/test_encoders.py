@@ -72,8 +72,8 @@ def test_what_cannot_be_had_is_named(tmp_path: Path) -> None:
         ("hf", None, {}, r"text encoder hf needs its weights: give its path, a folder or hf://OWNER/NAME"),
         ("hf", folder, {}, r"has no config\.json, which text encoder hf needs"),
         ("open_clip", other, {}, r"has no open_clip_config\.json"),
-        ("hf", other, {"width": 16}, r"its features are 24 wide, not 16: give network\.params\.cap_feat_dim=24"),
-        ("open_clip", folder, {"max_tokens": 77}, r"reads 16 tokens at most, text\.max_tokens is 77"),
+        ("hf", other, {"width": 16}, r"its features have width 24, not 16: set network\.params\.cap_feat_dim=24"),
+        ("open_clip", folder, {"max_tokens": 77}, r"supports 16 tokens, text\.max_tokens is 77"),
         ("lookup", None, {}, "give the width of its features"),
     ):
         settings: dict[str, Any] = {"max_tokens": 16, **changes}

@@ -13,7 +13,7 @@ from tests.tim.families import FAMILIES, without_tokenizer
 from tests.tim.models import WORDS, bert, clip
 from tim.text import encoders
 
-REFUSAL = r"has no usable tokenizer \(.*\): missing .*tokenizer\.json.*; name the folder that has them as text\.tokenizer"
+REFUSAL = r"has no usable tokenizer \(.*\): missing .*tokenizer\.json.*; set text\.tokenizer to the folder that has them"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_a_vocabulary_of_special_tokens_alone_is_none(encoder: Path, tmp_path: P
     folder = without_tokenizer(tmp_path / "bert", "bert")
     (folder / "vocab.txt").write_text("\n".join(WORDS[:5]))
     transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"it knows no words, special tokens alone"):
+    with pytest.raises(ValueError, match=r"it has special tokens only"):
         encoders.make("hf", folder, max_tokens=8)
     named = encoders.make("hf", folder, tokenizer_path=encoder, max_tokens=8)
     own = encoders.make("hf", encoder, max_tokens=8)
@@ -84,7 +84,7 @@ def test_the_tokenizer_of_a_pipeline_is_found(encoder: Path, tmp_path: Path, cap
         for path in (pipe, pipe / "text_encoder"):
             for found, wanted in zip(encoders.make("hf", path, max_tokens=8).encode(captions), expected, strict=True):
                 torch.testing.assert_close(found, wanted)
-    assert "the one beside it is taken" in caplog.text
+    assert "has no tokenizer, using" in caplog.text
     named = encoders.make("hf", pipe / "text_encoder", tokenizer_path=pipe, max_tokens=8)
     torch.testing.assert_close(named.encode(captions)[0], expected[0])
     (pipe / "text_encoder").rename(pipe / "text_encoder_2")
@@ -144,5 +144,5 @@ def test_a_tokenizer_of_a_larger_model_is_named(encoder: Path, tmp_path: Path) -
 
     (tmp_path / "vocab.txt").write_text("\n".join([*WORDS[:5], *(f"word{i}" for i in range(90)), "red", "blue"]))
     transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "larger")
-    with pytest.raises(ValueError, match=rf"is beyond the text encoder's {len(WORDS)}: text\.tokenizer is of another model"):
+    with pytest.raises(ValueError, match=rf"is beyond the text encoder's vocabulary of {len(WORDS)}: text\.tokenizer is of another model"):
         encoders.make("hf", encoder, tokenizer_path=tmp_path / "larger", max_tokens=8)
