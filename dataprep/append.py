@@ -1,7 +1,7 @@
-"""A finished corpus that is to grow: what is in it, which inputs are new to it, and which rejected ones are worth another look.
+"""Append to a finished corpus: read what it holds, and select the inputs that are new or worth a retry.
 
-An input is known by its source's name and its own path. The old shards stay as they are, rejected rows included; where a rejected input
-gets another chance, its new row replaces the old one in the account, and the manifest says how many rows are replaced (`growth`).
+An input is identified by its source's name and its path. Existing shards stay unchanged, including rejected rows. If a rejected input is
+retried, its new row replaces the old one in the input counts; the manifest records the number of replaced rows (`growth`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from dataprep.shards.writer import ShardEntry
 from dataprep.sources.raw_sample import RawSample
 
 RETRIED = ("missing", "empty", "not-an-image", "damaged", "truncated", "unsupported", "no-caption", "bad-record", "crashed")
-"""Reasons that a file that came back, was repaired or got its caption, or a decoder that was installed takes away; what was decided by a
-rule stays decided. `truncated` is what tables of earlier versions say for `damaged`."""
+"""Reasons that may no longer hold: the file may be restored, repaired or captioned, or its decoder installed. Inputs that a rule rejected
+are not retried. Tables of earlier versions have `truncated` for `damaged`."""
 
 
 _COLUMNS = ("key", "source", "path", "reason", "sha256", "phash", "width", "height", "image_length")
@@ -35,7 +35,7 @@ _COLUMNS = ("key", "source", "path", "reason", "sha256", "phash", "width", "heig
 
 @dataclass(frozen=True, slots=True)
 class AppendMode:
-    """How a corpus is to grow: by inputs that are new to it (`append`), by rejected ones that can be read now (`retry`), or by both."""
+    """What to add to a corpus: new inputs (`append`), rejected inputs that can be read now (`retry`), or both."""
 
     append: bool
     retry: bool
@@ -43,7 +43,7 @@ class AppendMode:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The corpus as it is."""
+    """The corpus to append to."""
 
     manifest: Mapping[str, Any]
     shards: Sequence[ShardEntry]
@@ -54,18 +54,17 @@ class Base:
 
 
 class Selection:
-    """Which of the sources' inputs are taken. `ids`: the inputs of the corpus, (n,) of 16 bytes, sorted; `failed`: of those that may be
-    read again, the reasons of their rows."""
+    """Selects inputs to add. `ids`: sorted ids of the corpus's inputs, (n,) of 16 bytes. `failed`: id → reasons of rows to retry."""
 
     def __init__(self, append_mode: AppendMode, *, ids: np.ndarray, failed: dict[bytes, list[str]]) -> None:
-        self._growth = append_mode
+        self._mode = append_mode
         self._ids = ids
         self._failed = failed if append_mode.retry else {}
         self.replaced: Counter[str] = Counter()
-        self._passed: Counter[tuple[str, str]] = Counter()
+        self._skipped: Counter[tuple[str, str]] = Counter()
 
     def of(self, samples: Iterable[RawSample]) -> Iterator[RawSample]:
-        """The samples that are taken. The rows that they replace are counted in `replaced`, by reason."""
+        """Yield the samples to add. `replaced` counts, by reason, the rows that they replace."""
         for sample in samples:
             name = input_id(sample.source, sample.path)
             reasons = self._failed.get(name)
@@ -73,23 +72,23 @@ class Selection:
                 self.replaced[reasons.pop()] += 1
                 yield sample
             elif self._is_known(name):
-                self._passed[sample.source, "input(s) are in the corpus already"] += 1
-            elif self._growth.append:
+                self._skipped[sample.source, "input(s) are in the corpus already"] += 1
+            elif self._mode.append:
                 yield sample
             else:
-                self._passed[sample.source, "input(s) are new: --append takes them"] += 1
+                self._skipped[sample.source, "input(s) are new: --append takes them"] += 1
 
     def notes(self) -> list[str]:
-        """What was not taken, in sentences."""
-        return [f"{source}: {count} {what}" for (source, what), count in sorted(self._passed.items())]
+        """One sentence for each group of skipped inputs."""
+        return [f"{source}: {count} {what}" for (source, what), count in sorted(self._skipped.items())]
 
     def _is_known(self, name: bytes) -> bool:
-        place = int(np.searchsorted(self._ids, np.array(name, dtype="S16")))
-        return place < len(self._ids) and self._ids[place] == np.array(name, dtype="S16")
+        index = int(np.searchsorted(self._ids, np.array(name, dtype="S16")))
+        return index < len(self._ids) and self._ids[index] == np.array(name, dtype="S16")
 
 
 def read_base(store: Store, *, manifest: Mapping[str, Any], append_mode: AppendMode) -> tuple[Base, Selection]:
-    """What has to be known of a corpus: one pass over its tables."""
+    """Read the corpus to append to, in one pass over its tables."""
     shards = [ShardEntry(**shard) for shard in manifest["shards"]]
     first_added = {step["first_shard"] for step in manifest.get("growth", ())}
     ids: list[np.ndarray] = [np.zeros(0, dtype="S16")]
@@ -97,24 +96,24 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], append_mode: AppendM
     prints: list[Fingerprints] = []
     taken_down: list[np.ndarray] = [np.zeros((0, 2), dtype=np.uint64)]
     failed: dict[bytes, list[str]] = {}
-    fresh: list[tuple[bytes, str]] = []  # what failed among the inputs that came in together with those at hand
+    fresh: list[tuple[bytes, str]] = []  # failed inputs of the current append
     for number, table in enumerate(read_tables(store, shards=shards, columns=_COLUMNS)):
         if number in first_added:
-            _join(failed, fresh)
+            _add_failed(failed, fresh)
             fresh = []
         sources, paths = (table.column(name).to_pylist() for name in ("source", "path"))
         names = [input_id(source, path) for source, path in zip(sources, paths, strict=True)]
         ids.append(np.array(names, dtype="S16"))
         for name, reason in zip(names, table.column("reason").to_pylist(), strict=True):
             if failed.get(name):
-                failed[name].pop()  # it had another chance
+                failed[name].pop()  # it was retried
             if reason in RETRIED:
                 fresh.append((name, reason))
         taken_down.append(Fingerprints.read(table.filter(pc.field("reason") == TAKEN_DOWN), size="image_length").digest)
         kept = kept_rows(table)
         keys.extend(kept.column("key").chunks)
         prints.append(Fingerprints.read(kept, size="image_length"))
-    _join(failed, fresh)
+    _add_failed(failed, fresh)
     base = Base(
         manifest=manifest,
         shards=shards,
@@ -128,11 +127,11 @@ def read_base(store: Store, *, manifest: Mapping[str, Any], append_mode: AppendM
     return base, Selection(append_mode, ids=np.unique(np.concatenate(ids)), failed=failed)
 
 
-def _join(failed: dict[bytes, list[str]], fresh: Iterable[tuple[bytes, str]]) -> None:
+def _add_failed(failed: dict[bytes, list[str]], fresh: Iterable[tuple[bytes, str]]) -> None:
     for name, reason in fresh:
         failed.setdefault(name, []).append(reason)
 
 
 def input_id(source: str, path: str) -> bytes:
-    """What an input is known by, 16 bytes."""
+    """Identifier of an input, 16 bytes."""
     return hashlib.blake2b(f"{source}\0{path}".encode("utf-8", "backslashreplace"), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""What makes two runs of a command the same, and what differs where they are not."""
+"""Differences between the settings of two runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The first value of `now` that is another one in `before`, in words; "" if none is."""
+    """Describe the first value that differs between `before` and `now`; "" if none does."""
     for section in now:
         if section == "config":
             changed = difference(before.get(section), now[section], at="")
@@ -22,7 +22,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def difference(before: Any, now: Any, *, at: str) -> str:
-    """The first value under the key `at` that is another one now, with both; "" if none is."""
+    """Describe the first value under the key `at` that differs, with both values; "" if none does."""
     if isinstance(now, dict) and isinstance(before, dict):
         names = sorted(now.keys() | before.keys())
         return next((found for name in names if (found := difference(before.get(name), now.get(name), at=f"{at}.{name}"))), "")
@@ -30,7 +30,7 @@ def difference(before: Any, now: Any, *, at: str) -> str:
 
 
 def all_differences(before: Any, now: Any, *, at: str = "") -> list[str]:
-    """Every value that is another one now, by its key, with both."""
+    """Describe every value that differs: its key and both values."""
     if isinstance(now, dict) and isinstance(before, dict):
         names = sorted(now.keys() | before.keys())
         return [found for name in names for found in all_differences(before.get(name), now.get(name), at=f"{at}.{name}")]

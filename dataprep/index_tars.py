@@ -1,8 +1,7 @@
-"""`tim index`: tars that others wrote → a corpus folder that refers to them. They are neither changed nor copied.
+"""`tim index`: index tars written by other tools into a corpus folder. The tars are not modified or copied.
 
-Every tar gets a table and a stats file, its commit marker, as a prepared shard has them; manifest.json is written last. A tar that has
-both is not read again, which is how a run that was killed goes on, and how a corpus grows. A tar that cannot be read is a row of the
-account.
+Each tar gets a table and a stats file, its commit marker, as a prepared shard has; manifest.json is written last. A tar that has both is
+not read again, so a killed run can be resumed and a corpus extended. A tar that cannot be read becomes one rejected input.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _QUALIFIED = "keys of different tars may be equal: in ids of samples the number 
 
 @dataclass(frozen=True, slots=True)
 class IndexTask:
-    """One tar to read, in another process if need be. `crashed` are the offsets of images that took the decoder down."""
+    """A tar to index. `crashed`: offsets of images that crashed the decoder."""
 
     number: int
     tar: str
@@ -51,8 +50,8 @@ class IndexTask:
 
 @dataclass(frozen=True, slots=True)
 class IndexedShard:
-    """A finished shard: its entry in the manifest, its rejected rows by reason, its least and greatest key, what there is to say, and
-    how many members were left out, by extension (`has_dotted`: some of them for the dots in their names)."""
+    """A finished shard: its manifest entry, its rejected rows by reason, its smallest and largest key, notes, and the number of members
+    left out by extension (`has_dotted`: some because of dots in their names)."""
 
     shard: ShardEntry
     rejected: dict[str, int]
@@ -64,12 +63,12 @@ class IndexedShard:
 
 
 def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress: Progress = no_progress) -> InputCounts:
-    """Make a corpus of the tars that `shards` name ("x/{000..999}.tar", "x/*.tar", URLs) in the folder `out`, and give account of it.
+    """Make a corpus in the folder `out` from the tars that `shards` name ("x/{000..999}.tar", "x/*.tar", URLs). Returns the input counts.
 
-    The same command continues a run that was cut short; with more tars at the end it reads only those. `progress` is called with
-    ("index", tars done, tars in all).
+    The same call resumes an interrupted run; if tars are added at the end, only those are read. `progress` is called with
+    ("index", tars done, number of tars).
 
-    Raises ValueError if no tar is there or `out` cannot be used, RuntimeError if no sample in any of them can.
+    Raises ValueError if no tar exists or `out` cannot be used, RuntimeError if no sample is usable.
     """
     out = Path(out)
     if not shards:
@@ -77,28 +76,28 @@ def index(shards: Sequence[str], *, out: str | Path, workers: int = 1, progress:
     tars = [tar for spec in shards for tar in _find_tars(spec)]
     if len(set(tars)) < len(tars):
         twice = next(tar for tar, times in Counter(tars).items() if times > 1)
-        raise ValueError(f"{twice}: named twice; a tar may stand in a corpus once")
+        raise ValueError(f"{twice}: named twice; a corpus may contain a tar once")
     _check_output(out)
     with exclusive_lock(out):
         found = _index_all(tars, out=out, workers=workers, progress=progress)
-        _forget(out, first=len(tars))  # an earlier run had more tars
+        _delete_shards(out, first=len(tars))  # of an earlier run with more tars
         counts = _input_counts(found)
         if counts.kept:
             _write_manifest(out, name=_name(shards[0], tars[0]), found=found, counts=counts)
         else:
-            _forget(out, first=0)
+            _delete_shards(out, first=0)
         shutil.rmtree(out / WORK)
     if not counts.kept:
         if not any(out.iterdir()):
             out.rmdir()
         reasons = ", ".join(f"{reason} {count}" for reason, count in counts.rejected.items()) or "they are empty"
-        said = "".join(f"; {note}" for note in counts.notes)
-        raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written{said}")
+        notes = "".join(f"; {note}" for note in counts.notes)
+        raise RuntimeError(f"no usable sample in {len(tars)} tar(s) ({reasons}): nothing was written{notes}")
     return counts
 
 
 def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
-    """Read one tar and write its table and stats, in this order. `report` names the image that Pillow is about to be asked about."""
+    """Read one tar, then write its table and its stats. `report` is called with the offset of each image before Pillow opens it."""
     found, size = read_foreign(task.tar, crashed=task.crashed, report=report)
     table, stats = _names(task.number)
     buffer = io.BytesIO()
@@ -134,7 +133,7 @@ def index_shard(task: IndexTask, report: Callable[[int], None]) -> IndexedShard:
 def read_foreign(
     tar: str, *, crashed: frozenset[int] = frozenset(), report: Callable[[int], None] = lambda offset: None
 ) -> tuple[ForeignShard, int]:
-    """What lies in a tar at a path or URL, and its bytes. Where it cannot be read, a single rejected row says so."""
+    """The index and the size in bytes of a tar at a path or URL. An unreadable tar gives one rejected row."""
     name = os.path.basename(tar)
     try:
         with open_tar(tar) as file:
@@ -146,40 +145,40 @@ def read_foreign(
 
 
 def _find_tars(spec: str) -> list[str]:
-    """All tars that a pattern names, those that are missing included: holes in a download are rows of the account. Raises ValueError."""
+    """All tars that a pattern names, including missing ones: gaps in a download become rejected inputs. Raises ValueError."""
     names = named_files(spec)
     if not is_remote(spec):
         names = [os.path.abspath(name) for name in names]
         if not any(map(os.path.exists, names)):
             raise ValueError(f"{spec}: no file matches")
-    strange = next((name for name in names if not name.lower().endswith(".tar") or os.path.isdir(name)), None)
-    if strange:
-        raise ValueError(f"{strange}: not a .tar; compressed ones can be prepared from, but not read at any offset")
+    unusable = next((name for name in names if not name.lower().endswith(".tar") or os.path.isdir(name)), None)
+    if unusable:
+        raise ValueError(f"{unusable}: not a .tar; compressed ones can be prepared from, but not read at any offset")
     return names
 
 
 def _name(spec: str, tar: str) -> str:
-    """What a corpus is called: by its folder, or a single tar by its own name."""
+    """Name of the corpus: the folder's name, or the name of a single tar."""
     *folders, base = tar.removesuffix(".tar").split("/")
     return (folders[-1:] or [""])[0] or "data" if "{" in spec or is_pattern(spec) else base
 
 
 def finished(out: Path, *, number: int, tar: str) -> IndexedShard | None:
-    """The shard, if its stats say that it is complete, its table is there in full length, and the tar (if local) still has its length."""
+    """The shard if it is complete: stats file written, table of full length, and the size of the tar (if local) unchanged."""
     table, stats = _names(number)
     try:
-        said = json.loads((out / stats).read_text("utf-8"))
-        shard = ShardEntry(**said.pop("shard"))
-        if said.pop("format") != FORMAT or (shard.name, shard.table) != (tar, table) or not shard.bytes:
+        record = json.loads((out / stats).read_text("utf-8"))
+        shard = ShardEntry(**record.pop("shard"))
+        if record.pop("format") != FORMAT or (shard.name, shard.table) != (tar, table) or not shard.bytes:
             return None
         lengths = (out / table).stat().st_size, shard.bytes if is_remote(tar) else os.stat(tar).st_size
-        return IndexedShard(shard=shard, **said) if lengths == (shard.table_bytes, shard.bytes) else None
+        return IndexedShard(shard=shard, **record) if lengths == (shard.table_bytes, shard.bytes) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _forget(out: Path, *, first: int) -> None:
-    """Remove the tables and stats of the shards from `first` on."""
+def _delete_shards(out: Path, *, first: int) -> None:
+    """Delete tables and stats of the shards from number `first` on."""
     for stats in out.glob("[0-9]*_stats.json"):
         number = int(stats.name.removesuffix("_stats.json"))
         if number >= first:
@@ -200,17 +199,17 @@ def _check_output(out: Path) -> None:
     if ((out / MANIFEST).is_file() and read_manifest(out).get("kind") != KIND) or (out / WORK / JOB).is_file():
         raise ValueError(f"{out}: holds a corpus that `tim prepare` made; give another folder")
     ours = re.compile(r"\d{6,}(\.parquet|_stats\.json)(\..+\.tmp)?|manifest\.json.*|" + re.escape(WORK))
-    strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
-    if strangers:
-        raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and not an index; give a new or empty folder")
+    unknown = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
+    if unknown:
+        raise ValueError(f"{out}: not empty ({unknown[0]} is in it) and not an index; give a new or empty folder")
 
 
 def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progress) -> list[IndexedShard]:
-    """Every tar's shard; those that are finished are not read again."""
+    """Index all tars that are not finished; returns all shards."""
     found = [finished(out, number=number, tar=tar) for number, tar in enumerate(tars)]
     missing = [number for number, shard in enumerate(found) if shard is None]
     if missing:
-        (out / MANIFEST).unlink(missing_ok=True)  # it says nothing of the tables that are about to be written
+        (out / MANIFEST).unlink(missing_ok=True)  # it does not list the tables about to be written
 
     def show(done: int) -> None:
         progress("index", len(tars) - len(missing) + done, len(tars))
@@ -218,15 +217,15 @@ def _index_all(tars: Sequence[str], *, out: Path, workers: int, progress: Progre
     show(0)
     tasks = (IndexTask(number=number, tar=tars[number], out=out) for number in missing)
     with LocalPool(workers) as pool:
-        results = pool.map(index_shard, tasks, retry=_without_culprit)
+        results = pool.map(index_shard, tasks, retry=_skip_crashed_image)
         for done, (number, shard) in enumerate(zip(missing, results, strict=True), start=1):
             found[number] = shard
             show(done)
     return [shard for shard in found if shard]
 
 
-def _without_culprit(task: IndexTask, death: WorkerDied) -> IndexTask:
-    """After a worker's death: the image that Pillow was asked about is left out as `crashed`."""
+def _skip_crashed_image(task: IndexTask, death: WorkerDied) -> IndexTask:
+    """After a worker died: the task with the image that it was opening rejected as `crashed`."""
     if death.at < 0 or death.at in task.crashed:
         raise death
     return replace(task, crashed=task.crashed | {death.at})
@@ -255,7 +254,7 @@ def _input_counts(found: Sequence[IndexedShard]) -> InputCounts:
 
 
 def _keys_may_repeat(found: Sequence[IndexedShard]) -> bool:
-    """Whether two shards may have a key in common: what is known of each are its least and its greatest."""
+    """Whether two shards may share a key, judged by their smallest and largest keys."""
     ranges = sorted((shard.first_key, shard.last_key) for shard in found if shard.shard.count)
     return any(following[0] <= before[1] for before, following in pairwise(ranges))
 

@@ -1,4 +1,4 @@
-"""One preparation: what it is to do, where, and what it finds there: nothing, an unfinished run of its own, or a finished corpus."""
+"""A preparation: its settings, its output location, and what the location holds: nothing, an unfinished run, or a finished corpus."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PrepareConfig(BaseModel):
-    """All settings of a preparation. The defaults are those of docs/preparing.md; `name` is the first source's if it is None.
+    """All settings of a preparation. `name` defaults to the names of the sources.
 
-    `sources`: by name, what is read beside the sources of the command line, or what there is to say of those. `columns`: for all of them.
+    `sources`: further sources by name, or settings of the sources given as arguments. `columns`: the default for all sources.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,10 +59,10 @@ class PrepareConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done, and where.
+    """What to prepare, and where.
 
-    `work`: the folder for what is unfinished. `identity`: what makes two preparations the same, as it stands in the manifest: no path, time
-    or worker count. `base`: the manifest of the corpus that is to grow, {} for a new one.
+    `work`: the folder for unfinished work. `identity`: the settings and sources that define the result, as in the manifest; no path, time
+    or worker count. `base`: the manifest of the corpus to append to, {} for a new corpus.
     """
 
     store: Store
@@ -76,7 +76,7 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What is written into the work folder, so that no other job takes it for its own."""
+        """The record in the work folder by which a later run recognises its own job."""
         append_mode = (
             {"append": self.append_mode.append, "retry": self.append_mode.retry, "grows": json_digest(self.base)}
             if self.append_mode
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """What the shards of this job have in common, and those of no other."""
+        """Identifies the shards of this job."""
         return json_digest(self.record)[:32]
 
 
@@ -99,16 +99,16 @@ def open_job(
     append_mode: AppendMode | None,
     work: str | Path | None,
 ) -> Job:
-    """The arguments are those of `prepare`. Raises ValueError if the sources, `out` or the corpora cannot be used."""
+    """Open the sources and corpora of `prepare`, with its arguments. Raises ValueError if they or `out` cannot be used."""
     check_languages(config.captions)
     store, folder = open_store(out, work=work)
     opened = open_sources(sources, named=config.sources, columns=config.columns)
     for source in opened:
-        for place in [folder.resolve(), *([] if store.is_remote else [Path(store.place).resolve()])]:
-            if source.root in (place, *place.parents):
-                raise ValueError(f"{place}: lies inside the source {source.root}; give a folder elsewhere")
+        for output in [folder.resolve(), *([] if store.is_remote else [Path(store.location).resolve()])]:
+            if source.root in (output, *output.parents):
+                raise ValueError(f"{output}: is inside the source {source.root}; give a folder elsewhere")
     others = open_references(against)
-    base = read_manifest(store.place) if append_mode else None
+    base = read_manifest(store.location) if append_mode else None
     classes = number_classes(opened, known=None if base is None else base.get("classes", {}))
     identity: dict[str, Any] = {
         "config": config.model_dump(mode="json", exclude={"sources"}),
@@ -128,29 +128,29 @@ def open_job(
 
 
 def _check_base(job: Job) -> None:
-    """Raises ValueError unless the corpus that is to grow was prepared with the same settings."""
-    place = job.store.place
+    """Raises ValueError unless the corpus to append to was prepared with the same settings."""
+    location = job.store.location
     if "columns" not in job.base:
-        raise ValueError(f"{place}: not made by `tim prepare` of this version; only what it made can grow")
+        raise ValueError(f"{location}: not made by `tim prepare` of this version; only such a corpus can be appended to")
     changed = ", ".join(all_differences(job.base["config"], job.identity["config"]))
     if changed:
-        remedy = "a corpus grows with the settings that it has: leave them out, or prepare a new one"
-        raise ValueError(f"{place}: was prepared with another {changed}; {remedy}")
+        remedy = "inputs are added with the corpus's own settings: leave yours out, or prepare a new corpus"
+        raise ValueError(f"{location}: was prepared with another {changed}; {remedy}")
     begun = begun_in(job.work)
     if begun and begun.get("grows") == json_digest(job.base):
         changed = differences(begun, job.record)
         if changed:
-            raise ValueError(f"{place}: an unfinished addition had another {changed}; finish that one first, or delete {job.work}")
+            raise ValueError(f"{location}: an unfinished append has another {changed}; finish that one first, or delete {job.work}")
 
 
 def with_own_settings(out: str | Path, *, given: PrepareConfig) -> PrepareConfig:
-    """The config of the finished corpus at `out`, for it to grow with, and what is `given` explicitly in its place.
+    """The config of the finished corpus at `out`, overridden by the values set explicitly in `given`.
 
-    Raises ValueError if it is no corpus, or of settings that this version does not know.
+    Raises ValueError if `out` is not a corpus, or its config has settings unknown to this version.
     """
     own = read_manifest(out).get("config", {})
     try:
-        merged = _laid_over(own, given.model_dump(mode="json", exclude_unset=True))
+        merged = _override(own, given.model_dump(mode="json", exclude_unset=True))
         return PrepareConfig.model_validate(merged)
     except ValidationError as error:
         problem = error.errors()[0]
@@ -158,37 +158,37 @@ def with_own_settings(out: str | Path, *, given: PrepareConfig) -> PrepareConfig
         raise ValueError(f"{out}: its {MANIFEST} has a config of another version ({key}: {problem['msg']}): use that version") from error
 
 
-def _laid_over(below: Any, above: Any) -> Any:
-    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
-        return above
-    return {**below, **{name: _laid_over(below.get(name), value) for name, value in above.items()}}
+def _override(values: Any, overrides: Any) -> Any:
+    if not isinstance(values, Mapping) or not isinstance(overrides, Mapping):
+        return overrides
+    return {**values, **{name: _override(values.get(name), value) for name, value in overrides.items()}}
 
 
 def finished_input_counts(job: Job) -> InputCounts | None:
-    """The account if the place holds this very corpus, None if it is free or holds an unfinished run of it. Raises ValueError otherwise."""
-    place, begun = job.store.place, begun_in(job.work)
+    """Input counts if the output is this corpus, finished; None if it is empty or an unfinished run. Raises ValueError otherwise."""
+    location, begun = job.store.location, begun_in(job.work)
     found = job.store.sizes()
     if MANIFEST in found:
-        manifest = read_manifest(job.store.place)
+        manifest = read_manifest(job.store.location)
         changed = differences(manifest, job.identity)
         if changed:
             remedy = "append to it, give another folder, or delete this one"
-            raise ValueError(f"{place}: holds a finished corpus with another {changed}; {remedy}")
+            raise ValueError(f"{location}: holds a finished corpus with another {changed}; {remedy}")
         if begun and "grows" not in begun:
             shutil.rmtree(job.work)
         return read_input_counts(manifest)
     if begun:
         changed = differences(begun, job.record)
         if changed:
-            raise ValueError(f"{place}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
+            raise ValueError(f"{location}: holds an unfinished corpus with another {changed}; give another folder, or delete this one")
         return None
     if found and not any(_is_of_job(job, name=name) for name in found):
-        raise ValueError(f"{place}: not empty ({min(found)} is in it) and not a corpus; give a new or empty folder")
+        raise ValueError(f"{location}: not empty ({min(found)} is in it) and not a corpus; give a new or empty folder")
     return None
 
 
 def _is_of_job(job: Job, *, name: str) -> bool:
-    """Whether a file is a stats file of this job: its work folder was lost, or lies on another machine."""
+    """Whether a file is a stats file of this job, whose work folder may be lost or on another machine."""
     number = shard_number(name)
     return number is not None and name == stats_name(number) and json.loads(job.store.read(name)).get("job") == job.digest
 
@@ -201,48 +201,48 @@ def begun_in(work: Path) -> dict[str, Any]:
 
 @contextmanager
 def locked_job(job: Job, *, part: JobPart | None = None) -> Iterator[None]:
-    """Hold the work folder, locked, with the job's record in it.
+    """Lock the work folder, and write the job's record into it.
 
-    Raises ValueError if a new job asks for columns that no source has, RuntimeError if another run writes here or the disk is full.
+    Raises ValueError if a new job needs columns that no source has, RuntimeError if another run is writing here or the disk is full.
     """
     if not begun_in(job.work):
         _check_columns(job)
-    folder = None if job.store.is_remote else Path(job.store.place)
+    folder = None if job.store.is_remote else Path(job.store.location)
     name = f"part-{part.number}-of-{part.of}" if part else ""
     try:
-        with locked_work_folder(job.work, place=job.store.place, folder=folder, part=name):
+        with locked_work_folder(job.work, place=job.store.location, folder=folder, part=name):
             begun = begun_in(job.work)
             if not begun or (job.append_mode and begun.get("grows") != job.record["grows"]):
-                _begin(job, anew=bool(begun))
+                _begin(job, discard=bool(begun))
             yield
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        where = error.filename or job.store.place
-        raise RuntimeError(f"{where}: the disk is full; what is finished is kept: make room, and run the same command again") from error
+        where = error.filename or job.store.location
+        raise RuntimeError(f"{where}: the disk is full; finished work is kept: free some space, and run the same command again") from error
 
 
 def _check_columns(job: Job) -> None:
-    """A mistyped column would reject every input. Raises ValueError for one that no source has."""
+    """Raises ValueError for a column that no source has: a mistyped name would reject every input."""
     captions = job.config.captions
     wanted = {f"filters.where.{name}": columns for name, columns in Filters(job.config.filters).wanted.items()}
     if captions.languages and captions.language_column:
         wanted["captions.language_column"] = {captions.language_column}
-    made = {LANGUAGE} if captions.detects else set()
-    names = sorted(column_names(job.sources, wanted=set().union(*wanted.values()) - made) | made)
+    computed = {LANGUAGE} if captions.detects else set()
+    names = sorted(column_names(job.sources, wanted=set().union(*wanted.values()) - computed) | computed)
     for key, columns in wanted.items():
-        strange = unknown_column(sorted(columns), names=names)
-        if strange:
-            raise ValueError(f"{key}: the first {FIRST_INPUTS:,} inputs of the sources have no column {strange}")
+        unknown = unknown_column(sorted(columns), names=names)
+        if unknown:
+            raise ValueError(f"{key}: the first {FIRST_INPUTS:,} inputs of the sources have no column {unknown}")
 
 
-def _begin(job: Job, *, anew: bool) -> None:
-    """Write the job's record. `anew`: forget the work of another one, which came to its end or belongs to an older state of the corpus."""
-    if anew:
+def _begin(job: Job, *, discard: bool) -> None:
+    """Write the job's record. `discard`: first delete the work of a finished job, or of one for an older state of the corpus."""
+    if discard:
         for path in job.work.iterdir():
             if not path.name.startswith(LOCK):
                 path.unlink()
-    if job.append_mode:  # shards of an addition that was given up
+    if job.append_mode:  # shards of an abandoned append
         first = len(job.base["shards"])
         for name in job.store.sizes():
             number = number_of_file(name)

@@ -1,7 +1,7 @@
 """`tim prepare`: raw sources → a corpus, in two passes. Read `prepare` from top to bottom.
 
-Pass 1 examines the inputs in chunks of 1,024 into tables in a work folder; pass 2 decides on all of them at once and writes the shards.
-Every file appears whole or not at all, so that a run that was killed goes on where it was, and ends with the same bytes.
+Pass 1 examines the inputs in chunks of 1,024 and writes tables into a work folder. Pass 2 decides on all inputs at once and writes the
+shards. Files are written atomically, so a killed run can be resumed and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataprep.examine.row_chunks import ChunkTables, chunk_path
 from dataprep.examine.run import Examined, JobPart, examine_all, examined_before
 from dataprep.job import Job, PrepareConfig, finished_input_counts, locked_job, open_job
 from dataprep.report.html import corpus_statistics, render
-from dataprep.report.rejections import NothingKept, example_lines, find_examples, in_words
+from dataprep.report.rejections import NothingKept, example_lines, find_examples, format_counts
 from dataprep.shards.layout import Plan, make_plan
 from dataprep.shards.manifest import InputCounts, write_corpus_files
 from dataprep.shards.regroup import group_rows
@@ -30,13 +30,12 @@ from dataprep.sidecars.writer import extended_sidecars, listed_sidecars
 from dataprep.sources.class_labels import describe_classes
 from dataprep.sources.open import InputSource, all_samples
 from dataprep.workers.pool import LocalPool, Pool
-from pipeline.corpus.sidecars import Sidecar
 from pipeline.progress import Progress, no_progress
 
 __all__ = ["AppendMode", "InputCounts", "JobPart", "PrepareConfig", "prepare", "prepare_part"]
 
 MANY_SHARDS = 10_000
-_MAX_NAMES = 4  # of sources that make the name of a corpus
+_MAX_NAMES = 4  # sources whose names form the name of a corpus
 Announce = Callable[[str], None]
 
 
@@ -54,17 +53,17 @@ def prepare(
     progress: Progress = no_progress,
     announce: Announce | None = None,
 ) -> InputCounts:
-    """Make a corpus of `sources` and of `config.sources` (see `open_sources`) at `out`, a folder or a URL, and give account of every input.
+    """Make a corpus from `sources` and `config.sources` (see `open_sources`) at `out`, a folder or a URL. Returns the input counts.
 
-    Images that one of the prepared corpora `against` has are duplicates, exact or near ones as among the inputs themselves. With
-    `growth`, the finished corpus at `out` gets further shards instead. With `merge`, all inputs were examined by `prepare_part`.
+    Images that also are in one of the prepared corpora `against` count as duplicates, exact or near. With `append_mode`, further shards
+    are added to the finished corpus at `out`. With `merge`, all inputs have been examined by `prepare_part`.
 
-    The same command continues a run that was cut short, and returns at once if the corpus is finished. Unfinished work lies in the folder
-    `work`; without one, in OUT/.work, or for a URL in the user's cache. The work is done by `pool`, without one by `workers` processes.
-    `progress` is called with (stage, done, total): "examine" counts inputs, "write" counts kept samples, "report" shards.
-    `announce` is told what is read of each source, in a sentence, before the work starts.
-    Raises ValueError if the sources or `out` cannot be used, NothingKept if no input is usable, RuntimeError if a source changes meanwhile
-    or the disk is full.
+    The same call resumes an interrupted run, and returns at once if the corpus is finished. Unfinished work is kept in the folder `work`,
+    by default OUT/.work, or a folder in the user's cache for a URL. `pool` runs the tasks, by default `workers` processes.
+    `progress` is called with (stage, done, total): "examine" counts inputs, "write" kept samples, "report" shards.
+    `announce` is called with one sentence per source on what is read from it, before the work starts.
+    Raises ValueError if the sources or `out` cannot be used, NothingKept if no input is usable, RuntimeError if a source changes during
+    the run or the disk is full.
     """
     pool = pool or LocalPool(workers)
     job = open_job(sources, out=out, config=config, against=against, append_mode=append_mode, work=work)
@@ -74,45 +73,29 @@ def prepare(
 
     with locked_job(job), pool:
         base, selection = read_base(job.store, manifest=job.base, append_mode=append_mode) if append_mode else (None, None)
-        if base:  # a broken sidecar is told before the work, not after it
+        if base:  # raise for a broken sidecar before the work, not after it
             extended_sidecars(job.store, shards=base.shards, first=len(base.shards))
-        examined = examined_before(job.work) if merge or (job.work / JobPart().marker).exists() else None
-        if merge and examined is None:
-            raise RuntimeError(f"{job.store.place}: no part has been examined yet: run part 1/N, 2/N, … before the merge")
+        examined = _examined_earlier(job, merge=merge)
         examined = examined or _examine(job, part=JobPart(), selection=selection, pool=pool, progress=progress, announce=announce)
         tables = ChunkTables([chunk_path(job.work, number) for number in range(examined.chunks)])
-        plan = make_plan(
-            tables,
-            shards=config.shards,
-            dedup=config.dedup,
-            seed=config.seed,
-            references=ReferenceImages.join([*([base.images] if base else []), read_references(job.against)]),
-            columns=base.columns if base else None,
-            taken_down=base.taken_down if base else None,
-            first_shard=len(base.shards) if base else 0,
-        )
+        plan = _make_plan(job, tables=tables, base=base)
         counts = _input_counts(plan, examined=examined, base=base, images=config.images)
         if plan.kept:
-            shards = _write_all(job, plan=plan, tables=tables, pool=pool, progress=progress)
-            sidecars = extended_sidecars(job.store, shards=[*base.shards, *shards], first=len(base.shards)) if base else ()
-            _finish(
+            _write_corpus(
                 job,
-                shards=shards,
-                counts=counts,
                 plan=plan,
+                tables=tables,
+                counts=counts,
                 base=base,
                 examined=examined,
-                sidecars=sidecars,
                 pool=pool,
                 progress=progress,
+                announce=announce,
             )
-            if sidecars and announce:
-                names = ", ".join(sidecar.name for sidecar in sidecars)
-                announce(f"{out}: its sidecars ({names}) say nothing of the added samples yet: run the commands that made them again")
         examples = {} if plan.kept else find_examples(tables, plan=plan)
     shutil.rmtree(job.work)
     if not plan.kept and base is None:
-        _leave_nothing(job.store)
+        _remove_empty_folder(job.store)
         raise NothingKept(counts, examples=examples)
     return replace(counts, notes=[*counts.notes, *example_lines(examples)])
 
@@ -130,8 +113,11 @@ def prepare_part(
     progress: Progress = no_progress,
     announce: Announce | None = None,
 ) -> Examined | InputCounts:
-    """One task of a job array: examine the inputs of a part, for `prepare(…, merge=True)` to make the corpus of. The arguments are those
-    of `prepare`, the same for all parts; `work` (or `out`, a folder) lies where all see it. Returns the account of a finished corpus."""
+    """Run one task of a job array: examine the inputs of a part; `prepare(…, merge=True)` then makes the corpus.
+
+    The arguments are those of `prepare` and equal for all parts. All tasks must see `work` (or `out`, if it is a folder). Returns the
+    input counts if the corpus is finished already.
+    """
     pool = pool or LocalPool(workers)
     job = open_job(sources, out=out, config=config, against=against, append_mode=None, work=work)
     finished = finished_input_counts(job)
@@ -139,6 +125,14 @@ def prepare_part(
         return finished
     with locked_job(job, part=part), pool:
         return _examine(job, part=part, selection=None, pool=pool, progress=progress, announce=announce)
+
+
+def _examined_earlier(job: Job, *, merge: bool) -> Examined | None:
+    """Result of pass 1 if an earlier run, or all parts of a job array, finished it. Raises RuntimeError if `merge` finds none."""
+    examined = examined_before(job.work) if merge or (job.work / JobPart().marker).exists() else None
+    if merge and examined is None:
+        raise RuntimeError(f"{job.store.location}: no part has been examined yet: run part 1/N, 2/N, … before the merge")
+    return examined
 
 
 def _examine(
@@ -173,16 +167,30 @@ def _examine(
     return examined
 
 
+def _make_plan(job: Job, *, tables: ChunkTables, base: Base | None) -> Plan:
+    references = ReferenceImages.join([*([base.images] if base else []), read_references(job.against)])
+    return make_plan(
+        tables,
+        shards=job.config.shards,
+        dedup=job.config.dedup,
+        seed=job.config.seed,
+        references=references,
+        columns=base.columns if base else None,
+        taken_down=base.taken_down if base else None,
+        first_shard=len(base.shards) if base else 0,
+    )
+
+
 def _input_counts(plan: Plan, *, examined: Examined, base: Base | None, images: ImageConfig) -> InputCounts:
-    """Of the corpus as it will be."""
+    """Input counts of the finished corpus."""
     notes = list(examined.notes)
     if plan.left_out:
         notes.append(f"columns that the corpus does not have were left out: {', '.join(plan.left_out)}")
     if plan.scaled_down:
         limits = {"images.max_side": images.max_side, "images.max_pixels": images.max_pixels}
-        said = ", ".join(f"{key}={limit}" for key, limit in limits.items() if limit is not None)
+        given = ", ".join(f"{key}={limit}" for key, limit in limits.items() if limit is not None)
         number = f"{plan.scaled_down} added images were" if base else f"{plan.scaled_down} images were"
-        notes.append(f"{number} scaled down ({said})")
+        notes.append(f"{number} scaled down ({given})")
     if base is None and 0 < plan.labelled < plan.kept:
         notes.append(f"only {plan.labelled} of {plan.kept} samples have a class, so the shards have no .cls members")
     shards = plan.shards + (len(base.shards) if base else 0)
@@ -193,7 +201,7 @@ def _input_counts(plan: Plan, *, examined: Examined, base: Base | None, images: 
         return InputCounts(inputs=inputs, kept=plan.kept, rejected=dict(plan.rejected), notes=notes, shards=shards)
     old = base.counts
     if not plan.kept:
-        return replace(old, notes=[*notes, f"nothing was added: of {inputs} inputs none could be kept ({in_words(plan.rejected)})"])
+        return replace(old, notes=[*notes, f"nothing was added: of {inputs} inputs none could be kept ({format_counts(plan.rejected)})"])
     rejected = Counter(old.rejected)
     rejected.subtract(examined.replaced)
     rejected.update(plan.rejected)
@@ -206,22 +214,22 @@ def _input_counts(plan: Plan, *, examined: Examined, base: Base | None, images: 
     )
 
 
-def _leave_nothing(store: Store) -> None:
-    if not store.is_remote and not any(Path(store.place).iterdir()):
-        Path(store.place).rmdir()
+def _remove_empty_folder(store: Store) -> None:
+    if not store.is_remote and not any(Path(store.location).iterdir()):
+        Path(store.location).rmdir()
 
 
-def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[ShardEntry]:
-    """Pass 2. Shards that are complete are not written again."""
+def _write_shards(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progress: Progress) -> list[ShardEntry]:
+    """Write all shards; complete ones of an earlier run are skipped."""
     first, digest = plan.first_shard, job.digest
     shards = finished_shards(job.store, first=first, count=plan.shards, job=digest)
-    missing = [place for place, shard in enumerate(shards) if shard is None]
+    missing = [index for index, shard in enumerate(shards) if shard is None]
     written_before = sum(shard.count for shard in shards if shard)
     groups = group_rows(tables, plan=plan, work=job.work) if missing else ()
     tasks = (
         ShardTask(
-            number=first + place,
-            place=place,
+            number=first + index,
+            index=index,
             groups=groups,
             work=job.work,
             store=job.store,
@@ -229,61 +237,72 @@ def _write_all(job: Job, *, plan: Plan, tables: ChunkTables, pool: Pool, progres
             image_format=job.config.images.format,
             job=digest,
         )
-        for place in missing
+        for index in missing
     )
     note = f"{plan.kept:,} kept, {sum(plan.rejected.values()):,} rejected"
 
     def show(written: int) -> None:
         progress("write", min(written_before + written, plan.kept), plan.kept, note=note)
 
-    for place, shard in zip(missing, pool.map(write_shard, tasks, on_items=show), strict=True):
-        shards[place] = shard
+    for index, shard in zip(missing, pool.map(write_shard, tasks, on_items=show), strict=True):
+        shards[index] = shard
     show(plan.kept - written_before)
     return [shard for shard in shards if shard]
 
 
-def _finish(
+def _write_corpus(
     job: Job,
     *,
-    shards: Sequence[ShardEntry],
-    counts: InputCounts,
     plan: Plan,
+    tables: ChunkTables,
+    counts: InputCounts,
     base: Base | None,
     examined: Examined,
-    sidecars: tuple[Sidecar, ...],
     pool: Pool,
     progress: Progress,
+    announce: Announce | None,
 ) -> None:
-    """The files that make the old shards and the new ones a corpus."""
-    identity = dict(job.identity)
-    append_mode: list[Mapping[str, Any]] = []
-    if base:
-        for section in ("sources", "against"):
-            old = base.manifest[section]
-            identity[section] = [*old, *(entry for entry in identity[section] if entry not in old)]
-        append_mode = [
-            *base.manifest.get("growth", ()),
-            {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))},
-        ]
+    """Pass 2: the shards, then the files that make the old and the new shards one corpus."""
+    shards = _write_shards(job, plan=plan, tables=tables, pool=pool, progress=progress)
+    all_shards = [*(base.shards if base else ()), *shards]
+    sidecars = extended_sidecars(job.store, shards=all_shards, first=len(base.shards)) if base else ()
 
     def report(manifest: dict[str, Any]) -> str:
-        found = corpus_statistics(
-            job.store.place, manifest=manifest, config=job.config.report, pool=pool, sidecars=sidecars, progress=progress
+        statistics = corpus_statistics(
+            job.store.location, manifest=manifest, config=job.config.report, pool=pool, sidecars=sidecars, progress=progress
         )
-        return render([found], config=job.config.report)
+        return render([statistics], config=job.config.report)
 
+    identity, append_history = _manifest_entries(job, base=base, examined=examined)
     write_corpus_files(
         job.store,
         name=base.manifest["name"] if base else job.config.name or _joined_name(job.sources),
-        shards=[*(base.shards if base else ()), *shards],
+        shards=all_shards,
         counts=counts,
         columns=plan.columns,
         identity=identity,
         image_format=job.config.images.format,
         report=report,
-        append_mode=append_mode,
+        append_history=append_history,
         sidecars=listed_sidecars(sidecars) if sidecars else "",
     )
+    if sidecars and announce:
+        names = ", ".join(sidecar.name for sidecar in sidecars)
+        announce(
+            f"{job.store.location}: its sidecars ({names}) have no values for the added samples yet: rerun the commands that made them"
+        )
+
+
+def _manifest_entries(job: Job, *, base: Base | None, examined: Examined) -> tuple[dict[str, Any], list[Mapping[str, Any]]]:
+    """(`identity`, `append_history`) of `write_corpus_files`, with those of the corpus that the job appends to."""
+    identity = dict(job.identity)
+    if base is None:
+        return identity, []
+    for section in ("sources", "against"):
+        old = base.manifest[section]
+        identity[section] = [*old, *(entry for entry in identity[section] if entry not in old)]
+    appended = {"first_shard": len(base.shards), "replaced": dict(sorted(examined.replaced.items()))}
+    return identity, [*base.manifest.get("growth", ()), appended]
 
 
 def _joined_name(sources: Sequence[InputSource]) -> str:

@@ -1,7 +1,7 @@
-"""`tim verify --repair`: makes again what follows from the rest of a corpus, and says what is lost.
+"""Repair of a corpus (`tim verify`): rebuild the files that can be derived from others, and report what is lost.
 
-Of a table that is gone, index.parquet still has the kept rows, and the shard's tar most of what they say; what was rejected stood in the
-table alone. All other files follow from tables and tars. A tar that is gone is gone.
+The kept rows of a lost table are in index.parquet, and most of their values in the shard's tar; rejected rows are in the table only. All
+other files are derived from tables and tars. A lost tar cannot be rebuilt.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from pipeline.storage.atomic import WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.tar import BlockReader, Member, members
 
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
-_MADE_ELSEWHERE = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row that was read from a tar
+_NOT_IN_TAR = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row rebuilt from a tar
 _KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What was made again, and what is lost for good, one sentence each."""
+    """What was rebuilt and what is lost, one sentence each."""
 
     done: list[str]
     lost: list[str]
@@ -67,7 +67,7 @@ class Repaired:
 
 @dataclass(frozen=True, slots=True)
 class TableTask:
-    """A shard whose rows are to be read from its tar. `skip`: positions of images that took the decoder down."""
+    """A shard whose rows to read from its tar. `skip`: positions of images that crashed the decoder."""
 
     tar: Path
     columns: ExtraColumns
@@ -75,21 +75,21 @@ class TableTask:
 
 
 def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Repaired:
-    """Make again what is missing or damaged and can be derived; what is sound keeps its bytes. `progress`: ("repair", shards, in all).
+    """Rebuild missing or damaged files that can be derived; intact files keep their bytes. `progress`: ("repair", shards done, shards).
 
-    Raises ValueError if it is no corpus, is unfinished, is one that `tim index` wrote, or is not in a local folder.
+    Raises ValueError if `corpus` is not a corpus, is unfinished, was written by `tim index`, or is not in a local folder.
     """
     store, _ = open_store(corpus, work=None)
-    folder = Path(store.place)
+    folder = Path(store.location)
     if store.is_remote or not folder.is_dir():
         raise ValueError(f"{corpus}: not a local folder; copy the corpus to one to repair it")
     if begun_in(folder / WORK):
-        raise ValueError(f"{corpus}: a preparation has not come to its end: run its command again, or delete {folder / WORK}")
+        raise ValueError(f"{corpus}: a preparation is unfinished: run its command again, or delete {folder / WORK}")
     done: list[str] = []
     lost: list[str] = []
     manifest = _manifest(folder, lost=lost)
     if manifest.get("kind") == KIND:
-        raise ValueError(f"{corpus}: tables of an index are not repaired but made again: run `tim index` with the same tars")
+        raise ValueError(f"{corpus}: tables of an index cannot be repaired: run `tim index` again with the same tars")
     before = {name: _digest(folder / name) for name in _FILES}
     with exclusive_lock(folder) as work, LocalPool(workers) as pool:
         shards = _repair_tables(folder, manifest=manifest, pool=pool, progress=progress, done=done, lost=lost)
@@ -106,15 +106,15 @@ def repair(corpus: str | Path, *, workers: int = 1, progress: Progress = no_prog
                 identity=identity | ({"lost": rejected_lost} if rejected_lost else {}),
                 image_format=manifest["config"].get("images", {}).get("format", "jpg"),
                 report=lambda written: render([corpus_statistics(folder, manifest=written, config=config, pool=pool)], config=config),
-                append_mode=manifest.get("growth", ()),
+                append_history=manifest.get("growth", ()),
             )
         shutil.rmtree(work)
-    done += [f"{name}: made again" for name in _FILES if _digest(folder / name) != before[name]]
+    done += [f"{name}: rebuilt" for name in _FILES if _digest(folder / name) != before[name]]
     return Repaired(done=done, lost=lost)
 
 
 def read_table(task: TableTask, report: Callable[[int], None]) -> pa.Table:
-    """The kept rows of a shard, as its tar knows them."""
+    """The kept rows of a shard, rebuilt from its tar."""
     with open(task.tar, "rb") as stream:
         descriptor = stream.fileno()
         file = BlockReader(lambda offset, length: os.pread(descriptor, length, offset), size=os.fstat(descriptor).st_size)
@@ -132,11 +132,11 @@ def read_table(task: TableTask, report: Callable[[int], None]) -> pa.Table:
 
 def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes], columns: ExtraColumns, hashed: bool) -> dict[str, Any]:
     record = json.loads(payloads["json"])
-    if "://" not in record["url"]:  # the path of an input without an address stands there, too
+    if "://" not in record["url"]:  # an input without a URL has its path there
         record = {**record, "url": "", "path": record["url"]}
     copied = ("caption", "captions", "width", "height", "original_width", "original_height", "sha256")
     return {
-        **dict.fromkeys(_MADE_ELSEWHERE, ""),
+        **dict.fromkeys(_NOT_IN_TAR, ""),
         **{name: record[name] for name in copied},
         "source": record.get("source", ""),  # older shards do not name it
         "key": key,
@@ -159,7 +159,7 @@ def _hash(image: bytes) -> str:
 
 
 def _column(value: Any, *, kind: ColumnKind) -> Any:
-    """A further column's value in a table, where the JSON of a sample may have to say it as a text."""
+    """A value in the type of its table column; the JSON of a sample may hold it as a string."""
     if kind.table == pa.string() or not isinstance(value, str):
         return value
     return json.loads(value) if value else None
@@ -168,7 +168,7 @@ def _column(value: Any, *, kind: ColumnKind) -> Any:
 def _repair_tables(
     folder: Path, *, manifest: Mapping[str, Any], pool: Pool, progress: Progress, done: list[str], lost: list[str]
 ) -> list[ShardEntry] | None:
-    """All shards, with tables and stats that are whole; None if one cannot be had."""
+    """All shards with intact tables and stats; None if a table cannot be rebuilt."""
     shards = [ShardEntry(**entry) for entry in manifest["shards"]]
     broken = [number for number, shard in enumerate(shards) if _digest(folder / shard.table) != shard.table_sha256]
     tables: dict[int, tuple[pa.Table, str]] = {}
@@ -179,17 +179,17 @@ def _repair_tables(
         whole = [number for number in broken if _digest(folder / shards[number].name) == shards[number].sha256]
         tasks = [TableTask(tar=folder / shards[number].name, columns=read_columns(manifest)) for number in whole]
         found = pool.map(read_table, tasks, retry=lambda task, death: replace(task, skip=task.skip | {death.at}))
-        for place, (number, table) in enumerate(zip(whole, found, strict=True)):
+        for index, (number, table) in enumerate(zip(whole, found, strict=True)):
             tables[number] = (table, shards[number].name)
-            lost.append(f"{shards[number].table}: details of its samples, and which of them look like others")
-            progress("repair", place + 1, len(whole))
+            lost.append(f"{shards[number].table}: details of its samples, and which of them are near duplicates")
+            progress("repair", index + 1, len(whole))
     for number in broken:
         shard = shards[number]
         if number not in tables:
-            lost.append(f"{shard.table}: neither it nor {shard.name} is whole: restore one of them, or prepare the corpus again")
+            lost.append(f"{shard.table}: both it and {shard.name} are damaged: restore one of them, or prepare the corpus again")
             continue
         table, origin = tables[number]
-        done.append(f"{shard.table}: made again from {origin}")
+        done.append(f"{shard.table}: rebuilt from {origin}")
         if shard.rows > table.num_rows:
             lost.append(f"{shard.table}: which inputs were rejected, and why: {shard.rows - table.num_rows} rows")
         shards[number] = _write_table(folder, shard=shard, table=table)
@@ -209,22 +209,22 @@ def _write_table(folder: Path, *, shard: ShardEntry, table: pa.Table) -> ShardEn
 
 
 def _repair_stats(folder: Path, *, shard: ShardEntry) -> Iterator[str]:
-    """Where a stats file is whole, what it counts of rejected inputs stays, though their rows may be lost."""
+    """An intact stats file keeps its counts of rejected inputs, though their rows may be lost."""
     path = folder / f"{shard.table.removesuffix('.parquet')}_stats.json"
-    said = _read_json(path)
-    if said.get("shard") == asdict(shard):
+    stats = _read_json(path)
+    if stats.get("shard") == asdict(shard):
         return
-    if "status_dict" in said:
-        publish_text(path, json.dumps({**said, "shard": asdict(shard)}, indent=1) + "\n")
+    if "status_dict" in stats:
+        publish_text(path, json.dumps({**stats, "shard": asdict(shard)}, indent=1) + "\n")
     else:
         neighbours = (_read_json(other).get("job") for other in sorted(folder.glob("[0-9]*_stats.json")))
         job = next((job for job in neighbours if job), "")
         publish_text(path, shard_stats(pq.ParquetFile(folder / shard.table).read(), shard=shard, job=job))
-    yield f"{path.name}: made again"
+    yield f"{path.name}: rebuilt"
 
 
 def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
-    """The manifest, or what the stats files, or the tables, say of all shards. Raises ValueError if it is no corpus."""
+    """The manifest, or one rebuilt from stats files or tables. Raises ValueError if the folder is not a corpus."""
     if _read_json(folder / MANIFEST):
         return read_manifest(folder)
     numbers = sorted({number for path in folder.iterdir() if (number := shard_number(path.name)) is not None})
@@ -238,7 +238,7 @@ def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
         counts.update(reasons)
     kept = counts.pop("success", 0)
     input_counts = InputCounts(inputs=kept + counts.total(), kept=kept, rejected=dict(sorted(counts.items())), notes=[], shards=len(shards))
-    lost.append(f"{MANIFEST}: which settings and sources the corpus was prepared with, and notes: it can be used, but not added to")
+    lost.append(f"{MANIFEST}: the settings, sources and notes of the preparation: the corpus can be used, but not appended to")
     columns, image_format = _seen_columns(folder, shards=shards)
     return {
         "format": FORMAT,
@@ -253,11 +253,11 @@ def _manifest(folder: Path, *, lost: list[str]) -> dict[str, Any]:
 
 
 def _shard(folder: Path, *, number: int) -> tuple[ShardEntry, dict[str, int]]:
-    """A shard and how many of its inputs were kept ("success") or rejected, by its stats file or else by its table."""
+    """A shard and its numbers of kept ("success") and rejected inputs by reason, from its stats file or else its table."""
     stem = shard_name(number)
-    said = _read_json(folder / f"{stem}_stats.json")
+    stats = _read_json(folder / f"{stem}_stats.json")
     with suppress(KeyError, TypeError):
-        return ShardEntry(**said["shard"]), dict(said["status_dict"])
+        return ShardEntry(**stats["shard"]), dict(stats["status_dict"])
     try:
         table = pq.ParquetFile(folder / f"{stem}.parquet").read()
         tar = folder / f"{stem}.tar"
@@ -273,14 +273,12 @@ def _shard(folder: Path, *, number: int) -> tuple[ShardEntry, dict[str, int]]:
             rows=table.num_rows,
         )
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(
-            f"{folder}: without {MANIFEST} and {stem}_stats.json it takes {stem}.parquet to repair: {one_line(error)}"
-        ) from error
+        raise ValueError(f"{folder}: without {MANIFEST} and {stem}_stats.json a repair needs {stem}.parquet: {one_line(error)}") from error
     return shard, dict(reasons)
 
 
 def _seen_columns(folder: Path, *, shards: Sequence[ShardEntry]) -> tuple[dict[str, Any], str]:
-    """What the manifest says of the columns, as a table and a sample show it; and the extension of the images."""
+    """(the manifest's entries on columns, extension of the images), read from a table and a sample."""
     for shard in shards:
         with suppress(OSError, KeyError, ValueError, pa.ArrowException):
             file = pq.ParquetFile(folder / shard.table)
@@ -302,18 +300,18 @@ def _seen_columns(folder: Path, *, shards: Sequence[ShardEntry]) -> tuple[dict[s
 
 
 def _rows_lost(manifest: Mapping[str, Any], *, shards: Sequence[ShardEntry]) -> dict[str, int]:
-    """By table: how many rows of rejected inputs it has no more."""
+    """Table → number of lost rows of rejected inputs."""
     pairs = zip(manifest["shards"], shards, strict=True)
     return {shard.table: entry["rows"] - shard.rows for entry, shard in pairs if entry["rows"] > shard.rows}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, {} if there is none."""
+    """The JSON object in a file, {} if there is none."""
     try:
-        said = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return said if isinstance(said, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _digest(path: Path) -> str:

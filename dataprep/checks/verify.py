@@ -1,6 +1,6 @@
-"""`tim verify`: is a corpus what its manifest says? Digests, counts, tables against tars, every image decoded, keys unique.
+"""`tim verify`: check a corpus against its manifest: digests, counts, tables against tars, every image decodable, unique keys.
 
-The tars of an index have no digest: they are indexed once more, which has to give the same table.
+The tars of an index have no digests: they are indexed again, which must give the same tables.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from pipeline.images import Rejection, read_image
 from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import TEMPORARY_SUFFIX, WORK
 
-_MANY = 20  # problems per shard that are told one by one
+_MANY = 20  # problems listed per shard
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was checked, and every problem found, one sentence each; no problems, a sound corpus."""
+    """What was checked, and all problems found, one sentence each. An intact corpus has none."""
 
     problems: list[str]
     shards: int
@@ -45,7 +45,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class ShardCheck:
-    """The work of one process: a shard as the manifest lists it. `crashes_at` ≥ 0: the sample that took the decoder down."""
+    """A shard to check, as listed in the manifest. `crashes_at` ≥ 0: the sample that crashed the decoder."""
 
     corpus: Path
     entry: dict[str, Any]
@@ -53,12 +53,12 @@ class ShardCheck:
 
 
 def verify(corpus: str | Path, *, workers: int = 1, progress: Progress = no_progress) -> Report:
-    """Check all of a corpus. Damage is reported, not raised; ValueError only if it is no corpus. `progress`: ("verify", samples, total)."""
+    """Check a corpus. Damage is reported; ValueError is raised if it is not a corpus. `progress`: ("verify", samples done, samples)."""
     corpus = Path(corpus)
     manifest = read_manifest(corpus)
     total = manifest["totals"]["kept"]
     is_growing = begun_in(corpus / WORK).get("grows") == json_digest(manifest)
-    problems = _check_account(manifest) + _check_strangers(corpus, manifest=manifest, is_growing=is_growing)
+    problems = _check_input_counts(manifest) + _check_files(corpus, manifest=manifest, is_growing=is_growing)
 
     def show(done: int) -> None:
         progress("verify", min(done, total), total)
@@ -105,14 +105,14 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
     crashed = frozenset(table.filter(pc.call_function("equal", [table["reason"], "crashed"]))["image_offset"].to_pylist())
     found, size = read_foreign(name, crashed=crashed)
     if size != check.entry["bytes"] or not found.table.equals(table):
-        said = next((row["detail"] for row in found.table.to_pylist() if row["path"] == name.rpartition("/")[2]), f"{size} bytes")
-        return [f"{name}: is not what {table_path.name} says ({said}): the tar was changed or damaged, run `tim index` again"]
+        difference = next((row["detail"] for row in found.table.to_pylist() if row["path"] == name.rpartition("/")[2]), f"{size} bytes")
+        return [f"{name}: does not match {table_path.name} ({difference}): the tar was changed or damaged, run `tim index` again"]
     problems = []
     with open_tar(name) as tar:
         for position, row in enumerate(kept_rows(table).to_pylist()):
             report(position)
             if position == check.crashes_at:
-                problems.append(f"{name}: {row['key']}: its image takes the decoder down; the samples after it were not checked")
+                problems.append(f"{name}: {row['key']}: its image crashes the decoder; the samples after it were not checked")
                 break
             image = tar.at(row["image_offset"], row["image_length"])
             problems += [f"{name}: {row['key']}: {problem}" for problem in _check_image(image, row=row)]
@@ -120,13 +120,13 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
 
 
 def _first(problems: list[str], *, of: str) -> list[str]:
-    """As many as a reader wants to see, and how many more there are."""
+    """The first problems, and the number of further ones."""
     more = len(problems) - _MANY
     return problems if more <= 0 else [*problems[:_MANY], f"{of}: and {more} more problems"]
 
 
 def _check_digest(path: Path, expected: str) -> list[str]:
-    return [] if file_digest(path) == expected else [f"{path.name}: its digest is not the manifest's: the file was changed or damaged"]
+    return [] if file_digest(path) == expected else [f"{path.name}: its digest is not in the manifest: the file was changed or damaged"]
 
 
 def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
@@ -135,27 +135,26 @@ def _stop_before_crash(check: ShardCheck, death: WorkerDied) -> ShardCheck:
     return ShardCheck(corpus=check.corpus, entry=check.entry, crashes_at=death.at)
 
 
-def _check_account(manifest: dict[str, Any]) -> list[str]:
+def _check_input_counts(manifest: dict[str, Any]) -> list[str]:
     counts, totals = read_input_counts(manifest), manifest["totals"]
     problems = []
     if counts.inputs != counts.kept + sum(counts.rejected.values()) or totals["rejected"] != sum(counts.rejected.values()):
-        problems.append(f"{MANIFEST}: the account does not add up: {counts.inputs} inputs, {counts.kept} kept, {counts.rejected}")
-    replaced = sum(sum(step["replaced"].values()) for step in manifest.get("growth", ()))  # rows of inputs that were read once more
-    rows = counts.inputs + replaced - sum(manifest.get("lost", {}).values())  # what a repair could not bring back
+        problems.append(f"{MANIFEST}: the input counts do not add up: {counts.inputs} inputs, {counts.kept} kept, {counts.rejected}")
+    replaced = sum(sum(step["replaced"].values()) for step in manifest.get("growth", ()))  # rows of retried inputs
+    rows = counts.inputs + replaced - sum(manifest.get("lost", {}).values())  # rows that a repair could not restore
     for what, total in (("count", counts.kept), ("bytes", totals["bytes"]), ("rows", rows)):
         if sum(shard[what] for shard in manifest["shards"]) != total:
             problems.append(f"{MANIFEST}: the shards' {what} do not add up to {total}")
     return problems
 
 
-def _check_strangers(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
-    """Shards that the manifest does not know, and marker files that are gone. What an addition has written so far is no part of the corpus
-    yet."""
+def _check_files(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
+    """Files that the manifest does not list, and missing marker files. Files of an unfinished append are not part of the corpus yet."""
     is_index = manifest.get("kind") == KIND
     known = {name for shard in manifest["shards"] for name in (shard["name"], shard["table"])} | (set() if is_index else {INDEX})
     known |= sidecar_files(corpus)
     found = {path.name for pattern in ("*.tar", "*.parquet", f"*{TEMPORARY_SUFFIX}") for path in corpus.glob(pattern)}
-    problems = [f"{WORK}: an addition has not come to its end: run its command again; its shards were not checked"] if is_growing else []
+    problems = [f"{WORK}: an append is unfinished: run its command again; its shards were not checked"] if is_growing else []
     first = len(manifest["shards"])
     added = {name for name in found if name.endswith(TEMPORARY_SUFFIX) or (number_of_file(name) or 0) >= first} if is_growing else set()
     problems += [f"{name}: not in the manifest" for name in sorted(found - known - added)]
@@ -166,7 +165,7 @@ def _check_strangers(corpus: Path, *, manifest: dict[str, Any], is_growing: bool
 
 
 def _check_layout(tar_path: Path, *, rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Members of the tar against offsets and lengths of the table, in order, nothing more and nothing less."""
+    """Compare the members of the tar, in order, with the offsets and lengths in the table."""
     extensions = {"text": "txt", "cls": "cls", "json": "json"}
     expected = []
     for row in rows:
@@ -185,18 +184,18 @@ def _check_layout(tar_path: Path, *, rows: list[dict[str, Any]]) -> Iterator[str
     for (name, offset, length), (expected_name, expected_offset, expected_length) in zip(found, expected, strict=False):
         same_name = name == expected_name if not expected_name.endswith(".") else name.startswith(expected_name)
         if not same_name or (offset, length) != (expected_offset, expected_length):
-            yield f"{tar_path.name}: {name} at byte {offset} is not what the table says: {expected_name} at byte {expected_offset}"
+            yield f"{tar_path.name}: {name} at byte {offset} does not match the table: {expected_name} at byte {expected_offset}"
     if len({row["key"] for row in rows}) != len(rows):
         yield f"{tar_path.name}: keys are repeated"
 
 
 def _check_samples(tar_path: Path, *, rows: list[dict[str, Any]], crashes_at: int, report: Callable[[int], None]) -> Iterator[str]:
-    """Every member read by its offset, as training does it."""
+    """Read every member by its offset, as training does."""
     with open(tar_path, "rb") as tar:
         for position, row in enumerate(rows):
             report(position)
             if position == crashes_at:
-                yield f"{tar_path.name}: {row['key']}: its image takes the decoder down; the samples after it were not checked"
+                yield f"{tar_path.name}: {row['key']}: its image crashes the decoder; the samples after it were not checked"
                 return
             yield from (f"{tar_path.name}: {row['key']}: {problem}" for problem in _check_sample(row, tar=tar))
 
@@ -208,9 +207,9 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
 
     yield from _check_image(payload("image"), row=row)
     if payload("text") != row["caption"].encode("utf-8"):
-        yield "its caption is not the table's"
+        yield "its caption does not match the table"
     if row["cls_offset"] is not None and payload("cls") != str(row["label"]).encode("ascii"):
-        yield "its class is not the table's"
+        yield "its class does not match the table"
     try:
         record = json.loads(payload("json"))
     except ValueError:
@@ -232,9 +231,9 @@ def _check_image(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
 
 
 def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
-    """index.parquet: the manifest's digest, one row group a shard with the shard's kept rows, keys unique over the corpus.
+    """Check index.parquet: digest, one row group per shard with the kept rows of the shard, unique keys.
 
-    That of an addition takes its place just before the manifest does. It begins with the row groups of the corpus as it was.
+    An append publishes its index just before its manifest. That index begins with the row groups of the earlier corpus.
     """
     path = corpus / manifest["index"]["name"]
     if not path.is_file():
@@ -249,9 +248,9 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) ->
         for group, shard in enumerate(manifest["shards"]):
             rows = index.read_row_group(group)
             if not all(key.startswith(shard["table"].removesuffix(".parquet")) for key in rows.column("key").to_pylist()):
-                problems.append(f"{path.name}: a key of row group {group} is not of {shard['table']}: keys may be repeated")
+                problems.append(f"{path.name}: a key of row group {group} does not belong to {shard['table']}: keys may be repeated")
             if (corpus / shard["table"]).is_file() and not rows.equals(kept_rows(pq.read_table(corpus / shard["table"]))):
-                problems.append(f"{path.name}: row group {group} is not what {shard['table']} keeps")
+                problems.append(f"{path.name}: row group {group} does not match the kept rows of {shard['table']}")
     except (pa.ArrowException, KeyError, OSError) as error:
         problems.append(f"{path.name}: cannot be read: {one_line(error)}")
     return problems

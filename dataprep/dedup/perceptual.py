@@ -1,10 +1,10 @@
-"""Duplicates: exact ones by digest, near ones by a 64-bit perceptual hash; among the inputs, and against corpora that are there already.
+"""Duplicates among the inputs and against finished corpora: exact ones by digest, near ones by a 64-bit perceptual hash.
 
-The hash is the classic DCT hash: the 8×8 lowest frequencies of the luma, one bit each for "above their median". They are taken of the
-image itself, not of a copy at 32×32: a cosine of so few waves hardly changes over a strip of rows, so that strips are added up first.
+The hash is the DCT hash: the 8×8 lowest frequencies of the luma, one bit each for "above the median". They are computed from the image
+itself, not from a 32×32 copy: a low-frequency cosine hardly changes over a strip of rows, so rows are summed in strips first.
 
-All of it runs on arrays. Near duplicates are found by sorting: of four blocks of 16 bits, hashes that differ in two bits have two in
-common, so that the hashes are sorted by each of the six pairs of blocks, and those that share one are compared bit by bit.
+Everything runs on arrays. Near duplicates are found by sorting: two hashes that differ in at most two bits share at least two of four
+16-bit blocks. The hashes are sorted by each of the six pairs of blocks, and those that share a pair are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ MAX_DISTANCE = 2  # bits
 _BLOCKS = (0, 16, 32, 48)
 _BLOCK = np.uint64(0xFFFF)
 _LOW = 8  # frequencies of either direction
-_SIDE = 32  # pixels of the image that the classic hash scales down to, by which frequencies are scaled here
-_LEAST_STRIPS = 64  # that an image's rows are added up to
+_SIDE = 32  # side in pixels of the classic hash's scaled-down image, which sets the scale of the frequencies
+_MIN_STRIPS = 64  # sums of rows per image
 _LUMA = np.array([0.299, 0.587, 0.114])
-_NOISE = 1.0  # gray levels; below it a coefficient is rounding noise, and so is its bit
+_NOISE = 1.0  # gray levels; a smaller coefficient is rounding noise, and so is its bit
 
 
 class DedupConfig(BaseModel):
-    """What becomes of near duplicates: `mark` keeps them and names the better image, `drop` rejects them, `off` does not look."""
+    """Handling of near duplicates: `mark` keeps them and names the better image, `drop` rejects them, `off` does not search."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -44,8 +44,8 @@ class DedupConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """What n images are compared by, arrays of length n: `digest` (n, 2) the first 16 bytes of the sha256, 0 where there is none;
-    `phash`, and whether there is one; the numbers of `pixels` and `bytes`, by which the better one of two is told."""
+    """Arrays that identify n images: `digest` (n, 2), the first 16 bytes of the sha256, 0 if missing; `phash` and `has_phash`; `pixels` and
+    `bytes`, which decide the better one of two images."""
 
     digest: Words
     phash: Words
@@ -58,7 +58,7 @@ class Fingerprints:
 
     @classmethod
     def read(cls, table: pa.Table, *, size: str) -> Fingerprints:
-        """Of a table with the columns sha256, phash (hexadecimal, "" where there is none), width, height, and `size` with the bytes."""
+        """Read a table with the columns sha256, phash (hexadecimal, "" if missing), width, height, and `size` (bytes)."""
         digests = "".join((digest or "").ljust(64, "0")[:32] for digest in table.column("sha256").to_pylist())
         phashes = [phash or "" for phash in table.column("phash").to_pylist()]
         height, width, length = [pc.fill_null(table.column(name), 0).to_numpy().astype(np.int64) for name in ("height", "width", size)]
@@ -72,7 +72,7 @@ class Fingerprints:
 
     @classmethod
     def join(cls, parts: Sequence[Fingerprints]) -> Fingerprints:
-        """One after the other."""
+        """Concatenate."""
         return cls(*[np.concatenate([getattr(part, field.name) for part in (_EMPTY, *parts)]) for field in fields(cls)])
 
 
@@ -88,7 +88,7 @@ _EMPTY = Fingerprints(
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
     """(H, W, 3) uint8 → 64 bits; None for flat images and plain gradients, whose bits would be noise."""
     height, width = pixels.shape[:2]
-    strip = max(1, height // _LEAST_STRIPS)
+    strip = max(1, height // _MIN_STRIPS)
     rows = _sums(pixels.reshape(height, width * 3), of=strip).astype(np.float64)
     luma = (_cosines(height, step=strip) @ rows).reshape(_LOW, width, 3) @ _LUMA
     low = luma @ _cosines(width, step=1).T * (2 * _SIDE / (height * width))
@@ -98,7 +98,7 @@ def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
 
 
 def _sums(rows: NDArray[np.uint8], *, of: int) -> NDArray[np.unsignedinteger]:
-    """(H, n) → (⌈H / of⌉, n): sums of so many rows each, the last of those that are left."""
+    """(H, n) → (⌈H / of⌉, n): sums of `of` rows each; the last sum is over the remaining rows."""
     whole = len(rows) // of * of
     kind = np.uint16 if of <= 257 else np.uint32  # 257 · 255 just fits
     sums = rows[:whole].reshape(-1, of, rows.shape[1]).sum(axis=1, dtype=kind)
@@ -107,14 +107,14 @@ def _sums(rows: NDArray[np.uint8], *, of: int) -> NDArray[np.unsignedinteger]:
 
 @lru_cache(maxsize=128)
 def _cosines(side: int, *, step: int) -> NDArray[np.float64]:
-    """(8, ⌈side / step⌉): the lowest frequencies in the middle of every `step` pixels, and of those that are left."""
+    """(8, ⌈side / step⌉): the lowest frequencies at the centre of every `step` pixels, and of the remaining ones."""
     edges = np.append(np.arange(0, side, step), side)
     middles = (edges[:-1] + edges[1:]) / (2 * side)
     return np.cos(np.pi * np.outer(np.arange(_LOW), middles))
 
 
 def exact_duplicates(digests: Words) -> Ints:
-    """(n, 2) → (n,): the position of the first one with the same digest, or −1 for that one itself and for those without a digest."""
+    """(n, 2) → (n,): position of the first image with the same digest; −1 for that first image and for images without a digest."""
     order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: of equal digests the first position comes first
     in_order = digests[order]
     starts = np.ones(len(order), dtype=bool)
@@ -126,14 +126,14 @@ def exact_duplicates(digests: Words) -> Ints:
 
 
 def near_duplicates(found: Fingerprints, *, among: NDArray[np.bool_], fixed: int = 0) -> Ints:
-    """(n,): for every near duplicate the position of the image to keep in its place, −1 for all others.
+    """(n,): for every near duplicate the position of the image to keep instead, −1 for all others.
 
-    Images are visited by most pixels, most bytes, first position; one is a duplicate if an image *kept* before it is within
-    `MAX_DISTANCE` bits, and then of the nearest of these, or of the one kept first. Images of one hash share their fate, but for the
-    first of them. Those outside `among`, or without a hash, are not looked at. The first `fixed` ones are kept whatever they are like,
-    and are visited before all others.
+    Images are visited by most pixels, most bytes, first position. An image is a duplicate if an image *kept* before it is within
+    `MAX_DISTANCE` bits: of the nearest such image or, among equally near ones, of the one kept first. Images with equal hashes are treated
+    alike, except the first of them. Images outside `among`, or without a hash, are ignored. The first `fixed` images are always kept and
+    are visited before all others.
 
-    Takes about 100 bytes an image besides the input, and a few sorts of time.
+    Needs about 100 bytes per image besides the input, and the time of a few sorts.
     """
     visited = np.flatnonzero(among & found.has_phash)
     is_free = visited >= fixed
@@ -141,7 +141,7 @@ def near_duplicates(found: Fingerprints, *, among: NDArray[np.bool_], fixed: int
     hashes, first, of = np.unique(found.phash[visited], return_index=True, return_inverse=True)
     rank = np.empty(len(hashes), dtype=np.int64)  # of a hash, by the visit of its first image
     rank[np.argsort(first)] = np.arange(len(hashes))
-    hashes, first = hashes[np.argsort(first)], np.sort(first)  # from here on a hash is called by its rank
+    hashes, first = hashes[np.argsort(first)], np.sort(first)  # from here on a hash is identified by its rank
     best = keep_first(*_close_pairs(hashes), count=len(hashes), fixed=int((visited[first] < fixed).sum()))
     duplicates = np.full(len(found), -1, dtype=np.int64)
     own = rank[of]
@@ -153,10 +153,10 @@ def near_duplicates(found: Fingerprints, *, among: NDArray[np.bool_], fixed: int
 
 
 def keep_first(earlier: Ints, later: Ints, distance: NDArray[np.generic], *, count: int, fixed: int = 0) -> Ints:
-    """(count,): of things in order of preference, the nearest kept one (then the first) that each is like, −1 where it is kept itself.
+    """(count,): for items in order of preference, the nearest similar kept item (the first of equally near ones), −1 if it is kept.
 
-    `earlier[i]` and `later[i]` are alike, `distance[i]` apart, and earlier < later. One is kept if no kept one before it is like it, or
-    if it is one of the first `fixed`.
+    `earlier[i]` and `later[i]` are similar, at `distance[i]`, and earlier < later. An item is kept if no kept item before it is similar,
+    or if it is one of the first `fixed`.
     """
     alike = later >= fixed
     earlier, later, distance = earlier[alike], later[alike], distance[alike]

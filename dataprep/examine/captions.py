@@ -1,4 +1,4 @@
-"""What becomes of the captions of an input: cleaned, those in other languages left out, in their order of preference."""
+"""Clean the captions of an input, and select those in the wanted languages, in order of preference."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from pipeline.corpus.record_fields import Value
 
 LANGUAGE = "caption_language"
 _URL = re.compile(r"(?:\b[a-z][a-z0-9+.-]{1,9}://|\bwww\.)[^\s<>\"']+", re.IGNORECASE)
-_TAG = re.compile(r"/?[a-z]|!", re.IGNORECASE)  # what follows a < that begins one
-_UNSEEN = re.compile(r"(script|style)\b|!--", re.IGNORECASE)  # and one whose content is not for readers
-_ROOM = 16  # times `max_characters` are looked at: what is left of markup is short
+_TAG = re.compile(r"/?[a-z]|!", re.IGNORECASE)  # what follows the < of a tag
+_HIDDEN = re.compile(r"(script|style)\b|!--", re.IGNORECASE)  # and of a tag whose content is not shown
+_ROOM = 16  # times `max_characters` are read: text without its markup is short
 
 
 class CaptionConfig(BaseModel):
     """`required`: reject an image that has neither a caption nor a class. `max_characters`: longer captions are cut.
 
-    `per_line`: each line of a caption text is a caption of its own; without it, line ends are white space.
-    `max_count`: of several captions, at most so many are kept, the preferred ones. `strip_html`: markup is taken out, and character
-    references are read. `strip_urls`: addresses are taken out. `languages`: two-letter codes (ISO 639-1); captions in others are left out,
-    and an image that has none in these is rejected. `language_column`: the column of the source that states the language of its captions;
-    without it, each caption's is detected, and it counts as one in `languages` if they have `min_language_probability` together. (0.05
-    was chosen on 411 short English captions, of which it leaves out one, and 72 in twelve other languages, of which it lets none in.)
+    `per_line`: each line of a caption text is a separate caption; by default line ends are white space. `max_count`: keep at most this many
+    captions, the preferred ones. `strip_html`: remove markup and decode character references. `strip_urls`: remove URLs. `languages`:
+    two-letter codes (ISO 639-1); captions in other languages are left out, and an image without a caption in these is rejected.
+    `language_column`: the column of the source with the language of its captions. Without it, languages are detected: a caption counts as
+    one in `languages` if their probabilities sum to `min_language_probability`. (0.05 was chosen on 411 short English captions, of which
+    it leaves out one, and 72 in twelve other languages, of which it accepts none.)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,14 +46,14 @@ class CaptionConfig(BaseModel):
 
     @property
     def detects(self) -> bool:
-        """Whether languages are detected, for no column states them."""
+        """Whether languages are detected because no column states them."""
         return bool(self.languages) and self.language_column is None
 
 
 @dataclass(frozen=True, slots=True)
 class Captions:
-    """Clean captions in order of preference; whether one was cut; the language of the first, if it was detected; and why none is left, if
-    that is for their languages."""
+    """Clean captions in order of preference; whether one was cut; the language of the first, if detected; (reason, detail) if all were
+    rejected for their languages."""
 
     texts: list[str]
     was_cut: bool
@@ -62,7 +62,7 @@ class Captions:
 
 
 def prepare_captions(texts: Sequence[str], *, extra: Mapping[str, Value], config: CaptionConfig) -> Captions:
-    """Clean the captions of an input, whose further columns are `extra`, and choose among them."""
+    """Clean and select the captions of an input whose extra columns are `extra`."""
     if config.per_line:
         texts = [line for text in texts for line in text.splitlines()]
     if config.strip_html or config.strip_urls:
@@ -72,22 +72,22 @@ def prepare_captions(texts: Sequence[str], *, extra: Mapping[str, Value], config
         return Captions(clean[: config.max_count], was_cut)
     if config.language_column is not None:
         stated = str(extra.get(config.language_column) or "").strip()
-        spoken = [re.split(r"[-_]", stated.lower())[0]] * len(clean)
+        languages = [re.split(r"[-_]", stated.lower())[0]] * len(clean)
     else:
-        spoken = [_detect(text, config=config) for text in clean]
-    kept = [(text, language) for text, language in zip(clean, spoken, strict=True) if language in config.languages]
+        languages = [_detect(text, config=config) for text in clean]
+    kept = [(text, language) for text, language in zip(clean, languages, strict=True) if language in config.languages]
     if not kept:
-        found = ", ".join(dict.fromkeys(language or "unknown" for language in spoken))
+        found = ", ".join(dict.fromkeys(language or "unknown" for language in languages))
         return Captions([], was_cut, rejection=("filter:language", f"captions in {found}, captions.languages={','.join(config.languages)}"))
     language = kept[0][1] if config.language_column is None else ""
     return Captions([text for text, _ in kept[: config.max_count]], was_cut, language=language)
 
 
 def check_languages(config: CaptionConfig) -> None:
-    """Raises ValueError if languages are asked for that nothing here can tell, in one line that says what to do."""
-    odd = next((code for code in config.languages if not re.fullmatch(r"[a-z]{2}", code)), None)
-    if odd is not None:
-        raise ValueError(f"captions.languages: {odd!r} is not a two-letter code such as en")
+    """Raises ValueError if a language in the config cannot be detected."""
+    invalid = next((code for code in config.languages if not re.fullmatch(r"[a-z]{2}", code)), None)
+    if invalid is not None:
+        raise ValueError(f"captions.languages: {invalid!r} is not a two-letter code such as en")
     if config.detects:
         unknown = sorted({*config.languages} - {*_identifier().nb_classes})
         if unknown:
@@ -95,7 +95,7 @@ def check_languages(config: CaptionConfig) -> None:
 
 
 def _detect(text: str, *, config: CaptionConfig) -> str:
-    """The likeliest of the languages that are asked for, if they are likely enough, or else the likeliest of all: a two-letter code."""
+    """The two-letter code of the most probable wanted language, if these are probable enough, else of the most probable language."""
     ranked = [(str(code), float(probability)) for code, probability in _identifier().rank(text)]
     wanted = [(code, probability) for code, probability in ranked if code in config.languages]
     is_likely = sum(probability for _, probability in wanted) >= config.min_language_probability
@@ -109,7 +109,9 @@ def _identifier() -> Any:
     except ImportError as error:
         raise ValueError("captions.languages: needs py3langid (pip install 'tim[language]'), or a captions.language_column") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages([code for code in identifier.nb_classes if len(code) == 2])  # pidgins and the like draw English captions
+    identifier.set_languages(
+        [code for code in identifier.nb_classes if len(code) == 2]
+    )  # short English captions are mistaken for pidgins and the like
     return identifier
 
 
@@ -120,10 +122,10 @@ def _without_markup(text: str, *, config: CaptionConfig) -> str:
 
 
 def _without_tags(text: str) -> str:
-    """Every part of the text is looked at once, whatever it is made of."""
+    """Linear time for any text."""
     first, *parts = text.split("<")
     kept = [first]
-    ending = ""  # of what is left out as a whole
+    ending = ""  # of an element that is removed with its content
     for part in parts:
         if ending == "-->":
             _, end, rest = part.partition("-->")
@@ -131,9 +133,9 @@ def _without_tags(text: str) -> str:
         elif ending:
             is_end = part[: len(ending)].lower() == ending
             ending, rest = ("", part.partition(">")[2]) if is_end else (ending, "")
-        elif unseen := _UNSEEN.match(part):
-            if unseen[1]:
-                ending, rest = f"/{unseen[1].lower()}", ""
+        elif hidden := _HIDDEN.match(part):
+            if hidden[1]:
+                ending, rest = f"/{hidden[1].lower()}", ""
             else:
                 _, end, rest = part.partition("-->")
                 ending = "" if end else "-->"

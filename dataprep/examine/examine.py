@@ -1,7 +1,7 @@
-"""Pass 1: inputs → rows that say what each of them is.
+"""Pass 1: examine inputs, one row per input.
 
-Images whose bytes cannot be kept are encoded once, into a spool file; those that cannot be read again go there as they are. Workers
-examine pieces of 32 inputs, or fewer that come with many bytes; see `chunks.py` for what becomes of the rows.
+An image whose bytes cannot be kept is encoded once, into a spool file; an image that cannot be read again is copied there. Workers examine
+pieces of 32 inputs, or fewer if these hold many bytes. Rows are stored by `row_chunks.py`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _MAX_STORED_SIDE = {"jpg": 65_500, "png": 2**31 - 1, "webp": 16_383}
 
 
 class ImageConfig(BaseModel):
-    """`format`: the one image extension of the corpus. `max_decode_pixels`: larger images are rejected from their header.
+    """`format`: the image format of the corpus. `max_decode_pixels`: larger images are rejected by their header.
 
-    `background`: what is transparent lies on this colour, a name or "#rrggbb". `max_pixels`, `max_side`: larger images are scaled down to
-    fit, aspect ratio kept; filters see the size before. By default none is.
+    `background`: the colour behind transparent pixels, a name or "#rrggbb". `max_pixels`, `max_side`: larger images are scaled down to fit,
+    with their aspect ratio; filters see the original size. By default no image is scaled.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,7 +69,7 @@ class ImageConfig(BaseModel):
         return red, green, blue
 
     def stored_size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) in which an image of this size is stored."""
+        """(height, width) at which an image of this size is stored."""
         rows, columns = height, width
         if self.max_side is not None and max(height, width) > self.max_side:
             rows, columns = (max(1, side * self.max_side // max(height, width)) for side in (height, width))
@@ -82,7 +82,7 @@ class ImageConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The part of the configuration that judges one input by itself."""
+    """The settings that apply to a single input."""
 
     images: ImageConfig
     captions: CaptionConfig
@@ -92,7 +92,8 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A unit of work: inputs of the chunk whose table is to be `table`. `crashed`: indices of inputs that must not be touched again."""
+    """A task: inputs of the chunk that is written to `table`. `suspects`: indices of inputs at which a worker died; `crashed`: at which two
+    died, which are not opened again."""
 
     samples: tuple[RawSample, ...]
     table: Path
@@ -104,7 +105,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class ExaminedPiece:
-    """The rows of a piece, by `chunks.CHUNK_SCHEMA`."""
+    """The rows of a piece, of `row_chunks.CHUNK_SCHEMA`."""
 
     rows: list[dict[str, Any]]
     table: Path
@@ -112,12 +113,12 @@ class ExaminedPiece:
 
 
 def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
-    """Examine the inputs of a piece; re-encoded images go to this process's own spool file beside the table."""
+    """Examine the inputs of a piece. Re-encoded images are written to the process's spool file beside the table."""
     rows: list[dict[str, Any]] = []
     shown: set[str] = set()
     filters = Filters(piece.rules.filters)
     with open(piece.table.parent / f"spool-{process_name()}.bin", "ab") as spool:
-        at_once = 1 if piece.suspects else _URLS_AT_ONCE  # so that a death under a download has one culprit
+        at_once = 1 if piece.suspects else _URLS_AT_ONCE  # so that a crash during a download has one suspect
         fetched: dict[int, bytes | OSError] = {}
         for index, sample in enumerate(piece.samples):
             report(index)
@@ -140,9 +141,9 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
 
 
 def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryIO, shown: set[str]) -> dict[str, Any]:
-    """One input → its row of `chunks.CHUNK_SCHEMA`; an image whose bytes cannot be kept goes to the spool.
+    """One input → its row of `row_chunks.CHUNK_SCHEMA`. An image whose bytes cannot be kept is written to the spool file.
 
-    `shown`: reasons of which a rejected image has been kept as a thumbnail; a new one is added.
+    `shown`: reasons for which a rejected image already has a thumbnail; a new reason is added.
     """
     found = prepare_captions(sample.captions, extra=sample.extra, config=rules.captions)
     captions, was_cut = found.texts, found.was_cut
@@ -150,7 +151,7 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         sample = replace(sample, extra={**sample.extra, LANGUAGE: found.language})
     row = _blank_row(sample)
     row.update(caption=captions[0] if captions else "", captions=captions)
-    _weigh_texts(row)
+    _measure_texts(row)
     if sample.reason:
         return row
     try:
@@ -164,7 +165,7 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
         image = read_image(data, max_decode_pixels=rules.images.max_decode_pixels, background=rules.images.background_levels)
     except Rejection as rejection:
         if _lacked_memory(rejection):
-            raise MemoryError from rejection  # of this process: what becomes of the input is the pool's to say
+            raise MemoryError from rejection  # of this process: the pool decides about the input
         return {**row, "reason": rejection.reason, "detail": rejection.detail}
 
     height, width = image.pixels.shape[:2]
@@ -182,7 +183,7 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
     rejection = found.rejection or _rejection(subject, sample=sample, rules=rules, filters=filters)
     if subject.measured:
         row["extra"] = json.dumps({**sample.extra, **subject.measured}, sort_keys=True)
-        _weigh_texts(row)
+        _measure_texts(row)
     if rejection:
         row.update(reason=rejection[0], detail=rejection[1])
         if row["reason"] not in shown:
@@ -199,7 +200,7 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
 
 
 def _fetch(samples: Mapping[int, RawSample]) -> dict[int, bytes | OSError]:
-    """Of those inputs whose images lie behind URLs, asked for all at once: the bytes, or why they cannot be had."""
+    """Fetch all images at URLs in parallel: index → the bytes, or the error."""
     remote = {index: sample for index, sample in samples.items() if is_remote(sample.file) and sample.data is None and not sample.reason}
     ends = [None if sample.length is None else sample.offset + sample.length for sample in remote.values()]
     ranges = [(sample.file, sample.offset, end) for sample, end in zip(remote.values(), ends, strict=True)]
@@ -217,19 +218,19 @@ def _rejection(subject: Subject, *, sample: RawSample, rules: Rules, filters: Fi
 
 
 def _scaled(image: DecodedImage, *, size: tuple[int, int]) -> DecodedImage:
-    """A smaller copy by Lanczos' antialiased filter. `size` is (height, width)."""
+    """A smaller copy, by the antialiased Lanczos filter. `size`: (height, width)."""
     pixels = np.asarray(Image.fromarray(image.pixels).resize((size[1], size[0]), Image.Resampling.LANCZOS))
     return replace(image, pixels=pixels, clean=False)
 
 
-def _weigh_texts(row: dict[str, Any]) -> None:
+def _measure_texts(row: dict[str, Any]) -> None:
     row["text_bytes"] = len(
         json.dumps([row["caption"], row["captions"], row["caption"], row["path"], row["path"], row["source"], row["extra"]])
     )
 
 
 def _stored(sample: RawSample, *, data: bytes, image: DecodedImage, rules: Rules, spool: BinaryIO) -> dict[str, Any]:
-    """Where the bytes to store are: the source's own, or freshly encoded ones in the spool."""
+    """Location of the bytes to store: in the source, or re-encoded in the spool file."""
     can_be_kept = image.clean and rules.images.format == "jpg"
     if can_be_kept and sample.data is None:
         return {"is_spooled": False, "file": os.fsencode(sample.file), "offset": sample.offset, "length": len(data)}
@@ -260,14 +261,14 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
 
 
 def _read(sample: RawSample) -> bytes:
-    """The image's bytes. Raises OSError if there are none to read, Rejection if there are too many."""
+    """The bytes of the image. Raises OSError if they cannot be read, Rejection if there are too many."""
     if sample.data is not None and len(sample.data) <= MAX_IMAGE_BYTES:
         return sample.data
     if sample.data is not None:
         raise Rejection("too-large", detail=f"a file of {len(sample.data)} bytes")
     status = os.stat(sample.file)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a file")  # opening a pipe might wait for ever
+        raise OSError(errno.EINVAL, "not a file")  # opening a pipe may block forever
     with open(sample.file, "rb") as stream:
         length = status.st_size if sample.length is None else sample.length
         if length > MAX_IMAGE_BYTES:
@@ -277,10 +278,10 @@ def _read(sample: RawSample) -> bytes:
 
 
 def _lacked_memory(rejection: Rejection) -> bool:
-    """Whether a decoder gave up for want of memory; some of them say so in words alone."""
+    """Whether a decoder ran out of memory; some report it in the message only."""
     return isinstance(rejection.__cause__, MemoryError) or any(sign in rejection.detail.lower() for sign in _LACK_OF_MEMORY)
 
 
 def _utf8(text: str) -> str:
-    """File names and messages may hold bytes that are no UTF-8; tables and JSON cannot."""
+    """File names and messages may hold bytes that are not UTF-8; tables and JSON must not."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")

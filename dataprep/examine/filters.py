@@ -1,8 +1,8 @@
-"""Filters: small named rules on what one input is, each a threshold of the config, each counted by its own name.
+"""Filters: named thresholds on the properties of one input. Rejections are counted by rule.
 
-A rule is a line of `RULES` and a key of `FilterConfig`. A key that begins with `min_` asks for at least so much, one with `max_` for at
-most so much; without a value the rule is off, and what it would have measured is not measured. Rules are asked in their order, cheap ones
-first, and the first that objects gives the reason. Scores and other columns that the sources bring are filtered by `where`.
+A rule is a line of `RULES` and a key of `FilterConfig`. A `min_` key sets a lower limit, a `max_` key an upper one; without a value the
+rule is off and its property is not measured. Rules are applied in order, cheap ones first, and the first that fails gives the reason.
+Scores and other columns of the sources are filtered by `where`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from dataprep.row_schema import FILTER_PREFIX
 from pipeline.corpus.record_fields import Value
 from pipeline.corpus.row_filter import Where
 
-_MEASURED_PIXELS = 1 << 20  # larger images are measured at a whole fraction of their sides, so that thresholds mean the same for all
+_MEASURED_PIXELS = 1 << 20  # larger images are reduced by a whole factor first, so that thresholds mean the same for all
 
 
 class FilterConfig(BaseModel):
-    """Limits, those of the upright image where it has sides.
+    """Limits on inputs. Sizes are those of the upright image.
 
-    `side` is of the shorter one in `min_side` and of the longer one in `max_side`, aspect = longer / shorter, bytes are the input file's,
-    captions are measured after cleaning, and of several the first. `min_sharpness`: variance of the Laplacian of the luma, in levels²
-    (blurred photographs have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat image has 0.
-    `where`: names and expressions over the sources' columns (`pipeline.corpus.row_filter`), such as {clip: similarity >= 0.28}.
-    An input that lacks a column that is asked for is rejected; one that no source has at all is taken for a mistake.
+    `min_side` limits the shorter side, `max_side` the longer one; aspect = longer / shorter; bytes are those of the input file; of several
+    captions, the first is measured, after cleaning. `min_sharpness`: variance of the Laplacian of the luma, in levels² (blurred photographs
+    have less than about 50). `min_contrast`: standard deviation of the luma in levels of 255; a flat image has 0. `where`: names and
+    expressions over the columns of the sources (`pipeline.corpus.row_filter`), such as {clip: similarity >= 0.28}. An input without a
+    required column is rejected; a column that no source has is an error.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,18 +57,18 @@ class FilterConfig(BaseModel):
     def _check_where(cls, where: dict[str, str]) -> dict[str, str]:
         for name, expression in where.items():
             if not name or not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
-                raise ValueError(f"where: {name!r} is no name for a filter: letters, digits, - and _ make one")
+                raise ValueError(f"where: {name!r} is not a name for a filter: use letters, digits, - and _")
             if name in {rule.name for rule in RULES}:
-                raise ValueError(f"where: {name} is the name of a filter that is there: choose another one")
+                raise ValueError(f"where: {name} is the name of a built-in filter: choose another one")
             Where(expression)
         return where
 
 
 @dataclass(slots=True)
 class Subject:
-    """One input under judgement: the upright image (H, W, 3) uint8, its file's size, its first caption, its source's further columns.
+    """An input to filter: the upright image (H, W, 3) uint8, its file size, its first caption, the extra columns of its source.
 
-    `measured` collects what rules have measured of it that belongs into the table.
+    `measured`: values that rules measured and that are stored in the table.
     """
 
     pixels: NDArray[np.uint8]
@@ -95,8 +95,8 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A threshold: its key in `FilterConfig`, what it limits in words and as a number, its reason in `REASONS` if it has one, and
-    the column of the tables that the measure goes into, if any."""
+    """A threshold: its key in `FilterConfig`, the name and value of the limited property, its reason for rejection if it is not
+    `filter:NAME`, and the table column for the measured value, if any."""
 
     key: str
     what: str
@@ -106,18 +106,18 @@ class Rule:
 
     @property
     def name(self) -> str:
-        """What its rejections are counted as, after `filter:`."""
+        """The name in the reason `filter:NAME`."""
         return self.key.replace("_", "-")
 
-    def objection(self, subject: Subject, *, limit: float) -> tuple[str, str] | None:
-        """The (reason, detail) for which the subject is rejected, None if it passes."""
+    def rejection(self, subject: Subject, *, limit: float) -> tuple[str, str] | None:
+        """(reason, detail) if the subject is rejected, None if it passes."""
         value = self.of(subject)
         if self.column:
             subject.measured[self.column] = value
-        is_least = self.key.startswith("min_")
-        if value >= limit if is_least else value <= limit:
+        is_lower_limit = self.key.startswith("min_")
+        if value >= limit if is_lower_limit else value <= limit:
             return None
-        side = "below" if is_least else "above"
+        side = "below" if is_lower_limit else "above"
         detail = f"{subject.width}x{subject.height}: {self.what} {value:.6g}, {side} filters.{self.key}={limit:.6g}"
         return self.reason or FILTER_PREFIX + self.name, detail
 
@@ -158,7 +158,7 @@ RULES = (
 
 
 class Filters:
-    """The rules that a config switches on. `wanted`: by name in `where`, the columns that sources must bring."""
+    """The rules that are on. `wanted`: name in `where` → columns that the sources must have."""
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
@@ -168,18 +168,18 @@ class Filters:
         self.wanted = {name: set(where.columns) - {"height", "width", *where.optional} for name, where in self._wheres}
 
     def rejection(self, subject: Subject) -> tuple[str, str] | None:
-        """The (reason, detail) of the first rule that objects, None if none does."""
-        told = {"height": subject.height, "width": subject.width, **subject.extra}
+        """(reason, detail) of the first rule that rejects the subject, None if it passes."""
+        row = {"height": subject.height, "width": subject.width, **subject.extra}
         for name, where in self._wheres:
-            values = {column: told.get(column) for column in where.columns}
+            values = {column: row.get(column) for column in where.columns}
             if not _holds(where, values):
-                said = ", ".join(f"{column} is {'missing' if value is None else value}" for column, value in values.items())
-                return FILTER_PREFIX + name, f"{said}: filters.where.{name} asks for {where.text}"
-        return next((found for rule, limit in self._limits if (found := rule.objection(subject, limit=limit))), None)
+                stated = ", ".join(f"{column} is {'missing' if value is None else value}" for column, value in values.items())
+                return FILTER_PREFIX + name, f"{stated}: filters.where.{name} asks for {where.text}"
+        return next((found for rule, limit in self._limits if (found := rule.rejection(subject, limit=limit))), None)
 
 
 def _holds(where: Where, values: Mapping[str, Value]) -> bool:
-    """Of one row; what does not fit the expression's types as it is may be a number in a text, as CSV files have them, or is unknown."""
+    """Whether a row passes. Values of the wrong type are retried as numbers, which CSV files hold as text, or else as missing."""
     for row in (values, {name: _number(value) for name, value in values.items()}):
         with suppress(ValueError):
             return bool(where.rows(_one_row(row))[0])
@@ -204,13 +204,13 @@ def _one_row(values: Mapping[str, Value]) -> pa.Table:
 
 
 def _measured_luma(pixels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Luma in whole levels, of large images at a whole fraction of their sides."""
+    """Luma in whole levels; large images are reduced by a whole factor."""
     image = Image.fromarray(pixels)
     factor = int(np.ceil((image.width * image.height / _MEASURED_PIXELS) ** 0.5))
     return np.asarray((image.reduce(factor) if factor > 1 else image).convert("L")).astype(np.int64)
 
 
 def _variance(values: NDArray[np.int64]) -> float:
-    """Summed in whole numbers, so that every machine finds the same."""
+    """Computed in integers, so that all machines give the same result."""
     count = values.size
     return (count * int((values * values).sum()) - int(values.sum()) ** 2) / count**2

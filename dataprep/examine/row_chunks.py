@@ -1,4 +1,4 @@
-"""What pass 1 found, on disk: tables of 1,024 rows. A chunk is the unit of resume: its table appears when all of it is examined."""
+"""Rows of pass 1 on disk, in tables of 1,024. A chunk is the unit of resume: its table is written once all its inputs are examined."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CHUNK_SCHEMA = pa.schema(
         ("phash", pa.string()),
         ("thumbnail", pa.binary()),  # of some rejected images
         ("extra", pa.string()),  # JSON object
-        ("text_bytes", pa.int64()),  # at least what the texts take in the shard's JSON and caption members
+        ("text_bytes", pa.int64()),  # upper bound of the texts' bytes in the shard's JSON and caption members
         ("input_bytes", pa.int64()),
         # Where pass 2 finds the bytes to store: in the source's file, or in a spool file beside the tables.
         ("is_spooled", pa.bool_()),
@@ -45,13 +45,13 @@ def chunk_path(work: Path, number: int) -> Path:
 
 
 def write_chunk(table: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a chunk's rows, uncompressed, so that they can be mapped."""
+    """Write the rows of a chunk, uncompressed, so that they can be memory-mapped."""
     with publish(table) as stream, pa.ipc.new_file(stream, CHUNK_SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(rows, schema=CHUNK_SCHEMA))
 
 
 class ChunkTables:
-    """The tables of pass 1 as one list of rows, mapped from disk one table at a time: no more than one is ever in memory."""
+    """The tables of pass 1 as one list of rows, memory-mapped one table at a time."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
@@ -61,7 +61,7 @@ class ChunkTables:
         return map(open_table, self.paths)
 
     def names(self, positions: Iterable[int]) -> dict[int, str]:
-        """Position → what the source calls the input, "SOURCE/PATH"; each table is opened once however the positions are ordered."""
+        """Position → "SOURCE/PATH" of the input. Each table is opened once, whatever the order of the positions."""
         by_chunk: dict[int, list[int]] = {}
         for position in sorted(positions):
             by_chunk.setdefault(position // CHUNK_SIZE, []).append(position)
@@ -74,5 +74,5 @@ class ChunkTables:
 
 
 def open_table(path: Path) -> pa.Table:
-    """An Arrow file, mapped: what is not looked at is not read."""
+    """A memory-mapped Arrow file."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()

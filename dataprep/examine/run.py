@@ -1,4 +1,4 @@
-"""Pass 1 over all inputs: chunks of 1,024, those examined already passed over, by one run or by the parts of a job array."""
+"""Pass 1 over all inputs, in chunks of 1,024, by one run or by the parts of a job array. Finished chunks are skipped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKER = re.compile(r"examined-(\d+)-of-(\d+)\.json")
 
 @dataclass(frozen=True, slots=True)
 class JobPart:
-    """Part `number`, from 1 on, of `of` parts; a run that is not shared is part 1 of 1. Every `of`-th chunk belongs to it."""
+    """Part `number` (from 1) of `of` parts, with every `of`-th chunk. A run that is not split is part 1 of 1."""
 
     number: int = 1
     of: int = 1
@@ -37,8 +37,8 @@ class JobPart:
 
 @dataclass(frozen=True, slots=True)
 class Examined:
-    """What is known once all inputs of a part are examined: inputs and chunks of all parts together, and what the sources have to say.
-    `replaced`: rows of a growing corpus that inputs replace, by reason."""
+    """Result of pass 1: inputs and chunks of all parts together, notes of the sources, and `replaced`: reason → number of rows of the
+    corpus that retried inputs replace."""
 
     inputs: int
     chunks: int
@@ -50,7 +50,7 @@ class Examined:
 
 
 def examined_before(work: Path) -> Examined | None:
-    """What pass 1 found, if all its parts have come to their end. Raises RuntimeError if only some of them have."""
+    """The result of pass 1 if all its parts are finished, None if none is. Raises RuntimeError if only some are."""
     done: dict[int, set[int]] = {}
     for path in work.glob("examined-*.json"):
         if match := _MARKER.fullmatch(path.name):
@@ -62,7 +62,7 @@ def examined_before(work: Path) -> Examined | None:
         of, numbers = max(done.items())
         missing = sorted(set(range(1, of + 1)) - numbers)
         named = ", ".join(f"{number}/{of}" for number in missing[:10]) + (", …" if len(missing) > 10 else "")
-        raise RuntimeError(f"{len(missing)} part(s) have not come to their end: run part {named} (again) before the merge")
+        raise RuntimeError(f"{len(missing)} part(s) are unfinished: run part {named} (again) before the merge")
     return None
 
 
@@ -78,7 +78,7 @@ def examine_all(
 ) -> tuple[int, int]:
     """Examine the chunks of a part that have no table in `work` yet. Returns (inputs, chunks) of all parts together.
 
-    `expected`: how many inputs there are, None where nobody knows. `progress` is called with ("examine", inputs so far, expected).
+    `expected`: number of inputs, None if unknown. `progress` is called with ("examine", inputs so far, expected).
     """
     remaining = iter(samples)
     chunks = drawn = passed = kept = rejected = 0
@@ -95,7 +95,7 @@ def examine_all(
                 continue
             room = CHUNK_SIZE
             while room and following is not None:
-                members = [following, *_up_to_a_piece(islice(remaining, min(room, PIECE_SIZE) - 1), first=following)]
+                members = [following, *_rest_of_piece(islice(remaining, min(room, PIECE_SIZE) - 1), first=following)]
                 following = next(remaining, None)
                 room -= len(members)
                 drawn += len(members)
@@ -105,7 +105,7 @@ def examine_all(
         progress("examine", passed + examined, expected, note=f"{kept:,} kept, {rejected:,} rejected")
 
     rows: list[dict[str, Any]] = []
-    for examined in pool.map(examine_piece, pieces(), retry=_without_culprit, on_items=show):
+    for examined in pool.map(examine_piece, pieces(), retry=_after_crash, on_items=show):
         rows += examined.rows
         fit = sum(not row["reason"] for row in examined.rows)
         kept, rejected = kept + fit, rejected + len(examined.rows) - fit
@@ -116,16 +116,16 @@ def examine_all(
     return drawn + passed, chunks
 
 
-def _up_to_a_piece(samples: Iterator[RawSample], *, first: RawSample) -> Iterator[RawSample]:
-    """As many of the samples after the first as may wait in memory together."""
+def _rest_of_piece(samples: Iterator[RawSample], *, first: RawSample) -> Iterator[RawSample]:
+    """The samples after the first, up to the memory limit of a piece."""
     held = len(first.data or b"")
     while held < PIECE_BYTES and (sample := next(samples, None)) is not None:
         held += len(sample.data or b"")
         yield sample
 
 
-def _without_culprit(piece: Piece, death: WorkerDied) -> Piece:
-    """After a worker's death: an input that was under the decoder gets one more try, then it is left out as `crashed`."""
+def _after_crash(piece: Piece, death: WorkerDied) -> Piece:
+    """After a worker died at an input: the piece with the input as suspect or, at the second death, rejected as `crashed`."""
     if death.at in piece.suspects:
         return replace(piece, crashed=piece.crashed | {death.at})
     return replace(piece, suspects=piece.suspects | {death.at})

@@ -1,4 +1,4 @@
-"""Small images for people: made when an input is rejected, which may be its last chance to be seen, and of examples for a report."""
+"""Thumbnails for the report: of rejected inputs, which are not stored, and of example images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _QUALITY = 75
 
 @dataclass(frozen=True, slots=True)
 class ThumbnailTask:
-    """An image in a tar, at a path or URL. `skip`: it took its process down."""
+    """An image in a tar at a path or URL. `skip`: it crashed its process."""
 
     tar: str
     offset: int
@@ -27,7 +27,7 @@ class ThumbnailTask:
 
 
 def thumbnail(pixels: Pixels) -> bytes:
-    """(H, W, 3) uint8 → a JPEG that fits into 160 × 160 pixels; nothing is enlarged."""
+    """(H, W, 3) uint8 → a JPEG of at most 160 × 160 pixels. Images are not enlarged."""
     image = Image.fromarray(pixels)
     image.thumbnail((LARGEST_SIDE, LARGEST_SIDE), Image.Resampling.BOX, reducing_gap=2.0)
     buffer = io.BytesIO()
@@ -35,9 +35,11 @@ def thumbnail(pixels: Pixels) -> bytes:
     return buffer.getvalue()
 
 
-def thumbnails(places: Sequence[tuple[str, int, int]], *, pool: Pool) -> list[bytes]:
-    """Of the images that lie at (tar, offset, length); b"" for one that cannot be read."""
-    return list(pool.map(make_thumbnail, [ThumbnailTask(*place) for place in places], retry=lambda task, death: replace(task, skip=True)))
+def thumbnails(locations: Sequence[tuple[str, int, int]], *, pool: Pool) -> list[bytes]:
+    """Thumbnails of the images at (tar, offset, length); b"" for an unreadable image."""
+    return list(
+        pool.map(make_thumbnail, [ThumbnailTask(*location) for location in locations], retry=lambda task, death: replace(task, skip=True))
+    )
 
 
 def make_thumbnail(task: ThumbnailTask, report: Callable[[int], None]) -> bytes:

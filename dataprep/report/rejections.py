@@ -1,4 +1,4 @@
-"""The account of a preparation that kept nothing, with examples for each reason."""
+"""The error for a preparation that kept no input, with examples for each reason."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Example = Mapping[str, str]
 
 
 class NothingKept(DetailedError):
-    """No input could be kept. The lines have the account, up to three examples of each reason, and the notes."""
+    """No input could be kept. `lines`: input counts, up to three examples of each reason, and the notes."""
 
     def __init__(self, counts: InputCounts, *, examples: Mapping[str, Sequence[Example]]) -> None:
         super().__init__(
-            f"no usable image among {counts.inputs} inputs ({in_words(counts.rejected)}): nothing was written",
+            f"no usable image among {counts.inputs} inputs ({format_counts(counts.rejected)}): nothing was written",
             lines=tuple(_lines(counts, examples=examples)),
             data={**asdict(counts), "examples": {reason: list(shown) for reason, shown in examples.items()}},
         )
@@ -35,8 +35,8 @@ def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]
     missing = {reason: min(count, _EXAMPLES) for reason, count in plan.rejected.items()}
     for chunk, table in enumerate(tables):
         rows = table.select(["source", "path", "reason", "detail"]).to_pylist()
-        for place, row in enumerate(rows):
-            reason, detail = _verdict(row, position=chunk * CHUNK_SIZE + place, plan=plan)
+        for index, row in enumerate(rows):
+            reason, detail = _verdict(row, position=chunk * CHUNK_SIZE + index, plan=plan)
             if missing.get(reason, 0) > 0:
                 missing[reason] -= 1
                 example = {"source": row["source"], "path": row["path"], "detail": detail}
@@ -46,20 +46,20 @@ def find_examples(tables: ChunkTables, *, plan: Plan) -> dict[str, list[Example]
     return dict(sorted(found.items()))
 
 
-def in_words(rejected: Mapping[str, int]) -> str:
-    """How many inputs were rejected for each reason."""
+def format_counts(rejected: Mapping[str, int]) -> str:
+    """Numbers of rejected inputs by reason, in one line."""
     return ", ".join(f"{reason} {number}" for reason, number in rejected.items()) or "there is none"
 
 
 def example_lines(examples: Mapping[str, Sequence[Example]]) -> list[str]:
-    """A line for each example: source, path and what was wrong."""
+    """One line per example: source, path and problem."""
     return [
         f"{example['source']}/{example['path']}: {example['detail'] or reason}" for reason, shown in examples.items() for example in shown
     ]
 
 
 def _verdict(row: Mapping[str, str], *, position: int, plan: Plan) -> tuple[str, str]:
-    """Reason and detail of an input; duplicates are found by the plan, here of images of other corpora."""
+    """Reason and detail of an input; the plan has those of duplicates."""
     if row["reason"]:
         return row["reason"], row["detail"]
     for reason, original in ((DUPLICATE, int(plan.exact[position])), (NEAR_DUPLICATE, int(plan.near[position]))):

@@ -1,6 +1,6 @@
-"""Pass 2, the decisions: which inputs are duplicates, in which order the rest is stored, and which shard each one goes to.
+"""Pass 2, the decisions: which inputs are duplicates, the order of the others, and the shard of each input.
 
-Decisions are arrays over the inputs, about 150 bytes each, not objects: many millions of inputs fit the memory of one machine.
+Decisions are arrays over the inputs, not objects: about 150 bytes per input, so that many millions fit the memory of one machine.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dataprep.row_schema import SCALED_DOWN, TAKEN_DOWN
 
 Ints = NDArray[np.int64]
 
-_SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, and the JSON's own names and numbers
+_SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, names and numbers of the JSON
 SCHEMA_MISMATCH, DUPLICATE, NEAR_DUPLICATE = "bad-record", "duplicate", "near-duplicate"
 DUPLICATE_OF = {DUPLICATE: "same bytes as", NEAR_DUPLICATE: "looks like"}  # details, before the name of the other image
 TAKEN_DOWN_COPY = "same bytes as an image that a corpus has taken down"  # detail
 
 
 class ShardConfig(BaseModel):
-    """A shard is closed before it would exceed either limit; a single larger sample makes a shard of its own."""
+    """A shard is closed before it exceeds either limit. A sample larger than the limit gets its own shard."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,13 +40,13 @@ class ShardConfig(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ColumnKind:
-    """A further column of the sources: its type in the tables, and in the JSON members, where "missing" can only be ""."""
+    """Type of an extra column of the sources, in the tables and in the JSON members, where a missing value is ""."""
 
     table: pa.DataType
     is_number_in_json: bool
 
     def holds(self, value: Any) -> bool:
-        """Whether a sample can have this value; None is a missing one."""
+        """Whether the column can hold this value; None is a missing value."""
         if self.table == pa.string():
             return True
         if value is None:
@@ -58,7 +58,7 @@ class ColumnKind:
 
 @dataclass(frozen=True, slots=True)
 class ExtraColumns:
-    """What all samples of a corpus have in common: the further columns, and whether every one has a class."""
+    """The extra columns of a corpus, and whether every sample has a class."""
 
     kinds: Mapping[str, ColumnKind]
     has_classes: bool
@@ -68,14 +68,14 @@ class ExtraColumns:
 class Plan:
     """All decisions, as arrays over the inputs.
 
-    `shard` (from 0), `place` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the image of which it
-    is a duplicate, −1 for none; below `len(known)` one of those, from there on the input of that position, plus `len(known)`. `misfits`:
-    inputs that the columns of the corpus have no room for, position → what is wrong. `taken_down` (n,): further copies of
-    images that a source corpus has taken down.
+    `shard` (from 0), `row` in its table, `number` of the sample in its shard (−1: rejected). `exact` and `near`: the image that the input
+    duplicates, −1 for none; an index below `len(references)` is a reference image, others are the input's position plus
+    `len(references)`. `schema_mismatches`: position → problem, for inputs that do not fit the corpus's columns. `taken_down` (n,): copies
+    of images that a source corpus has taken down.
     """
 
     shard: Ints
-    place: Ints
+    row: Ints
     number: Ints
     exact: Ints
     near: Ints
@@ -98,8 +98,8 @@ class Plan:
         return f"{self.first_shard + self.shard[position]:06d}{self.number[position]:0{self.digits}d}" if self.number[position] >= 0 else ""
 
     def kept_for(self, original: int) -> str:
-        """The key of the image that was kept for another one, of which `exact` or `near` say what it is a duplicate: that one, or the one
-        for which it was dropped itself. Of another corpus it is CORPUS/KEY, "" is for −1."""
+        """The key of the kept image that stands for `original`, an entry of `exact` or `near`: the image itself or, if it was dropped, the
+        one that it duplicates. CORPUS/KEY for an image of another corpus, "" for −1."""
         first = len(self.references)
         if original >= first and self.number[original - first] < 0:
             original = int(self.near[original - first])
@@ -108,7 +108,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _Facts:
-    """What the decisions need to know of the inputs. `reason`: 0 while an input may be kept, else 1 + its place in `names`."""
+    """The facts on the inputs that decisions depend on. `reason`: 0 if the input may be kept, else 1 + its index in `names`."""
 
     reason: NDArray[np.uint8]
     names: list[str]
@@ -129,11 +129,10 @@ def make_plan(
     taken_down: NDArray[np.uint64] | None = None,
     first_shard: int = 0,
 ) -> Plan:
-    """Decide on all inputs at once. Pure: the same tables and settings give the same plan. Without a kept input there are no shards.
+    """Decide on all inputs at once. Deterministic: the same tables and settings give the same plan. No kept input, no shards.
 
-    `known`: images of finished corpora, of which inputs may be duplicates. `columns`: those of the corpus that is to grow, which its new
-    samples must fit; else they are found. `taken_down`: (m, 2) digests of images that it must not take in.
-    `first_shard`: the number of the first shard.
+    `references`: images of finished corpora that inputs may duplicate. `columns`: those of the corpus to append to, which new samples must
+    fit; by default they are inferred. `taken_down`: (m, 2) digests of images to reject. `first_shard`: the number of the first shard.
     """
     facts = _read_facts(tables)
     schema_mismatches, left_out = _find_schema_mismatches(tables, facts=facts, columns=columns) if columns else ({}, ())
@@ -151,7 +150,7 @@ def make_plan(
         columns = ExtraColumns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
     names = sum(len(name) + 8 for name in columns.kinds)
     order = shuffled(len(is_kept), seed=seed)
-    shard, place, number = _lay_out(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
+    shard, row, number = _assign_to_shards(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
 
     counts = dict(zip(facts.names, np.bincount(facts.reason[facts.reason > 0] - 1, minlength=len(facts.names)).tolist(), strict=True))
     drops_near = dedup.near == "drop"
@@ -165,7 +164,7 @@ def make_plan(
         counts[reason] = counts.get(reason, 0) + count
     return Plan(
         shard=shard,
-        place=place,
+        row=row,
         number=number,
         exact=exact,
         near=near,
@@ -186,7 +185,7 @@ def make_plan(
 
 
 def shuffled(count: int, *, seed: int) -> Ints:
-    """A permutation of range(count) that depends on nothing but its arguments, no library's generator included (splitmix64, sorted)."""
+    """A permutation of range(count) that depends only on its arguments, not on a library's generator (splitmix64, sorted)."""
     with np.errstate(over="ignore"):
         state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed % 2**64)
         state = _mix(_mix(state) + np.uint64(seed % 2**64))
@@ -200,7 +199,7 @@ def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _read_facts(tables: ChunkTables) -> _Facts:
-    """One pass over the tables, one of them in memory at a time."""
+    """One pass over the tables, with one in memory at a time."""
     reason = np.zeros(tables.count, dtype=np.uint8)
     codes: dict[str, int] = {"": 0}
     weights = np.zeros(tables.count, dtype=np.int64)
@@ -218,7 +217,7 @@ def _read_facts(tables: ChunkTables) -> _Facts:
 
 
 def _is_taken_down(facts: _Facts, *, known: NDArray[np.uint64] | None) -> NDArray[np.bool_]:
-    """Which inputs have the bytes of an image that is taken down: (n,)."""
+    """(n,): inputs with the bytes of an image that was taken down."""
     digests = facts.prints.digest
     marked = facts.reason == 1 + facts.names.index(TAKEN_DOWN) if TAKEN_DOWN in facts.names else np.zeros(len(digests), bool)
     taken = np.concatenate([digests[marked], *([] if known is None else [known])])
@@ -233,7 +232,7 @@ def _numbers(table: pa.Table, name: str) -> Ints:
 def _find_duplicates(
     prints: Fingerprints, *, may_be_kept: NDArray[np.bool_], references: Fingerprints, dedup: DedupConfig
 ) -> tuple[Ints, Ints]:
-    """(exact, near) of the inputs, as in `Plan`."""
+    """(exact, near), as in `Plan`."""
     first = len(references)
     every = Fingerprints.join([references, prints])
     among = np.concatenate([np.ones(first, dtype=bool), may_be_kept])
@@ -245,24 +244,24 @@ def _find_duplicates(
     return exact, near
 
 
-def _lay_out(order: Ints, *, is_kept: NDArray[np.bool_], weights: Ints, config: ShardConfig) -> tuple[Ints, Ints, Ints]:
-    """(shard, place, number) by position. Rejected inputs go with the next kept one of the shuffled order, the last with the last.
+def _assign_to_shards(order: Ints, *, is_kept: NDArray[np.bool_], weights: Ints, config: ShardConfig) -> tuple[Ints, Ints, Ints]:
+    """(shard, row, number) by position. A rejected input goes with the next kept one in the shuffled order, or with the last kept one.
 
     `weights`: bytes in the tar.
     """
     count = len(order)
-    shard, place, number = np.full(count, -1), np.full(count, -1), np.full(count, -1)
+    shard, row, number = np.full(count, -1), np.full(count, -1), np.full(count, -1)
     kept_here = is_kept[order]
     if not kept_here.any():
-        return shard, place, number
+        return shard, row, number
     starts = _shard_starts(weights[order[kept_here]], config=config)
     seen = np.cumsum(kept_here)
-    sample = np.minimum(seen - kept_here, seen[-1] - 1)  # the kept one that it goes with, counted from 0
+    sample = np.minimum(seen - kept_here, seen[-1] - 1)  # index of the kept input that it goes with
     shards = np.searchsorted(starts, sample, side="right") - 1
     shard[order] = shards
-    place[order] = np.arange(count) - np.searchsorted(shards, shards, side="left")
+    row[order] = np.arange(count) - np.searchsorted(shards, shards, side="left")
     number[order] = np.where(kept_here, sample - starts[shards], -1)
-    return shard, place, number
+    return shard, row, number
 
 
 def _shard_starts(weights: Ints, *, config: ShardConfig) -> Ints:
@@ -280,7 +279,7 @@ def _shard_starts(weights: Ints, *, config: ShardConfig) -> Ints:
 
 
 def _column_kinds(tables: ChunkTables, *, is_kept: NDArray[np.bool_]) -> dict[str, ColumnKind]:
-    """Names of all further columns, sorted, each a number or truth value only if all its values are."""
+    """All extra columns, sorted by name. A column is numeric or boolean only if all its values are."""
     types: dict[str, set[type]] = {}
     filled: dict[str, int] = {}
     for position, extra in _extras(tables):
@@ -300,7 +299,7 @@ def _column_kinds(tables: ChunkTables, *, is_kept: NDArray[np.bool_]) -> dict[st
 
 
 def _find_schema_mismatches(tables: ChunkTables, *, facts: _Facts, columns: ExtraColumns) -> tuple[dict[int, str], tuple[str, ...]]:
-    """Inputs that a corpus with these columns cannot hold, and the names of columns that it does not have."""
+    """(position → problem of inputs that do not fit these columns, names of columns that the corpus does not have)."""
     schema_mismatches: dict[int, str] = {}
     if columns.has_classes:
         unlabelled = np.flatnonzero((facts.reason == 0) & ~facts.has_label)
@@ -320,7 +319,7 @@ def _find_schema_mismatches(tables: ChunkTables, *, facts: _Facts, columns: Extr
 
 
 def _extras(tables: ChunkTables) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(position, further columns) of all inputs."""
+    """(position, extra columns) of all inputs."""
     for number, table in enumerate(tables):
-        for place, extra in enumerate(table.column("extra").to_pylist()):
-            yield number * CHUNK_SIZE + place, {} if extra == "{}" else json.loads(extra)
+        for index, extra in enumerate(table.column("extra").to_pylist()):
+            yield number * CHUNK_SIZE + index, {} if extra == "{}" else json.loads(extra)

@@ -1,4 +1,4 @@
-"""The files that make shards a corpus: index.parquet, index.json, README.md, report.html, and manifest.json, which takes its place last."""
+"""The files that describe a corpus: index.parquet, index.json, README.md, report.html, and manifest.json, which is written last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _READ_AHEAD = 4
 
 @dataclass(frozen=True, slots=True)
 class InputCounts:
-    """What became of the inputs: inputs = kept + Σ rejected. `notes` are sentences for people, `shards` is a count."""
+    """Outcome of the inputs: inputs = kept + Σ rejected. `notes`: sentences for people. `shards`: their number."""
 
     inputs: int
     kept: int
@@ -37,7 +37,7 @@ class InputCounts:
 
 
 def count_entries(counts: InputCounts, *, shards: Sequence[ShardEntry]) -> dict[str, Any]:
-    """What a manifest says of the account, for `read_input_counts` to read."""
+    """The manifest's entries for the input counts, as read by `read_input_counts`."""
     totals = {"inputs": counts.inputs, "kept": counts.kept, "rejected": sum(counts.rejected.values())}
     totals["bytes"] = sum(shard.bytes for shard in shards)
     return {"totals": totals, "rejected": counts.rejected, "notes": counts.notes}
@@ -64,14 +64,13 @@ def write_corpus_files(
     identity: Mapping[str, Any],
     image_format: str,
     report: Callable[[dict[str, Any]], str],
-    append_mode: Sequence[Mapping[str, Any]] = (),
+    append_history: Sequence[Mapping[str, Any]] = (),
     sidecars: str = "",
 ) -> None:
-    """Write the index, both lists of shards, the card and the report, and put them in their places one right after the other, the manifest
-    last.
+    """Write the index, both lists of shards, the card and the report, and publish them one right after the other, the manifest last.
 
-    `identity` (config and sources) goes into the manifest as it is. `growth`: what was added to the corpus after it was first finished, see
-    `dataprep.append`. `report` makes the page of the manifest. `sidecars`: the new list of them, where it changes.
+    `identity` (config and sources) is copied into the manifest. `append_history`: one entry per append, see `dataprep.append`. `report`
+    renders the report from the manifest. `sidecars`: the new text of their list, if it changes.
     """
     wids = [{"url": shard.name, "nsamples": shard.count, "filesize": shard.bytes} for shard in shards]
     with ExitStack() as files:  # left in reverse order
@@ -91,7 +90,7 @@ def write_corpus_files(
             "has_classes": columns.has_classes,
             **identity,
             "config_hash": json_digest(identity["config"]),
-            **({"growth": list(append_mode)} if append_mode else {}),
+            **({"growth": list(append_history)} if append_history else {}),
         }
         manifest_file.write(_pretty(manifest))
         lists = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "name": name, "shardlist": wids}
@@ -103,14 +102,14 @@ def write_corpus_files(
 
 
 def read_columns(manifest: Mapping[str, Any]) -> ExtraColumns:
-    """What all samples of a corpus have in common."""
+    """The extra columns of a corpus."""
     types = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     kinds = {name: ColumnKind(table=types[kind["type"]], is_number_in_json=kind["number"]) for name, kind in manifest["columns"].items()}
     return ExtraColumns(kinds=kinds, has_classes=manifest["has_classes"])
 
 
 def read_tables(store: Store, *, shards: Sequence[ShardEntry], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The tables of shards in their order, a few of them read ahead."""
+    """The tables of the shards in order, with a few read ahead."""
 
     def read(shard: ShardEntry) -> pa.Table:
         return pq.ParquetFile(io.BytesIO(store.read(shard.table))).read(columns=columns)
@@ -127,7 +126,7 @@ def _pretty(value: Mapping[str, Any]) -> bytes:
 
 
 def _card(*, name: str, counts: InputCounts, image_format: str) -> str:
-    """A data set card whose header makes `datasets.load_dataset(FOLDER)` read the shards as WebDataset."""
+    """A dataset card whose header makes `datasets.load_dataset(FOLDER)` read the shards as WebDataset."""
     reasons = "".join(f"| {reason} | {count} |\n" for reason, count in counts.rejected.items())
     return f"""---
 configs:
@@ -146,8 +145,8 @@ configs:
 | kept | {counts.kept} |
 {reasons}
 A sample is `KEY.{image_format}`, `KEY.txt` (its caption) and `KEY.json`; `KEY.cls` is its class where there are classes.
-`000000.parquet` has a row for every input of a shard, those that were rejected and why included; `index.parquet` has the kept ones
-of all shards, with byte offsets.
+`000000.parquet` has one row per input of the shard, including rejected inputs with their reasons; `index.parquet` has the kept
+rows of all shards, with byte offsets.
 
 ```python
 datasets.load_dataset("FOLDER")

@@ -1,8 +1,7 @@
-"""The rows of pass 1 written once more, those of one shard together, with what was decided on them.
+"""Regroup the rows of pass 1 by shard, and add the decisions of the plan.
 
-Rows come out of the tables in the order of the sources, and go into shards in a shuffled one. To write a shard without a look into every
-table, the tables are read once, in blocks of bounded size, and each block's rows are sorted by shard: a group file has one record batch a
-shard.
+Tables hold rows in source order; shards hold them in shuffled order. To write a shard without opening every table, the tables are read
+once in blocks of bounded size, and the rows of each block are sorted by shard into a group file with one record batch per shard.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from pipeline.storage.atomic import publish
 
 BLOCK_BYTES = 64 << 20
 SLICE_ROWS = 1024
-_DECIDED = [("place", pa.int64()), ("key", pa.string()), ("duplicate_of", pa.string()), ("near_duplicate_of", pa.string())]
+_DECIDED = [("row", pa.int64()), ("key", pa.string()), ("duplicate_of", pa.string()), ("near_duplicate_of", pa.string())]
 GROUP_SCHEMA = pa.schema([*CHUNK_SCHEMA, *_DECIDED])
 
 
 def group_rows(tables: ChunkTables, *, plan: Plan, work: Path) -> tuple[Path, ...]:
-    """Write group files into `work`: the rows of `CHUNK_SCHEMA` with their `key` ("" if rejected), their `place` in the shard's table, what
-    they are duplicates of, and the reasons that the plan gave them."""
+    """Write group files into `work`: the rows of `CHUNK_SCHEMA` with `key` ("" if rejected), `row` in the shard's table, the images that
+    they duplicate, and the plan's reasons for rejection."""
     paths = []
     for start, block in _blocks(tables):
         path = work / f"group-{len(paths):06d}.arrow"
         positions = np.arange(start, start + block.num_rows)
-        order = np.lexsort((plan.place[positions], plan.shard[positions]))
+        order = np.lexsort((plan.row[positions], plan.shard[positions]))
         decided = _decide(block, positions=positions, plan=plan, tables=tables)
         grouped = pa.RecordBatch.from_struct_array(decided.take(pa.array(order)).to_struct_array().combine_chunks())
         ends = np.searchsorted(plan.shard[positions][order], np.arange(plan.shards), side="right").tolist()
@@ -44,15 +43,15 @@ def group_rows(tables: ChunkTables, *, plan: Plan, work: Path) -> tuple[Path, ..
 
 
 def rows_of_shard(groups: tuple[Path, ...], *, shard: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a shard (counted from 0) in the order of its table, 1,024 at a time."""
+    """The rows of a shard (counted from 0) in table order, 1,024 at a time."""
     table = pa.Table.from_batches([pa.ipc.open_file(pa.memory_map(str(path))).get_batch(shard) for path in groups], GROUP_SCHEMA)
-    order = np.argsort(table.column("place").to_numpy())
+    order = np.argsort(table.column("row").to_numpy())
     for start in range(0, len(order), SLICE_ROWS):
         yield table.take(pa.array(order[start : start + SLICE_ROWS])).to_pylist()
 
 
 def _blocks(tables: ChunkTables) -> Iterator[tuple[int, pa.Table]]:
-    """(position of the first row, rows) of neighbouring tables, as many as make a block."""
+    """(position of the first row, rows) of blocks of adjacent tables."""
     block: list[pa.Table] = []
     size = start = 0
     for number, table in enumerate(tables):
@@ -66,7 +65,7 @@ def _blocks(tables: ChunkTables) -> Iterator[tuple[int, pa.Table]]:
 
 
 def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: ChunkTables) -> pa.Table:
-    """The block's rows with what the plan says of them."""
+    """The block's rows with the decisions of the plan."""
     reasons, details = block.column("reason").to_pylist(), block.column("detail").to_pylist()
     exact, near = plan.exact[positions].tolist(), plan.near[positions].tolist()
     rejecting = [(exact, DUPLICATE), *([(near, NEAR_DUPLICATE)] if plan.drops_near else [])]
@@ -94,6 +93,6 @@ def _decide(block: pa.Table, *, positions: np.ndarray, plan: Plan, tables: Chunk
         "duplicate_of": map(plan.kept_for, exact),
         "near_duplicate_of": map(plan.kept_for, near),
     }
-    columns = dict(zip(block.column_names, block.columns, strict=True)) | {"place": pa.array(plan.place[positions])}
+    columns = dict(zip(block.column_names, block.columns, strict=True)) | {"row": pa.array(plan.row[positions])}
     columns["captions"] = pa.array(lists, pa.list_(pa.string()))
     return pa.table(columns | {name: pa.array(list(values), pa.string()) for name, values in texts.items()}, schema=GROUP_SCHEMA)

@@ -1,4 +1,4 @@
-"""Where a corpus lies: a folder, or a URL of any file system that fsspec knows (s3://bucket/corpus)."""
+"""Storage of a corpus: a folder, or a URL of any file system that fsspec supports (s3://bucket/corpus)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.storage.remote import file_sizes, filesystem, is_remote, read_file
 
 
 def open_store(out: str | Path, *, work: str | Path | None) -> tuple[Store, Path]:
-    """The store at `out`, and the folder for unfinished work. Raises ValueError where nothing can be stored."""
+    """The store at `out`, and the folder for unfinished work. Raises ValueError if `out` cannot be written to."""
     if not is_remote(out):
         folder = Path(out)
         if folder.exists() and not folder.is_dir():
@@ -34,27 +34,27 @@ def open_store(out: str | Path, *, work: str | Path | None) -> tuple[Store, Path
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The files of a corpus at `place`. Those for a URL are written to the folder `scratch` first, uploaded and looked at there."""
+    """The files of a corpus at `location`. For a URL, they are written to the folder `scratch`, uploaded, and checked there."""
 
-    place: str
+    location: str
     scratch: Path
 
     @property
     def is_remote(self) -> bool:
-        return is_remote(self.place)
+        return is_remote(self.location)
 
     @contextmanager
     def publish(self, name: str) -> Iterator[BinaryIO]:
-        """Write to the stream; the file is there, whole, when the block has ended well, and not at all when it has not. Raises OSError."""
+        """Write to the stream. The file appears when the block ends without an error, else not at all. Raises OSError."""
         if not self.is_remote:
-            with publish(Path(self.place, name)) as stream:
+            with publish(Path(self.location, name)) as stream:
                 yield stream
             return
         local = self.scratch / f"upload-{name}{TEMPORARY_SUFFIX}"
         try:
             with publish(local) as stream:
                 yield stream
-            write_file(f"{self.place}/{name}", source=local)
+            write_file(f"{self.location}/{name}", source=local)
         finally:
             local.unlink(missing_ok=True)
 
@@ -63,20 +63,20 @@ class Store:
             stream.write(text.encode("utf-8"))
 
     def read(self, name: str) -> bytes:
-        """All of a file. Raises OSError, FileNotFoundError among them."""
-        return read_file(f"{self.place}/{name}") if self.is_remote else Path(self.place, name).read_bytes()
+        """The content of a file. Raises OSError, such as FileNotFoundError."""
+        return read_file(f"{self.location}/{name}") if self.is_remote else Path(self.location, name).read_bytes()
 
     def sizes(self) -> dict[str, int]:
-        """Name → bytes of all that lies here, but for unfinished work; {} if there is no such place. Folders count 0 bytes."""
+        """Name → bytes of all files, without unfinished work; {} if the location does not exist. Folders have 0 bytes."""
         if self.is_remote:
-            return file_sizes(self.place)
-        folder = Path(self.place)
+            return file_sizes(self.location)
+        folder = Path(self.location)
         entries = list(folder.iterdir()) if folder.is_dir() else []
         return {path.name: path.stat().st_size if path.is_file() else 0 for path in entries if path.name != WORK}
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         if self.is_remote:
-            remove_file(f"{self.place}/{name}")
+            remove_file(f"{self.location}/{name}")
         else:
-            Path(self.place, name).unlink(missing_ok=True)
+            Path(self.location, name).unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from dataprep.shards.regroup import GROUP_SCHEMA, rows_of_shard
 from dataprep.shards.store import Store
 from pipeline.images import read_image
 
-_SHOWN = 8  # near duplicates of a shard that have a thumbnail
+_MAX_THUMBNAILS = 8  # near duplicates of a shard that get one
 
 _COPIED = [name for name, _ in TABLE_FIELDS if name in GROUP_SCHEMA.names]
 _SHARD_FILE = re.compile(r"(\d{6,})(\.tar|\.parquet|_stats\.json)")
@@ -35,10 +35,10 @@ _TEXT = ColumnKind(table=pa.string(), is_number_in_json=False)
 
 @dataclass(frozen=True, slots=True)
 class ShardTask:
-    """What it takes to write one shard, in another process if need be: its rows are those of `place` in the `groups`."""
+    """A shard to write. `number`: its number in the corpus; `index`: its record batch in the `groups`."""
 
     number: int
-    place: int
+    index: int
     groups: tuple[Path, ...]
     work: Path
     store: Store
@@ -49,7 +49,7 @@ class ShardTask:
 
 @dataclass(frozen=True, slots=True)
 class ShardEntry:
-    """A finished shard, as the manifest lists it; `sha256` is None where a tar is foreign and was not read as a whole."""
+    """A finished shard, as listed in the manifest. `sha256` is None for a foreign tar, which is not read as a whole."""
 
     name: str
     count: int
@@ -70,13 +70,13 @@ def stats_name(number: int) -> str:
 
 
 def shard_number(name: str) -> int | None:
-    """The number of the shard that a file of this name belongs to, None if to none."""
+    """The number of the shard that a tar, table or stats file belongs to; None for other names."""
     match = _SHARD_FILE.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def number_of_file(name: str) -> int | None:
-    """The number of the shard that a file is of: as `shard_number`, and of a sidecar's files, too."""
+    """As `shard_number`, but for the files of sidecars, too."""
     match = _OF_SHARD.match(name)
     return int(match[1]) if match else None
 
@@ -86,16 +86,18 @@ def table_schema(columns: Mapping[str, ColumnKind]) -> pa.Schema:
 
 
 def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[ShardEntry | None]:
-    """Of `count` shards from the `first` on those whose stats files say that they are complete and of this job, and whose files are there
-    in full length."""
+    """For each of `count` shards from `first` on: its entry if it is complete and of this job, else None.
+
+    A shard is complete if its stats file exists and its tar and table have their full length.
+    """
     sizes = store.sizes()
 
     def find(number: int) -> ShardEntry | None:
         name = stats_name(number)
-        said = json.loads(store.read(name)) if name in sizes else {}
-        if said.get("job") != job:
+        stats = json.loads(store.read(name)) if name in sizes else {}
+        if stats.get("job") != job:
             return None
-        shard = ShardEntry(**said["shard"])
+        shard = ShardEntry(**stats["shard"])
         return shard if (sizes.get(shard.name), sizes.get(shard.table)) == (shard.bytes, shard.table_bytes) else None
 
     with ThreadPoolExecutor(16) as threads:
@@ -111,7 +113,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
     with task.store.publish(f"{stem}.tar") as stream:
         digesting = _DigestingStream(stream)
         with tarfile.open(fileobj=digesting, mode="w", format=tarfile.USTAR_FORMAT) as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
-            for rows in rows_of_shard(task.groups, shard=task.place):
+            for rows in rows_of_shard(task.groups, shard=task.index):
                 table_rows: list[dict[str, Any]] = []
                 for row in rows:
                     table_row = _table_row(row, columns=task.columns.kinds)
@@ -119,7 +121,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
                         report(kept)
                         kept += 1
                         table_row |= _write_sample(tar, row=row, image=_read_image(row, work=task.work), task=task)
-                    elif row["reason"] == "near-duplicate" and shown < _SHOWN:
+                    elif row["reason"] == "near-duplicate" and shown < _MAX_THUMBNAILS:
                         shown += 1
                         table_row["thumbnail"] = thumbnail(read_image(_read_image(row, work=task.work)).pixels)
                     table_rows.append(table_row)
@@ -143,7 +145,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
 
 
 def sample_record(row: Mapping[str, Any], *, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
-    """The content of KEY.json: img2dataset's names, the source, then its further columns; the same names and types in every sample."""
+    """Content of KEY.json: img2dataset's names, the source, then its extra columns; the same names and types in every sample."""
     extra = json.loads(row["extra"])
     record: dict[str, Any] = {
         "key": row["key"],
@@ -175,17 +177,17 @@ def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], image: bytes, ta
     }
     if not task.columns.has_classes:
         del payloads["cls"]
-    places: dict[str, int] = {}
+    columns: dict[str, int] = {}
     for member, (extension, payload) in payloads.items():
         info = tarfile.TarInfo(f"{row['key']}.{extension}")
         info.size, info.mode = len(payload), 0o644
-        places[f"{member}_offset"], places[f"{member}_length"] = tar.offset + tarfile.BLOCKSIZE, len(payload)
+        columns[f"{member}_offset"], columns[f"{member}_length"] = tar.offset + tarfile.BLOCKSIZE, len(payload)
         tar.addfile(info, io.BytesIO(payload))
-    return places
+    return columns
 
 
 def _read_image(row: dict[str, Any], *, work: Path) -> bytes:
-    """The bytes to store: from a spool file of pass 1, or once more from the input's source, which must not have changed."""
+    """The bytes to store: from a spool file of pass 1, or reread from the source. Raises RuntimeError if the source has changed."""
     file = os.fsdecode(row["file"])
     try:
         with open(work / file if row["is_spooled"] else file, "rb") as stream:
@@ -210,7 +212,7 @@ def _table_row(row: dict[str, Any], *, columns: Mapping[str, ColumnKind]) -> dic
 
 
 def _typed(value: Any, *, kind: ColumnKind) -> Any:
-    """A value of a further column in the column's type; what is missing, or of another type, is "" among strings and None among numbers."""
+    """A value in its column's type. A missing or mistyped value becomes "" in a string column and None in a number column."""
     if kind.table != pa.string():
         return None if value is None or not kind.holds(value) else float(value) if kind.table == pa.float64() else value
     if value is None:
@@ -226,7 +228,7 @@ def table_bytes(table: pa.Table) -> bytes:
 
 
 def shard_stats(table: pa.Table, *, shard: ShardEntry, job: str) -> str:
-    """img2dataset's names where they have a meaning here, then our own."""
+    """The stats file: img2dataset's names where they apply, then our own."""
     reasons = Counter(reason for reason in table.column("reason").to_pylist() if reason)
     stats = {
         "format": 1,
@@ -242,7 +244,7 @@ def shard_stats(table: pa.Table, *, shard: ShardEntry, job: str) -> str:
 
 
 class _DigestingStream:
-    """A write-only stream that hashes and counts what passes through."""
+    """A write-only stream that hashes and counts the bytes written."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream

@@ -50,7 +50,7 @@ def opened_for_sidecars(path: str | Path, *, name: str) -> Iterator[tuple[Corpus
         raise ValueError(f"name {name}: is no name for a sidecar: lower-case letters, digits, - and _ make one, at most 40")
     store, work = open_store(path, work=None)
     corpus = Corpus.open(path, check_shards=False, without=name, partial=True)
-    with locked_work_folder(work, place=store.place, folder=None if store.is_remote else corpus.path):
+    with locked_work_folder(work, place=store.location, folder=None if store.is_remote else corpus.path):
         try:
             yield corpus, store
         finally:
@@ -109,7 +109,7 @@ def extended_sidecars(store: Store, *, shards: Sequence[ShardEntry], first: int)
     """The sidecars of a corpus that got `shards` from number `first` on, for which each gets a table that says nothing: new samples have no
     values and their own captions until the command that made the sidecar is run again. The list of sidecars is not written.
     """
-    sidecars = read_sidecars(store.place)
+    sidecars = read_sidecars(store.location)
     for number, sidecar in enumerate(sidecars):
         schema = _own_schema(store, sidecar=sidecar)
         known = {shard.table for shard in shards[:first]}
@@ -128,12 +128,12 @@ def _own_schema(store: Store, *, sidecar: Sidecar) -> pa.Schema:
     remedy = f"run the command that made it again, or take it away with `tim annotate --remove {sidecar.name}`"
     beside = next(iter(sidecar.shards.values()), None)
     if beside is None:
-        raise ValueError(f"{store.place}: its sidecar '{sidecar.name}' has no tables: {remedy}")
+        raise ValueError(f"{store.location}: its sidecar '{sidecar.name}' has no tables: {remedy}")
     try:
         found = pq.read_schema(io.BytesIO(store.read(beside.table)))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(
-            f"{store.place}: {beside.table} of its sidecar '{sidecar.name}' is damaged: {one_line(error)}: {remedy}"
+            f"{store.location}: {beside.table} of its sidecar '{sidecar.name}' is damaged: {one_line(error)}: {remedy}"
         ) from error
     return pa.schema([each for each in found if each.name in ("caption", "captions") or each.name not in TEXT_COLUMNS])
 

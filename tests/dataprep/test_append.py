@@ -101,7 +101,8 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a corpus"):
         prepare([str(folder)], out=out, config=CONFIG, append_mode=APPEND)
     prepare([str(folder)], out=out, config=CONFIG)
-    with pytest.raises(ValueError, match=r"another shards\.max_samples \(4 there, 10000 here\); a corpus grows with the settings"):
+    problem = r"another shards\.max_samples \(4 there, 10000 here\); inputs are added with the corpus's own settings"
+    with pytest.raises(ValueError, match=problem):
         prepare([str(folder)], out=out, config=PrepareConfig(), append_mode=APPEND)
     other = PrepareConfig.model_validate({"seed": 3, "filters": {"min_side": 20}, "shards": {"max_samples": 4}})
     with pytest.raises(ValueError, match=r"another filters\.min_side \(16 there, 20 here\), seed \(0 there, 3 here\); a corpus grows"):
@@ -155,12 +156,12 @@ def test_a_kill_leaves_the_old_corpus_or_the_new_one(tmp_path: Path, moment: str
     corpus = Corpus.open(out)
     assert corpus.count == (6 if is_old else 20)
     assert sum(corpus.read(shard, columns=["key"]).num_rows for shard in range(len(corpus.shards))) == corpus.count
-    unfinished = [".work: an addition has not come to its end: run its command again; its shards were not checked"]
+    unfinished = [".work: an append is unfinished: run its command again; its shards were not checked"]
     assert verify(out).problems == (unfinished if is_old else [])
-    with pytest.raises(ValueError, match=r"has not come to its end: run its command again, or delete .*\.work"):
+    with pytest.raises(ValueError, match=r"a preparation is unfinished: run its command again, or delete .*\.work"):
         repair(out)
     if is_old:
-        with pytest.raises(ValueError, match=r"an unfinished addition had another sources"):
+        with pytest.raises(ValueError, match=r"an unfinished append has another sources"):
             prepare([str(photo_folder(tmp_path / "h", count=2, first=200))], out=out, config=CONFIG, append_mode=APPEND)
         assert prepare([str(old)], out=out, config=CONFIG).kept == 6
     counts = prepare([str(new)], out=out, config=CONFIG, append_mode=APPEND)
@@ -195,7 +196,7 @@ def test_sidecars_of_a_corpus_that_grows_say_nothing_of_new_samples_until_they_a
     new = photo_folder(tmp_path / "g", count=5, first=50)
     prepare([str(new)], out=out, config=CONFIG, append_mode=APPEND, announce=told.append)
     assert told[-1].endswith(
-        "its sidecars (scores, captions, gone) say nothing of the added samples yet: run the commands that made them again"
+        "its sidecars (scores, captions, gone) have no values for the added samples yet: rerun the commands that made them"
     )
     assert verify(out).problems == []
     kept_names = [name for name in old if name[:6].isdigit()]

@@ -73,7 +73,7 @@ def test_an_index_of_prepared_shards_plans_and_reads_as_they_do(tmp_path: Path) 
     assert f"{damaged}: {row['key']}: its image cannot be read: damaged" in problem
     damaged.write_bytes(data[:-2000])
     (problem,) = verify(tmp_path / "I").problems
-    assert f"{damaged}: is not what 000001.parquet says" in problem
+    assert f"{damaged}: does not match 000001.parquet" in problem
 
 
 def test_a_run_that_was_killed_goes_on_and_a_corpus_grows(tmp_path: Path) -> None:

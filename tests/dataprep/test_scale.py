@@ -43,7 +43,7 @@ def test_parts_are_merged_to_the_same_bytes(many: Path, reference: dict[str, str
         prepare([str(many)], out=out, config=CONFIG, merge=True)
     done = prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(2, 2))
     assert (done.inputs, sorted(path.name for path in (out / ".work").glob("chunk*"))) == (1100, ["chunk-000001.arrow"])
-    with pytest.raises(RuntimeError, match=r"1 part\(s\) have not come to their end: run part 1/2 \(again\) before the merge"):
+    with pytest.raises(RuntimeError, match=r"1 part\(s\) are unfinished: run part 1/2 \(again\) before the merge"):
         prepare([str(many)], out=out, config=CONFIG, merge=True)
     prepare_part([str(many)], out=out, config=CONFIG, part=JobPart(1, 2))
     prepare([str(many)], out=out, config=CONFIG, merge=True)
@@ -166,7 +166,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(many: Path, reference: di
     command = FULL_DISK.format(limit=limit, source=str(many), out=str(out), config=CONFIG.model_dump())
     done = subprocess.run([sys.executable, "-c", command], cwd=REPOSITORY, capture_output=True, text=True)
     assert (done.returncode, len(done.stdout.splitlines())) == (errno.EFBIG, 1), done.stderr
-    assert "the disk is full; what is finished is kept: make room, and run the same command again" in done.stdout
+    assert "the disk is full; finished work is kept: free some space, and run the same command again" in done.stdout
     assert not list(out.rglob("*.tmp"))
     prepare([str(many)], out=out, config=CONFIG)
     assert digests(out) == reference

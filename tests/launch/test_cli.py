@@ -183,7 +183,7 @@ def test_verify_fails_with_code_1_on_a_damaged_corpus(pictures: Path, tmp_path: 
     done = tim("verify", tmp_path / "c", "--repair", "--json")
     assert done.code == 1
     assert any("000000.tar" in problem for problem in done.data["problems"])
-    assert "index.json: made again" in done.data["done"]
+    assert "index.json: rebuilt" in done.data["done"]
     assert done.data["lost"] == []
 
 

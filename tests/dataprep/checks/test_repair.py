@@ -131,7 +131,7 @@ def test_samples_that_are_lost_are_told(corpus: Path) -> None:
         (corpus / name).unlink()
     before = digests(corpus)
     found = repair(corpus)
-    assert any("neither it nor 000001.tar is whole" in line for line in found.lost)
+    assert any("both it and 000001.tar are damaged" in line for line in found.lost)
     assert digests(corpus) == before
 
 
@@ -141,12 +141,12 @@ def test_what_cannot_be_repaired_is_refused(corpus: Path, tmp_path: Path) -> Non
         with pytest.raises(ValueError, match=r"^[^\n]*not a (corpus|local folder)[^\n]*$"):
             repair(place)
     index([str(corpus / "000000.tar")], out=tmp_path / "I")
-    with pytest.raises(ValueError, match="run `tim index` with the same tars"):
+    with pytest.raises(ValueError, match="run `tim index` again with the same tars"):
         repair(tmp_path / "I")
     (corpus / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(ValueError, match="format 9"):
         repair(corpus)
     for name in ("manifest.json", "000001_stats.json", "000001.parquet"):
         (corpus / name).unlink()
-    with pytest.raises(ValueError, match=r"it takes 000001\.parquet"):
+    with pytest.raises(ValueError, match=r"a repair needs 000001\.parquet"):
         repair(corpus)
