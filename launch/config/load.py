@@ -17,19 +17,19 @@ Schema = TypeVar("Schema", bound=BaseModel)
 
 
 def load_config(source: str | Path | None, *, overrides: Sequence[str] = ()) -> Config:
-    """The resolved configuration of a training run, from a file or a recipe's name, with `key.sub=value` overrides.
+    """Load the resolved configuration of a training run from a file or a recipe's name, with `key.sub=value` overrides.
 
     Raises:
-        ConfigError: one line that names the key, file and line, and the nearest valid key.
+        ConfigError: names file, line and key, and the nearest valid key, in one line.
     """
-    written = expand_network_recipe(yaml_file.read(config_path(source), overrides=overrides))
-    config = yaml_file.check(written, Config)
+    raw = expand_network_recipe(yaml_file.read(config_path(source), overrides=overrides))
+    config = yaml_file.check(raw, Config)
     try:
         return resolve(config)
     except yaml_file.ConfigConflict as conflict:
-        raise yaml_file.conflict_error(written, conflict) from None
+        raise yaml_file.conflict_error(raw, conflict) from None
 
 
 def load_settings(source: str | Path | None, *, overrides: Sequence[str] = (), schema: type[Schema]) -> Schema:
-    """The settings of another command, likewise; nothing is resolved. Raises ConfigError."""
+    """Load the settings of another command in the same way, without resolving them. Raises ConfigError."""
     return yaml_file.check(yaml_file.read(config_path(source), overrides=overrides), schema)

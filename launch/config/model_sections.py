@@ -1,4 +1,4 @@
-"""Sections about the model: network, objective, sampling."""
+"""Model sections: network, objective, sampling."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tim.kinds import Derivative, NewCondition, Precision, RopeLayout, TeacherKi
 
 
 class NetworkParams(Section):
-    """The published names (`network.params` of the TiM configs)."""
+    """Parameters of the network, named as in the published TiM configs (`network.params`)."""
 
     patch_size: int = Field(default=1, ge=1)
     """Latent cells per side of a token."""
     in_channels: int | None = None
-    """Latent channels: follows from the codec."""
+    """Latent channels; null: taken from the codec."""
     depth: int = Field(ge=1)
     hidden_size: int = Field(ge=4)
     num_heads: int = Field(ge=1)
@@ -27,21 +27,21 @@ class NetworkParams(Section):
     num_classes: int | None = Field(default=None, ge=1)
     """Number of classes of a class model; null: 1000."""
     class_dropout_prob: Share | None = None
-    """Share of images that a class model sees without their class, for guidance; null: 0.1."""
+    """Share of images trained without their class, for classifier-free guidance; null: 0.1."""
     input_size: int = Field(default=32, ge=1)
     encoder_depth: int = Field(default=8, ge=1)
-    """Block after which the projection for representation alignment branches off."""
+    """The alignment projection reads the output of this block."""
     z_dim: int = Field(default=0, ge=0)
-    """Width of that projection; 0: there is none."""
+    """Output width of the alignment projection; 0: no projection."""
     projector_dim: int = Field(default=2048, ge=1)
     lora_hidden_size: int = Field(default=0, ge=0)
     """Rank of the modulation layers; 0: three quarters of hidden_size."""
     qk_norm: bool = True
     distance_aware: bool = True
     new_condition: NewCondition = "t-r"
-    """Which times the embedding of a transition's length is made of."""
+    """Times from which the embedding of the transition length is computed."""
     use_new_embed: bool = True
-    """Whether the last of them has an embedder of its own."""
+    """Use a separate embedder for the last of these times."""
 
     @model_validator(mode="after")
     def _heads_fit(self) -> NetworkParams:
@@ -55,24 +55,25 @@ class NetworkParams(Section):
 
 class NetworkConfig(Section):
     recipe: str | None = None
-    """A recipe to take `network.params` from; what `params` says here replaces its own. Without alignment its projection is left out."""
+    """A recipe to take `network.params` from; `params` given here override it. Without alignment its projection is omitted."""
     params: NetworkParams
     rope: RopeLayout = "rowcol"
-    """Rotary layout: positions count from the corner or the middle of an image; `legacy` only for the published weights."""
+    """Rotary layout: positions count from the image corner (rowcol) or centre (centred); `legacy` is only for published weights."""
 
 
 class GuidanceConfig(Section):
-    """Guidance in the target, by the averaged network: v becomes w_gt·v + w_cond·F(c) + (1 − w_gt − w_cond)·F(∅)."""
+    """Guidance in the training target, by the EMA network F: v becomes w_gt·v + w_cond·F(c) + (1 − w_gt − w_cond)·F(∅)."""
 
     w_gt: float = 1.0
+    """Weight of the ground-truth target v."""
     w_cond: float = 0.75
-    """With w_gt 1, a guidance scale of 1 + w_cond is trained in."""
+    """Weight of the conditional prediction F(c). With w_gt 1, the trained-in guidance scale is 1 + w_cond."""
     interval: tuple[Share, Share] = (0.3, 0.8)
-    """Times at which it acts, as shares of the transport's start; ends included."""
+    """Times at which guidance acts, as shares of the transport's start; ends included."""
     after: int = Field(default=0, ge=0)
-    """Steps that are trained without it; 100,000 as published."""
+    """Number of first steps without guidance; published: 100,000."""
     refresh: int = Field(default=100, ge=1)
-    """Steps between fillings of the copy of the averaged network that each rank holds."""
+    """Steps between updates of each rank's copy of the EMA network."""
 
     @model_validator(mode="after")
     def _interval_fits(self) -> GuidanceConfig:
@@ -81,43 +82,45 @@ class GuidanceConfig(Section):
 
 
 class AlignmentConfig(Section):
-    """Alignment of the network's features after block `encoder_depth` with those of a frozen vision transformer."""
+    """Representation alignment: align the features after block `encoder_depth` with those of a frozen vision transformer."""
 
     kind: TeacherKind
     path: Annotated[Path, Field(strict=False)] | None = None
-    """Its weights: RADIO's file, or a folder that transformers or open_clip reads. Training needs them."""
+    """Weights of the teacher: RADIO's file, or a transformers or open_clip folder. Required unless its features are precomputed."""
     weight: float = Field(default=1.0, ge=0)
+    """Weight of the alignment loss."""
 
 
-TRANSPORT_SETTINGS = {"time_mean": "mean", "time_std": "std", "sigma_d": "sigma_d"}  # of this section → of `transports.make`
+TRANSPORT_SETTINGS = {"time_mean": "mean", "time_std": "std", "sigma_d": "sigma_d"}  # config key → argument of `transports.make`
 
 
 class ObjectiveConfig(Section):
     transport: TransportKind = "ot_fm"
-    """How noise and image mix over time."""
+    """Interpolation between image and noise over time."""
     derivative: Derivative = "finite-difference"
-    """How the network's derivative along the path is found: from two evaluations, or exactly, by forward-mode differentiation."""
+    """Derivative of the network along the path: finite difference of two evaluations, or exact forward-mode differentiation (jvp)."""
     derivative_precision: Precision = "fp32"
-    """In bf16 a finite difference is mostly rounding noise."""
+    """Precision of the derivative; in bf16 a finite difference is mostly rounding noise."""
     epsilon: float = Field(default=0.005, gt=0, lt=0.5)
     """Half the interval of the finite difference."""
     diffusion_share: Share = 0.5
-    """Share of images trained with r = t; `plan.schedule` can change it at a step."""
+    """Share of images trained with r = t; `plan.schedule` can change it at given steps."""
     consistency_share: Share = 0.1
-    """Share of images trained with r = 0; the rest has r < t. `plan.schedule` can change it at a step."""
+    """Share of images trained with r = 0; the rest has r < t. `plan.schedule` can change it at given steps."""
     time_mean: float | None = None
+    """Mean of the normal distribution of training times; null: 0 for ot_fm and trigflow, -1.2 for edm."""
     time_std: float | None = Field(default=None, gt=0)
-    """Mean and deviation of the normal law behind the times of ot_fm, trigflow (null: 0 and 1.6) and edm (null: -1.2 and 1.2)."""
+    """Standard deviation of that distribution; null: 1.6 for ot_fm and trigflow, 1.2 for edm."""
     sigma_d: float | None = Field(default=None, gt=0)
     """Standard deviation of the latents, for edm; null: 0.5."""
     weighting: Weighting = "tangent"
-    """How an image's loss is weighted by t and r."""
+    """Loss weight of an image as a function of t and r."""
     guidance: GuidanceConfig | None = None
-    """Guidance in the target; null: none."""
+    """Guidance in the training target; null: none."""
     alignment: AlignmentConfig | None = None
-    """A teacher whose features the network's are aligned with; null: none."""
+    """Representation alignment with a teacher; null: none."""
     shift: int | None = Field(default=1024, ge=1)
-    """Times shift with resolution, by this reference side in pixels; null: they do not. Only ot_fm and trigflow can."""
+    """Reference side in pixels for shifting times with resolution; null: no shift. Only ot_fm and trigflow support it."""
 
     @model_validator(mode="after")
     def _shares_fit(self) -> ObjectiveConfig:
@@ -127,21 +130,22 @@ class ObjectiveConfig(Section):
         return self
 
     def transport_settings(self) -> dict[str, float]:
-        """What `transports.make` is to be told."""
+        """Settings for `transports.make`: those that are not null."""
         given = {name: getattr(self, key) for key, name in TRANSPORT_SETTINGS.items()}
         return {name: value for name, value in given.items() if value is not None}
 
 
 class SamplingConfig(Section):
-    """What the model folder says by default."""
+    """Sampling defaults that are written into the model folder."""
 
     steps: int = Field(default=8, ge=1)
+    """Number of sampling steps."""
     guidance: float | None = Field(default=None, ge=0)
-    """Guidance scale; null: 2.5 as in the published evaluations, or 1 if training dropped no captions."""
+    """Guidance scale; null: 2.5 as in the published evaluations, or 1 if no captions were dropped in training."""
     interval: tuple[Share, Share] = (0.0, 1.0)
-    """Times at which guidance acts, as shares of the transport's start; ends included, so that [0, 1] guides a single step, too."""
+    """Times at which guidance acts, as shares of the transport's start; ends included, so [0, 1] also guides a single step."""
     shift: int | None = Field(default=None, ge=1)
-    """Reference side in pixels of the shift of the sampler's times; null: that of the objective."""
+    """Reference side in pixels for shifting the sampler's times; null: that of the objective."""
 
     @model_validator(mode="after")
     def _interval_fits(self) -> SamplingConfig:

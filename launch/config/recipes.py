@@ -1,4 +1,4 @@
-"""Recipes: the configurations that come with the package."""
+"""Recipes: the configurations shipped with the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import configs
 from launch.config import yaml_file
-from launch.config.yaml_file import ConfigConflict, ConfigError, Written
+from launch.config.yaml_file import ConfigConflict, ConfigError, RawConfig
 
 
 def recipe_names() -> list[str]:
@@ -15,36 +15,36 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe. Raises ConfigError naming the nearest one."""
+    """Path of a recipe. Raises ConfigError naming the nearest one."""
     if name not in recipe_names():
         raise ConfigError(f"{name}: neither a file nor a recipe; {yaml_file.nearest_of(name, recipe_names())}")
     return _folder() / f"{name}.yaml"
 
 
 def config_path(source: str | Path | None) -> Path | None:
-    """The file of a configuration, given as a path or as a recipe's name. Raises ConfigError if there is neither."""
+    """Resolve a path or a recipe's name to a configuration file. Raises ConfigError if neither exists."""
     if source is None:
         return None
     path = Path(source)
     if str(source) in recipe_names() and not path.is_file():
-        return recipe_path(str(source))  # also beside a folder of this name, as `tim demo` makes one
+        return recipe_path(str(source))  # also if a folder has this name, e.g. one that `tim demo` creates
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; give a YAML file or a recipe: {', '.join(recipe_names())}")
     return path if path.exists() or path.suffix in (".yaml", ".yml") or path.name != str(source) else recipe_path(str(source))
 
 
-def expand_network_recipe(written: Written) -> Written:
-    """Put the network of `network.recipe` under the written `network.params`. Raises ConfigError for an unknown recipe."""
-    network: Any = written.values.get("network")
+def expand_network_recipe(raw: RawConfig) -> RawConfig:
+    """Merge the parameters of `network.recipe` into `network.params`. Raises ConfigError for an unknown recipe."""
+    network: Any = raw.values.get("network")
     if not isinstance(network, dict) or not isinstance(network.get("recipe"), str) or not isinstance(network.get("params", {}), dict):
-        return written  # what is wrong with it is for the schema to say
+        return raw  # the schema reports the error
     name = network["recipe"]
     if name not in recipe_names():
-        problem = f"{name!r} is no recipe; {yaml_file.nearest_of(name, recipe_names())}"
-        raise yaml_file.conflict_error(written, ConfigConflict("network.recipe", problem))
+        problem = f"{name!r} is not a recipe; {yaml_file.nearest_of(name, recipe_names())}"
+        raise yaml_file.conflict_error(raw, ConfigConflict("network.recipe", problem))
     params = yaml_file.read(recipe_path(name)).values["network"]["params"]
     network["params"] = {**params, **network.get("params", {})}
-    return written
+    return raw
 
 
 def _folder() -> Path:

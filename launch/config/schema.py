@@ -1,7 +1,7 @@
-"""The configuration of a training run: one YAML file, strict.
+"""Schema of a training run's configuration: one YAML file, strictly validated.
 
-Validation is pure: it imports no torch, touches neither disk nor network and changes nothing. `launch.config.resolve` fills in
-what follows from the codec, the condition and the transport.
+Validation has no side effects: it does not import torch or access disk or network. `launch.config.resolve` fills in the values derived
+from the codec, the condition and the transport.
 """
 
 from __future__ import annotations
@@ -25,56 +25,60 @@ __all__ = ["Config", "ConfigError", "TextConfig", "TrainConfig", "digest", "to_y
 
 class TrainConfig(Section):
     steps: int = Field(ge=1)
+    """Total number of steps."""
     lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after the warm-up."""
     warmup: int = Field(default=0, ge=0)
-    """Steps in which the learning rate grows linearly from 0."""
+    """Number of steps in which the learning rate rises linearly from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """What the learning rate does after the warm-up; cosine ends at 0."""
+    """Learning rate after the warm-up: constant, or cosine decay to 0."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: the blocks' matrices take orthogonalised steps, of the size that AdamW's have; far fewer steps are needed. ZeRO 1 and 2."""
+    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Requires ZeRO 1 or 2."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Of matrices; biases and gains do not decay."""
+    """Weight decay of matrices; biases and gains do not decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's coefficients for the running averages of the gradient and its square."""
     precision: Precision = "fp32"
-    """bf16: autocast; weights and gradient sums stay in float32."""
+    """bf16: autocast; weights and gradient accumulation stay in float32."""
     zero: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO stage; a run can go on with another, as with another number of processes."""
+    """DeepSpeed ZeRO stage; a run can resume with another stage or another number of processes."""
     clip: float = Field(default=1.0, ge=0)
-    """Largest norm of a step's gradient; 0: no limit."""
+    """Gradient clipping: largest gradient norm of a step; 0: no clipping."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay of the averaged weights, which the model folder holds."""
+    """Decay of the exponential moving average of the weights; the model folder holds the average."""
     attention: AttentionChoice = "auto"
-    """Implementation of attention in the training pass; auto takes the fastest that the device has."""
+    """Attention backend for training; auto: the fastest available on the device."""
     checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
-    """Blocks whose activations are computed again instead of kept: none, all, or every n-th. Less memory, up to a third more time."""
+    """Activation checkpointing of blocks: none, full (all), or every n-th. Saves memory for up to a third more time."""
     compile: bool = False
-    """Fuse the blocks' norms and MLPs by torch.compile; for GPUs. The first steps take minutes."""
+    """Compile the blocks' norms and MLPs with torch.compile, for GPUs. The first steps take minutes."""
     init: str | None = None
-    """Weights that a new run begins with: a model folder, a run (its averaged weights), a file of published weights, or hf://OWNER/NAME.
-    A run that is resumed does not load them again."""
+    """Initial weights of a new run: a model folder, a run (its EMA weights), a file of published weights, or hf://OWNER/NAME. Ignored
+    when a run is resumed."""
     init_strict: bool = True
-    """Refuse weights of another network; false: load what fits by name and shape, and say what was not loaded."""
+    """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         if self.warmup > self.steps:
-            raise ConfigConflict("warmup", f"{self.warmup} steps of warm-up do not fit into {self.steps} steps")
+            raise ConfigConflict("warmup", f"{self.warmup} warm-up steps exceed the {self.steps} steps of the run")
         if self.optimizer == "muon" and self.zero == 3:
-            raise ConfigConflict("optimizer", "muon needs whole matrices, which train.zero=3 cuts up: use zero 1 or 2, or adamw")
+            raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 1 or 2, or adamw")
         if self.compile and self.zero == 3:
-            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or no compile")
+            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or compile=false")
         return self
 
     @property
     def lockstep(self) -> bool:
-        """Whether ranks wait for each other in every pack: ZeRO-2 sums gradients in every backward pass, ZeRO-3 gathers every layer."""
+        """Whether ranks synchronise in every pack: ZeRO-2 reduces gradients in every backward pass, ZeRO-3 gathers every layer."""
         return self.zero >= 2
 
 
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1)
-    """Steps between checkpoints; one is written at the end, too."""
+    """Steps between checkpoints; another one is written at the end."""
     keep_last: int = Field(default=2, ge=1)
+    """Number of checkpoints to keep."""
 
 
 class LogConfig(Section):
@@ -86,10 +90,11 @@ class Config(Section):
     corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(as_corpora)] = ()
     """A path, or a list of {path, name, features, weight, repeats, cap, where, exclude}."""
     run_dir: Path | None = None
-    """Where the run writes; a run that is there already is resumed."""
+    """Output folder; an existing run in it is resumed."""
     seed: int = Field(default=0, ge=0)
+    """Random seed."""
     condition: Literal["text", "class"] = "text"
-    """What images are asked for by: their captions, or the classes that the corpus says (`KEY.cls`)."""
+    """Conditioning of the model: captions, or the class labels of the corpus (`KEY.cls`)."""
     plan: PlanConfig = PlanConfig()
     codec: CodecConfig = CodecConfig()
     text: TextConfig = TextConfig()
@@ -112,7 +117,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _derivative_fits(self) -> Config:
         if self.objective.derivative == "jvp" and self.train.zero == 3:
-            why = "jvp needs whole weights, which train.zero=3 cuts up (DeepSpeed's gathering has no forward-mode derivative)"
+            why = "jvp needs whole weights, but train.zero=3 shards them (DeepSpeed's gathering has no forward-mode derivative)"
             raise ConfigConflict("objective.derivative", f"{why}: use zero 1 or 2, or finite-difference")
         if self.objective.derivative == "jvp" and self.train.attention not in ("auto", "sdpa"):
             raise ConfigConflict(
@@ -121,19 +126,19 @@ class Config(Section):
         return self
 
     def kind_shares(self, *, before: int | None = None) -> list[tuple[float, float]]:
-        """Shares of images with r = t and with r = 0: those of the first step, then those of each stage that begins `before` a step."""
+        """Shares of images with r = t and with r = 0: for the first step, then for each scheduled stage (that starts before step `before`)."""
         first = self.objective.diffusion_share, self.objective.consistency_share
         stages = [0, *(stage.step for stage in self.plan.schedule if before is None or stage.step < before)]
         return [self.plan.kind_shares_at(step, first=first) for step in stages]
 
     @property
     def condition_dropout(self) -> float:
-        """Share of images that are trained without their caption or class."""
+        """Share of images trained without their caption or class."""
         return self.text.caption_dropout if self.condition == "text" else self.network.params.class_dropout_prob or 0.0
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The resolved configuration: every key, defaults filled in."""
+    """Serialize a configuration as YAML, with all keys and defaults."""
     return yaml_file.dump(config)
 
 

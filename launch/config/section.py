@@ -1,4 +1,4 @@
-"""What all sections of a configuration share."""
+"""Base class and shared types of configuration sections."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A section of the configuration. The docstring under a field is its entry in the manual."""
+    """A section of the configuration. Field docstrings become the user manual."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def check_interval(interval: tuple[float, float]) -> None:
-    """Raises ConfigConflict if the interval ends before it starts."""
+    """Raise ConfigConflict if the interval ends before it starts."""
     if interval[0] > interval[1]:
         raise ConfigConflict("interval", f"{list(interval)} is empty: its start is after its end")

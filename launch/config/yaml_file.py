@@ -1,8 +1,8 @@
-"""YAML files and `key.sub=value` overrides, checked against a pydantic schema.
+"""Read YAML files and `key.sub=value` overrides, and validate them against a pydantic schema.
 
-Every problem is a `ConfigError` of one line that says where (file and line, or the command line), which key, what is wrong
-with it, and the nearest valid key. Validation is strict: a text is not taken for a number. Where a text is wanted, a value counts as it was
-written, whatever YAML makes of it: `name: 1e5`, `run_dir=2024`.
+Every problem is a one-line `ConfigError` with the location (file and line, or the command line), the key, the problem, and the nearest
+valid key. Validation is strict: strings are not converted to numbers. Where a string is expected, the source text is used unchanged,
+even if YAML would read a number: `name: 1e5`, `run_dir=2024`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _TRUTHS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line for people."""
+    """An invalid configuration. The message is one line."""
 
 
 class ConfigConflict(ValueError):
-    """A combination of values that a schema refuses: `key` is the dotted key to blame, the message says why."""
+    """An invalid combination of values. `key` is the dotted key that is reported, the message gives the reason."""
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)
@@ -44,56 +44,56 @@ class ConfigConflict(ValueError):
 
 
 @dataclass(slots=True)
-class Written:
-    """A configuration as somebody wrote it: plain values, where each key stands (`file:line` or `command line`), and the source text of
-    values that are not text."""
+class RawConfig:
+    """A configuration before validation: plain values, the location of each key (`file:line` or `command line`), and the source text of
+    values that are not strings."""
 
     name: str
     values: dict[str, Any] = field(default_factory=dict)
-    places: dict[Key, str] = field(default_factory=dict)
-    texts: dict[Key, str] = field(default_factory=dict)
+    locations: dict[Key, str] = field(default_factory=dict)
+    source_texts: dict[Key, str] = field(default_factory=dict)
 
-    def place(self, key: Key) -> str:
-        """Where a key stands, or else the nearest section around it that was written down."""
-        return next((self.places[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self.places), self.name)
+    def location(self, key: Key) -> str:
+        """Location of a key, or of its nearest enclosing section that has one."""
+        return next((self.locations[key[:end]] for end in range(len(key), 0, -1) if key[:end] in self.locations), self.name)
 
 
-def read(path: Path | None, *, overrides: Sequence[str] = ()) -> Written:
-    """Read a YAML file (or nothing) and lay `key.sub=value` overrides over it.
+def read(path: Path | None, *, overrides: Sequence[str] = ()) -> RawConfig:
+    """Read a YAML file, if there is one, and apply `key.sub=value` overrides.
 
     Raises:
-        ConfigError: the file is missing or is not a mapping in YAML, a key is given twice, an override has no `=`.
+        ConfigError: the file is missing or not a YAML mapping, a key is given twice, or an override has no `=`.
     """
-    written = Written(name=str(path) if path else COMMAND_LINE)
+    raw = RawConfig(name=str(path) if path else COMMAND_LINE)
     if path is not None:
-        _read_file(path, written)
+        _read_file(path, raw)
     for override in overrides:
-        _lay_over(override, written)
-    return written
+        _apply_override(override, raw)
+    return raw
 
 
-def check(written: Written, schema: type[Schema]) -> Schema:
-    """Validate against the schema; the first problem, in the order of the file, becomes a one-line `ConfigError`."""
+def check(raw: RawConfig, schema: type[Schema]) -> Schema:
+    """Validate against the schema. Raises a one-line `ConfigError` for the first problem in file order."""
     try:
         try:
-            return _validate(written.values, schema)
+            return _validate(raw.values, schema)
         except ValidationError as problems:
-            if not _take_as_written(written, problems):
+            if not _restore_source_texts(raw, problems):
                 raise
-            return _validate(written.values, schema)
+            return _validate(raw.values, schema)
     except ValidationError as problems:
-        first, *others = sorted(problems.errors(), key=lambda problem: _order(written, problem))
+        first, *others = sorted(problems.errors(), key=lambda problem: _problem_order(raw, problem))
         more = f" (and {len(others)} more)" if others else ""
-        raise ConfigError(_explain(written, schema, first) + more) from None
+        raise ConfigError(_explain(raw, schema, first) + more) from None
 
 
-def conflict_error(written: Written, conflict: ConfigConflict) -> ConfigError:
-    """The same one line for values that turned out not to fit together after validation."""
-    return ConfigError(f"{written.place(tuple(conflict.key.split('.')))}: {conflict.key}: {conflict}")
+def conflict_error(raw: RawConfig, conflict: ConfigConflict) -> ConfigError:
+    """One-line error for a conflict that is found after validation."""
+    return ConfigError(f"{raw.location(tuple(conflict.key.split('.')))}: {conflict.key}: {conflict}")
 
 
 def dump(config: BaseModel) -> str:
-    """The whole configuration as YAML, defaults filled in."""
+    """Dump a configuration as YAML, including defaults."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -101,7 +101,7 @@ def _validate(values: dict[str, Any], schema: type[Schema]) -> Schema:
     return schema.model_validate_json(json.dumps(values), strict=True)
 
 
-def _read_file(path: Path, written: Written) -> None:
+def _read_file(path: Path, raw: RawConfig) -> None:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -115,19 +115,19 @@ def _read_file(path: Path, written: Written) -> None:
             return
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}:{node.start_mark.line + 1}: a configuration is a mapping of `key: value`")
-        for key, place in _walk(node, path):
-            if key in written.places:
-                raise ConfigError(f"{place}: {_dotted(key)}: given twice; first at {written.places[key]}")
-            written.places[key] = place
-        written.texts.update(scalars(node))
-        written.values = loader.construct_document(node)
-        json.dumps(written.values)
+        for key, location in _walk(node, path):
+            if key in raw.locations:
+                raise ConfigError(f"{location}: {_dotted(key)}: given twice; first at {raw.locations[key]}")
+            raw.locations[key] = location
+        raw.source_texts.update(scalars(node))
+        raw.values = loader.construct_document(node)
+        json.dumps(raw.values)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     except TypeError as error:
-        raise ConfigError(f"{path}: only texts, numbers, lists and mappings can stand in a configuration: {error}") from None
+        raise ConfigError(f"{path}: a configuration holds only strings, numbers, lists and mappings: {error}") from None
     finally:
         loader.dispose()
 
@@ -144,7 +144,7 @@ def _walk(node: yaml.Node, path: Path, key: Key = ()) -> Iterator[tuple[Key, str
         yield from _walk(value, path, (*key, name))
 
 
-def _lay_over(override: str, written: Written) -> None:
+def _apply_override(override: str, raw: RawConfig) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted.strip():
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not of the form key=value (sections with dots: train.steps=100)")
@@ -154,38 +154,43 @@ def _lay_over(override: str, written: Written) -> None:
         json.dumps(value)
         node = yaml.compose(text, Loader=Loader)
     except (yaml.YAMLError, TypeError):
-        raise ConfigError(f"{COMMAND_LINE}: {dotted}: {text!r} is not a value in YAML; quote a text that holds : or other marks") from None
-    section = written.values
+        raise ConfigError(
+            f"{COMMAND_LINE}: {dotted}: {text!r} is not a YAML value; quote strings that contain : or other special characters"
+        ) from None
+    section = raw.values
     for depth, name in enumerate(key[:-1], start=1):
         inner = section.get(name)
         if inner is None:
             inner = section[name] = {}
         if not isinstance(inner, dict):
             outer = ".".join(key[:depth])
-            raise ConfigError(f"{COMMAND_LINE}: {dotted}: {outer} is not a section here ({written.place(key[:depth])})")
+            raise ConfigError(f"{COMMAND_LINE}: {dotted}: {outer} is not a section here ({raw.location(key[:depth])})")
         section = inner
     section[key[-1]] = value
-    for known in [known for known in written.places if known[: len(key)] == key]:
-        del written.places[known]
-    for known in [known for known in written.texts if known[: len(key)] == key]:
-        del written.texts[known]
-    written.places[key] = COMMAND_LINE
+    for known in [known for known in raw.locations if known[: len(key)] == key]:
+        del raw.locations[known]
+    for known in [known for known in raw.source_texts if known[: len(key)] == key]:
+        del raw.source_texts[known]
+    raw.locations[key] = COMMAND_LINE
     if node is not None:
-        written.texts.update(scalars(node, key))
+        raw.source_texts.update(scalars(node, key))
 
 
-def _take_as_written(written: Written, problems: ValidationError) -> bool:
-    """Where a text was wanted, put values back as they were written; where a truth value was wanted, read yes, no, on and off."""
+def _restore_source_texts(raw: RawConfig, problems: ValidationError) -> bool:
+    """Restore source texts where the schema expects strings, and read yes, no, on and off where it expects booleans.
+
+    Returns whether a value changed.
+    """
     is_changed = False
     for problem in problems.errors():
-        key = _plain(problem["loc"])
-        key = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in written.texts), key)
-        text = written.texts.get(key, "")
+        key = _without_union_types(problem["loc"])
+        key = next((key[:end] for end in range(len(key), 0, -1) if key[:end] in raw.source_texts), key)
+        text = raw.source_texts.get(key, "")
         is_choice = problem["type"] == "literal_error" and repr(text) in problem.get("ctx", {}).get("expected", "")
         if problem["type"] == "bool_type" and isinstance(problem["input"], str) and problem["input"].lower() in _TRUTHS:
-            _put(written.values, key, _TRUTHS[problem["input"].lower()])
+            _put(raw.values, key, _TRUTHS[problem["input"].lower()])
         elif text and (problem["type"] in STRINGS or is_choice):
-            _put(written.values, key, text)
+            _put(raw.values, key, text)
         else:
             continue
         is_changed = True
@@ -199,33 +204,33 @@ def _put(values: dict[str, Any], key: Key, value: Any) -> None:
     section[key[-1]] = value
 
 
-def _plain(location: tuple[int | str, ...]) -> Key:
-    """A problem's location without the type names that pydantic adds for unions."""
+def _without_union_types(location: tuple[int | str, ...]) -> Key:
+    """Location of a problem without the type names that pydantic adds for unions."""
     return tuple(part for part in location if not (isinstance(part, str) and re.search(r"[\[\]() ]", part)))
 
 
-def _order(written: Written, problem: ErrorDetails) -> tuple[int, int]:
-    """Unknown keys first (a typo also makes the right key missing), then in the order of the file."""
-    place = written.place(_blamed(problem, written))
-    line = int(place.rpartition(":")[2]) if place != COMMAND_LINE and place.rpartition(":")[2].isdigit() else 0
+def _problem_order(raw: RawConfig, problem: ErrorDetails) -> tuple[int, int]:
+    """Sort key: unknown keys first (a typo also makes the right key missing), then file order."""
+    location = raw.location(_problem_key(problem, raw))
+    line = int(location.rpartition(":")[2]) if location != COMMAND_LINE and location.rpartition(":")[2].isdigit() else 0
     return (0 if problem["type"] == "extra_forbidden" else 1, line)
 
 
-def _blamed(problem: ErrorDetails, written: Written) -> Key:
-    """The key to blame: a schema's own rule may name one, or mention it in its message."""
-    key = _plain(problem["loc"])
+def _problem_key(problem: ErrorDetails, raw: RawConfig) -> Key:
+    """The key to report: a validator may name one, or mention one in its message."""
+    key = _without_union_types(problem["loc"])
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigConflict):
         return (*key, *cause.key.split("."))
     if isinstance(cause, ValueError):
-        mentioned = [name for name in re.findall(r"[a-z_]+", str(cause)) if (*key, name) in written.places]
+        mentioned = [name for name in re.findall(r"[a-z_]+", str(cause)) if (*key, name) in raw.locations]
         return (*key, *mentioned[:1])
     return key
 
 
-def _explain(written: Written, schema: type[BaseModel], problem: ErrorDetails) -> str:
-    key = _blamed(problem, written)
-    where = written.place(key)
+def _explain(raw: RawConfig, schema: type[BaseModel], problem: ErrorDetails) -> str:
+    key = _problem_key(problem, raw)
+    where = raw.location(key)
     if problem["type"] == "extra_forbidden":
         return f"{where}: {_dotted(key)}: unknown key; {_nearest(schema, key)}"
     if problem["type"] == "missing":
@@ -238,7 +243,7 @@ def _explain(written: Written, schema: type[BaseModel], problem: ErrorDetails) -
 
 
 def _nearest(schema: type[BaseModel], key: Key) -> str:
-    """Name the valid key that is nearest to an unknown one: in its section, else anywhere, else list the section's keys."""
+    """Suggest the valid key nearest to an unknown one: in its section, else anywhere; otherwise list the section's keys."""
     name, section = str(key[-1]), key[:-1]
     siblings = _keys_at(schema, section)
     close = difflib.get_close_matches(name, siblings, n=1)
@@ -252,14 +257,14 @@ def _nearest(schema: type[BaseModel], key: Key) -> str:
 
 
 def nearest_of(name: str, known: Sequence[str]) -> str:
-    """The nearest of the known names as a question, or all of them."""
+    """Suggest the nearest known name, or list all of them."""
     close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known) or 'none'}"
+    return f"did you mean {close[0]}?" if close else f"available: {', '.join(known) or 'none'}"
 
 
 def _keys_at(schema: type[BaseModel], section: Key) -> list[str]:
     model: type[BaseModel] | None = schema
-    is_name = False  # of the user's own choice, as the keys of a mapping are
+    is_name = False  # part is a user-chosen name: the key of a mapping
     for part in section:
         if isinstance(part, int) or model is None or is_name:
             is_name = False

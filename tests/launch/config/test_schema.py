@@ -67,8 +67,8 @@ IN_THE_FILE = {
     "not one of": ("  zero: 4", "7: train.zero: input should be 1, 2 or 3, got 4"),
     "given twice": ("  steps: 4", "7: train.steps: given twice; first at FILE:5"),
     "not YAML": ("  a: [1", "not valid YAML"),
-    "warm-up longer than the run": ("  warmup: 101", "7: train.warmup: 101 steps of warm-up do not fit into 100 steps"),
-    "stride of another patch size": ("plan: {stride: 3}", "7: plan.stride: 3 given, but it is 2"),
+    "warm-up longer than the run": ("  warmup: 101", "7: train.warmup: 101 warm-up steps exceed the 100 steps of the run"),
+    "stride of another patch size": ("plan: {stride: 3}", "7: plan.stride: got 3, but it must be 2"),
     "images larger than packs": ("plan: {max_tokens: 99, tokens_per_pack: 9}", "7: plan.max_tokens: plan.max_tokens 99 is more than"),
     "shares above 1": ("objective: {diffusion_share: 0.7, consistency_share: 0.7}", "7: objective.consistency_share: diffusion_share and"),
 }
@@ -99,20 +99,20 @@ ON_THE_COMMAND_LINE = {
     "train.steps": "command line: 'train.steps' is not of the form key=value",
     "train.steps.x=1": "command line: train.steps.x: train.steps is not a section here (FILE:5)",
     "train={lr: 1}": "command line: train.steps: missing",
-    "plan.stride=16": "command line: plan.stride: 16 given, but it is 2",
+    "plan.stride=16": "command line: plan.stride: got 16, but it must be 2",
     "plan.schedule=[{step: 5, diffusion_share: 0.95}]": "command line: plan.schedule.0: from step 5 on diffusion_share 0.95 and",
     "network.params.num_heads=3": "command line: network.params.num_heads: hidden_size 32 over 3 heads",
-    "network.params.in_channels=4": "command line: network.params.in_channels: 4 given, but codec pixel has 3 channels",
+    "network.params.in_channels=4": "command line: network.params.in_channels: got 4, but codec pixel has 3 channels",
     "objective.transport=cosine": "objective.transport: input should be 'ot_fm', 'trigflow', 'vp', 've' or 'edm', got 'cosine'",
     "objective.sigma_d=1": "command line: objective.sigma_d: transport ot_fm has no such setting; leave it out",
     "objective={transport: ve, time_std: 1}": "command line: objective.time_std: transport ve has no such setting; leave it out",
-    "objective={transport: edm, shift: 256}": "command line: objective.shift: the noise of transport edm has a fixed range",
+    "objective={transport: edm, shift: 256}": "command line: objective.shift: transport edm has a fixed noise range",
     "objective={guidance: {interval: [0.8, 0.2]}}": "objective.guidance.interval: [0.8, 0.2] is empty: its start is after its end",
     "sampling.interval=[0.8, 0.2]": "command line: sampling.interval: [0.8, 0.2] is empty: its start is after its end",
     "objective={guidance: {w: 1}}": "command line: objective.guidance.w: unknown key",
     "objective={alignment: {kind: radio, path: x}}": "command line: objective.alignment: needs a projection in the network",
-    "network.params.z_dim=8": "command line: network.params.z_dim: 8 given, but no objective.alignment that would train it",
-    "run_dir=[": "command line: run_dir: '[' is not a value in YAML",
+    "network.params.z_dim=8": "command line: network.params.z_dim: got 8, but there is no objective.alignment to train the projection",
+    "run_dir=[": "command line: run_dir: '[' is not a YAML value",
 }
 
 
@@ -183,10 +183,10 @@ def test_a_network_can_be_taken_from_a_recipe(tmp_path: Path) -> None:
     (tmp_path / "resolved.yaml").write_text(to_yaml(config))
     assert load_config(tmp_path / "resolved.yaml") == config
     for override, message in {
-        "network.recipe=c2i-b-4-255": r"network\.recipe: 'c2i-b-4-255' is no recipe; did you mean c2i-b-4-256\?",
-        "network.params.in_channels=4": r"in_channels: 4 given, but codec pixel has 3 channels; give network\.params",
-        "condition=text": r"network\.params\.num_classes: 1000 given, which is for condition: class, not text",
-        "objective.alignment={kind: radio}; network.params.depth=3": r"network\.params\.encoder_depth: 4 given, but there are 3 blocks",
+        "network.recipe=c2i-b-4-255": r"network\.recipe: 'c2i-b-4-255' is not a recipe; did you mean c2i-b-4-256\?",
+        "network.params.in_channels=4": r"in_channels: got 4, but codec pixel has 3 channels; give network\.params",
+        "condition=text": r"network\.params\.num_classes: got 1000, but this key is for condition: class, not text",
+        "objective.alignment={kind: radio}; network.params.depth=3": r"network\.params\.encoder_depth: got 4, but the network has 3 blocks",
         "network.params=7": r"network\.params: input should be an object",
     }.items():
         with pytest.raises(ConfigError, match=message):
@@ -198,8 +198,8 @@ def test_a_class_model_takes_no_captions(good: Path) -> None:
     params = config.network.params
     assert (params.num_classes, params.class_dropout_prob, params.cap_feat_dim, config.condition_dropout) == (7, 0.1, None, 0.1)
     for override, message in {
-        "network.params.cap_feat_dim=8": r"cap_feat_dim: 8 given, which is for condition: text, not class",
-        "text.caption_dropout=0.5": "text: condition: class reads no captions",
+        "network.params.cap_feat_dim=8": r"cap_feat_dim: got 8, but this key is for condition: text, not class",
+        "text.caption_dropout=0.5": "text: condition: class does not use captions",
         "network.params.class_dropout_prob=0": r"objective\.guidance: needs images without a class.*network\.params\.class",
     }.items():
         with pytest.raises(ConfigError, match=message):

@@ -77,14 +77,14 @@ def test_a_plan_says_of_each_corpus_what_it_gives_and_of_the_schedule_what_chang
             "corpus photos: where 'widht >= 128 and height >= 64': there is no column widht; did you mean width",
         ),
         ("width >= 128 and", "width >== 128 and", "run.yaml:3: corpus.0.where: where 'width >== 128 and height >= 64' is no expression"),
-        ("cap: 20", "repeats: 2", "run.yaml:4: corpus.1.repeats: weight and repeats both say"),
+        ("cap: 20", "repeats: 2", "run.yaml:4: corpus.1.repeats: weight and repeats both set"),
         ("cap: 20", "caps: 20", "run.yaml:4: corpus.1.caps: unknown key; did you mean corpus.1.cap?"),
         ("weight: 1, ", "", "corpus art has no weight, others have one: give a weight to all corpora, or to none"),
         ("keys.parquet", "kyes.parquet", "kyes.parquet: there is no such file"),
         ("max_tokens: 256, packs", "max_tokens: 512, packs", "plan.schedule.0.max_tokens 512 is more than plan.tokens_per_pack 256"),
         ("step: 20", "step: 10", "step 10 comes after step 10"),
         ("photos: 1, art: 1", "photos: 1, at: 1", "plan.schedule: weights are given to photos, at, but the corpora are photos, art"),
-        ("[1, 2]", "[0, 0]", "text.caption_weights: one caption at least must weigh something"),
+        ("[1, 2]", "[0, 0]", "text.caption_weights: at least one weight must be above 0"),
     ],
 )
 def test_mistakes_are_named_in_one_line(config: Path, written: str, wrong: str, problem: str) -> None:
