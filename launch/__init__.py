@@ -1,1 +1,1 @@
-"""A configuration to a running job: commands, training, sampling."""
+"""Command line, configuration, training and sampling."""

@@ -1,4 +1,4 @@
-"""What people type, read: overrides among positional arguments, sizes, lists of step counts, guidance."""
+"""Parse command-line arguments: overrides, sizes, step counts, times, guidance."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ MAX_PIXELS = 4096 * 4096
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(positional arguments, overrides). `a.b=c` is an override, unless a file or folder has exactly this name."""
+    """Split into (positional arguments, overrides). `a.b=c` is an override unless a file or folder has this name."""
     overrides = [argument for argument in arguments if OVERRIDE.match(argument) and not Path(argument).exists()]
     return [argument for argument in arguments if argument not in overrides], overrides
 
 
 def split_sources(arguments: Sequence[str], *, settings: Collection[str]) -> tuple[list[str], list[str]]:
-    """(sources, overrides): of `NAME=VALUE` without a dot, a name of the settings begins an override, every other one a source's path."""
+    """Split into (sources, overrides). `NAME=VALUE` without a dot is an override if NAME is a setting, else a named source."""
     positional, overrides = split_overrides(arguments)
     named = [override for override in overrides if "." not in override.partition("=")[0] and override.partition("=")[0] not in settings]
     sources = [argument for argument in arguments if argument in positional or argument in named]
@@ -31,36 +31,36 @@ def split_sources(arguments: Sequence[str], *, settings: Collection[str]) -> tup
 
 
 def one_config(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """(config file or recipe, overrides) of a command that takes `CONFIG [KEY=VALUE …]`.
+    """Split `CONFIG [KEY=VALUE …]` into (config file or recipe, overrides).
 
     Raises:
         ValueError: no config, or more than one.
     """
-    return _one(arguments, what="CONFIG (a YAML file, or a name that `tim recipes` lists) and KEY=VALUE overrides")
+    return _one(arguments, what="CONFIG (a YAML file, or a recipe listed by `tim recipes`) and KEY=VALUE overrides")
 
 
 def one_corpus(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """(corpus, overrides) of a command that takes `CORPUS [KEY=VALUE …]`.
+    """Split `CORPUS [KEY=VALUE …]` into (corpus, overrides).
 
     Raises:
         ValueError: no corpus, or more than one.
     """
-    return _one(arguments, what="CORPUS (a folder or URL that `tim prepare` or `tim index` wrote) and KEY=VALUE settings")
+    return _one(arguments, what="CORPUS (a folder or URL written by `tim prepare` or `tim index`) and KEY=VALUE settings")
 
 
 def _one(arguments: Sequence[str], *, what: str) -> tuple[str, list[str]]:
     positional, overrides = split_overrides(arguments)
     if len(positional) != 1:
-        got = "nothing of the kind was given" if not positional else "got " + " ".join(positional)
+        got = "none was given" if not positional else "got " + " ".join(positional)
         raise ValueError(f"expected one {what}: {got}")
     return positional[0], overrides
 
 
 def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:
-    """The one of the `known` values that an option was given.
+    """Return the value of an option as one of the `known` choices.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is not one of them.
     """
     for choice in known:
         if choice == value:
@@ -69,10 +69,10 @@ def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:
 
 
 def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """`"512x128,256x256"` (width × height, as people say it) → [(128, 512), (256, 256)] (height, width), in pixels.
+    """`"512x128,256x256"` (width × height) → [(128, 512), (256, 256)] (height, width), in pixels.
 
     Raises:
-        ValueError: anything else, an empty side, or more than 4096² pixels.
+        ValueError: invalid syntax, a side of zero, or more than 4096² pixels.
     """
     sizes = []
     for part in _parts(text):
@@ -83,7 +83,7 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
         if not width or not height:
             raise ValueError(f"--size {text}: '{part}' has a side of zero pixels")
         if width * height > MAX_PIXELS:
-            raise ValueError(f"--size {text}: '{part}' has more than 4096 x 4096 pixels, the most that is supported")
+            raise ValueError(f"--size {text}: '{part}' exceeds the maximum of 4096 x 4096 pixels")
         sizes.append((height, width))
     return _distinct(sizes)
 
@@ -92,7 +92,7 @@ def parse_steps(text: str) -> list[int]:
     """`"1,2,4,8"` → [1, 2, 4, 8].
 
     Raises:
-        ValueError: no whole numbers, or one below 1.
+        ValueError: a value is not a whole number, or below 1.
     """
     steps = []
     for part in _parts(text):
@@ -105,22 +105,22 @@ def parse_steps(text: str) -> list[int]:
 
 
 def parse_times(text: str) -> list[float]:
-    """`"1,0.6,0"` → [1.0, 0.6, 0.0]; what the transport makes of them is the sampler's to say.
+    """`"1,0.6,0"` → [1.0, 0.6, 0.0]. The sampler checks them against the transport.
 
     Raises:
-        ValueError: fewer than two numbers, or not falling.
+        ValueError: fewer than two numbers, or not decreasing.
     """
     times = _numbers(text, option="--times", example="1,0.6,0")
     if len(times) < 2 or times != sorted(set(times), reverse=True):
-        raise ValueError(f"--times {text}: two numbers or more are needed, each smaller than the one before")
+        raise ValueError(f"--times {text}: expected two or more decreasing numbers")
     return times
 
 
 def parse_interval(text: str) -> tuple[float, float]:
-    """`"0.2,0.7"` → (0.2, 0.7), shares of the noisiest time.
+    """`"0.2,0.7"` → (0.2, 0.7), as shares of the noisiest time.
 
     Raises:
-        ValueError: not two numbers in [0, 1] that rise.
+        ValueError: not two increasing numbers in [0, 1].
     """
     ends = _numbers(text, option="--interval", example="0.2,0.7")
     if len(ends) != 2 or not 0 <= ends[0] <= ends[1] <= 1:
@@ -134,7 +134,7 @@ def parse_part(text: str) -> tuple[int, int]:
     """`"3/16"` → (3, 16): part 3 of 16.
 
     Raises:
-        ValueError: anything else.
+        ValueError: invalid syntax, or K is not in 1 … N.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
@@ -143,30 +143,30 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def check_guidance(guidance: float) -> float:
-    """A finite guidance scale of at least 0 (1 is no guidance).
+    """Check that a guidance scale is finite and at least 0 (1: no guidance).
 
     Raises:
-        ValueError: anything else.
+        ValueError: it is not.
     """
     if not math.isfinite(guidance) or guidance < 0:
-        raise ValueError(f"--guidance {guidance}: expected a finite number of at least 0 (1 is no guidance)")
+        raise ValueError(f"--guidance {guidance}: expected a finite number of at least 0 (1: no guidance)")
     return guidance
 
 
 def check_prompts(prompts: Sequence[str], *, classes: Sequence[int]) -> Sequence[str | int]:
-    """What to draw: texts or classes, whichever were given.
+    """Return the given prompts: texts or classes.
 
     Raises:
-        ValueError: none of them, or both.
+        ValueError: neither, or both.
     """
     if bool(prompts) == bool(classes):
         given = "both were given" if prompts else "neither was given"
-        raise ValueError(f"expected --prompt TEXT, or --class ID for a model of classes: {given}")
+        raise ValueError(f"expected --prompt TEXT, or --class ID for a class model: {given}")
     return prompts or classes
 
 
 def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[tuple[int, int]], list[str]]:
-    """(Sizes with each side rounded down to a multiple of `stride`, one remark for each that changed). Heights first.
+    """Round sizes (height, width) down to multiples of `stride`. Returns them, and one remark per changed size.
 
     Raises:
         ValueError: a side is shorter than the stride.
@@ -174,10 +174,10 @@ def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[
     rounded, remarks = [], []
     for height, width in sizes:
         if min(height, width) < stride:
-            raise ValueError(f"--size {width}x{height}: this model draws in squares of {stride} pixels, so no side can be shorter")
+            raise ValueError(f"--size {width}x{height}: each side must be at least {stride} pixels, the stride of this model")
         size = height // stride * stride, width // stride * stride
         if size != (height, width):
-            remarks.append(f"size {width}x{height} rounded down to {size[1]}x{size[0]}, multiples of this model's {stride} pixels")
+            remarks.append(f"size {width}x{height} rounded down to {size[1]}x{size[0]}, multiples of the model's stride of {stride} pixels")
         rounded.append(size)
     return _distinct(rounded), remarks
 

@@ -1,4 +1,4 @@
-"""Captions that are longer than a run's text encoder reads: what `tim plan`, `tim train` and `tim sample` say of them."""
+"""Warnings about captions and prompts that exceed the text encoder's token limit."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from tim.text.tokenizers import Tokenizer
 
 
 def caption_lengths(config: Config, planner: Planner) -> CaptionLengths | None:
-    """Measured on a sample of the captions; None for models of classes, and where the tokenizer is not here: planning does without."""
+    """Measure caption lengths on a sample. None for class models, or if the tokenizer is not available: planning does not need it."""
     from tim.text import encoders
 
-    words = config.text
+    text = config.text
     if config.condition != "text":
         return None
     try:
-        tokenizer = encoders.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        tokenizer = encoders.tokenizer(text.kind, text.path, tokenizer_path=text.tokenizer, max_tokens=text.max_tokens)
     except ValueError:
         return None
     return measure(sample_captions(planner.corpora), tokenizer=tokenizer)
 
 
 def cut_prompts(prompts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
-    """One remark for every prompt that is cut."""
+    """One warning per prompt that is truncated."""
     lengths = zip(prompts, tokenizer.lengths(prompts), strict=True)
     return [
-        f"prompt {prompt[:40]!r}{'…' * (len(prompt) > 40)} is cut: the first {tokenizer.max_tokens} of its {length} tokens are read"
+        f"prompt {prompt[:40]!r}{'…' * (len(prompt) > 40)} is truncated: its first {tokenizer.max_tokens} of {length} tokens are used"
         for prompt, length in lengths
         if length > tokenizer.max_tokens
     ]

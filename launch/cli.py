@@ -1,7 +1,7 @@
-"""The command line: `tim COMMAND …`. Each command reads what was typed, calls one function of the other rooms, and says what came of it.
+"""Command line: `tim COMMAND …`. Each command parses its arguments, calls one function, and prints the result.
 
-torch, deepspeed and the rooms that need them are imported inside the commands: `tim --help` answers at once, and every command
-needs only its own libraries.
+torch, deepspeed and modules that need them are imported inside the commands, so that `tim --help` is fast and every command needs only its
+own libraries.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from launch.commands.model import demo, export, launch, plan, recipes, sample, t
 from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
-# In the order of the help.
+# in the order of `tim --help`
 COMMANDS = (demo, prepare, index, encode, verify, report, score, annotate, recipes, plan, train, launch, sample, export)
-USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer has no public name for it
+USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer does not export it
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
@@ -34,7 +34,7 @@ app.add_typer(bench, name="bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `tim`; returns the exit code, or raises SystemExit with it (see `launch.console`). Wrong usage is one line, too."""
+    """Run `tim`; returns the exit code, or raises SystemExit with it (see `launch.console`). Usage errors are also reported in one line."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if "--debug" in arguments:
         show_all_warnings()

@@ -1,10 +1,10 @@
-"""What a command says: its result on standard output, progress and remarks on standard error, errors in one line.
+"""Output of commands: results on standard output, progress and remarks on standard error, errors in one line.
 
-Every command runs inside `session`, which is the only place that turns an exception into an exit code:
+Every command runs inside `session`, the only place that converts exceptions to exit codes:
 
-    0 fine · 1 failed (OSError, RuntimeError, anything unforeseen) · 2 wrong usage, config or input (ValueError) · 130 interrupted
+    0 success · 1 failure (OSError, RuntimeError, unexpected errors) · 2 invalid usage, config or input (ValueError) · 130 interrupted
 
-A `SystemExit` passes through untouched: the trainer leaves with 75 after it was stopped by a signal and has saved.
+`SystemExit` is passed through: the trainer exits with 75 after a signal, when it has saved a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Console:
-    """The output of one command. In JSON mode the result is one object on standard output, and nothing else goes there."""
+    """Output of one command. In JSON mode, standard output contains only the result, one object."""
 
     def __init__(self, *, out: TextIO, as_json: bool) -> None:
         self._out = out
         self._as_json = as_json
 
     def line(self, text: str) -> None:
-        """A remark for the person at the terminal, or for the log: standard error."""
+        """Print a line to standard error."""
         print(text, file=sys.stderr, flush=True)
 
     def result(self, text: str, *, data: Mapping[str, Any]) -> None:
-        """The command's outcome: `text` for people, or `data` as one line of JSON."""
-        written = json.dumps(_plain(data), ensure_ascii=False) if self._as_json else text
+        """Print the command's result: `text`, or in JSON mode `data` as one line."""
+        output = json.dumps(_plain(data), ensure_ascii=False) if self._as_json else text
         try:
-            print(written, file=self._out, flush=True)
-        except BrokenPipeError:  # `tim … | head`: the reader has enough
+            print(output, file=self._out, flush=True)
+        except BrokenPipeError:  # e.g. `tim … | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
     def failure(self, message: str, *, code: int, data: Mapping[str, Any] | None = None) -> None:
-        """One line on standard error; in JSON mode the object says the same, and `data`."""
+        """Print an error line to standard error; in JSON mode also an object with the message and `data`."""
         self.line(f"error: {message}")
         if self._as_json:
             self.result("", data={"error": message, "exit": code, **(data or {})})
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Yield the function to report progress to: a live bar on a terminal, a plain line now and then in a log."""
+        """Yield a progress callback: live bars on a terminal, occasional plain lines otherwise."""
         if not sys.stderr.isatty():
             lines = _PlainLines(self.line)
             yield lines.report
@@ -80,7 +80,7 @@ class Console:
 
 @contextmanager
 def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
-    """Run a command: yields its `Console`, and ends the process with one line and an exit code where the command raises."""
+    """Run a command with a `Console`. If it raises, print one line and exit with the matching code."""
     with _only_json_on_stdout() if as_json else nullcontext(sys.stdout) as out:
         console = Console(out=out, as_json=as_json)
         data: Mapping[str, Any] = {}
@@ -103,7 +103,7 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
 
 
 def explain(error: Exception) -> tuple[int, str]:
-    """Exit code and one line for people."""
+    """Exit code and one-line message of an error."""
     text = one_line(error, limit=LONGEST_ERROR)
     if isinstance(error, ValueError):
         return 2, text
@@ -111,18 +111,18 @@ def explain(error: Exception) -> tuple[int, str]:
         return 1, f"{error.strerror}: {error.filename}"
     if isinstance(error, (OSError, RuntimeError)) and str(error):
         return 1, text
-    return 1, f"{kind_and_line(error, limit=LONGEST_ERROR)} (unforeseen: run the command again with --debug for the traceback)"
+    return 1, f"{kind_and_line(error, limit=LONGEST_ERROR)} (unexpected error: run the command again with --debug for the traceback)"
 
 
 class _PlainLines:
-    """Progress for a log: a line every few seconds, and one with the final count of each stage."""
+    """Progress as plain lines: one every few seconds, and one with the final count of each stage."""
 
     def __init__(self, line: Callable[[str], None]) -> None:
         self._line = line
         self._stage = ""
-        self._newest = self._said = ""
+        self._newest = self._printed = ""
         self._when = time.monotonic()
-        self._first = (self._when, 0)  # when the stage began, and what was done by then
+        self._first = (self._when, 0)  # time and count at the start of the stage
 
     def report(self, stage: str, done: int, total: int | None, *, note: str = "") -> None:
         if stage != self._stage:
@@ -130,24 +130,24 @@ class _PlainLines:
             self._stage = stage
             self._first = (time.monotonic(), done)
         self._newest = f"{stage} {done}" if total is None else f"{stage} {done}/{total}"
-        self._newest += "".join(f", {words}" for words in (*self._pace(done, total=total), note) if words)
+        self._newest += "".join(f", {part}" for part in (*self._pace(done, total=total), note) if part)
         if time.monotonic() - self._when >= SECONDS_BETWEEN_LINES:
             self.finish()
 
     def _pace(self, done: int, *, total: int | None) -> tuple[str, ...]:
-        """Rate and time to go, once there is something to tell them by."""
-        began, before = self._first
-        seconds, fresh = time.monotonic() - began, done - before
-        if seconds < SECONDS_BETWEEN_LINES or fresh <= 0:
+        """Rate and remaining time, once there is enough data."""
+        start, done_before = self._first
+        seconds, new = time.monotonic() - start, done - done_before
+        if seconds < SECONDS_BETWEEN_LINES or new <= 0:
             return ()
-        rate = f"{fresh / seconds:,.1f}/s"
-        return (rate,) if total is None or total <= done else (rate, f"{_duration((total - done) * seconds / fresh)} to go")
+        rate = f"{new / seconds:,.1f}/s"
+        return (rate,) if total is None or total <= done else (rate, f"{_duration((total - done) * seconds / new)} to go")
 
     def finish(self) -> None:
-        """Say what was reported last, unless that has been said."""
-        if self._newest != self._said:
+        """Print the latest report, unless it has been printed."""
+        if self._newest != self._printed:
             self._line(self._newest)
-        self._said = self._newest
+        self._printed = self._newest
         self._when = time.monotonic()
 
 
@@ -160,12 +160,12 @@ def _duration(seconds: float) -> str:
 
 @contextmanager
 def _only_json_on_stdout() -> Iterator[TextIO]:
-    """Send to standard error what libraries, compilers and child processes print to standard output; yields the real one."""
+    """Redirect standard output of libraries and child processes to standard error; yields the real standard output."""
     try:
         descriptor = sys.stdout.fileno()
     except (AttributeError, OSError):
         descriptor = -1
-    if descriptor != 1:  # replaced in this process, e.g. by a test: nobody else can reach it
+    if descriptor != 1:  # replaced in this process, e.g. by a test: child processes do not write to it
         real = sys.stdout
         with redirect_stdout(sys.stderr):
             yield real
@@ -182,7 +182,7 @@ def _only_json_on_stdout() -> Iterator[TextIO]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: infinities and NaN become null, paths and other objects their text."""
+    """Convert to JSON types: infinities and NaN become null, paths and other objects strings."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

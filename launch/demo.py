@@ -1,7 +1,6 @@
-"""`tim demo`: the whole way on the embedded corpus, in the steps that a user takes: prepare → plan → train → sample.
+"""Demo of the whole pipeline on the embedded corpus: prepare → plan → train → sample.
 
-Because the corpus can be read back from an image (`dataprep.synthetic.read_figure`), the demo scores what the model draws against what
-it was asked for.
+Figures can be recognised in an image (`dataprep.synthetic.read_figure`), so the demo scores the model's images against their prompts.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from pipeline.planning.summary import plan_summary
 
 RECIPE = "demo"
 IMAGES = 3000
-PREPARE = PrepareConfig(images=ImageConfig(format="png"))  # drawings, not photographs: JPEG would blur what is to be learned
+PREPARE = PrepareConfig(images=ImageConfig(format="png"))  # JPEG would blur the drawings
 STEPS = (1, 2, 4, 8)
-# Height and width in pixels. Training images have sides of 16 to 64 pixels and aspects from 1:3 to 3:1; the last size is outside.
+# Height and width in pixels. Training images have sides of 16 to 64 pixels and aspect ratios from 1:3 to 3:1; the last size is outside.
 SIZES = ((32, 32), (20, 60), (48, 24), (28, 40), (24, 84))
 PROMPTS_SCORED = 60
 PLANNED_STEPS = 50
-NEXT_PROMPT, NEXT_SIZES = "a white cross on red", "64x32,24x48"  # of the command that the demo ends with
+NEXT_PROMPT, NEXT_SIZES = "a white cross on red", "64x32,24x48"  # of the command suggested at the end
 READ_ON = "Your own images"  # section of README.md
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Shares of images in which the asked-for shape, figure colour, ground colour, both colours, and all three were found."""
+    """Shares of images with the requested shape, figure colour, ground colour, both colours, and all three."""
 
     steps: int
     shape: float
@@ -53,7 +52,7 @@ class Score:
 
 
 def run(out: Path, *, steps: int | None, console: Console) -> None:
-    """Run the demo in the folder `out`; what an earlier call has finished is not done again.
+    """Run the demo in the folder `out`. Finished steps of an earlier call are skipped.
 
     Writes the corpus, the run, `grid.png`, `loss.png` and `scores.json`. Raises RuntimeError if the training fails.
     """
@@ -71,14 +70,14 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
     console.line(
         f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} processes, "
-        f"{summary['samples_per_step']:.0f} images of mixed sizes a step"
+        f"{summary['samples_per_step']:.0f} images of mixed sizes per step"
     )
 
-    same = shlex.join(["tim", "launch", RECIPE, "--nproc-per-node", str(processes), *overrides])
-    console.line(f"3/4 train: {config.train.steps} steps, the same as `{same}`")
+    command = shlex.join(["tim", "launch", RECIPE, "--nproc-per-node", str(processes), *overrides])
+    console.line(f"3/4 train: {config.train.steps} steps, like `{command}`")
     train(overrides)
 
-    console.line(f"4/4 sample: {len(SIZES)} sizes in {', '.join(map(str, STEPS))} steps, and {PROMPTS_SCORED} prompts read back")
+    console.line(f"4/4 sample: {len(SIZES)} sizes in {', '.join(map(str, STEPS))} steps, and {PROMPTS_SCORED} prompts scored")
     rows, scores = _draw_and_score(run_dir / "model")
     width_by_height = [f"{width}x{height}" for height, width in SIZES]
     labels = [f"{size}: {figure.caption}" for size, figure in zip(width_by_height, _prompts(len(SIZES)), strict=True)]
@@ -87,20 +86,20 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     _plot_loss(run_dir / "metrics.jsonl", paths["loss"])
     data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
     paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    following = next_command(paths["model"], out=out / "samples")
+    suggestion = next_command(paths["model"], out=out / "samples")
     lines = [
         _table(scores),
         "",
         *(f"{name:6}  {path}" for name, path in paths.items()),
         "",
-        f'Next, other prompts and sizes by the command below; then a corpus of your own: README.md, "{READ_ON}".',
-        following,
+        f'Next: other prompts and sizes with the command below, then your own corpus: README.md, "{READ_ON}".',
+        suggestion,
     ]
-    console.result("\n".join(lines), data={**data, "files": paths, "next": following})
+    console.result("\n".join(lines), data={**data, "files": paths, "next": suggestion})
 
 
 def train(overrides: Sequence[str]) -> None:
-    """Train the demo's recipe with these overrides in as many processes as suit this machine; a run that is there is resumed.
+    """Train the demo's recipe with overrides, with a number of processes that suits this machine. Resumes an existing run.
 
     Raises RuntimeError if the training fails, and SystemExit if it was stopped.
     """
@@ -109,11 +108,11 @@ def train(overrides: Sequence[str]) -> None:
     if code == STOPPED:
         raise SystemExit(code)
     if code:
-        raise RuntimeError(f"the training ended with exit code {code}: the lines above say why")
+        raise RuntimeError(f"training ended with exit code {code}: see the lines above")
 
 
 def next_command(model: Path, *, out: Path) -> str:
-    """A `tim sample` of the demo's model for a shell, with `tim` called as this process was: its environment may not be activated."""
+    """Shell command that samples the demo's model. Calls `tim` like this process, because its environment may not be activated."""
     found, script = shutil.which("tim"), Path(sys.argv[0])
     tim = [str(script)] if script.name == "tim" else [sys.executable, "-m", "launch.cli"]
     if found is not None and Path(found).resolve() == script.resolve():
@@ -122,7 +121,7 @@ def next_command(model: Path, *, out: Path) -> str:
 
 
 def shortened(steps: int) -> list[str]:
-    """Overrides for so many training steps, in which everything comes as early as in the recipe's own number of them."""
+    """Overrides for a number of training steps, with warm-up and schedule scaled in proportion."""
     recipe = load_config(RECIPE)
     share = steps / recipe.train.steps
     stages = [stage.model_dump(exclude_none=True) | {"step": max(1, round(share * stage.step))} for stage in recipe.plan.schedule]
@@ -130,36 +129,36 @@ def shortened(steps: int) -> list[str]:
 
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
-    """The grid's images (a row for each size), and the scores by number of steps over prompts at all sizes."""
+    """Sample the images of the grid (one row per size), and score prompts at all sizes for each number of steps."""
     from launch.distributed.device import choose_device
     from tim import Generator
 
     generator = Generator.from_pretrained(model, device=choose_device())
-    asked = _prompts(PROMPTS_SCORED)
+    requested = _prompts(PROMPTS_SCORED)
     rows: list[list[Image.Image]] = [[] for _ in SIZES]
     scores = []
     for steps in STEPS:
         drawn = generator(
-            [figure.caption for figure in asked],
-            height=[SIZES[i % len(SIZES)][0] for i in range(len(asked))],
-            width=[SIZES[i % len(SIZES)][1] for i in range(len(asked))],
+            [figure.caption for figure in requested],
+            height=[SIZES[i % len(SIZES)][0] for i in range(len(requested))],
+            width=[SIZES[i % len(SIZES)][1] for i in range(len(requested))],
             steps=steps,
-            seed=list(range(len(asked))),
+            seed=list(range(len(requested))),
         )
         for row, image in zip(rows, drawn, strict=False):
             row.append(image)
-        scores.append(_score(steps, asked, [read_figure(image) for image in drawn]))
+        scores.append(_score(steps, requested, [read_figure(image) for image in drawn]))
     return rows, scores
 
 
 def _prompts(count: int) -> list[Figure]:
     """Figures spread evenly over the corpus's shapes and colours."""
-    every = figures()
-    return [every[(i * 37) % len(every)] for i in range(count)]
+    choices = figures()
+    return [choices[(i * 37) % len(choices)] for i in range(count)]
 
 
-def _score(steps: int, asked: Sequence[Figure], found: Sequence[Figure]) -> Score:
-    pairs = list(zip(asked, found, strict=True))
+def _score(steps: int, requested: Sequence[Figure], recognised: Sequence[Figure]) -> Score:
+    pairs = list(zip(requested, recognised, strict=True))
 
     def share(*names: str) -> float:
         return sum(all(getattr(a, name) == getattr(b, name) for name in names) for a, b in pairs) / len(pairs)
@@ -175,7 +174,7 @@ def _score(steps: int, asked: Sequence[Figure], found: Sequence[Figure]) -> Scor
 
 
 def _table(scores: Sequence[Score]) -> str:
-    lines = ["found as asked   shape  colours     both"]
+    lines = ["correct images   shape  colours     both"]
     lines += [
         f"{score.steps:3} step{'s' if score.steps > 1 else ' '}        {score.shape:5.0%}    {score.colours:5.0%}    {score.all:5.0%}"
         for score in scores
@@ -202,7 +201,7 @@ def _plot_loss(metrics: Path, target: Path) -> None:
 
 
 def _processes(config: Config) -> int:
-    """One process on a GPU; on a CPU one for each core, as far as the packs of a step go."""
+    """One process on a GPU; on a CPU one per core, at most one per pack of a step."""
     import torch
 
     return 1 if torch.cuda.is_available() else min(torchrun.cores(), config.plan.packs_per_step)

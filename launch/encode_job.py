@@ -1,4 +1,4 @@
-"""`tim encode` as a person types it: its settings, from a training config if one is named, and its processes."""
+"""Settings and processes of `tim encode`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from pipeline.planning.config import SizeLimits
 
 
 def settings(like: str | None, *, overrides: Sequence[str]) -> EncodeConfig:
-    """What is to be encoded: what a run of the training config `like` would need, and values that replace some of it.
+    """Encoding settings: those required by the training config `like`, with overrides.
 
-    Raises ConfigError, in one line.
+    Raises ConfigError.
     """
-    written = yaml_file.read(None, overrides=overrides)
+    raw = yaml_file.read(None, overrides=overrides)
     if like is not None:
-        written.values = _laid_over(needs(load_config(like)), written.values)
-    return yaml_file.check(written, EncodeConfig)
+        raw.values = _merge(required_settings(load_config(like)), raw.values)
+    return yaml_file.check(raw, EncodeConfig)
 
 
-def needs(config: Config) -> dict[str, Any]:
-    """What the features for a training run have to be: settings of `EncodeConfig`."""
-    plan, words, alignment = config.plan, config.text, config.objective.alignment
-    found: dict[str, Any] = {
+def required_settings(config: Config) -> dict[str, Any]:
+    """Settings of `EncodeConfig` that a training run requires of its features."""
+    plan, text, alignment = config.plan, config.text, config.objective.alignment
+    settings: dict[str, Any] = {
         "codec": {"kind": config.codec.kind, "path": config.codec.path},
         "patch_size": config.network.params.patch_size,
         "max_tokens": sorted({plan.max_tokens, *(stage.max_tokens for stage in plan.schedule if stage.max_tokens is not None)}),
@@ -40,14 +40,14 @@ def needs(config: Config) -> dict[str, Any]:
     }
     if config.condition == "text":
         width = config.network.params.cap_feat_dim
-        found["text"] = {**words.model_dump(include={"kind", "path", "tokenizer", "max_tokens", "precision"}), "width": width}
+        settings["text"] = {**text.model_dump(include={"kind", "path", "tokenizer", "max_tokens", "precision"}), "width": width}
     if alignment is not None and alignment.path is not None:
-        found["teacher"] = {"kind": alignment.kind, "path": str(alignment.path), "precision": config.train.precision}
-    return found
+        settings["teacher"] = {"kind": alignment.kind, "path": str(alignment.path), "precision": config.train.precision}
+    return settings
 
 
 def shorthand(section: str, typed: str | None) -> list[str]:
-    """`--codec KIND=PATH` as overrides."""
+    """Overrides for an option such as `--codec KIND=PATH`."""
     if typed is None:
         return []
     kind, equals, path = typed.partition("=")
@@ -65,9 +65,9 @@ def run(
     debug: bool,
     console: Console,
 ) -> Encoded | None:
-    """Encode in this process, or start several; None in all but the one that has something to say.
+    """Encode in this process, or start several. Returns None in workers.
 
-    Processes that accelerate or torchrun started (they have a LOCAL_RANK) share the work as they are.
+    Processes started by accelerate or torchrun (with LOCAL_RANK set) share the work.
     """
     if "LOCAL_RANK" in os.environ:
         die_with_launcher()
@@ -78,7 +78,7 @@ def run(
             options = [*(["--for", like] if like is not None else []), *(["--debug"] if debug else [])]
             code = run_in_processes(["encode", corpus, *overrides, "--out", str(out), *options], processes=processes)
             if code:
-                console.failure(f"encoding ended with exit code {code}: the lines above say why; the same command continues it", code=code)
+                console.failure(f"encoding ended with exit code {code}: see the lines above; the same command continues", code=code)
                 raise SystemExit(code)
             return read_encoded(out)
     with console.progress() as report:
@@ -92,10 +92,10 @@ def _devices() -> int:
     return torch.cuda.device_count()
 
 
-def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """`above`, and what it does not say of `below`; sections likewise."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = _laid_over(under, value) if isinstance(value, Mapping) and isinstance(under, Mapping) else value
+def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge mappings recursively; values of `override` win."""
+    merged = dict(base)
+    for key, value in override.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
     return merged

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints, run folders, exports."""
+"""Checkpoints, run folders and exported models."""

@@ -1,17 +1,17 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints: complete, or absent.
 
     all ranks write into step-000500.tmp/ → fsync → rank 0 writes manifest.json (sizes, digests, world size, config hash)
     → rename to step-000500/ → RUN/latest
 
-A folder without a manifest that checks out is never resumed from. Its parts:
+A folder is only resumed from if its manifest is valid. Files:
 
-    manifest.json                 what is here
+    manifest.json                 sizes and digests of all files
     trainer.json                  step, counters, the planner's position
-    weights-00000.safetensors     float32 masters of rank 0, see `launch.checkpoints.tensor_fragments`; ema-….safetensors: their average
-    exp_avg-00000.safetensors     the optimizer's moments of the same pieces, a file for each kind
-    replica.safetensors           only where guidance has begun, see `launch.training.guidance_network`
+    weights-00000.safetensors     float32 weights of rank 0, see `launch.checkpoints.tensor_fragments`; ema-….safetensors: their average
+    exp_avg-00000.safetensors     optimizer moments of the same fragments, one file per kind
+    replica.safetensors           only after guidance has started, see `launch.training.guidance_network`
 
-Any number of ranks can go on from it, each with pieces of its own. DeepSpeed writes nothing here, and nothing is a pickle.
+A run can resume with any number of ranks. No file is written by DeepSpeed, and none is a pickle.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ MANIFEST = "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A folder that is not a checkpoint, or no longer one; the message is one line."""
+    """A folder that is not a checkpoint, or a damaged one. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointMetadata:
-    """What a checkpoint says of the run that wrote it: `step` steps were done, the last ones by `world_size` ranks.
+    """Metadata of a checkpoint: number of steps done, and number of ranks that wrote it.
 
-    Format 1 had the optimizer's moments in files of DeepSpeed: its weights can still be exported, but no run goes on from it.
+    Format 1 stored the optimizer's moments in DeepSpeed files: its weights can be exported, but a run cannot resume from it.
     """
 
     step: int
@@ -55,63 +55,63 @@ class CheckpointMetadata:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A complete checkpoint and what was passed over, newest first, to find it."""
+    """A complete checkpoint. skipped: problems of newer, damaged checkpoints, newest first."""
 
     folder: Path
     metadata: CheckpointMetadata
-    passed_over: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def pieces(self, kind: str) -> ShardedTensors:
-        """What all ranks wrote of a kind: "weights", "ema" or one of the optimizer's moments. Raises ValueError."""
+        """Tensors of a kind from all ranks: "weights", "ema" or one of the optimizer's moments. Raises ValueError."""
         return ShardedTensors([self.folder / fragment_file(kind, rank) for rank in range(self.metadata.world_size)])
 
 
 def save(run_dir: Path, metadata: CheckpointMetadata, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
-    """Write a checkpoint; all ranks call it. `write` puts this rank's part into a folder and returns the files it wrote.
+    """Write a checkpoint. Must be called by all ranks. `write` writes this rank's files to a folder and returns their paths.
 
-    Older checkpoints than the newest `keep_last` are removed, and what an interrupted save has left.
+    Removes all but the newest `keep_last` checkpoints, and the remains of interrupted saves.
     """
     final = run_dir / "checkpoints" / f"step-{metadata.step:06d}"
     partial = final.with_name(final.name + ".tmp")
-    ranks.run_on_rank0(lambda: _make_room(partial))
-    mine = {str(path.relative_to(partial)): _fsync_and_hash(path) for path in write(partial)}
-    everyone = ranks.gather(mine)
-    ranks.run_on_rank0(lambda: _publish(run_dir, partial, final, metadata, everyone, keep_last))
+    ranks.run_on_rank0(lambda: _create_partial_folder(partial))
+    files = {str(path.relative_to(partial)): _fsync_and_hash(path) for path in write(partial)}
+    files_by_rank = ranks.gather(files)
+    ranks.run_on_rank0(lambda: _publish(run_dir, partial, final, metadata, files_by_rank, keep_last))
     return final
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint whose manifest checks out; None if the run has none yet.
+    """The newest intact checkpoint; None if the run has none yet.
 
-    Raises CheckpointError if there are checkpoints and none is intact: starting again is for a person to decide.
+    Raises CheckpointError if there are checkpoints but none is intact: the user must decide whether to start again.
     """
-    passed_over: list[str] = []
+    skipped: list[str] = []
     for folder in reversed(_step_folders(run_dir)):
         metadata = _metadata_or_problem(folder)
         if isinstance(metadata, CheckpointMetadata):
-            return Checkpoint(folder, metadata, tuple(passed_over))
-        passed_over.append(metadata)
-    if passed_over:
-        raise CheckpointError(f"no checkpoint of {run_dir} is intact; remove {run_dir} to start again: {'; '.join(passed_over)}")
+            return Checkpoint(folder, metadata, tuple(skipped))
+        skipped.append(metadata)
+    if skipped:
+        raise CheckpointError(f"no checkpoint of {run_dir} is intact; remove {run_dir} to start again: {'; '.join(skipped)}")
     return None
 
 
 def find(run_dir: Path, *, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, or the newest one. Raises CheckpointError naming what is there instead."""
+    """The checkpoint of a step, or the newest one. Raises CheckpointError listing the available ones."""
     if step is None:
         found = newest(run_dir)
         if found is None:
-            raise CheckpointError(f"{run_dir}: no checkpoint here; a run folder has them under checkpoints/step-000500")
+            raise CheckpointError(f"{run_dir}: no checkpoint here; a run folder has them in checkpoints/step-000500")
         return found
     folder = run_dir / "checkpoints" / f"step-{step:06d}"
     if not folder.is_dir():
         known = ", ".join(str(_step(other)) for other in _step_folders(run_dir)) or "none"
-        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; there are: {known}")
+        raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; available: {known}")
     return Checkpoint(folder, check(folder))
 
 
 def check(folder: Path) -> CheckpointMetadata:
-    """Read the manifest and compare every file with it. Raises CheckpointError naming the first difference."""
+    """Verify every file against the manifest. Raises CheckpointError for the first difference."""
     manifest = folder / MANIFEST
     try:
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -132,20 +132,20 @@ def check(folder: Path) -> CheckpointMetadata:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != expected["bytes"]:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, the manifest says {expected['bytes']}")
+            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, but {expected['bytes']} in the manifest")
     for name, expected in files.items():
         if file_digest(folder / name) != expected["sha256"]:
-            raise CheckpointError(f"{folder / name} does not have the digest of the manifest")
+            raise CheckpointError(f"{folder / name} does not match its digest in the manifest")
     return metadata
 
 
 def consolidate(folder: Path, *, ema: bool) -> dict[str, Tensor]:
-    """The whole float32 network of a checkpoint (its average with `ema`), put together from the ranks' fragments.
+    """Merge the ranks' fragments into the full float32 weights of a checkpoint (with `ema`: their average).
 
-    Digests are checked first; DeepSpeed is not needed. Raises CheckpointError.
+    Verifies digests first. Does not need DeepSpeed. Raises CheckpointError.
     """
     pieces = Checkpoint(folder, check(folder)).pieces("ema" if ema else "weights")
-    return {name: pieces.whole(name) for name in pieces.shapes}
+    return {name: pieces.tensor(name) for name in pieces.shapes}
 
 
 def fragment_file(kind: str, rank: int) -> str:
@@ -153,10 +153,10 @@ def fragment_file(kind: str, rank: int) -> str:
 
 
 def write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Fragment]], *, rank: int, shapes: Shapes) -> list[Path]:
-    """Write what a rank has of every kind, for `Checkpoint.pieces` to read. shapes: those of all of the network's parameters."""
+    """Write a rank's fragments, one file per kind, for `Checkpoint.pieces`. shapes: shapes of all network parameters."""
     paths = [folder / fragment_file(kind, rank) for kind in pieces]
-    for path, own in zip(paths, pieces.values(), strict=True):
-        tensor_fragments.save(path, own, shapes=shapes)
+    for path, fragments in zip(paths, pieces.values(), strict=True):
+        tensor_fragments.save(path, fragments, shapes=shapes)
     return paths
 
 
@@ -171,7 +171,7 @@ def write_trainer_state(folder: Path, state: Mapping[str, Any]) -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it appears whole or not at all."""
+    """Write a small file atomically."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     _sync(partial)
@@ -186,23 +186,23 @@ def _metadata_or_problem(folder: Path) -> CheckpointMetadata | str:
         return str(problem)
 
 
-def _make_room(partial: Path) -> None:
+def _create_partial_folder(partial: Path) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for left in partial.parent.glob("step-*.tmp"):
-        shutil.rmtree(left)
+    for interrupted in partial.parent.glob("step-*.tmp"):
+        shutil.rmtree(interrupted)
     partial.mkdir()
 
 
 def _publish(
-    run_dir: Path, partial: Path, final: Path, metadata: CheckpointMetadata, everyone: list[dict[str, Any]], keep_last: int
+    run_dir: Path, partial: Path, final: Path, metadata: CheckpointMetadata, files_by_rank: list[dict[str, Any]], keep_last: int
 ) -> None:
-    files = {name: entry for part in everyone for name, entry in sorted(part.items())}
+    files = {name: entry for part in files_by_rank for name, entry in sorted(part.items())}
     written = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()}
-    assert written == set(files), f"files without an owner: {written ^ set(files)}"
+    assert written == set(files), f"files that no rank reported: {written ^ set(files)}"
     write_atomically(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
         _sync(folder)
-    if final.exists():  # a broken one that was passed over on resume
+    if final.exists():  # a damaged one that was skipped on resume
         _remove(final)
     partial.rename(final)
     _sync(final.parent)
@@ -212,10 +212,10 @@ def _publish(
 
 
 def _remove(folder: Path) -> None:
-    """At no moment is there half a folder under a checkpoint's name."""
-    gone = folder.with_name(folder.name + ".gone.tmp")
-    folder.rename(gone)
-    shutil.rmtree(gone)
+    """Remove a checkpoint without leaving a partial folder under its name."""
+    renamed = folder.with_name(folder.name + ".gone.tmp")
+    folder.rename(renamed)
+    shutil.rmtree(renamed)
 
 
 def _step_folders(run_dir: Path) -> list[Path]:

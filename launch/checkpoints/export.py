@@ -1,4 +1,4 @@
-"""`tim export`: a run's checkpoint → a model folder, which holds all that sampling needs and none of what training needs."""
+"""Export a checkpoint as a model folder for sampling, without training state."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLISHED_GUIDANCE = 2.5
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """A model folder and the training step that it comes from; `notes` say which newer checkpoints are damaged, and what else to know."""
+    """An exported model folder and its training step. `notes` list damaged newer checkpoints and other remarks."""
 
     folder: Path
     step: int
@@ -36,30 +36,30 @@ class Exported:
 def export(
     run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False, with_models: bool = False
 ) -> Exported:
-    """Write the model folder `out` from a run's newest intact checkpoint, or from the one of `step`.
+    """Export a run's newest intact checkpoint, or that of `step`, to the model folder `out`.
 
-    Works without deepspeed. `ema` takes the averaged weights, else those of the last update; `official` writes what the published code
-    reads instead, `network.yaml` and `model.safetensors`; `with_models` copies codec, text encoder and tokenizer into the folder, too. The
-    folder appears whole or not at all; an older one of the kind is replaced.
+    Does not need deepspeed. With `ema`, export the averaged weights, else the latest ones. `official` writes `network.yaml` and
+    `model.safetensors` for the published code instead. `with_models` also copies codec, text encoder and tokenizer into the folder. The
+    folder is written atomically; an older one of the same kind is replaced.
 
     Raises:
-        ValueError: `run` is not a run, has no such checkpoint or no intact one, `out` exists and is something else than a model folder, or
-            the published code could not compute this network.
+        ValueError: `run` is not a run or has no such intact checkpoint, `out` exists and is not a model folder, or the published code
+            does not support this network.
     """
     from launch.checkpoints import checkpoint
 
     config = run_config(run)
     check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
     if official and with_models:
-        raise ValueError("--with-models: the published code takes codec and text encoder from elsewhere; leave out --official")
+        raise ValueError("--with-models: the published code does not read codec and text encoder from the folder; leave out --official")
     found = checkpoint.find(run, step=step)
     spec = spec_of(config, step=found.metadata.step)
     published = _published(spec) if official else ""
-    notes = [f"passed over: {problem}" for problem in found.passed_over]
+    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
     state = checkpoint.consolidate(found.folder, ema=ema)
     if official:
         if spec.rope != "legacy":
-            notes.append("the published code exchanges the sides of images that are not square: only squares come out alike")
+            notes.append("the published code swaps height and width: only square images give the same result")
         write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
     else:
         save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
@@ -68,17 +68,17 @@ def export(
 
 
 def _published(spec: ModelSpec) -> str:
-    """The network's description for the published code, as YAML."""
+    """Network description for the published code, as YAML."""
     kind = spec.transport["kind"]
     transport = transports.make(**spec.transport)
-    settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # those that the config leaves out, too
+    settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # including defaults
     published = published_config(spec.network, rope=spec.rope, transport={**settings, "kind": kind})
     ours = {"rope": spec.rope, "codec": spec.codec, "text": spec.text, "sampling": spec.sampling}  # for `tim sample`
     return yaml.safe_dump({**published, OURS: ours}, sort_keys=False)
 
 
-def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
-    """The model folder that `path` means: itself, or a run's `model/`, or its newest checkpoint, exported once to `RUN/exports/`.
+def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
+    """Model folder for a path: the path itself, a run's `model/`, or the run's newest checkpoint, exported once to `RUN/exports/`.
 
     Raises:
         ValueError: `path` is neither a model folder nor a run with a checkpoint.
@@ -89,34 +89,34 @@ def model_folder(path: Path, *, say: Callable[[str], None]) -> Path:
         return path
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
-    if is_model(path / "model") and not _trained_on_since(path):
-        say(f"model: {path / 'model'}")
+    if is_model(path / "model") and not _has_newer_checkpoint(path):
+        log(f"model: {path / 'model'}")
         return path / "model"
 
     from launch.checkpoints import checkpoint
 
     found = checkpoint.find(path)
-    for problem in found.passed_over:
-        say(f"passed over: {problem}")
+    for problem in found.skipped:
+        log(f"skipped damaged checkpoint: {problem}")
     folder = path / "exports" / found.folder.name
     if not is_model(folder):
-        say(f"exporting {found.folder}")
+        log(f"exporting {found.folder}")
         export(path, out=folder, step=found.metadata.step)
-    say(f"model: {folder}")
+    log(f"model: {folder}")
     return folder
 
 
-def _trained_on_since(run: Path) -> bool:
-    """Whether the run was continued after its `model/` was written, and has saved since."""
+def _has_newer_checkpoint(run: Path) -> bool:
+    """Whether the run has saved a checkpoint after its `model/` was written."""
     latest = run / "latest"
     return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
 
 
 def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
-    """What a run's config says of its model after `step` steps (default: all). Guidance is on by default only where training has
-    dropped conditions for it."""
+    """Model specification of a run after `step` steps (default: all). Guidance is on by default only if conditions were dropped in
+    training."""
     sampling = config.sampling
-    usual = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
+    default_guidance = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
     return ModelSpec(
         network=config.network.params.model_dump(exclude_none=True),
         rope=config.network.rope,
@@ -125,7 +125,7 @@ def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
         text=_encoder(config.text) if config.condition == "text" else None,
         sampling={
             "steps": sampling.steps,
-            "guidance": usual if sampling.guidance is None else sampling.guidance,
+            "guidance": default_guidance if sampling.guidance is None else sampling.guidance,
             "interval": list(sampling.interval),
             "shift": config.objective.shift if sampling.shift is None else sampling.shift,
             "instantaneous": all(diffusion == 1 for diffusion, _ in config.kind_shares(before=step or config.train.steps)),
@@ -134,19 +134,19 @@ def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
 
 
 def _encoder(text: TextConfig) -> dict[str, Any]:
-    said = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path), **_weights(text.tokenizer, name="tokenizer")}
-    return said if text.path is None else {**said, "precision": text.precision}
+    encoder = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path), **_weights(text.tokenizer, name="tokenizer")}
+    return encoder if text.path is None else {**encoder, "precision": text.precision}
 
 
 def _weights(path: str | None, *, name: str = "path") -> dict[str, str]:
-    """Where a codec's or an encoder's weights are, if it has any; those in a local folder by its full path."""
+    """Path of a codec's or an encoder's weights, if it has any; local paths become absolute."""
     if path is None:
         return {}
     return {name: path if path.startswith(HUB) else os.path.abspath(path)}
 
 
 def run_config(run: Path) -> Config:
-    """The resolved config of a run. Raises ValueError if `run` is not a run folder."""
+    """Load the resolved config of a run. Raises ValueError if `run` is not a run folder."""
     if not run.is_dir():
         raise ValueError(f"{run}: no such folder; give the run_dir of a training run")
     if not (run / "config.yaml").is_file():
@@ -159,8 +159,8 @@ def is_model(folder: Path) -> bool:
 
 
 def check_target(out: Path, *, files: Sequence[str] = MODEL_FILES) -> None:
-    """Raises ValueError if writing a folder of these files here would destroy something else."""
+    """Raise ValueError if `out` exists and is not a folder with these files."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file has this name; name a folder")
+        raise ValueError(f"{out}: is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in files):
-        raise ValueError(f"{out}: holds something else than a model; name a new folder")
+        raise ValueError(f"{out}: exists and is not a model folder; give a new folder")

@@ -1,4 +1,4 @@
-"""`train.init`: the weights that a new run begins with, of a model folder, another run, or a published file."""
+"""Initial weights of a new run (`train.init`), from a model folder, another run, or a published file."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tim import TransitionTransformer
 from tim.model_folder.folder import ModelSpec, read_spec
 from tim.pretrained import weight_files
 
-_NOT_COMPARED = ("input_size", "projector_dim", "encoder_depth", "z_dim", "class_dropout_prob", "lora_hidden_size")  # shapes tell
+_NOT_COMPARED = ("input_size", "projector_dim", "encoder_depth", "z_dim", "class_dropout_prob", "lora_hidden_size")  # visible in the shapes
 
 
 def load_initial(network: TransitionTransformer, config: Config) -> Initial | None:
-    """Set a new network to the weights of `train.init`; nothing if there are none. Every rank calls it; it talks to nobody.
+    """Load the weights of `train.init`, if given, into a new network. Called on every rank; does not communicate.
 
-    Raises ConfigError naming what does not fit: with `train.init_strict`, every difference between the two networks.
+    Raises ConfigError naming the mismatches; with `train.init_strict`, any difference between the two networks.
     """
     path = config.train.init
     if path is None:
@@ -32,34 +32,36 @@ def load_initial(network: TransitionTransformer, config: Config) -> Initial | No
         found = load_weights(_local(path))
     except ValueError as error:
         raise ConfigError(f"train.init: {error}") from error
-    own = network.state_dict()
+    parameters = network.state_dict()
     given = {name: value for name, value in found.state.items() if network.projector is not None or not name.startswith("projector.")}
-    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    matching = {name: value for name, value in given.items() if name in parameters and parameters[name].shape == value.shape}
     if config.train.init_strict:
         _load_strictly(network, given, found=found, config=config)
-    elif not fitting:
-        raise ConfigError(f"train.init: {path}: none of its {len(found.state)} tensors fits the network by name and shape")
+    elif not matching:
+        raise ConfigError(f"train.init: {path}: none of its {len(found.state)} tensors matches the network by name and shape")
     else:
-        network.load_state_dict(fitting, strict=False)
+        network.load_state_dict(matching, strict=False)
     return Initial(
         path=path,
         digest=_digest(found.source),
-        loaded=len(fitting),
-        not_loaded=tuple(name for name in own if name not in fitting),
-        not_used=tuple(name for name in given if name not in fitting),
+        loaded=len(matching),
+        not_loaded=tuple(name for name in parameters if name not in matching),
+        not_used=tuple(name for name in given if name not in matching),
     )
 
 
-def other_surroundings(config: Config) -> list[str]:
-    """What the weights of `train.init` were trained with that this run has otherwise, one line each: they will have to adapt.
+def context_differences(config: Config) -> list[str]:
+    """Differences between this run and the training of the `train.init` weights, one line each.
 
-    Rotary layout and network (with `train.init_strict` those are refused), codec, text encoder and transport.
+    Compares rotary layout and network (rejected with `train.init_strict`), codec, text encoder and transport.
     """
     spec = None if config.train.init is None else _spec(_local(config.train.init))
     if spec is None:
         return []
-    own = spec_of(config)
-    parts = [(name, *((getattr(each, name) or {}).get("kind", "none") for each in (spec, own))) for name in ("codec", "text", "transport")]
+    current = spec_of(config)
+    parts = [
+        (name, *((getattr(each, name) or {}).get("kind", "none") for each in (spec, current))) for name in ("codec", "text", "transport")
+    ]
     lines = [f"{name} {before}, this run has {now}" for name, before, now in parts if before != now]
     lines = [*_differences(spec.network, rope=spec.rope, config=config), *lines]
     return [f"train.init: {config.train.init} was trained with {line}" for line in lines]
@@ -70,7 +72,7 @@ def _local(name: str) -> Path:
 
 
 def _digest(source: Path) -> str:
-    """Of a file, of a model folder's weights, or of a checkpoint's manifest, which has the digests of all its files."""
+    """Digest of a file, a model folder's weights, or a checkpoint's manifest (which has the digests of all its files)."""
     if source.is_dir():
         manifest = source / checkpoint.MANIFEST
         source = manifest if manifest.is_file() else source / "model.safetensors"
@@ -78,7 +80,7 @@ def _digest(source: Path) -> str:
 
 
 def _spec(path: Path) -> ModelSpec | None:
-    """What a run or a model folder says of its model; None of the published ones. Raises ValueError where it is damaged."""
+    """Model specification of a run or a model folder; None for published weights. Raises ValueError if it is damaged."""
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     if (run / "config.yaml").is_file():
         return spec_of(run_config(run))
@@ -86,7 +88,7 @@ def _spec(path: Path) -> ModelSpec | None:
 
 
 def _load_strictly(network: TransitionTransformer, weights: dict[str, Tensor], *, found: InitialWeights, config: Config) -> None:
-    remedy = "give the same network, or train.init_strict=false to load what fits"
+    remedy = "give the same network, or train.init_strict=false to load the matching tensors"
     if found.params is not None and found.rope is not None:
         differing = _differences(found.params, rope=found.rope, config=config)
         if differing:
@@ -98,8 +100,8 @@ def _load_strictly(network: TransitionTransformer, weights: dict[str, Tensor], *
 
 
 def _differences(params: Mapping[str, Any], *, rope: str, config: Config) -> list[str]:
-    """What makes the same tensors mean something else, under the config's keys. Where shapes differ, too, loading names the tensors."""
-    own = config.network.params.model_dump(exclude_none=True)
-    pairs = {f"network.params.{key}": (params[key], own[key]) for key in own if key in params and key not in _NOT_COMPARED}
+    """Settings that change the meaning of equal tensors, by config key. Loading reports different shapes."""
+    current = config.network.params.model_dump(exclude_none=True)
+    pairs = {f"network.params.{key}": (params[key], current[key]) for key in current if key in params and key not in _NOT_COMPARED}
     pairs["network.rope"] = rope, config.network.rope
     return [f"{key} {before}, this run has {now}" for key, (before, now) in pairs.items() if before != now]

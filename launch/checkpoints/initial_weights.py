@@ -1,4 +1,4 @@
-"""Weights of a trained network, wherever they are: a model folder, a run, a checkpoint, an official export, or a published file."""
+"""Load trained weights from a model folder, a run, a checkpoint, an official export, or a published file."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ KINDS = f"a model folder, a run, an official export ({NETWORK_FILE} and weights)
 class InitialWeights:
     """Weights under the published names, float32 or as stored, on the CPU.
 
-    source: the folder or file they were read from; params: `network.params` of their network and rope: its rotary layout, both None for
-    a bare file, which does not say.
+    source: folder or file they were read from; params, rope: `network.params` and rotary layout of their network, both None for a bare
+    file, which has no metadata.
     """
 
     source: Path
@@ -37,22 +37,22 @@ class InitialWeights:
 def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
     """Load the weights of a trained network.
 
-    A run gives those of its newest intact checkpoint (its average with `ema`), or of its `model/` where it keeps no checkpoint; a folder
-    RUN/checkpoints/step-000500 those of that step.
+    For a run, load its newest intact checkpoint (with `ema`, the average), or its `model/` if it has no checkpoint. A folder
+    RUN/checkpoints/step-000500 gives that step.
 
-    Raises ValueError naming the path where it is none of these, or damaged.
+    Raises ValueError naming the path if it is none of these, or damaged.
     """
     path = Path(path)
     if path.is_file() and path.suffix in WEIGHTS:
         return InitialWeights(path, read_weights(path), None, None)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such folder, and no file of weights; give {KINDS}")
+        raise ValueError(f"{path}: no such folder or weight file; give {KINDS}")
     if (path / "config.json").is_file():
-        return _of_model(path)
+        return _load_model_folder(path)
     if (path / "config.yaml").is_file():
-        return _of_run(path, step=None, ema=ema)
+        return _load_run(path, step=None, ema=ema)
     if path.parent.name == "checkpoints" and (path.parents[1] / "config.yaml").is_file():
-        return _of_run(path.parents[1], step=_step(path), ema=ema)
+        return _load_run(path.parents[1], step=_step(path), ema=ema)
     found = weights_file(path)
     if not (path / NETWORK_FILE).is_file():
         return InitialWeights(found, read_weights(found), None, None)
@@ -62,18 +62,18 @@ def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
 
 
 def weights_file(folder: Path) -> Path:
-    """The one file of weights in a folder. Raises ValueError where there is none, or more than one."""
+    """The single weight file in a folder. Raises ValueError if there is none, or more than one."""
     found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file())
     preferred = [file for file in found if file.name == "model.safetensors"] or found
     if not preferred:
-        raise ValueError(f"{folder}: neither a model folder nor a run folder, and without weights; give {KINDS}")
+        raise ValueError(f"{folder}: not a model folder or a run folder, and has no weight file; give {KINDS}")
     if len(preferred) > 1:
-        raise ValueError(f"{folder}: holds {', '.join(file.name for file in preferred[:3])}: name the file that is meant")
+        raise ValueError(f"{folder}: holds {', '.join(file.name for file in preferred[:3])}: give the path of one file")
     return preferred[0]
 
 
 def read_network_file(folder: Path) -> Mapping[str, Any]:
-    """`network.yaml` of an official export, parsed. Raises ValueError where it is no description of a network."""
+    """Parse `network.yaml` of an official export. Raises ValueError if it does not describe a network."""
     path = folder / NETWORK_FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def read_network_file(folder: Path) -> Mapping[str, Any]:
     return content
 
 
-def _of_model(folder: Path) -> InitialWeights:
+def _load_model_folder(folder: Path) -> InitialWeights:
     spec = read_spec(folder)
     weights = folder / "model.safetensors"
     try:
@@ -94,13 +94,13 @@ def _of_model(folder: Path) -> InitialWeights:
         raise ValueError(f"{weights}: {error}") from error
 
 
-def _of_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:
+def _load_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:
     from launch.checkpoints import checkpoint
     from launch.checkpoints.export import is_model, run_config
 
     network = run_config(run).network
     if step is None and checkpoint.newest(run) is None and is_model(run / "model"):
-        return _of_model(run / "model")
+        return _load_model_folder(run / "model")
     folder = checkpoint.find(run, step=step).folder
     return InitialWeights(folder, checkpoint.consolidate(folder, ema=ema), network.params.model_dump(exclude_none=True), network.rope)
 

@@ -1,4 +1,4 @@
-"""Whether, and with which plan, a run goes on from a checkpoint."""
+"""Check that a run can resume from a checkpoint, and restore or replace its plan."""
 
 from __future__ import annotations
 
@@ -23,16 +23,18 @@ _CONFIG_KEYS = {
 
 
 def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shapes) -> dict[str, Any]:
-    """The trainer's part of a checkpoint. Raises ConfigError if it is of another version, optimizer or network than the config's."""
+    """Trainer state of a checkpoint. Raises ConfigError if its format, optimizer or network differs from the config's."""
     folder = found.folder
     if found.metadata.format != checkpoint.FORMAT:
-        remedy = "go on with that version, or start another run; `tim export` reads its weights"
-        raise ConfigError(f"{folder} was written by an earlier version, which left the optimizer's state to DeepSpeed: {remedy}")
+        remedy = "resume with that version, or start another run; `tim export` can read its weights"
+        raise ConfigError(f"{folder} was written by an earlier version, with the optimizer's state in DeepSpeed's format: {remedy}")
     state = checkpoint.read_trainer_state(folder)
     if state["optimizer"] != config.train.optimizer:
-        raise ConfigError(f"{folder} was written with train.optimizer={state['optimizer']}, not {config.train.optimizer}: keep it")
+        raise ConfigError(
+            f"{folder} was written with train.optimizer={state['optimizer']}, not {config.train.optimizer}: resume with the same optimizer"
+        )
     if found.pieces("weights").shapes != shapes:
-        raise ConfigError(f"{folder} holds another network than the config describes: go on as before, or give another run_dir")
+        raise ConfigError(f"{folder} holds a different network than the config: restore the config, or give another run_dir")
     return state
 
 
@@ -46,33 +48,35 @@ def restore_plan(
     folder: Path,
     replan: bool = False,
 ) -> tuple[History, list[str]]:
-    """Set the plan to where a checkpoint's trainer `state` stands. Returns the run's history now, and what to say about it.
+    """Restore the plan's position from a checkpoint's trainer `state`. Returns the run's updated history, and log lines.
 
-    If the plan's inputs have changed since, it begins anew at that step where `replan` asks for it, or where the `recorded` history says
-    that a run which was stopped before its next checkpoint had done so. `target` is the planner itself, or the loader that owns it.
+    If the plan's inputs have changed, a new plan starts at that step if `replan` is set, or if the `recorded` history has this replan (of
+    a run that was stopped before its next checkpoint). `target` is the planner itself, or the loader that owns it.
 
-    Raises ConfigError naming what has changed, and the flag, if neither is the case.
+    Raises ConfigError naming the changes and the flag otherwise.
     """
-    data, past = state["data"], History.of_json(state.get("history", {}))
+    data, past = state["data"], History.from_json(state.get("history", {}))
     changes = planner.changes_since(data)
     if not changes:
         target.load_state_dict(data)
-        return past, ["--replan: nothing that the plan depends on has changed: going on with it"] * replan
+        return past, ["--replan: no effect, the inputs of the plan have not changed"] * replan
     step = data["step"]
-    said = [_in_words(change, config=config) for change in changes]
-    begun = any(each.step == step and each.plan_hash == planner.plan_hash for each in recorded.replans)
-    if not (begun or replan):
-        remedy = f"go on as before, or add --replan to go on from step {step} with weights, averages and learning rate kept and a new plan"
-        raise ConfigError(f"the plan of {folder} was another one: {'; '.join(said)}: {remedy}")
+    descriptions = [_describe_change(change, config=config) for change in changes]
+    is_recorded = any(each.step == step and each.plan_hash == planner.plan_hash for each in recorded.replans)
+    if not (is_recorded or replan):
+        remedy = (
+            f"restore the settings, or add --replan to resume from step {step} with a new plan (keeps weights, averages, learning rate)"
+        )
+        raise ConfigError(f"the plan of {folder} differs: {'; '.join(descriptions)}: {remedy}")
     target.replan(data)
-    history = past.with_replan(Replan(step=step, plan_hash=planner.plan_hash, changes=tuple(said)))
+    history = past.with_replan(Replan(step=step, plan_hash=planner.plan_hash, changes=tuple(descriptions)))
     notes = [str(history.replans[-1])]
-    if begun and replan:
-        notes.append(f"--replan: nothing that the plan depends on has changed since it was planned anew at step {step}: going on with it")
+    if is_recorded and replan:
+        notes.append(f"--replan: no effect, the inputs of the plan have not changed since the replan at step {step}")
     return history, notes
 
 
-def _in_words(change: PlanChange, *, config: Config) -> str:
-    """A change of the plan under the config's names."""
+def _describe_change(change: PlanChange, *, config: Config) -> str:
+    """Describe a change of the plan by its config key."""
     dropout = "text.caption_dropout" if config.condition == "text" else "network.params.class_dropout_prob"
     return f"{ {**_CONFIG_KEYS, 'caption_dropout': dropout}.get(change.key, change.key) } {change.said}"

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, who is writing into it, and whether a configuration may continue it."""
+"""Run folders: exclusive lock, stored configuration, and allowed changes on resume."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from launch.config.schema import Config, ConfigError, to_yaml
 
 CONFIG = "config.yaml"
 LOCK = "lock"
-DRAWS = ("text.caption_dropout", "text.caption_weights", "text.shuffle_tags", "network.params.class_dropout_prob")  # of the plan alone
-FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # the weights' meaning hangs on these
+DRAWS = (
+    "text.caption_dropout",
+    "text.caption_weights",
+    "text.shuffle_tags",
+    "network.params.class_dropout_prob",
+)  # affect only the plan, not the weights
+FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # determine the meaning of the weights
 
 
 @contextmanager
@@ -27,13 +32,13 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
     """Hold the run's lock. The operating system releases it when the process ends, even by SIGKILL.
 
     Raises:
-        ConfigError: the run is in use, or the folder holds something else than a run.
+        ConfigError: the run is in use, or the folder is not a run folder.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir {run_dir} is a file; give a folder")
-    there = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
-    if there and CONFIG not in there and there != [LOCK]:
-        raise ConfigError(f"run_dir {run_dir} holds something else than a run ({', '.join(there[:3])}); give another folder")
+    existing = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
+    if existing and CONFIG not in existing and existing != [LOCK]:
+        raise ConfigError(f"run_dir {run_dir} is not a run folder (it holds {', '.join(existing[:3])}); give another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
@@ -53,10 +58,10 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
 
 
 def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
-    """What differs from the configuration that the run was last trained with, one line a key.
+    """Differences from the configuration that the run was last trained with, one line per key.
 
     Raises:
-        ConfigError: the weights would not fit, or would mean something else.
+        ConfigError: a changed key is not compatible with the run's weights.
     """
     path = run_dir / CONFIG
     if not path.exists():
@@ -67,12 +72,12 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
     for key in changed:
         if _is_within(key, FIXED) and not _is_within(key, DRAWS):
             change = f"was {before.get(key)!r} in {path} and is {now.get(key)!r}"
-            raise ConfigError(f"{key} {change}: the run's weights do not fit; go on as before, or give another run_dir")
+            raise ConfigError(f"{key} {change}: the run's weights do not fit; restore the value, or give another run_dir")
     return [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]
 
 
 def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
-    """Write RUN/config.yaml, and as comments above it what the run's history says; and RUN/history.json."""
+    """Write RUN/config.yaml, with the run's history as leading comments, and RUN/history.json."""
     write(run_dir, history)
     comments = "".join(f"# {line}\n" for line in history.lines())
     write_atomically(run_dir / CONFIG, comments + to_yaml(config))

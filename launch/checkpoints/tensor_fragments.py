@@ -1,7 +1,7 @@
-"""Pieces of parameters: how a network's float32 weights lie scattered over the ranks, on disk and in memory.
+"""Fragments of parameters: float32 tensors sharded over ranks, on disk and in memory.
 
-Each rank writes one safetensors file with its pieces; the files together hold the network, and can be read by anybody, without DeepSpeed
-and by any number of ranks, however these cut the parameters. So lie the weights' average and the optimizer's moments, too.
+Each rank writes one safetensors file with its fragments; together the files hold the full tensors. They can be read without DeepSpeed and
+by any number of ranks with any sharding. Used for weights, their moving average and the optimizer's moments.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ class Fragment:
 
 
 def save(path: Path, fragments: Mapping[str, Fragment], *, shapes: Shapes) -> None:
-    """Write one rank's fragments, with the shapes of all of the network's parameters."""
+    """Write one rank's fragments, with the shapes of all network parameters."""
     starts = {name: fragment.start for name, fragment in fragments.items()}
     metadata = {"format": "1", "starts": json.dumps(starts), "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
     save_file({name: fragment.values.cpu().contiguous() for name, fragment in fragments.items()}, path, metadata=metadata)
 
 
 class ShardedTensors:
-    """Parameters as a checkpoint's files hold them, one file from each rank. Only what is asked for is read."""
+    """Tensors stored as one file per rank. Reads lazily."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        """Raises ValueError where a file is not one of ours."""
+        """Raises ValueError if a file does not have the expected format."""
         self.shapes: Shapes = {}
         self._pieces: dict[str, list[tuple[int, Any]]] = {}
         for path in paths:
@@ -52,7 +52,7 @@ class ShardedTensors:
         return name in self._pieces
 
     def read(self, name: str, *, start: int, stop: int) -> Tensor:
-        """Elements start … stop of a flattened parameter. Raises ValueError where the files do not cover the parameter exactly once."""
+        """Elements start … stop of a flattened parameter. Raises ValueError unless the files cover the parameter exactly once."""
         size, position, parts = math.prod(self.shapes[name]), 0, []
         for first, values in sorted(self._pieces.get(name, []), key=lambda piece: piece[0]):
             if first != position:
@@ -66,20 +66,20 @@ class ShardedTensors:
             raise ValueError(f"{name}: the ranks' fragments cover {position} of {size} elements")
         return torch.cat(parts)
 
-    def whole(self, name: str) -> Tensor:
-        """A parameter in its shape. Raises ValueError as `read`."""
+    def tensor(self, name: str) -> Tensor:
+        """Read a full parameter in its shape. Raises ValueError like `read`."""
         shape = self.shapes[name]
         return self.read(name, start=0, stop=math.prod(shape)).view(shape)
 
     @torch.no_grad()
     def read_into(self, fragments: Mapping[str, Fragment]) -> None:
-        """Set fragments, cut however they are, to what lies there in the files. Raises ValueError as `read`."""
+        """Fill fragments of any sharding from the files. Raises ValueError like `read`."""
         for name, fragment in fragments.items():
             fragment.values.copy_(self.read(name, start=fragment.start, stop=fragment.start + len(fragment.values)))
 
 
 def _open(path: Path) -> tuple[dict[str, int], Shapes, dict[str, Any]]:
-    """Where a rank's pieces begin, the network's shapes, and the pieces, not yet read."""
+    """Open one rank's file. Returns the start of each fragment, the network's shapes, and lazy slices of the fragments."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

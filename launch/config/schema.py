@@ -126,7 +126,7 @@ class Config(Section):
         return self
 
     def kind_shares(self, *, before: int | None = None) -> list[tuple[float, float]]:
-        """Shares of images with r = t and with r = 0: for the first step, then for each scheduled stage (that starts before step `before`)."""
+        """Shares of images with r = t and with r = 0: at the first step, then for each scheduled stage (starting before step `before`)."""
         first = self.objective.diffusion_share, self.objective.consistency_share
         stages = [0, *(stage.step for stage in self.plan.schedule if before is None or stage.step < before)]
         return [self.plan.kind_shares_at(step, first=first) for step in stages]

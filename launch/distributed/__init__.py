@@ -1,1 +1,1 @@
-"""Processes of one job: ranks, torchrun, devices."""
+"""Distributed processes: ranks, torchrun, devices, signals."""

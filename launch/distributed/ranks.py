@@ -1,6 +1,6 @@
-"""The ranks of a training job: their process group, and work that rank 0 or all of them do.
+"""Ranks of a training job: process group, collectives, and error handling across ranks.
 
-The only file that makes process groups for training.
+The only file that creates process groups for training.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from launch.distributed.device import choose_device
 
 Result = TypeVar("Result")
 
-GROUP_TIMEOUT = timedelta(minutes=60)  # ranks wait this long for rank 0 to check or digest a large checkpoint
+GROUP_TIMEOUT = timedelta(minutes=60)  # rank 0 may take this long to verify a large checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among all training processes. Every method that talks to others must be called by all ranks."""
+    """This process's rank in the training job. Collective methods must be called by all ranks."""
 
     rank: int
     size: int
@@ -40,7 +40,7 @@ class Ranks:
         dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks, on the CPU in the dtype given."""
+        """Sum over ranks. Returns a CPU tensor of the same dtype."""
         return self.total(values.to(self.device, copy=True)).cpu()
 
     def total(self, values: Tensor) -> Tensor:
@@ -49,30 +49,30 @@ class Ranks:
         return values
 
     def gather(self, value: Result) -> list[Result]:
-        """What every rank has, in rank order."""
+        """Values of all ranks, in rank order."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Result) -> Result:
-        """What rank 0 has."""
+        """Value of rank 0."""
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def run_on_rank0(self, action: Callable[[], Result]) -> Result:
-        """Run `action` on rank 0 and give its result to every rank; where it raises, rank 0 raises and the others exit silently."""
+        """Run `action` on rank 0 and broadcast its result. If it raises, rank 0 re-raises and the other ranks exit without output."""
         result, error = _attempt(action) if self.is_main else (None, None)
         result, code = self.broadcast((result, _exit_code(error)))
-        _raise_collectively([code], own=error)
+        _raise_collectively([code], error=error)
         return result  # pyright: ignore[reportReturnType]  (None only where _raise_collectively has raised)
 
     def run_on_all_ranks(self, action: Callable[[], Result]) -> Result:
-        """Run an `action` that talks to nobody on every rank; where some raise, the first of them does and the others exit silently."""
+        """Run `action`, which must not communicate, on every rank. If any raises, the first one re-raises and the others exit silently."""
         result, error = _attempt(action)
         codes = self.gather(_exit_code(error))
         first = next((rank for rank, code in enumerate(codes) if code is not None), None)
-        _raise_collectively(codes, own=error if first == self.rank else None)
+        _raise_collectively(codes, error=error if first == self.rank else None)
         return result  # pyright: ignore[reportReturnType]  (None only where _raise_collectively has raised)
 
 
@@ -87,10 +87,10 @@ def _exit_code(error: Exception | None) -> int | None:
     return None if error is None else 2 if isinstance(error, ValueError) else 1
 
 
-def _raise_collectively(codes: Sequence[int | None], *, own: Exception | None) -> None:
-    """One line says what is wrong, not one from every rank."""
-    if own is not None:
-        raise own
+def _raise_collectively(codes: Sequence[int | None], *, error: Exception | None) -> None:
+    """Raise on one rank and exit on the others, so that an error is reported once."""
+    if error is not None:
+        raise error
     code = next((code for code in codes if code is not None), None)
     if code is not None:
         raise SystemExit(code)
@@ -98,9 +98,9 @@ def _raise_collectively(codes: Sequence[int | None], *, own: Exception | None) -
 
 @contextmanager
 def process_group() -> Iterator[Ranks]:
-    """Join the processes that torchrun started (or be the only one), and leave cleanly at the end.
+    """Join the process group of torchrun, or create one with a single process. Destroy it at the end.
 
-    CUDA with NCCL where a GPU is visible, else the CPU with gloo. The group is destroyed also when the body fails: ZeRO-3 aborts otherwise.
+    Uses NCCL if a GPU is visible, else gloo. The group is destroyed even if the body fails, because ZeRO-3 aborts otherwise.
     """
     device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
@@ -108,16 +108,16 @@ def process_group() -> Iterator[Ranks]:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
     backend = "nccl" if device.type == "cuda" else "gloo"
-    is_alone = "RANK" not in os.environ
-    if not is_alone:
+    is_single = "RANK" not in os.environ
+    if not is_single:
         dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
     else:
-        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed wants to read it
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:
-        owner = sys.modules.get("deepspeed.comm")  # forgets its copies of the groups, too, so that this process can train again
-        (owner if owner is not None and owner.is_initialized() else dist).destroy_process_group()
-        if is_alone:
-            os.environ.pop("LOCAL_RANK", None)  # accelerate would take this process for one of several
+        comm = sys.modules.get("deepspeed.comm")  # also clears DeepSpeed's references to the groups, so that this process can train again
+        (comm if comm is not None and comm.is_initialized() else dist).destroy_process_group()
+        if is_single:
+            os.environ.pop("LOCAL_RANK", None)  # accelerate would assume several processes

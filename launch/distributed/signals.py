@@ -1,4 +1,4 @@
-"""Signals that ask a training process to save and leave."""
+"""Signal handling: save and exit on SIGTERM, SIGINT and SIGHUP."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from types import FrameType
 
 @dataclass(slots=True)
 class Signals:
-    """The last signal that came, None before the first."""
+    """The last received signal; None before the first."""
 
     caught: int | None = None
 
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Note SIGTERM, SIGINT and SIGHUP instead of dying of them: the loop saves and leaves. A second SIGINT interrupts at once.
+    """Record SIGTERM, SIGINT and SIGHUP instead of exiting, so that the loop can save first. A second SIGINT interrupts at once.
 
-    The loader's processes pay no heed: they end when it closes them, or with it.
+    Loader processes, which inherit the handlers, ignore the signals: the loader ends them.
     """
-    signals, owner = Signals(), os.getpid()
+    signals, pid = Signals(), os.getpid()
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != owner:
+    def record(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != pid:
             return
         if signals.caught == signal.SIGINT == number:
             raise KeyboardInterrupt
         signals.caught = number
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    previous = {number: signal.signal(number, record) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         yield signals
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Starting processes: one training process per device, by torchrun, and never one left behind.
+"""Start one training process per device with torchrun, and leave no orphan processes.
 
-Workers ask the kernel to be killed with their launcher, so that not even `kill -9` of the launcher leaves one. SIGTERM, SIGINT and
-SIGHUP are passed on to the workers, which save and leave with code 75; the launcher waits for them as long as that takes.
+The kernel kills workers when their launcher dies, even by `kill -9`. SIGTERM, SIGINT and SIGHUP are forwarded to the workers, which save
+and exit with code 75; the launcher waits for them without a timeout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 LAUNCHER = "TIM_LAUNCHER_PID"
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1
 
 
@@ -32,16 +32,16 @@ def launch(
     rdzv_endpoint: str | None = None,
     options: Sequence[str] = (),
 ) -> int:
-    """Train with `nproc_per_node` processes on each of `nnodes` machines; run it once on every machine. Returns the exit code.
+    """Train with `nproc_per_node` processes on each of `nnodes` machines. Run it once on every machine. Returns the exit code.
 
     Args:
         config: a YAML file or a recipe's name.
-        node_rank: which of the machines this one is.
-        rdzv_endpoint: host:port of machine 0 where all of them meet; needed with more than one.
-        options: passed to `tim train` before the config, e.g. `--debug`.
+        node_rank: index of this machine.
+        rdzv_endpoint: host:port of machine 0 for the rendezvous; required with more than one machine.
+        options: options of `tim train`, placed before the config, e.g. `--debug`.
 
     Raises:
-        ValueError: an impossible layout.
+        ValueError: an invalid layout.
     """
     arguments = torchrun_arguments(
         config,
@@ -56,7 +56,7 @@ def launch(
 
 
 def run_in_processes(command: Sequence[str], *, processes: int) -> int:
-    """Run `tim COMMAND…` in so many processes on this machine, which find each other by what torchrun tells them. Returns the exit code."""
+    """Run `tim COMMAND…` in `processes` processes on this machine, connected by torchrun. Returns the exit code."""
     arguments = ["--nnodes=1", f"--nproc-per-node={processes}", "--standalone", "--signals-to-handle=SIGQUIT", "-m", "launch.cli"]
     return _torchrun([*arguments, *command], processes=processes)
 
@@ -66,8 +66,8 @@ def _torchrun(arguments: Sequence[str], *, processes: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.update(worker_environment(processes))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers say themselves why they end
-    with _passing_signals_on():
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers report their own errors
+    with _forwarded_signals():
         try:
             torchrun.run(torchrun.parse_args(list(arguments)))
         except ChildFailedError as failed:
@@ -77,7 +77,7 @@ def _torchrun(arguments: Sequence[str], *, processes: int) -> int:
 
 
 def command_line(arguments: Sequence[str], *, nproc_per_node: int) -> str:
-    """What `launch` amounts to, to be typed in a shell: for `--dry-run`."""
+    """Shell command equivalent to `launch`, for `--dry-run`."""
     environment = {key: value for key, value in worker_environment(nproc_per_node).items() if key != LAUNCHER}
     settings = [f"{key}={value}" for key, value in environment.items()]
     return shlex.join(["env", *settings, sys.executable, "-m", "torch.distributed.run", *arguments])
@@ -93,37 +93,37 @@ def torchrun_arguments(
     rdzv_endpoint: str | None,
     options: Sequence[str] = (),
 ) -> list[str]:
-    """The arguments of torchrun. Raises ValueError for an impossible layout."""
+    """Arguments of torchrun. Raises ValueError for an invalid layout."""
     if nproc_per_node < 1 or nnodes < 1:
         raise ValueError(f"--nproc-per-node {nproc_per_node} --nnodes {nnodes}: both must be at least 1")
     if not 0 <= node_rank < nnodes:
-        raise ValueError(f"--node-rank {node_rank}: with --nnodes {nnodes} it is between 0 and {nnodes - 1}")
+        raise ValueError(f"--node-rank {node_rank}: must be between 0 and {nnodes - 1} with --nnodes {nnodes}")
     if nnodes > 1 and not rdzv_endpoint:
         raise ValueError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, the machine of node rank 0 and a free port")
     if nnodes == 1:
-        meeting = ["--standalone"]
+        rendezvous = ["--standalone"]
     else:
         host, _, port = str(rdzv_endpoint).rpartition(":")
         if not host or not port.isdigit():
             raise ValueError(f"--rdzv-endpoint {rdzv_endpoint}: give HOST:PORT")
-        meeting = ["--rdzv-backend=static", f"--master-addr={host}", f"--master-port={port}", f"--node-rank={node_rank}"]
-    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *meeting]
+        rendezvous = ["--rdzv-backend=static", f"--master-addr={host}", f"--master-port={port}", f"--node-rank={node_rank}"]
+    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous]
     return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
 
 
 def cores() -> int:
-    """The cores that this process may use."""
+    """Number of CPU cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_environment(nproc_per_node: int) -> dict[str, str]:
-    """What the workers find in their environment. Threads: processes × threads must not exceed the cores."""
+    """Environment variables for workers. Threads are limited so that processes × threads does not exceed the cores."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores() // nproc_per_node))
     return {LAUNCHER: str(os.getpid()), "OMP_NUM_THREADS": threads}
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this worker when its launcher dies; leave at once if it is gone already. Linux; no-op outside torchrun."""
+    """Have the kernel kill this worker when its launcher dies; exit if it is already dead. Linux only; no-op outside torchrun."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     launcher = int(os.environ.get(LAUNCHER, os.getppid()))
@@ -133,18 +133,18 @@ def die_with_launcher() -> None:
 
 
 @contextmanager
-def _passing_signals_on() -> Iterator[None]:
-    """Pass signals on to the workers and keep waiting for them: torchrun itself would kill them after 30 seconds."""
+def _forwarded_signals() -> Iterator[None]:
+    """Forward signals to the workers and keep waiting for them; torchrun itself would kill them after 30 seconds."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         for child in _children():
             os.kill(child, signal.SIGTERM)
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 

@@ -1,1 +1,1 @@
-"""Draw images from a trained model."""
+"""Sample images from a trained model."""

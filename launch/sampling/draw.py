@@ -16,7 +16,7 @@ from launch.arguments import round_sizes
 from launch.caption_lengths import cut_prompts
 from launch.console import Console
 from launch.sampling.image_grid import grid
-from launch.sampling.model_source import OWN, Replacements, generator_of, open_model
+from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
 from pipeline.storage.atomic import publish
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """One image that was drawn; its PNG carries prompt, steps, guidance and seed as text chunks.
+    """A sampled image. Its PNG has prompt, steps, guidance and seed as text chunks.
 
-    The prompt is a text, or the number of a class; height and width in pixels; evaluations: forwards of the network that it took.
+    prompt: text or class number; height and width in pixels; evaluations: number of network evaluations.
     """
 
     path: Path
@@ -42,7 +42,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """How images are drawn. Steps, guidance and interval of None are the model's own; `times` are stepped through instead of `steps`."""
+    """Sampling settings. None in steps, guidance and interval means the model's default; `times` replaces `steps`."""
 
     steps: Sequence[int] | None = None
     guidance: float | None = None
@@ -52,8 +52,8 @@ class DrawSettings:
     interval: tuple[float, float] | None = None
     stochasticity: float = 0.0
 
-    def completed(self, defaults: Mapping[str, Any]) -> DrawSettings:
-        """Without a None in steps and guidance; with `times`, the number of steps is theirs."""
+    def with_defaults(self, defaults: Mapping[str, Any]) -> DrawSettings:
+        """Fill in steps and guidance. With `times`, the number of steps follows from them."""
         steps = [len(self.times) - 1] if self.times is not None else self.steps or [int(defaults["steps"])]
         return replace(self, steps=steps, guidance=float(defaults["guidance"]) if self.guidance is None else self.guidance)
 
@@ -66,23 +66,23 @@ def draw(
     settings: DrawSettings,
     out: Path,
     recipe: str | None = None,
-    replacements: Replacements = OWN,
+    replacements: Replacements = NO_REPLACEMENTS,
     console: Console,
 ) -> tuple[list[Drawing], Path]:
-    """Draw every prompt at every size (height, width) in every number of steps. Returns the drawings and the path of the grid.
+    """Sample every prompt at every size (height, width) with every number of steps. Returns the images and the path of the grid.
 
-    `model` is a model folder, a run folder (then its `model/`, or its newest checkpoint exported, is used), an official export, or a file
-    of weights of the network in `recipe`; `replacements` are other places of its codec, text encoder and tokenizer. All drawings of one
-    prompt and size start from the same noise: a row of the grid shows what more steps add.
+    `model` is a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for
+    the network in `recipe`. `replacements` are other paths of its codec, text encoder and tokenizer. All images of one prompt and size
+    start from the same noise, so a row of the grid shows the effect of more steps.
 
     Raises:
-        ValueError: `model` is none of these, `out` is a file, a size is below the model's stride, or a prompt is not for this model.
+        ValueError: `model` is none of these, `out` is a file, a size is below the model's stride, or the model does not accept a prompt.
     """
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: a file has this name; name a folder")
+        raise ValueError(f"--out {out}: is a file; give a folder")
     generator = _open_generator(model, recipe=recipe, replacements=replacements, console=console)
     _check_prompts(generator, prompts, negative=settings.negative, console=console)
-    settings = settings.completed(generator.spec.sampling)
+    settings = settings.with_defaults(generator.spec.sampling)
     rounded, remarks = round_sizes(sizes, stride=generator.stride)
     for remark in remarks:
         console.line(remark)
@@ -96,7 +96,7 @@ def draw(
         report("draw", 0, total)
         for (number, prompt), (height, width) in product(enumerate(prompts), rounded):
             row = _draw_row(generator, prompt, height=height, width=width, settings=settings)
-            out.mkdir(parents=True, exist_ok=True)  # not before: a refused argument leaves nothing behind
+            out.mkdir(parents=True, exist_ok=True)  # only here, so that a rejected argument leaves no folder
             for image, count in zip(row, steps, strict=True):
                 path = out / f"{number:02d}-{_slug(_name(prompt))}-{width}x{height}-steps{count}-seed{settings.seed}.png"
                 drawings.append(_write_drawing(path, image, prompt=prompt, steps=count, settings=settings))
@@ -110,17 +110,17 @@ def draw(
 
 
 def _open_generator(model: Path, *, recipe: str | None, replacements: Replacements, console: Console) -> Generator:
-    network, spec = open_model(model, recipe=recipe, replacements=replacements, say=console.line)
+    network, spec = open_model(model, recipe=recipe, replacements=replacements, log=console.line)
 
     from launch.distributed.device import choose_device
 
     device = choose_device()
-    console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is present)")
-    return generator_of(network, spec, device=device)
+    console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is available)")
+    return make_generator(network, spec, device=device)
 
 
 def _check_prompts(generator: Generator, prompts: Sequence[str | int], *, negative: str | None, console: Console) -> None:
-    """Refuse prompts that are not for this model; name those that its text encoder cuts."""
+    """Reject prompts that the model does not accept; warn about those that its text encoder truncates."""
     generator.check(prompts)
     if generator.text is None:
         return
@@ -130,7 +130,7 @@ def _check_prompts(generator: Generator, prompts: Sequence[str | int], *, negati
 
 
 def _draw_row(generator: Generator, prompt: str | int, *, height: int, width: int, settings: DrawSettings) -> list[Image.Image]:
-    """One prompt at one size, in every number of steps."""
+    """Sample one prompt at one size with every number of steps."""
     steps = list(settings.steps or ())
     return generator(
         [prompt] * len(steps),
@@ -166,7 +166,7 @@ def _name(prompt: str | int) -> str:
 
 
 def _write_png(path: Path, image: Image.Image, *, metadata: dict[str, object]) -> None:
-    """Write a PNG with text chunks, whole or not at all."""
+    """Write a PNG with text chunks, atomically."""
     chunks = PngInfo()
     for name, value in metadata.items():
         chunks.add_itxt(name, str(value))

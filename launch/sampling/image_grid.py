@@ -1,4 +1,4 @@
-"""Images of different sizes in one labelled grid, as `tim sample`, `tim demo` and the trainer's previews show them."""
+"""Labelled grid of images of different sizes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from PIL import Image, ImageDraw, ImageFont
 GAP = 12
 FONT_SIZE = 16
 LABEL_CHARACTERS = 28
-SMALL = 160  # images whose longest side is below this are enlarged, so that a person sees them
-LARGEST_GRID = 6144  # pixels a side; a grid that would be larger is scaled down as a whole
+SMALL = 160  # images with a longest side below this are enlarged for viewing
+LARGEST_GRID = 6144  # pixels per side; a larger grid is scaled down
 
 
 def grid(images: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
-    """One white RGB image: `images[row][column]` with its labels on the left and on top.
+    """Arrange `images[row][column]` on white, with row labels on the left and column labels on top. Returns an RGB image.
 
-    Cells are as high as the highest image of their row and as wide as the widest of their column. All images are shown at
-    one scale: enlarged by a whole number if all are small, reduced if the grid would exceed `LARGEST_GRID` pixels a side.
+    Cells have the height of the tallest image in their row and the width of the widest in their column. All images have the same scale:
+    enlarged by an integer factor if all are small, reduced if the grid would exceed `LARGEST_GRID` pixels per side.
 
     Raises:
-        ValueError: rows of different lengths, no image at all, or labels that do not match.
+        ValueError: no image, rows of different lengths, or a wrong number of labels.
     """
     if not images or not images[0] or any(len(row) != len(images[0]) for row in images):
         raise ValueError("a grid needs at least one image, and the same number of images in every row")
@@ -80,7 +80,7 @@ def _resized(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _printable(label: str) -> str:
-    """Pillow's own font has no multiplication sign."""
+    """Replace ×, which Pillow's default font does not have."""
     return label.replace("×", "x")
 
 

@@ -1,4 +1,4 @@
-"""Build the parts of a run, each from its own section of the configuration."""
+"""Build the components of a run, each from its own section of the configuration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that a step needs. parameters: their number in the network."""
+    """Components that a training step needs. parameters: number of network parameters."""
 
     planner: Planner
     loader: Loader
@@ -46,10 +46,10 @@ class Parts:
 
 
 def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> Parts:
-    """Build all parts; all ranks call it alike. `is_new`: the run begins, with the weights of `train.init` if there are any.
+    """Build all components. Must be called by all ranks. `is_new`: a new run, which loads the weights of `train.init` if given.
 
     Raises:
-        ValueError: a frozen model that cannot be loaded or does not fit the network.
+        ValueError: a frozen model cannot be loaded or does not match the network.
     """
     features = planner.corpora[0].features
     cached = () if features is None else features.parts
@@ -104,7 +104,7 @@ def make_codec(section: CodecConfig, *, device: torch.device) -> Codec:
 
 
 def make_encoder(section: TextConfig, *, width: int | None, device: torch.device) -> TextEncoder:
-    """The text encoder. Raises ConfigError if it cannot be loaded, or its features are not as wide as the network's."""
+    """Load the text encoder. Raises ConfigError if it cannot be loaded or its feature width differs from the network's."""
     try:
         return encoders.make(
             section.kind,
@@ -120,11 +120,11 @@ def make_encoder(section: TextConfig, *, width: int | None, device: torch.device
 
 
 def make_teacher(section: AlignmentConfig, *, width: int, device: torch.device, precision: str) -> AlignmentTeacher:
-    """The alignment teacher. Raises ConfigError if its features are not as wide as the network's projection."""
-    assert section.path is not None, "check_models has seen to it"
+    """Load the alignment teacher. Raises ConfigError if its feature width differs from the network's projection."""
+    assert section.path is not None, "checked by check_models"
     teacher = alignment.make(section.kind, section.path, device=device, precision=precision)
     if teacher.width != width:
-        raise ConfigError(f"network.params.z_dim: {width} given, but the teacher {section.path} is {teacher.width} wide")
+        raise ConfigError(f"network.params.z_dim: got {width}, but the teacher {section.path} has width {teacher.width}")
     return teacher
 
 
@@ -163,7 +163,7 @@ def make_loader(config: Config, planner: Planner, *, ranks: Ranks, stochastic_co
 
 
 def make_cache(section: LoaderConfig) -> ShardCache | None:
-    """The local cache of remote shards, if there is one."""
+    """The local cache of remote shards; None if it is not configured."""
     return None if section.cache is None else ShardCache(section.cache.dir, limit=section.cache.bytes)
 
 
@@ -177,7 +177,7 @@ def make_engine(section: TrainConfig, network: TransitionTransformer, *, ranks: 
 
 
 def execution(section: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """Arguments of `TransitionTransformer.configure_execution`. Raises ConfigError for an attention that this device lacks."""
+    """Arguments of `TransitionTransformer.configure_execution`. Raises ConfigError for an unsupported attention backend."""
     dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     try:

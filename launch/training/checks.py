@@ -1,4 +1,4 @@
-"""Check, before training, that a run's frozen models exist and that cached features were made by them."""
+"""Checks before training: frozen models exist, and cached features were computed with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipeline.features.manifest import Features
 
 
 def check_models(config: Config) -> None:
-    """Raises ConfigError if a frozen model that has to be run cannot be: codec, text encoder or alignment teacher."""
+    """Raise ConfigError if a required codec, text encoder or alignment teacher is not available."""
     from tim import codecs
     from tim.text import encoders
 
@@ -25,13 +25,13 @@ def check_models(config: Config) -> None:
             encoders.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
     except ValueError as error:
         raise ConfigError(f"text.path: {error}") from error
-    alignment = config.objective.alignment
-    if alignment is not None and alignment.path is None and "teacher" not in parts:
+    teacher = config.objective.alignment
+    if teacher is not None and teacher.path is None and "teacher" not in parts:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")
 
 
 def check_features(features: Features, config: Config) -> None:
-    """Refuse features of another codec, text encoder or teacher than the config's."""
+    """Raise ConfigError for features of a codec, text encoder or teacher other than the configured one."""
     from tim import codecs
     from tim.pretrained import weight_files
     from tim.text import encoders
@@ -40,28 +40,28 @@ def check_features(features: Features, config: Config) -> None:
         geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
         path = config.codec.path
         weights = {} if path is None else {"digest": codecs.digest(path)}
-        _expect(features, "codec", found=features.codec, wanted={"kind": config.codec.kind, **weights, **geometry})
+        _expect(features, "codec", actual=features.codec, expected={"kind": config.codec.kind, **weights, **geometry})
     if features.text is not None and config.network.params.cap_feat_dim is not None:
-        words = config.text
-        weights = {} if words.path is None else {"digest": encoders.digest(words.kind, words.path, tokenizer_path=words.tokenizer)}
-        settings = words.model_dump(include={"max_tokens", "precision"})
-        wanted = {"kind": words.kind, **weights, "width": config.network.params.cap_feat_dim, **settings}
-        _expect(features, "text", found=features.text, wanted=wanted)
+        text = config.text
+        weights = {} if text.path is None else {"digest": encoders.digest(text.kind, text.path, tokenizer_path=text.tokenizer)}
+        settings = text.model_dump(include={"max_tokens", "precision"})
+        expected = {"kind": text.kind, **weights, "width": config.network.params.cap_feat_dim, **settings}
+        _expect(features, "text", actual=features.text, expected=expected)
     if (alignment := config.objective.alignment) is not None and features.teacher is not None:
         weights = {} if alignment.path is None else {"digest": weight_files.digest(alignment.path)}
-        wanted = {"kind": alignment.kind, **weights, "width": config.network.params.z_dim}
-        _expect(features, "teacher", found=features.teacher, wanted=wanted)
+        expected = {"kind": alignment.kind, **weights, "width": config.network.params.z_dim}
+        _expect(features, "teacher", actual=features.teacher, expected=expected)
 
 
 def _cached_parts(config: Config) -> set[str]:
-    """What is read from features in all corpora."""
-    read = [set(Features.open(entry.features).parts) if entry.features else set() for entry in config.corpus]
-    return set.intersection(*read) if read else set()
+    """Model outputs that all corpora provide as cached features."""
+    cached = [set(Features.open(entry.features).parts) if entry.features else set() for entry in config.corpus]
+    return set.intersection(*cached) if cached else set()
 
 
-def _expect(features: Features, section: str, *, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key, value in wanted.items():
-        if found.get(key) != value:
+def _expect(features: Features, section: str, *, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for key, value in expected.items():
+        if actual.get(key) != value:
             raise ConfigError(
-                f"features {features.path} are of {section}.{key} {found.get(key)}, the config says {value}: encode with that"
+                f"features {features.path} were encoded with {section}.{key} {actual.get(key)}, the config has {value}: encode them again"
             )

@@ -1,6 +1,6 @@
-"""Exponential moving average of the weights, sharded like the optimizer: each rank averages the float32 masters that it owns.
+"""Exponential moving average (EMA) of the weights, sharded like the optimizer state: each rank averages its own float32 weights.
 
-No communication and no second copy of the network: 4 bytes per parameter, divided by the number of ranks.
+No communication. Memory: 4 bytes per parameter, divided by the number of ranks.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from launch.checkpoints.tensor_fragments import Fragment
 
 
 def decay_at(updates: int, *, decay: float) -> float:
-    """The decay after `updates` earlier updates: it warms up, so that a short run's average is not its random start."""
+    """Decay after `updates` updates. It warms up, so that a short run's average is not dominated by the random initialization."""
     return min(decay, (1 + updates) / (10 + updates))
 
 
 class ShardedEMA:
-    """The average of this rank's fragments; `decay` 0 makes it a copy of the weights."""
+    """Moving average of this rank's fragments; with `decay` 0 it equals the weights."""
 
     def __init__(self, fragments: Mapping[str, Fragment], *, decay: float) -> None:
         self.decay = decay
         self.average = {name: Fragment(fragment.start, fragment.values.clone()) for name, fragment in fragments.items()}
 
     def update(self, fragments: Mapping[str, Fragment], *, updates: int) -> None:
-        """Move towards the weights. updates: how many updates went before."""
+        """Move the average towards the weights. updates: number of previous updates."""
         rate = 1 - decay_at(updates, decay=self.decay)
         for name, fragment in fragments.items():
             self.average[name].values.lerp_(fragment.values, rate)

@@ -1,7 +1,7 @@
-"""The DeepSpeed engine: the only file that imports deepspeed.
+"""DeepSpeed engine. The only file that imports deepspeed.
 
-A step is: `accumulate` once per pack, the same number of times on every rank, then `step`. Gradients are summed over packs and ranks
-and divided by the step's planned image count, so they do not depend on how images fall into packs and ranks.
+A step calls `accumulate` once per pack, the same number of times on every rank, then `step`. Gradients are summed over packs and ranks
+and divided by the step's planned image count, so they do not depend on how images are distributed over packs and ranks.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from launch.distributed.ranks import Ranks
 from launch.training.muon import Muon, hidden_matrices
 from pipeline.foreign_warnings import HIDDEN
 
-ADAM_EPSILON = 1e-6  # as TiM was trained
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # torch's names, and Muon's
+ADAM_EPSILON = 1e-6  # as in the published TiM training
+MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # state keys of torch's AdamW and our Muon
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """grad_norm: norm of the averaged gradient over all parameters before clipping; applied: False where it was not finite."""
+    """Result of a step. grad_norm: total gradient norm before clipping; applied: False if the gradient was not finite."""
 
     grad_norm: float
     applied: bool
@@ -37,7 +37,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class _Share:
-    """What this rank owns of a parameter: `count` elements from `start` on, which lie from `offset` on in a vector of its weights."""
+    """Elements `start` … `start + count` of a parameter, owned by this rank and stored at `offset` in a flat vector of weights."""
 
     start: int
     weights: Tensor
@@ -45,12 +45,12 @@ class _Share:
     count: int
 
     def of(self, vector: Tensor) -> Fragment:
-        """The same piece of the weights, or of a vector of moments beside them, as a view."""
+        """View of this share in the weights, or in a moments vector with the same layout."""
         return Fragment(self.start, vector.detach()[self.offset : self.offset + self.count])
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO, with torch's AdamW or Muon. Call it like the network; weights stay in float32."""
+    """A network under DeepSpeed ZeRO with AdamW or Muon. Call it like the network. Weights stay in float32."""
 
     def __init__(
         self,
@@ -76,23 +76,23 @@ class Engine:
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
         self._shares = dict(_shares(self._engine, shapes=self.shapes, stage=stage, rank=ranks.rank))
-        self.updates = 0  # steps that were applied
+        self.updates = 0  # number of applied steps
 
     def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
         return self._engine(*inputs, return_alignment=True) if return_alignment else self._engine(*inputs)
 
     @property
     def module(self) -> nn.Module:
-        """The network itself: forwards through it use no autocast and keep no gradient of their own."""
+        """The wrapped network. Forward passes through it bypass DeepSpeed's autocast and gradient handling."""
         return self._engine.module
 
     def accumulate(self, loss: Tensor, *, count: int, last: bool) -> None:
-        """Backward of one pack. loss: sum over its images; count: images planned in the step, all ranks; last: the step's last pack."""
+        """Backward pass of one pack. loss: sum over its images; count: images planned in the step on all ranks; last: last pack."""
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * (self.ranks.size / count), scale_wrt_gas=False)
 
     def step(self, *, lr: float) -> StepResult:
-        """Update the weights from what was accumulated. A gradient that is not finite is dropped on all ranks alike."""
+        """Update the weights from the accumulated gradients. If they are not finite, all ranks skip the update."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
@@ -102,29 +102,29 @@ class Engine:
         return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=applied)
 
     def fragments(self) -> dict[str, Fragment]:
-        """The float32 master weights that this rank owns, as views: together, the ranks' fragments are the whole network."""
+        """Views of the float32 master weights owned by this rank. The fragments of all ranks cover the whole network."""
         return {name: share.of(share.weights) for name, share in self._shares.items()}
 
     def moments(self) -> dict[str, dict[str, Fragment]]:
-        """What the optimizer remembers of gradients, by kind and parameter, as views like `fragments`; empty before the first update."""
-        found: dict[str, dict[str, Fragment]] = {kind: {} for kind in self._kinds}
+        """Views of the optimizer's moments by kind and parameter, like `fragments`; empty before the first update."""
+        moments: dict[str, dict[str, Fragment]] = {kind: {} for kind in self._kinds}
         for name, share in self._shares.items():
             state = self._optimizer.state.get(share.weights, {})
             for kind in self._kinds:
                 if kind in state:
-                    found[kind][name] = share.of(state[kind])
-        return found
+                    moments[kind][name] = share.of(state[kind])
+        return moments
 
     def load(self, pieces: Callable[[str], ShardedTensors], *, updates: int) -> None:
-        """Continue with the weights and moments that other ranks had, however many, after so many updates; all ranks call it.
+        """Load weights and moments saved by any number of ranks after `updates` updates. Must be called by all ranks.
 
-        pieces: what they wrote of "weights" and of each kind of moments. Every rank reads only what it owns now.
+        pieces: opens the saved "weights", or moments of one kind. Each rank reads only the elements that it owns.
         """
         zero = self._engine.optimizer
         if self.stage == 3:
-            zero.checkpoint_event_prologue()  # small parameters, too, lie in shares only
+            zero.checkpoint_event_prologue()  # partitions the small parameters, too
         pieces("weights").read_into(self.fragments())
-        if self.stage == 3:  # as after an update: the network takes over the masters
+        if self.stage == 3:  # copy the master weights to the network, as after an update
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             zero.checkpoint_event_epilogue()
@@ -138,7 +138,7 @@ class Engine:
         self.updates = updates
 
     def _moment(self, kind: str, share: _Share) -> Tensor:
-        """The vector of moments beside a vector of weights; zero where there was none."""
+        """Moments vector for the weights of `share`; created with zeros if missing."""
         state = self._optimizer.state[share.weights]
         if kind not in state:
             state[kind] = torch.zeros_like(share.weights)
@@ -149,7 +149,7 @@ class Engine:
 
 
 def _shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tuple[str, _Share]]:
-    """What this rank owns, by parameter. DeepSpeed (0.19) has no public name for it in stages 1 and 2, nor before the first update in 3."""
+    """Yield this rank's share of each parameter. DeepSpeed 0.19 has no public API in stages 1 and 2, or before the first update in 3."""
     zero = engine.optimizer
     for name, parameter in engine.module.named_parameters():
         if stage == 3:
@@ -167,7 +167,7 @@ def _shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[t
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
-    """Matrices decay; biases and gains do not. With `muon`, the hidden matrices come in a group that says their shapes."""
+    """Matrices decay; biases and gains do not. With `muon`, the hidden matrices form a group with their shapes."""
     hidden = hidden_matrices(network) if muon else []
     taken = {id(parameter) for parameter in hidden}
     others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
@@ -180,10 +180,10 @@ def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) ->
 
 
 def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:
-    """Every key on which the result depends, stated: DeepSpeed's defaults have changed between releases.
+    """DeepSpeed configuration with every key that affects the result, because its defaults change between releases.
 
-    The batch sizes are a formality: a step's packs are accumulated by `Engine.accumulate`. Autocast leaves weights, their gathering
-    and gradient sums in float32 (`lower_precision_safe_modules: []`), so that the derivative can be evaluated in float32.
+    The batch sizes have no effect: `Engine.accumulate` accumulates a step's packs. Autocast keeps weights, their gathering and gradient
+    accumulation in float32 (`lower_precision_safe_modules: []`), so that the derivative can be evaluated in float32.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
@@ -201,22 +201,23 @@ def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, A
 
 
 def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
-    """Decorate as `torch.compile` does, and leave the function as it is."""
+    """Replacement for `torch.compile` that returns the function unchanged."""
     return (lambda decorated: decorated) if function is None else function
 
 
-def _can_be_acted_on(record: logging.LogRecord) -> bool:
-    """Whether a line of DeepSpeed's log is for our users: that it does not know our Muon is not."""
+def _is_relevant_to_users(record: logging.LogRecord) -> bool:
+    """Log filter: hide DeepSpeed's warning that it has not tested our Muon."""
     return HIDDEN not in os.environ or "untested optimizer" not in record.getMessage()
 
 
 def _import_deepspeed() -> Any:
     """Import DeepSpeed and attach it to the process group.
 
-    ZeRO imports DeepSpeed's own Muon, which is compiled as it is imported: four seconds of TorchInductor for what is not used here.
+    ZeRO imports DeepSpeed's own Muon, which is unused here but compiles on import: `torch.compile` is disabled meanwhile, which saves
+    four seconds.
 
-    On a CPU it would first compile a shared-memory collective, 30 seconds or more and a compiler needed, which under torchrun it then
-    does not use: gloo does the work either way. Declared incompatible, it is left out.
+    On a CPU, DeepSpeed would compile a shared-memory collective (30 seconds or more, needs a compiler) that it does not use under
+    torchrun: gloo is used either way. Marked as incompatible, it is not compiled.
     """
     try:
         import deepspeed
@@ -226,7 +227,7 @@ def _import_deepspeed() -> Any:
             raise
         raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8,<0.20'") from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").addFilter(_can_be_acted_on)
+    logging.getLogger("DeepSpeed").addFilter(_is_relevant_to_users)
     with mock.patch.object(torch, "compile", _uncompiled):
         import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

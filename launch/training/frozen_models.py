@@ -1,4 +1,4 @@
-"""The frozen models of a run, and what they make of a pack: latents, the condition, the alignment teacher's tokens."""
+"""Frozen models of a run and their outputs for a pack: latents, condition, tokens of the alignment teacher."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tim.text.encoders import TextEncoder
 
 @dataclass(frozen=True, slots=True)
 class FrozenModels:
-    """Codec, text encoder and alignment teacher. Each is None where it is not used, or where all corpora bring its features.
+    """Codec, text encoder and alignment teacher. Each is None if it is unused or all corpora provide its features.
 
-    empty_text: features (M, F) of the empty caption where captions are cached; null_class: the network's class for "no class";
+    empty_text: features (M, F) of the empty caption if captions are cached; null_class: the network's class for "no class";
     stride: pixels per side of a token.
     """
 
@@ -47,21 +47,21 @@ class FrozenModels:
         return self._condition(batch.captions, batch.labels, batch.texts)
 
     def no_condition(self, images: int) -> Condition:
-        """The condition of as many images without caption or class."""
+        """Unconditional input for a number of images."""
         empty = None if self.empty_text is None else [self.empty_text] * images
         return self._condition([""] * images, torch.full((images,), -1), empty)
 
     def teacher_tokens(self, batch: Batch) -> Tensor | None:
-        """The teacher's tokens (T, z_dim) of a pack, None without alignment."""
+        """Teacher tokens (T, z_dim) of a pack; None without alignment."""
         if self.teacher is None:
             return batch.teacher
         return self.teacher.tokens(batch.images, [(image.shape[1] // self.stride, image.shape[2] // self.stride) for image in batch.images])
 
     def _condition(self, captions: Sequence[str], classes: Tensor, texts: Sequence[Tensor] | None) -> Condition:
-        """texts: features of the captions, where they are cached. Class −1 is none."""
+        """texts: cached features of the captions, if any. Class −1 means no class."""
         if self.encoder is not None:
             return PackedText.from_features(self.encoder.encode(captions))
         if texts is not None and self.reads_text:
             return PackedText.from_features([text.to(self.device) for text in texts])
-        null_class = 0 if self.null_class is None else self.null_class  # without one, only the dummy of an empty pack has no class
+        null_class = 0 if self.null_class is None else self.null_class  # without a null class, only dummy images have no class
         return classes.where(classes >= 0, null_class).to(self.device)

@@ -1,7 +1,7 @@
-"""The EMA network that guidance puts into the training target: a whole copy on every rank, in low precision.
+"""EMA network for guidance in the training target: a full low-precision copy on every rank.
 
-The EMA weights are sharded over the ranks (`launch.training.ema`); every n-th step the copy is updated from them, one parameter at a
-time. Its matrices are bfloat16, and it runs under autocast: 2 bytes per parameter.
+The EMA weights are sharded over the ranks (`launch.training.ema`). Every n-th step the copy is updated from them, one parameter at a
+time. Its matrices are bfloat16 (2 bytes per parameter), and it runs under autocast.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from launch.distributed.ranks import Ranks
 from tim import PackedTokens
 from tim.packed import Condition
 
-FILE = "replica.safetensors"  # in a checkpoint: between two updates it is older than the average
+FILE = "replica.safetensors"  # saved in checkpoints, because between two updates it is older than the average
 
 
 class GuidanceNetwork:
-    """Empty until `update_from` or `load`. Call it like the network."""
+    """Frozen copy of the network, uninitialized until `update_from` or `load`. Call it like the network."""
 
     def __init__(self, network: nn.Module, *, ranks: Ranks) -> None:
-        """network: of the right shape, on the meta device; becomes the replica's own."""
+        """network: on the meta device; ownership passes to this object."""
         self.ranks = ranks
         self.network = network.to_empty(device=ranks.device).eval().requires_grad_(False)
         for parameter in self.network.parameters():
@@ -39,16 +39,16 @@ class GuidanceNetwork:
 
     @torch.no_grad()
     def update_from(self, average: Mapping[str, Fragment]) -> None:
-        """Put the average together from the fragments of all ranks; all of them call it."""
+        """Gather the average from the fragments of all ranks. Must be called by all ranks."""
         for name, parameter in self.network.named_parameters():
-            whole = torch.zeros(math.prod(parameter.shape), device=self.ranks.device)
+            flat = torch.zeros(math.prod(parameter.shape), device=self.ranks.device)
             if name in average:
                 fragment = average[name]
-                whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
-            parameter.copy_(self.ranks.total(whole).view(parameter.shape))
+                flat[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+            parameter.copy_(self.ranks.total(flat).view(parameter.shape))
 
     def save(self, folder: Path) -> Path:
-        """Write the copy as it is; the same on all ranks, so one of them is enough."""
+        """Write the copy. It is equal on all ranks, so one rank is enough."""
         path = folder / FILE
         save_file({name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}, path)
         return path

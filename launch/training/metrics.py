@@ -1,14 +1,14 @@
-"""What a run says while it trains: rows in metrics.jsonl, TensorBoard curves, and a progress line.
+"""Training metrics: rows in metrics.jsonl, TensorBoard curves, and a progress line.
 
     {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
      "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …,
      "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
 
-`loss` is the mean unweighted error of all images since the last row, `loss_KIND` of those of one kind (null if there was none); what is
-minimised is scaled by each image's own error and shows nothing. `loss_alignment` is their mean distance from the alignment teacher (null
-without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed` (images that could not be loaded) and
-`seconds` (training only) count from the run's start. `ids_digest` chains the ids of all samples of all steps so far: two runs with equal
-digests saw the same samples in the same order.
+`loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind (null if there were none). The
+minimised loss is not logged: it is normalised by each image's own error, so its value is not informative. `loss_alignment` is the mean
+distance from the alignment teacher (null without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed`
+(images that could not be loaded) and `seconds` (training only) count from the start of the run. `ids_digest` chains the ids of all
+samples so far: two runs with equal digests saw the same samples in the same order.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class StepMeasure:
-    """One step, all ranks together. raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher."""
+    """One step, summed over ranks. raw, raw_images: error sums and image counts by kind; alignment: sum of distances from the teacher."""
 
     ids: tuple[str, ...]
     raw: Sequence[float]
@@ -62,7 +62,7 @@ class StepMeasure:
 
 
 class Meter:
-    """Adds steps up to rows. Its state is plain JSON, so that a resumed run continues in the middle of a row."""
+    """Accumulate steps into rows. The state is plain JSON, so that a resumed run continues in the middle of a row."""
 
     def __init__(self) -> None:
         self._since = Sums()
@@ -94,7 +94,7 @@ class Meter:
         self._clock = now
 
     def row(self, step: int, last: StepMeasure) -> dict[str, Any]:
-        """The row of the steps since the last one; starts the next."""
+        """Return the row for the steps since the last one, and start the next."""
         since, seconds = self._since, max(self._row_seconds, 1e-9)
         kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KINDS, since.raw, since.raw_images, strict=True)}
         row = {
@@ -117,7 +117,7 @@ class Meter:
         return row
 
     def pause(self) -> None:
-        """Time from now to the next step is not training time."""
+        """Exclude the time until now from the training time."""
         self._clock = time.monotonic()
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Meter:
 
 
 class MetricsWriter:
-    """Appends rows to RUN/metrics.jsonl and RUN/tensorboard; rows after `step`, from a run that was interrupted, are taken back."""
+    """Append rows to RUN/metrics.jsonl and RUN/tensorboard. Rows after `step`, from an interrupted run, are removed."""
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -164,13 +164,13 @@ class MetricsWriter:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that was cut off by a crash is left out. Raises ValueError for any other bad line."""
+    """Rows of a metrics file. Ignores a last line truncated by a crash; raises ValueError for any other invalid line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 class ProgressLine:
-    """Live on a terminal, now and then a plain line in a log; always on standard error. `done`: the steps of an earlier part of the run."""
+    """Progress on standard error: live on a terminal, plain lines otherwise. `done`: steps already done when the run was resumed."""
 
     def __init__(self, *, steps: int, done: int, quiet: bool) -> None:
         self._steps = steps
@@ -183,13 +183,13 @@ class ProgressLine:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            place = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
-            self._live = Progress(*place, TextColumn("{task.description}"), console=Console(stderr=True))
+            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
+            self._live = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
             self._live.start()
             self._task = self._live.add_task("", total=steps, completed=done)
 
-    def say(self, text: str) -> None:
-        """A remark above the progress line."""
+    def log(self, text: str) -> None:
+        """Print a line above the progress line."""
         if self._quiet:
             return
         if self._live:
@@ -198,7 +198,7 @@ class ProgressLine:
             print(text, file=sys.stderr, flush=True)
 
     def show(self, step: int, row: dict[str, Any] | None) -> None:
-        """Advance to a step; a row, where there is a new one, changes the figures."""
+        """Advance to a step, and update the figures if there is a new row."""
         figures = None
         if row:
             speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"

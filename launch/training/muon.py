@@ -1,8 +1,8 @@
-"""Muon for the hidden matrices, AdamW for everything else, on the slices of the weights that ZeRO 1 and 2 give to a rank.
+"""Muon for hidden matrices and AdamW for all other parameters, on the weight shards of ZeRO 1 and 2.
 
-Muon (Jordan et al. 2024) takes the step along the nearest orthogonal matrix of the gradients' momentum. So the many weak directions of
-a gradient count as much as the few strong ones, which Adam's element-wise scale cannot do. The step is scaled to the size of
-AdamW's (arXiv 2502.16982, §2.2): one learning rate and one weight decay serve both.
+Muon (Jordan et al. 2024) replaces the gradients' momentum by the nearest orthogonal matrix. The many weak directions of a gradient then
+have the same weight as the few strong ones, which Adam's element-wise scaling cannot achieve. The update has the RMS of AdamW's
+(arXiv 2502.16982, §2.2), so both use one learning rate and one weight decay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # the quintic that lifts singular values fastest into 0.7 … 1.2
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that moves singular values fastest into 0.7 … 1.2
 ITERATIONS = 5
 _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor  # renamed in torch 2.14
 
@@ -24,8 +24,8 @@ _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist
 class Muon(torch.optim.AdamW):
     """Groups with `shapes` are stepped by Muon, the others by AdamW.
 
-    DeepSpeed replaces a group's parameters by one flat vector, this rank's equal share of all of them end to end (its last one padded);
-    `shapes` says what lies there. Each rank gathers the momentum and orthogonalises the matrices that its share touches.
+    DeepSpeed replaces a group's parameters by this rank's equal share of their concatenation (the last share is padded); `shapes` are the
+    parameters' shapes. Each rank gathers the momentum and orthogonalises the matrices that overlap its share.
     """
 
     @torch.no_grad()
@@ -46,14 +46,14 @@ class Muon(torch.optim.AdamW):
         if not state:
             state["momentum"] = torch.zeros_like(share)
         momentum = state["momentum"].lerp_(share.grad, 1 - MOMENTUM)
-        ahead = share.grad.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+        nesterov = share.grad.lerp(momentum, MOMENTUM)  # Nesterov momentum
         share.mul_(1 - group["lr"] * group["weight_decay"])
-        share.add_(self._orthogonal(ahead, group["shapes"]), alpha=-group["lr"])
+        share.add_(self._orthogonal(nesterov, group["shapes"]), alpha=-group["lr"])
 
     def _orthogonal(self, share: Tensor, shapes: Iterable[tuple[int, int]]) -> Tensor:
-        """This rank's share of the orthogonalised matrices, from its share of the matrices."""
-        whole = share.new_empty(dist.get_world_size() * len(share), dtype=torch.bfloat16 if share.is_cuda else torch.float32)
-        _gather(whole, share.to(whole.dtype))
+        """This rank's share of the orthogonalised matrices. share: its share of the matrices."""
+        gathered = share.new_empty(dist.get_world_size() * len(share), dtype=torch.bfloat16 if share.is_cuda else torch.float32)
+        _gather(gathered, share.to(gathered.dtype))
         first = dist.get_rank() * len(share)
         result = torch.zeros_like(share)
         start = 0
@@ -61,15 +61,15 @@ class Muon(torch.optim.AdamW):
             stop = start + math.prod(shape)
             low, high = max(start, first), min(stop, first + len(share))
             if low < high:
-                matrix = orthogonalise(whole[start:stop].view(shape)).flatten()
-                scale = 0.2 * math.sqrt(max(shape))  # the root mean square of AdamW's steps
+                matrix = orthogonalise(gathered[start:stop].view(shape)).flatten()
+                scale = 0.2 * math.sqrt(max(shape))  # matches the RMS of AdamW's updates
                 torch.mul(matrix[low - start : high - start], scale, out=result[low - first : high - first])
             start = stop
         return result
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The matrix with all singular values near 1, by Newton-Schulz iterations. (M, N) → (M, N)."""
+    """Move all singular values of a matrix (M, N) close to 1 by Newton-Schulz iterations."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.mT if tall else matrix
@@ -81,5 +81,5 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """What Muon is for: the matrices of `network.blocks`, not embeddings, the final layer, gains and biases."""
+    """Parameters that Muon updates: matrices of `network.blocks`, not embeddings, the final layer, gains or biases."""
     return [parameter for name, parameter in network.named_parameters() if name.startswith("blocks.") and parameter.ndim == 2]

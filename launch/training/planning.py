@@ -1,4 +1,4 @@
-"""A run's planner, as its configuration describes it: what `tim plan` shows is what `tim train` does."""
+"""Create the planner of a run from its configuration. Shared by `tim plan` and `tim train`, so both use the same plan."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pipeline.streams.size_only_corpus import read_sizes
 
 
 def make_planner(config: Config) -> Planner:
-    """Open the corpora and plan over them.
+    """Open the corpora and create the planner.
 
     Raises:
-        ValueError: no corpus is given, one is none, lacks the classes that it is to be trained with, or the plan is impossible.
+        ValueError: no corpus is given, a corpus is invalid or lacks the required classes, or the plan is impossible.
     """
     if not config.corpus:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
@@ -63,7 +63,7 @@ def make_planner(config: Config) -> Planner:
 
 
 def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
-    """The config of a typed `CONFIG [KEY=VALUE …]`; where only a checkpoint or a run is given, that of its run. Raises ValueError."""
+    """Load the config of arguments `CONFIG [KEY=VALUE …]`. Without CONFIG, use that of the checkpoint's run. Raises ValueError."""
     if checkpoint is not None and not split_overrides(arguments)[0]:
         arguments = [str(_step_folder(checkpoint).parents[1] / "config.yaml"), *arguments]
     source, overrides = one_config(arguments)
@@ -71,16 +71,16 @@ def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) ->
 
 
 def plan_from_config(arguments: Sequence[str]) -> Planner:
-    """The planner of a typed `CONFIG [KEY=VALUE …]`, at its first step."""
+    """Planner for command-line arguments `CONFIG [KEY=VALUE …]`, at its first step."""
     return make_planner(typed_config(arguments))
 
 
 def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool = False) -> Planner:
-    """The planner where a checkpoint left it; of a run, where its newest one did. Its config is the run's, unless `arguments` name one.
+    """Planner at the position of a checkpoint, or of a run's newest checkpoint. Uses the run's config unless `arguments` name one.
 
-    With `replan`, the plan that `tim train --replan` would begin there.
+    With `replan`, return the plan that `tim train --replan` would start there.
 
-    Raises ValueError if it is no checkpoint, or was left by another plan.
+    Raises ValueError if `path` is not a checkpoint, or its plan differs.
     """
     from launch.checkpoints import history
     from launch.checkpoints.resuming import restore_plan
@@ -99,16 +99,16 @@ def plan_from_checkpoint(path: Path, *, arguments: Sequence[str], replan: bool =
 
 
 def plan_from_sizes(file: Path, *, stride: int = 32, width: int = 1152, **plan: Any) -> Planner:
-    """Plan over a bare list of sizes, all of which cost what an image with r = t does. `plan` are keys of the plan section."""
+    """Plan over a list of image sizes, each with the cost of an image with r = t. `plan` are keys of the plan section."""
     settings = PlanConfig(stride=stride, cost_factors=(1, 1, 1), **plan)
     return Planner([read_sizes(file)], plan=settings, seed=0, width=width, diffusion_share=1, consistency_share=0)
 
 
 def check_ready(config: Config) -> Path:
-    """Refuse once, before any training process is started, what each of them would refuse. Returns the run_dir.
+    """Validate once before training processes are started. Returns the run_dir.
 
     Raises:
-        ValueError: no run_dir, corpus or teacher's weights are given, a corpus is none, the codec cannot be run, or the plan is
+        ValueError: run_dir, corpus or teacher weights are missing, a corpus is invalid, the codec is not available, or the plan is
             impossible.
     """
     if config.run_dir is None:
@@ -119,7 +119,7 @@ def check_ready(config: Config) -> Path:
 
 
 def _step_folder(path: Path) -> Path:
-    """The checkpoint that is meant: of a run, its newest."""
+    """Checkpoint folder for a path; for a run, its newest checkpoint."""
     latest = path / "latest"
     return path / "checkpoints" / latest.read_text(encoding="utf-8").strip() if latest.is_file() else path
 
@@ -133,7 +133,7 @@ def _check_cache(config: Config, corpora: Sequence[Corpus]) -> None:
 
 
 def _check_classes(corpus: Corpus, *, classes: int) -> None:
-    """One shard in memory at a time."""
+    """Check the class labels of a corpus, with one shard in memory at a time."""
     without, largest = 0, -1
     for shard in range(len(corpus.shards)):
         labels = corpus.read(shard, columns=("label",)).column("label")
@@ -145,4 +145,4 @@ def _check_classes(corpus: Corpus, *, classes: int) -> None:
             "prepare it from sources with a column `label`, or with KEY.cls members"
         )
     if largest >= classes:
-        raise ConfigError(f"corpus {corpus.name}: has class {largest}, but network.params.num_classes {classes} means 0 to {classes - 1}")
+        raise ConfigError(f"corpus {corpus.name}: has class {largest}, but network.params.num_classes {classes} allows 0 to {classes - 1}")

@@ -1,4 +1,4 @@
-"""Adding up a step: losses by kind, images that failed, and losses that are not finite, over packs and ranks."""
+"""Sum the losses of a step over packs and ranks: losses by kind, failed images, and detection of non-finite losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_NAMED = 8
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """A step over all ranks. raw, raw_images: error sums and counts by kind of image; alignment: sum of distances from the teacher."""
+    """Sums of a step over all ranks. raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher."""
 
     failed: int
     stop: bool
@@ -27,7 +27,7 @@ class Sums:
 
 @dataclass(slots=True)
 class StepLosses:
-    """One rank's packs of a step. Nothing is read back from the device before `sums`."""
+    """Losses of one rank's packs of a step. No device synchronisation before `sums`."""
 
     packs: list[tuple[Batch, Losses]] = field(default_factory=list)
 
@@ -35,9 +35,9 @@ class StepLosses:
         self.packs.append((batch, losses._replace(loss=losses.loss.detach())))
 
     def sums(self, ranks: Ranks, *, stop: bool) -> Sums:
-        """Add up over all ranks, in one message. `stop` is true on all ranks as soon as it is on one.
+        """Sum over all ranks with one all-reduce. `stop` becomes true on all ranks if it is true on one.
 
-        Raises RuntimeError naming samples if a loss is not finite, on all ranks, before any weight has changed.
+        Raises RuntimeError on all ranks, naming the samples, if a loss is not finite. No weight has changed then.
         """
         total = torch.zeros(4 + 2 * len(KINDS), dtype=torch.float64)
         suspects: list[str] = []
@@ -52,14 +52,14 @@ class StepLosses:
                 total[4 + len(KINDS) + kind] += chosen.sum()
             total[3] += misaligned[real].sum()
             if not torch.isfinite(losses.loss):
-                good = torch.isfinite(errors + misaligned).tolist()
-                wrong = [name for name, fine in zip(batch.ids, good, strict=False) if not fine]
-                suspects += wrong or batch.ids
+                finite = torch.isfinite(errors + misaligned).tolist()
+                bad = [name for name, is_finite in zip(batch.ids, finite, strict=False) if not is_finite]
+                suspects += bad or batch.ids
         total[2] = len(suspects)
         total = ranks.sum(total)
         if total[2]:
             named = [name for names in ranks.gather(suspects) for name in names]
-            ranks.run_on_rank0(lambda: _refuse(named))
+            ranks.run_on_rank0(lambda: _raise_not_finite(named))
         values = total.tolist()
         return Sums(
             stop=values[0] > 0,
@@ -70,7 +70,7 @@ class StepLosses:
         )
 
 
-def _refuse(named: list[str]) -> None:
+def _raise_not_finite(named: list[str]) -> None:
     more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
     samples = ", ".join(named[:MAX_NAMED]) + more
-    raise RuntimeError(f"the loss is not finite for {samples}: the step was not taken; look at these samples, or lower train.lr")
+    raise RuntimeError(f"the loss is not finite for {samples}: the step was skipped; inspect these samples, or lower train.lr")

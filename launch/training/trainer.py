@@ -1,7 +1,7 @@
-"""The training loop, from a configuration to a model folder.
+"""Training loop, from a configuration to a model folder.
 
-Everything that decides a step (samples, kinds, times, noise, learning rate) is a function of the configuration and the step number.
-That is why a run that was stopped, by a signal or by a power cut, continues exactly.
+The inputs of a step (samples, kinds, times, noise, learning rate) depend only on the configuration and the step number. A run that is
+interrupted by a signal or a power cut therefore resumes exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from launch.training.step_losses import StepLosses
 from pipeline.loading.loader import Batch, LoadedStep
 from tim.objective import Guide, Losses
 
-MAX_SKIPPED = 10  # steps in a row whose gradient was not finite
+MAX_SKIPPED = 10  # consecutive steps with a gradient that is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,14 @@ class TrainingResult:
 
 
 def train(config: Config, *, quiet: bool = False, replan: bool = False) -> TrainingResult:
-    """Train, or continue the run in `run_dir`. One process, or one of those that torchrun started; all call it alike.
+    """Train, or resume the run in `run_dir`. Called by every process of the job (one, or those started by torchrun).
 
-    With `replan`, a run continues although the inputs of its plan have changed (`launch.checkpoints.resuming`).
+    With `replan`, a run resumes even if the inputs of its plan have changed (`launch.checkpoints.resuming`).
 
     Raises:
-        ValueError: an impossible configuration, an invalid corpus or checkpoint, a run in use.
-        RuntimeError: a loss that is not finite, too many images that cannot be loaded.
-        SystemExit: code 75, after a signal stopped the run and it has saved.
+        ValueError: invalid configuration, corpus or checkpoint, or the run is in use.
+        RuntimeError: the loss is not finite, or too many images cannot be loaded.
+        SystemExit: code 75, after a signal stopped the run and a checkpoint was saved.
     """
     die_with_launcher()
     run_dir = config.run_dir
@@ -82,7 +82,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         trainer = Trainer(config, parts, ranks=ranks)
 
         # resume
-        notes = ["--replan: this run has no checkpoint yet, it begins as planned"] * replan
+        notes = ["--replan: no effect, this run has no checkpoint yet"] * replan
         if found is not None:
             notes = trainer.resume(found, recorded=recorded, replan=replan)
         ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
@@ -92,10 +92,10 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
         start = {"parameters": parts.parameters, "step": trainer.step, "history": trainer.history, "found": found, "changes": changes}
         for line in (*start_report(config, ranks, **start), *notes):
-            progress.say(line)
+            progress.log(line)
         lengths = caption_lengths(config, planner) if ranks.is_main else None
         if lengths is not None and lengths.cut:
-            progress.say(f"warning: {lengths}")
+            progress.log(f"warning: {lengths}")
 
         # steps
         row = None
@@ -108,34 +108,34 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
                     writer.write(row)
             progress.show(trainer.step, row)
             if last or stop or trainer.step % config.checkpoint.every == 0:
-                progress.say(f"saved {trainer.save(run_dir)}")
+                progress.log(f"saved {trainer.save(run_dir)}")
             if stop and not last:
-                progress.say(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
+                progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
                 raise SystemExit(STOPPED)
 
         # model folder
         model = run_dir / "model"
         ranks.run_on_rank0(lambda: export(run_dir, out=model))
-        progress.say(f"model: {model}")
+        progress.log(f"model: {model}")
         return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
 
 
 class Trainer:
-    """What training does with the parts of a run: `take_step`, `save`, `resume`. All ranks call each alike."""
+    """Runs steps, saves checkpoints and resumes. Every public method must be called by all ranks."""
 
     def __init__(self, config: Config, parts: Parts, *, ranks: Ranks) -> None:
         self.config = config
         self.parts = parts
         self.ranks = ranks
         self.history = parts.history
-        self.guidance_network: GuidanceNetwork | None = None  # from the first step with guidance
+        self.guidance_network: GuidanceNetwork | None = None  # created at the first step with guidance
         self.meter = Meter()
         self.step = 0
-        self._skipped = 0  # steps in a row
+        self._skipped = 0  # consecutive steps
         self._steps: Iterator[LoadedStep] | None = None
 
     def take_step(self, *, stop: bool) -> tuple[StepMeasure, bool]:
-        """One update of the weights. Returns its measurements, and whether any rank wants to stop."""
+        """Update the weights once. Returns the measurements, and whether any rank received a stop signal."""
         # data
         if self._steps is None:
             self._steps = iter(self.parts.loader)
@@ -178,7 +178,7 @@ class Trainer:
         return measure, sums.stop
 
     def _accumulate(self, batch: Batch, *, count: int, last: bool) -> Losses:
-        """Forward and backward of one pack. count: images planned in the step, all ranks; last: the step's last pack on this rank."""
+        """Forward and backward pass of one pack. count: images planned in the step on all ranks; last: last pack of this rank."""
         parts = self.parts
         losses = parts.objective(
             parts.engine,
@@ -212,7 +212,7 @@ class Trainer:
         return GuidanceNetwork(network, ranks=self.ranks)
 
     def _guide(self, images: int) -> Guide | None:
-        """Guidance for the targets of a pack of `images` images, None before it begins."""
+        """Guidance for the targets of a pack of `images` images; None before guidance starts."""
         guidance = self.config.objective.guidance
         if guidance is None or self.guidance_network is None:
             return None
@@ -227,11 +227,11 @@ class Trainer:
         return folder
 
     def resume(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> list[str]:
-        """Continue from a checkpoint, of any number of ranks. Returns notes on its plan (`launch.checkpoints.resuming.restore_plan`).
+        """Resume from a checkpoint of any number of ranks. Returns log lines about its plan (`launch.checkpoints.resuming.restore_plan`).
 
-        Raises ValueError if it is of another network, optimizer or plan.
+        Raises ValueError if its network, optimizer or plan differs.
         """
-        state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._accept(found, recorded=recorded, replan=replan))
+        state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._restore_state(found, recorded=recorded, replan=replan))
         self.parts.engine.load(found.pieces, updates=state["updates"])
         found.pieces("ema").read_into(self.parts.ema.average)
         if (found.folder / guidance_network.FILE).is_file():
@@ -241,8 +241,8 @@ class Trainer:
         self.step = found.metadata.step
         return notes
 
-    def _accept(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
-        """Restore the plan of a checkpoint. Returns the trainer's state in it, the run's history, and notes."""
+    def _restore_state(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
+        """Restore the plan of a checkpoint. Returns its trainer state, the run's history, and log lines."""
         state = trainer_state(found, config=self.config, shapes=self.parts.engine.shapes)
         past, notes = restore_plan(
             self.parts.loader,
@@ -277,7 +277,7 @@ class Trainer:
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
-    """The rate of the update that leads from `step` to `step + 1`: a function of the step alone, whatever the number of ranks."""
+    """Learning rate of the update from `step` to `step + 1`. Depends only on the step, not on the number of ranks."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
     if train.schedule == "constant":

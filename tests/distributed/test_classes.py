@@ -55,7 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_train_the_classes_of_the_corpus_and_none(corpus: Path, tmp_path: Path) -> None:
     config, run, log = tmp_path / "run.yaml", tmp_path / "run", tmp_path / "log"
     config.write_text(f"corpus: {corpus}\n{CONFIG}")
-    with pytest.raises(ConfigError, match=r"has class 2, but network\.params\.num_classes 2 means 0 to 1"):
+    with pytest.raises(ConfigError, match=r"has class 2, but network\.params\.num_classes 2 allows 0 to 1"):
         make_planner(load_config(config, overrides=["network.params.num_classes=2"]))
     jobs.run_ranks("launch.cli", "train", str(config), f"run_dir={run}", log=log)
     assert all(row["failed"] == row["skipped_steps"] == 0 for row in read_rows(run / "metrics.jsonl"))

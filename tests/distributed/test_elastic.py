@@ -38,7 +38,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     ranks = jobs.start_ranks("launch.cli", "train", str(config), log=log)
     jobs.wait_for_row(broken, 5, ranks, log=log)
     ranks.kill()
-    assert "3 packs a step do not divide among 2 processes: up to 25% of their time may be waiting" in log.read_text()
+    assert "3 packs per step are not a multiple of 2 processes: they may be idle for up to 25% of the time" in log.read_text()
 
     found = checkpoint.newest(broken)
     assert found is not None
@@ -50,7 +50,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     capfd.readouterr()
     train(load_config(config, overrides=[f"train.steps={killed + 3}"]))
     said = capfd.readouterr().err
-    assert f"continuing from {found.folder}, which 2 processes wrote: samples and draws of a step stay the same" in said
+    assert f"continuing from {found.folder}, written by 2 processes: samples and random draws of each step stay the same" in said
     assert "do not divide" not in said
 
     more = [f"train.steps={killed + 6}", "train.zero=3"]

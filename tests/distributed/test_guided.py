@@ -57,5 +57,5 @@ def test_two_ranks_that_were_stopped_do_what_one_process_does(config: Path, tmp_
     assert unguided[0] == one[0]["loss"]
     assert unguided[-1] != pytest.approx(one[-1]["loss"], rel=2e-3)
 
-    with pytest.raises(ConfigError, match=r"network\.params\.z_dim: 64 given, but the teacher .* is 128 wide"):
+    with pytest.raises(ConfigError, match=r"network\.params\.z_dim: got 64, but the teacher .* has width 128"):
         train(load_config(config, overrides=[f"run_dir={tmp_path / 'wide'}", "train.steps=1", "network.params.z_dim=64"]), quiet=True)

@@ -29,7 +29,7 @@ def test_replanned_and_begun_on_two_ranks_as_in_one_process(figures: Path, tmp_p
     jobs.run_ranks("launch.cli", "train", str(config), log=log)
     changed = ["plan.tokens_per_pack=192", "train.zero=3"]
     jobs.run_ranks("launch.cli", "train", str(config), "--replan", *changed, "train.steps=4", log=log)
-    line = "step 2: planned anew, because plan.tokens_per_pack was 128 and is 192"
+    line = "step 2: replanned, because plan.tokens_per_pack was 128 and is 192"
     assert log.read_text().count(line) == 1
     assert [str(replan) for replan in history.read(run).replans] == [line]
     train(load_config(config, overrides=[changed[0], "train.steps=6", "train.zero=1"]), quiet=True)

@@ -85,5 +85,5 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_one_line(
     with pytest.raises(SystemExit, match="2"):
         main([*short, "train.steps=3", "train.optimizer=muon"])
     said = capfd.readouterr().err
-    assert "was written with train.optimizer=adamw, not muon: keep it" in said
+    assert "was written with train.optimizer=adamw, not muon: resume with the same optimizer" in said
     assert "Traceback" not in said

@@ -50,7 +50,7 @@ def test_prompts_that_are_cut_are_named() -> None:
     tokenizer = encoders.tokenizer("lookup", max_tokens=8)
     assert cut_prompts(["a fox", "red " * 6], tokenizer=tokenizer) == []
     assert cut_prompts(["a fox", "red " * 20], tokenizer=tokenizer) == [
-        "prompt 'red red red red red red red red red red '… is cut: the first 8 of its 22 tokens are read"
+        "prompt 'red red red red red red red red red red '… is truncated: its first 8 of 22 tokens are used"
     ]
     assert measure([], tokenizer=tokenizer).sampled == 0
 

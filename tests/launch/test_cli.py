@@ -404,7 +404,7 @@ def test_export_refuses_what_is_no_run(model: Path, config: Path, tmp_path: Path
     (run / "checkpoints" / "step-000005").mkdir(parents=True)
     (run / "config.yaml").write_text(CONFIG)
     refused(tim("export", run, "--out", out), "step-000005")
-    refused(tim("export", run, "--out", tmp_path), "something else than a model")
+    refused(tim("export", run, "--out", tmp_path), "exists and is not a model folder")
     refused(tim("sample", run, "--prompt", "a fox", "--size", "16x16", "--out", tmp_path / "s"), "step-000005")
     assert not out.exists()
     assert not (tmp_path / "s").exists()

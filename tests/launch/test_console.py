@@ -23,7 +23,7 @@ def run(body: str, *, as_json: bool = False, debug: bool = False) -> subprocess.
         ("ValueError('corpus: no such folder\\n  look again')", 2, "error: corpus: no such folder look again"),
         ("RuntimeError('a rank died')", 1, "error: a rank died"),
         ("FileNotFoundError(2, 'No such file or directory', 'x.tar')", 1, "error: No such file or directory: x.tar"),
-        ("KeyError('x')", 1, "error: KeyError: 'x' (unforeseen: run the command again with --debug for the traceback)"),
+        ("KeyError('x')", 1, "error: KeyError: 'x' (unexpected error: run the command again with --debug for the traceback)"),
         ("KeyboardInterrupt()", 130, "error: interrupted"),
     ],
 )

@@ -70,7 +70,7 @@ def test_captions_that_are_cut_are_named_everywhere(cases: Path, tim: Tim, tmp_p
     assert "warning: 6 of 6 sampled captions are longer than text.max_tokens 16 and are cut" in trained.err
     asked = ["--prompt", "word " * 30, "--prompt", "a", "--size", "64x64", "--steps", 1]
     sampled = tim("sample", tmp_path / "run", *asked, "--out", tmp_path / "s")
-    assert sampled.err.count("is cut: the first 16 of its 32 tokens are read") == 1
+    assert sampled.err.count("is truncated: its first 16 of 32 tokens are used") == 1
 
 
 @pytest.mark.parametrize("path", ["pipe", "vae_bin", "vae_fp16", "pipe/vae", "pipe/vae/diffusion_pytorch_model.safetensors"])

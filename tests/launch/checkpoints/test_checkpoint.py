@@ -50,8 +50,8 @@ def come_from_the_future(folder: Path) -> None:
 
 
 DAMAGE: list[tuple[Callable[[Path], None], str]] = [
-    (cut_off, "weights-00000.safetensors has 511 bytes, the manifest says 512"),
-    (flip_a_bit, "weights-00000.safetensors does not have the digest of the manifest"),
+    (cut_off, "weights-00000.safetensors has 511 bytes, but 512 in the manifest"),
+    (flip_a_bit, "weights-00000.safetensors does not match its digest in the manifest"),
     (lose_a_file, "trainer.json is missing"),
     (lose_the_manifest, "is not a checkpoint: it has no manifest.json"),
     (cut_off_the_manifest, "manifest.json: cannot be read"),
@@ -64,7 +64,7 @@ def test_what_is_saved_is_found(tmp_path: Path, alone: Ranks) -> None:
         folder = save(tmp_path, step, alone)
     found = newest(tmp_path)
     assert found is not None
-    assert (found.folder, found.metadata.step, found.passed_over) == (folder, 2, ())
+    assert (found.folder, found.metadata.step, found.skipped) == (folder, 2, ())
     assert (tmp_path / "latest").read_text().strip() == "step-000002"
     assert find(tmp_path, step=1).metadata.step == 1
     assert checkpoint.read_trainer_state(folder) == {"step": 2}
@@ -80,7 +80,7 @@ def test_damage_is_noticed_and_passed_over(tmp_path: Path, alone: Ranks, damage:
     found = newest(tmp_path)
     assert found is not None
     assert found.metadata.step == 1
-    assert message in found.passed_over[0]
+    assert message in found.skipped[0]
     assert save(tmp_path, 2, alone) == damaged  # the run goes on and reaches this step again
     assert check(damaged).step == 2
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
@@ -88,7 +88,7 @@ def test_damage_is_noticed_and_passed_over(tmp_path: Path, alone: Ranks, damage:
 
 def test_a_run_without_an_intact_checkpoint_does_not_start_again_silently(tmp_path: Path, alone: Ranks) -> None:
     cut_off(save(tmp_path, 1, alone))
-    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact.*has 255 bytes, the manifest says 256"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of .* is intact.*has 255 bytes, but 256 in the manifest"):
         newest(tmp_path)
 
 
@@ -111,7 +111,7 @@ def test_what_is_not_there_is_said(tmp_path: Path, alone: Ranks) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         find(tmp_path)
     save(tmp_path, 4, alone)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; there are: 4"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; available: 4"):
         find(tmp_path, step=7)
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         check(tmp_path)

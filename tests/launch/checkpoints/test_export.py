@@ -76,7 +76,7 @@ def test_the_newest_checkpoint_averaged_by_default(run: Path, tmp_path: Path) ->
 def test_another_step_and_the_last_weights(run: Path, tmp_path: Path) -> None:
     assert export(run, out=tmp_path / "m", step=3, ema=False).step == 3
     assert some_weight(tmp_path / "m") == 30.0
-    with pytest.raises(ValueError, match="no checkpoint of step 4; there are: 3, 5"):
+    with pytest.raises(ValueError, match="no checkpoint of step 4; available: 3, 5"):
         export(run, out=tmp_path / "n", step=4)
 
 
@@ -105,7 +105,7 @@ def test_the_published_format_builds_the_same_network(run: Path, tmp_path: Path)
 
     export(run, out=tmp_path / "m", step=3, official=True)
     assert (next(iter(read_weights(tmp_path / "m" / "model.safetensors").values())) == 3.0).all()
-    with pytest.raises(ValueError, match="something else than a model"):
+    with pytest.raises(ValueError, match="exists and is not a model folder"):
         export(run, out=tmp_path / "m")
     (run / "config.yaml").write_text(CONFIG.replace("network:", "network:\n  rope: centred"))
     with pytest.raises(ValueError, match="rope: centred is unknown to the published code"):
@@ -117,7 +117,7 @@ def test_an_older_model_is_replaced_and_nothing_else(run: Path, tmp_path: Path) 
     export(run, out=tmp_path / "m", step=3)
     export(run, out=tmp_path / "m")
     assert some_weight(tmp_path / "m") == 5.0
-    with pytest.raises(ValueError, match="something else than a model"):
+    with pytest.raises(ValueError, match="exists and is not a model folder"):
         export(run, out=run)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file"):
@@ -127,19 +127,19 @@ def test_an_older_model_is_replaced_and_nothing_else(run: Path, tmp_path: Path) 
 
 def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path, alone: Ranks) -> None:
     said: list[str] = []
-    exported = model_folder(run, say=said.append)
+    exported = model_folder(run, log=said.append)
     assert some_weight(exported) == 5.0
     before = (exported / "model.safetensors").stat().st_mtime_ns
-    assert model_folder(run, say=said.append) == exported
+    assert model_folder(run, log=said.append) == exported
     assert (exported / "model.safetensors").stat().st_mtime_ns == before
 
     export(run, out=run / "model")
-    assert model_folder(run, say=said.append) == run / "model"
+    assert model_folder(run, log=said.append) == run / "model"
 
     save_checkpoint(run, step=8, ranks=alone)  # the run was continued
     later = (run / "model" / "config.json").stat().st_mtime + 10
     os.utime(run / "latest", (later, later))
-    assert some_weight(model_folder(run, say=said.append)) == 8.0
+    assert some_weight(model_folder(run, log=said.append)) == 8.0
 
 
 def test_sampling_defaults_follow_the_training_unless_the_config_says_otherwise(run: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_folder_without_a_description_is_its_one_file(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "t2i.safetensors")
     assert load_weights(tmp_path).params is None
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match=r"holds other\.safetensors, t2i\.safetensors: name the file that is meant"):
+    with pytest.raises(ValueError, match=r"holds other\.safetensors, t2i\.safetensors: give the path of one file"):
         load_weights(tmp_path)
 
 
@@ -68,8 +68,8 @@ def test_what_is_none_of_these_is_named(tmp_path: Path) -> None:
     (tmp_path / "edm" / "network.yaml").write_text(yaml.safe_dump(described))
     save_file({"x": torch.ones(1)}, tmp_path / "edm" / "model.safetensors")
     for name, said in (
-        ("absent", "no such folder, and no file of weights; give a model folder, a run, an official export"),
-        ("empty", "neither a model folder nor a run folder, and without weights; give a model folder"),
+        ("absent", "no such folder or weight file; give a model folder, a run, an official export"),
+        ("empty", "not a model folder or a run folder, and has no weight file; give a model folder"),
         ("nothing", r"network\.yaml: has no model\.network\.params"),
         ("broken", r"network\.yaml: while parsing"),
         ("edm", r"network\.yaml: model\.transport\.target EDM: expected one of OT_FM"),

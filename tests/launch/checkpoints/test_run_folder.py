@@ -45,7 +45,7 @@ def test_a_run_in_use_is_refused_and_that_of_a_killed_process_is_not(tmp_path: P
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(ConfigError, match=r"holds something else than a run \(thesis\.tex\)"), exclusive_lock(tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a run folder \(it holds thesis\.tex\)"), exclusive_lock(tmp_path):
         pass
     with pytest.raises(ConfigError, match="is a file"), exclusive_lock(tmp_path / "thesis.tex"):
         pass

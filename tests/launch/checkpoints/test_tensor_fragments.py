@@ -49,7 +49,7 @@ def test_pieces_of_any_number_of_ranks_fill_those_of_any_other(before: list[int]
         saved = write(Path(folder), cut(before))
         assert dict(saved.shapes) == SHAPES
         for name, tensor in WHOLE.items():
-            assert torch.equal(saved.whole(name), tensor), name
+            assert torch.equal(saved.tensor(name), tensor), name
         for expected in cut(after):
             piece = {name: Fragment(part.start, torch.zeros_like(part.values)) for name, part in expected.items()}
             saved.read_into(piece)
@@ -59,12 +59,12 @@ def test_pieces_of_any_number_of_ranks_fill_those_of_any_other(before: list[int]
 def test_a_gap_an_overlap_and_a_stranger_are_refused(tmp_path: Path) -> None:
     first, second, third = cut([7, 26])
     with pytest.raises(ValueError, match="a: the ranks' fragments cover 7 of 24"):
-        write(tmp_path, [first, third]).whole("a")
+        write(tmp_path, [first, third]).tensor("a")
     with pytest.raises(ValueError, match="a: the ranks' fragments cover 7 of 24"):
-        write(tmp_path, [first, first, second, third]).whole("a")
+        write(tmp_path, [first, first, second, third]).tensor("a")
     assert "c" not in write(tmp_path, [first, second])
     with pytest.raises(ValueError, match="c: the ranks' fragments cover 0 of 1"):
-        write(tmp_path, [first, second]).whole("c")
+        write(tmp_path, [first, second]).tensor("c")
     (tmp_path / "x").write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match="not a safetensors file"):
         ShardedTensors([tmp_path / "x"])
@@ -86,7 +86,7 @@ def test_sharded_average_is_the_average(tmp_path: Path) -> None:
             ema.update({name: Fragment(part.start, part.values * (updates + 2)) for name, part in piece.items()}, updates=updates)
     averaged = write(tmp_path, [ema.average for ema in ranks])
     for name, tensor in whole.items():
-        torch.testing.assert_close(averaged.whole(name), tensor)
+        torch.testing.assert_close(averaged.tensor(name), tensor)
 
 
 def test_decay_zero_is_a_copy() -> None:

@@ -17,7 +17,7 @@ from launch.checkpoints.export import spec_of
 from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
 from launch.distributed.ranks import Ranks
-from launch.encode_job import needs
+from launch.encode_job import required_settings
 from launch.training.build import build
 from launch.training.planning import check_ready, make_planner
 from launch.training.trainer import Trainer
@@ -116,7 +116,7 @@ def test_real_models_beforehand_are_real_models_in_the_step(
     """What `tim encode --for` writes is what the step itself would make: latents that are drawn, captions, the teacher's tokens."""
     corpus = Corpus.open(tmp_path / "corpus")
     online = load_config(config, overrides=[*real, f"corpus={corpus.path}"])
-    exact = EncodeConfig.model_validate({**needs(online), "dtype": "float32"})
+    exact = EncodeConfig.model_validate({**required_settings(online), "dtype": "float32"})
     for name, settings in (("features", exact), ("half", exact.model_copy(update={"dtype": "float16"}))):
         encode_corpus(corpus.path, out=tmp_path / name, config=settings)
     offline = load_config(config, overrides=real)
@@ -162,7 +162,7 @@ def test_real_models_beforehand_are_real_models_in_the_step(
     assert np.array_equal(np.asarray(image), pixels.permute(1, 2, 0).numpy())
 
     (tmp_path / "kl" / "config.json").write_text((tmp_path / "kl" / "config.json").read_text() + " ")
-    with pytest.raises(ConfigError, match=r"are of codec\.digest [0-9a-f]{64}, the config says"):
+    with pytest.raises(ConfigError, match=r"were encoded with codec\.digest [0-9a-f]{64}, the config has"):
         make_planner(offline)
 
 
@@ -175,9 +175,9 @@ def test_features_of_other_encoders_are_refused(config: Path, tmp_path: Path) ->
 
     check_ready(changed())
     for override, said in (
-        ("codec.kind=sd-vae", r"features .* are of codec\.kind pixel, the config says sd-vae"),
-        ("network.params.cap_feat_dim=32", r"text\.width 16, the config says 32"),
-        ("text.max_tokens=20", r"text\.max_tokens 77, the config says 20"),
+        ("codec.kind=sd-vae", r"features .* were encoded with codec\.kind pixel, the config has sd-vae"),
+        ("network.params.cap_feat_dim=32", r"text\.width 16, the config has 32"),
+        ("text.max_tokens=20", r"text\.max_tokens 77, the config has 20"),
     ):
         with pytest.raises(ConfigError, match=said):
             check_ready(changed(override, "network.params.patch_size=1" if "vae" in override else "seed=0"))

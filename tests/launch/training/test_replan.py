@@ -102,10 +102,10 @@ def test_a_change_of_the_plan_is_refused_by_name_and_replanned(
     with pytest.raises(ConfigError) as refused:
         run(*overrides)
     assert said in str(refused.value)
-    assert "add --replan to go on from step 4" in str(refused.value)
+    assert "add --replan to resume from step 4" in str(refused.value)
     assert (tmp_path / "run" / "config.yaml").read_text() == (begun / "run" / "config.yaml").read_text()
     folder = run(*overrides, replan=True)
-    line = f"step 4: planned anew, because {said}"
+    line = f"step 4: replanned, because {said}"
     assert line in capsys.readouterr().err
     assert f"# {line}\n" in (folder / "config.yaml").read_text()
     assert [str(each) for each in history.read(folder).replans] == [line]
@@ -146,7 +146,7 @@ def test_a_replanned_run_keeps_its_weights_and_is_resumed_exactly(
     assert list(planner.next_step().ids)[:4] == ids[4]
     capsys.readouterr()
     run(*changed[:1])
-    assert "step 4: planned anew" in capsys.readouterr().err
+    assert "step 4: replanned" in capsys.readouterr().err
     run(*changed, replan=True)
     assert "--replan: nothing that the plan depends on has changed: going on with it" in capsys.readouterr().err
     assert rows(unbroken) == whole
@@ -160,7 +160,7 @@ def test_a_change_that_weights_hang_on_stays_refused(run: Run) -> None:
     for override, key in (("network.params.depth=2", r"network\.params\.depth"), ("text.max_tokens=9", r"text\.max_tokens")):
         with pytest.raises(ConfigError, match=f"{key} was .*the run's weights do not fit"):
             run(override, replan=True)
-    with pytest.raises(ConfigError, match=r"train\.optimizer=adamw, not muon: keep it"):
+    with pytest.raises(ConfigError, match=r"train\.optimizer=adamw, not muon: resume with the same optimizer"):
         run("train.optimizer=muon", replan=True)
 
 
@@ -182,16 +182,16 @@ def test_a_run_begins_with_weights(run: Run, begun: Path, tmp_path: Path, capsys
             found = checkpoint.consolidate(checkpoint.find(folder).folder, ema=ema)
             for name, value in averaged.items():
                 torch.testing.assert_close(found[name], value, rtol=0, atol=1e-9)
-        assert f"beginning with {len(averaged)} tensors of {source} (sha256 " in capsys.readouterr().err
+        assert f"initialized from {len(averaged)} tensors of {source} (sha256 " in capsys.readouterr().err
         init = history.read(folder).init
         assert init is not None
         assert (init.path, init.loaded, init.not_loaded, init.not_used) == (str(source), len(averaged), (), ())
-        assert f"# began with {len(averaged)} tensors of {source}" in (folder / "config.yaml").read_text()
+        assert f"# initialized from {len(averaged)} tensors of {source}" in (folder / "config.yaml").read_text()
     first = starts[0]
     assert history.read(starts[1]) != history.read(first)
 
     run("train.init=gone/for/good", "train.steps=2", name="new0")  # a resume does not look at it
-    assert "beginning with" not in (said := capsys.readouterr().err)
+    assert "initialized from" not in (said := capsys.readouterr().err)
     assert "changed since: train.init" in said
     assert history.read(first).init is not None
     assert checkpoint.read_trainer_state(checkpoint.find(first).folder)["history"]["init"]["loaded"] == len(averaged)
@@ -211,9 +211,9 @@ def test_weights_of_another_network_are_refused_or_loaded_as_far_as_they_fit(
             run(init, override, name="new")
     with pytest.raises(ConfigError, match=r"train\.init: .*wrong shapes: .*missing keys: .*init_strict=false"):
         run(f"{init}/model.safetensors", "network.params.depth=2", "network.params.patch_size=4", name="new")
-    with pytest.raises(ConfigError, match=r"train\.init: nowhere: no such folder, and no file of weights"):
+    with pytest.raises(ConfigError, match=r"train\.init: nowhere: no such folder or weight file"):
         run("train.init=nowhere", name="new")
-    with pytest.raises(ConfigError, match=r"train\.init: .*corpus: neither a model folder nor a run folder, and without weights"):
+    with pytest.raises(ConfigError, match=r"train\.init: .*corpus: not a model folder or a run folder, and has no weight file"):
         run(f"train.init={tmp_path / 'corpus'}", name="new")
 
     capsys.readouterr()
@@ -222,7 +222,7 @@ def test_weights_of_another_network_are_refused_or_loaded_as_far_as_they_fit(
     loaded = history.read(folder).init
     assert loaded is not None
     assert all(name.startswith("blocks.1.") for name in loaded.not_loaded)
-    assert f"{len(loaded.not_loaded)} kept their random start: blocks.1." in said
+    assert f"{len(loaded.not_loaded)} stay randomly initialized: blocks.1." in said
     assert f"and {len(loaded.not_loaded) - 10} more" in said
     assert f"{model} was trained with network.params.depth 1, this run has 2" in said
     network, _ = load_model(model)

@@ -59,7 +59,7 @@ def test_a_loss_that_is_not_finite_names_its_samples(alone: Ranks) -> None:
     tally = StepLosses()
     tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), losses(1.0, [1.0, 1.0], [0.0, 0.0]))
     tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
-    with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was not taken"):
+    with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was skipped"):
         tally.sums(alone, stop=False)
 
 
