@@ -26,8 +26,7 @@ MAY_IMPORT = {
 FLOORS = set(MAY_IMPORT)
 MAX_LINES, MAX_FUNCTION_LINES, MAX_FILES = 400, 60, 12
 LARGER_FOLDERS: Mapping[str, int] = {}
-LONGER_FUNCTIONS: Mapping[str, int] = {
-}
+LONGER_FUNCTIONS: Mapping[str, int] = {}
 FILES = [path for floor in sorted(FLOORS) for path in sorted((REPOSITORY / floor).rglob("*.py"))]
 
 
