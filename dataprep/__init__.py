@@ -1,1 +1,1 @@
-"""A raw image-text corpus to clean shards: what is in the data."""
+"""Data preparation: raw image-text corpora → clean shards."""

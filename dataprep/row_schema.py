@@ -23,7 +23,7 @@ REASONS: tuple[str, ...] = (
 TAKEN_DOWN = "takedown"
 FILTER_PREFIX = "filter:"
 SCALED_DOWN = "scaled-down"
-"""In `detail` of a kept image that is stored smaller than it came."""
+"""In `detail` of a kept image that was scaled down."""
 
 MEMBERS = ("image", "text", "cls", "json")
 """Members of one sample in a shard; each has the columns MEMBER_offset and MEMBER_length."""
@@ -38,8 +38,8 @@ TABLE_FIELDS = [
     *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "length")),
     ("thumbnail", pa.binary()),  # of some rejected images, for the report
 ]
-"""Columns of every row table; the columns of the source come after them."""
+"""Columns of every row table; the extra columns of the sources follow."""
 TABLE_COLUMNS = frozenset(name for name, _ in TABLE_FIELDS)
 
 SEMANTIC_DUPLICATE = "semantic_duplicate_of"
-"""Column of the sidecar that `tim score` writes: the key of the image that is kept instead, or ""."""
+"""Column of the sidecar written by `tim score`: the key of the image to keep instead, or ""."""

@@ -1,6 +1,6 @@
-"""The embedded corpus: captioned images of one shape on a plain ground, drawn from a seed, and the eye that reads them back.
+"""The embedded corpus: captioned images of one shape on a plain background, drawn from a seed, and a reader of such images.
 
-Because shape and colours can be read from an image, what a model draws can be scored against the prompt without any other model.
+Shape and colours can be read back from an image, so generated images can be scored against their prompts without another model.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
 SUPERSAMPLING = 4
 SMALLEST_SIDE = 16  # pixels
 LARGEST_ASPECT = 3.0  # long side / short side
-LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin images it is 40 % of the shorter side
-STRAY = 0.1  # how far a figure strays from the middle in either direction, as a share of the room it has
-SPECKLE = 4  # pixels a side of a speckled ground's squares
-PALENESS = 0.35  # of the pale ones: the share of grey in them
+LARGEST_RADIUS = 12.0  # of a figure, in pixels; in thin images 40 % of the shorter side
+STRAY = 0.1  # largest offset of a figure from the centre, as a share of the free space
+SPECKLE = 4  # side in pixels of the squares of a speckled background
+PALENESS = 0.35  # share of grey in the pale squares
 GREY = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """What an image shows, or is asked to show; `None` for what cannot be read."""
+    """Content of an image, or of a prompt; None for what cannot be read."""
 
     shape: str | None
     colour: str | None
@@ -54,12 +54,12 @@ class Figure:
 
     @property
     def caption(self) -> str:
-        """The figure in words, such as "a red circle on blue"."""
+        """Such as "a red circle on blue"."""
         return f"a {self.colour} {self.shape} on {self.ground}"
 
 
 def figures(shapes: Sequence[str] = tuple(SHAPES)) -> list[Figure]:
-    """Every figure that the corpus draws: each shape in each colour on each other colour."""
+    """All figures of the corpus: each shape in each colour on each other colour."""
     return [Figure(shape, colour, ground) for shape in shapes for colour in COLOURS for ground in COLOURS if colour != ground]
 
 
@@ -76,7 +76,7 @@ def draw(figure: Figure, *, height: int, width: int, centre: tuple[float, float]
 
 
 def random_view(figure: Figure, *, height: int, width: int, rng: np.random.Generator, speckled: bool = False) -> Image.Image:
-    """The figure at a random size and place; speckled: half of the ground's squares, drawn one by one, are paler."""
+    """The figure at a random size and position; speckled: each square of the background is paler with probability one half."""
     radius = _largest_radius(height, width) * rng.uniform(0.92, 1)
     y, x = (side / 2 + rng.uniform(-STRAY, STRAY) * (side / 2 - radius - 1) for side in (height, width))
     image = draw(figure, height=height, width=width, centre=(y, x), radius=radius)
@@ -96,16 +96,16 @@ def random_image(
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> tuple[Image.Image, Figure]:
-    """Image number `index` of the corpus with this seed: its figure, size and place are drawn from the two numbers.
+    """Image number `index` of the corpus with this seed. Figure, size and position depend on the two numbers only.
 
-    The sides of speckled images are whole numbers of squares.
+    The sides of speckled images are multiples of a square.
     """
     rng = np.random.default_rng((seed, index))
     choices = figures(shapes)
     figure = choices[int(rng.integers(len(choices)))]
     aspect = math.exp(rng.uniform(-math.log(LARGEST_ASPECT), math.log(LARGEST_ASPECT)))
     shortest = SMALLEST_SIDE * max(aspect, 1 / aspect)
-    long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small images, which cost least, are the most frequent
+    long_side = shortest * (max_side / shortest) ** rng.uniform() ** 2  # small images are cheapest, and most frequent
     height, width = (long_side, long_side * aspect) if aspect < 1 else (long_side / aspect, long_side)
     height, width = (int(np.clip(round(side), SMALLEST_SIDE, max_side)) for side in (height, width))
     if speckled:
@@ -122,7 +122,7 @@ def write_corpus(
     shapes: Sequence[str] = tuple(SHAPES),
     speckled: bool = False,
 ) -> None:
-    """Write `count` images as PNG files with a `metadata.jsonl`: an image folder as users bring it."""
+    """Write `count` images as PNG files with a `metadata.jsonl`: a usual image folder."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for index in range(count):
@@ -138,9 +138,9 @@ def write_corpus(
 def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: float = 90.0) -> Figure:
     """Read shape and colours back from an image of any size.
 
-    The ground is the colour of most border pixels, the figure the most frequent other colour; the shape is the one whose outline, fitted
-    to the figure's box, overlaps it best (intersection over union, at least `min_overlap`). A colour counts only where the mean pixel
-    is within `max_distance` (of 0 to 441) of it. What cannot be read is `None`. Single stray pixels are passed over.
+    The background is the colour of most border pixels, the figure the most frequent other colour. The shape is the one whose outline,
+    fitted to the figure's box, has the best overlap (intersection over union, at least `min_overlap`). A colour counts only if the mean
+    pixel is within `max_distance` (0 to 441) of it. What cannot be read is None. Single stray pixels are ignored.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     names, palette = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
@@ -162,28 +162,28 @@ def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: f
 
 
 def ground_squares(image: Image.Image) -> NDArray[np.float64]:
-    """The squares of the ground that no figure reaches, (n, 4, 4, 3), values from 0 to 255.
+    """The background squares that no figure can reach, (n, 4, 4, 3), values from 0 to 255.
 
-    Raises ValueError for an image that is too small to have some.
+    Raises ValueError for an image that is too small to have any.
     """
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     rows, columns = image.height // SPECKLE, image.width // SPECKLE
     squares = pixels[: rows * SPECKLE, : columns * SPECKLE].reshape(rows, SPECKLE, columns, SPECKLE, 3).swapaxes(1, 2)
     radius, middle = _largest_radius(image.height, image.width), (image.height / 2, image.width / 2)
-    reach = [radius + STRAY * (half - radius - 1) + SPECKLE / 2 - 1 for half in middle]  # squares that it covers by a pixel count
+    reach = [radius + STRAY * (half - radius - 1) + SPECKLE / 2 - 1 for half in middle]  # squares covered by one pixel count
     away = [
         np.abs((np.arange(count) + 0.5) * SPECKLE - half) >= far for count, half, far in zip((rows, columns), middle, reach, strict=True)
     ]
     free = away[0][:, None] | away[1]
     if free.sum() < 2:
-        raise ValueError(f"an image of {image.width}x{image.height} has no ground that its figure leaves free")
+        raise ValueError(f"an image of {image.width}x{image.height} has no background that its figure leaves free")
     return squares[free]
 
 
 def read_speckles(image: Image.Image, *, ground: str) -> float:
-    """How strong the speckles of a ground of this colour are: about 1 in speckled images of the corpus, 0 on a plain ground.
+    """Strength of the speckles on a background of this colour: about 1 in speckled images of the corpus, 0 on a plain background.
 
-    The deviation of the squares' paleness, as a share of what half pale and half full ones have. Raises as `ground_squares`.
+    The standard deviation of the squares' paleness, relative to that of half pale and half plain squares. Raises as `ground_squares`.
     """
     colour = np.array(COLOURS[ground], dtype=np.float64)
     paleness = (ground_squares(image).mean((1, 2)) - colour) @ (GREY - colour) / ((GREY - colour) @ (GREY - colour))
@@ -200,14 +200,14 @@ def _close(pixels: np.ndarray, name: str, max_distance: float) -> str | None:
 
 def _best_shape(coverage: np.ndarray, min_overlap: float) -> str | None:
     grey = Image.fromarray((coverage * 255).astype(np.uint8))
-    smooth = np.asarray(grey.filter(ImageFilter.MedianFilter(3)), dtype=np.float64) / 255  # without stray pixels, but also without tips
+    smooth = np.asarray(grey.filter(ImageFilter.MedianFilter(3)), dtype=np.float64) / 255  # removes stray pixels, but also tips
     overlaps = {shape: max(_fit(shape, coverage, within) for within in (coverage, smooth)) for shape in SHAPES}
     best = max(overlaps, key=lambda shape: overlaps[shape])
     return best if overlaps[best] >= min_overlap else None
 
 
 def _fit(shape: str, coverage: np.ndarray, within: np.ndarray) -> float:
-    """Overlap of the coverage with the shape, drawn into the box that `within` fills; 0 if that box is empty or far from square."""
+    """Overlap of the coverage with the shape drawn into the bounding box of `within`; 0 if the box is empty or far from square."""
     down, across = _span(within.max(axis=1)), _span(within.max(axis=0))
     if down is None or across is None or max(down[1], across[1]) > 1.6 * min(down[1], across[1]):
         return 0.0
@@ -216,7 +216,7 @@ def _fit(shape: str, coverage: np.ndarray, within: np.ndarray) -> float:
 
 
 def _span(profile: np.ndarray) -> tuple[float, float] | None:
-    """Middle and half length, in pixels, of what a row or column profile of the coverage fills; pixels covered in part count in part."""
+    """Centre and half length, in pixels, of the filled part of a row or column profile; partly covered pixels count in part."""
     filled = np.flatnonzero(profile > 0.5)
     if not len(filled):
         return None

@@ -1,4 +1,4 @@
-"""Corpora that are there already (`--against`): what is in them is not taken in again."""
+"""Finished corpora (`against`) whose images count as duplicates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("sha256", "phash", "width", "height", "image_length")
 
 @dataclass(frozen=True, slots=True)
 class ReferenceImages:
-    """The images of some corpora, one after the other; their names, where each begins, and their keys."""
+    """The concatenated images of several corpora. `starts`: the position of the first image of each corpus."""
 
     fingerprints: Fingerprints
     names: tuple[str, ...]
@@ -28,14 +28,14 @@ class ReferenceImages:
         return len(self.fingerprints)
 
     def id(self, position: int) -> str:
-        """CORPUS/KEY of an image, or its KEY in the corpus without a name: the one that is to grow."""
+        """CORPUS/KEY of an image, or KEY in the corpus without a name, which is the one to append to."""
         corpus = int(np.searchsorted(self.starts, position, side="right")) - 1
         key = self.keys[corpus][position - self.starts[corpus]].as_py()
         return f"{self.names[corpus]}/{key}" if self.names[corpus] else key
 
     @classmethod
     def join(cls, parts: Sequence[ReferenceImages]) -> ReferenceImages:
-        """The images of all of them."""
+        """Concatenate."""
         keys = [own for part in parts for own in part.keys]
         return cls(
             fingerprints=Fingerprints.join([part.fingerprints for part in parts]),
@@ -49,19 +49,19 @@ NO_REFERENCES = ReferenceImages.join([])
 
 
 def open_references(paths: Sequence[str | Path]) -> list[Corpus]:
-    """The corpora, folders or URLs. Raises ValueError if one is none, or does not say what its images look like."""
+    """Open corpora in folders or at URLs. Raises ValueError if one is not a corpus or has no perceptual hashes."""
     corpora = [Corpus.open(path, check_shards=False) for path in paths]
     for corpus in corpora:
         missing = [name for name in _COLUMNS if name not in corpus.schema.names]
         if missing:
             raise ValueError(
-                f"against {corpus.folder}: its tables have no column {missing[0]}; only what `tim prepare` made can be compared"
+                f"against {corpus.folder}: its tables have no column {missing[0]}; only corpora of `tim prepare` can be compared"
             )
     return corpora
 
 
 def read_references(corpora: Sequence[Corpus]) -> ReferenceImages:
-    """Read the tables of corpora, one shard at a time: about 50 bytes an image stay in memory."""
+    """Read the tables of corpora, one shard at a time. Uses about 50 bytes per image."""
     parts: list[ReferenceImages] = []
     for corpus in corpora:
         keys: list[pa.Array] = []

@@ -109,9 +109,8 @@ def _identifier() -> Any:
     except ImportError as error:
         raise ValueError("captions.languages: needs py3langid (pip install 'tim[language]'), or a captions.language_column") from error
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    identifier.set_languages(
-        [code for code in identifier.nb_classes if len(code) == 2]
-    )  # short English captions are mistaken for pidgins and the like
+    # without three-letter codes: short English captions are mistaken for pidgins and the like
+    identifier.set_languages([code for code in identifier.nb_classes if len(code) == 2])
     return identifier
 
 

@@ -1,7 +1,8 @@
-"""`tim encode`: a corpus's images and captions → feature shards (docs/formats.md). Read `encode` from top to bottom.
+"""`tim encode`: encode the images and captions of a corpus into feature shards (docs/formats.md). Read `encode` from top to bottom.
 
-Processes, one for each GPU, share the shards: whoever is free takes the next. A shard appears whole or not at all, so that a run that was
-killed goes on where it was, and ends with the same bytes; so does a corpus that has grown. Nothing depends on the number of processes.
+Processes, one per GPU, share the shards: a free process takes the next one. Shards are written atomically, so a killed run can be resumed
+and ends with the same bytes; new shards of an extended corpus are encoded the same way. The result does not depend on the number of
+processes.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ __all__ = ["EncodeConfig", "Encoded", "encode"]
 Announce = Callable[[str], None]
 
 _POLL_SECONDS = 0.2
-_PATIENCE = timedelta(days=7)  # how long processes wait for the main one, which looks at all tables first
-_TRIED_CAPTIONS = 2000  # whose lengths tell how long captions are
-_DONE = "done-"  # what the files of processes that count begin with
+_PATIENCE = timedelta(days=7)  # how long processes wait for the main one, which reads all tables first
+_TRIED_CAPTIONS = 2000  # sampled to estimate caption lengths
+_DONE = "done-"  # prefix of the processes' progress files
 _LISTED = ("name", "bytes", "sha256", "table", "table_sha256", "of")  # of a shard in the manifest
 _MEMBER_BYTES = 1024  # header, padding and names of tensors
 _DIGITS = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
@@ -56,8 +57,8 @@ _DIGITS = {"float16": 2, "bfloat16": 2, "float32": 4}  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Content of a folder of features. `rejected` counts, by reason, samples whose image could not be decoded; `cut` captions longer
-    than `text.max_tokens`."""
+    """Content of a folder of features. `rejected`: reason → number of samples whose image could not be decoded. `cut`: number of captions
+    longer than `text.max_tokens`."""
 
     shards: int
     samples: int
@@ -75,14 +76,14 @@ def encode(
     progress: Progress = no_progress,
     announce: Announce | None = None,
 ) -> Encoded | None:
-    """Encode all of a corpus into the folder `out`. Called alike by every process that accelerate or torchrun started, or by one alone;
-    the main one alone is told what is there in the end.
+    """Encode a corpus into the folder `out`. Every process that accelerate or torchrun started calls it with the same arguments; the main
+    process gets the result, the others get None.
 
-    The same command continues a run that was cut short, returns at once if the folder is finished, and encodes what is new if the corpus
-    has grown. `announce` is told how many bytes to expect before the work starts; `progress` is called with ("encode", samples done, all).
+    The same call resumes an interrupted run, returns at once if the folder is finished, and encodes new shards of an extended corpus.
+    `announce` is called with the expected size before the work starts, `progress` with ("encode", samples done, samples).
 
-    Raises ValueError if the corpus, a model or `out` cannot be used, or holds features of other settings; OSError if a shard of the corpus
-    cannot be read.
+    Raises ValueError if the corpus, a model or `out` cannot be used, or `out` holds features of other settings; OSError if a shard of the
+    corpus cannot be read.
     """
     import torch
     from accelerate import PartialState
@@ -92,24 +93,24 @@ def encode(
     with _reproducible(team) as device:
         opened, out = Corpus.open(corpus), Path(out)
         if team.is_main_process:
-            done = _lead(opened, out=out, config=config, team=team, device=device, progress=progress, announce=announce)
+            done = _run_main(opened, out=out, config=config, team=team, device=device, progress=progress, announce=announce)
         else:
-            _help(opened, out=out, config=config, team=team, device=device)
+            _run_helper(opened, out=out, config=config, team=team, device=device)
     if team.num_processes > 1:
         team.destroy_process_group()
     return done
 
 
-def _help(corpus: Corpus, *, out: Path, config: EncodeConfig, team: PartialState, device: torch.device) -> None:
-    """The part of a process that is not the main one: its share of the shards, between the main one's beginning and end."""
+def _run_helper(corpus: Corpus, *, out: Path, config: EncodeConfig, team: PartialState, device: torch.device) -> None:
+    """Other processes: encode a share of the shards between the main process's set-up and its end."""
     team.wait_for_everyone()
     if not (out / MANIFEST).is_file():
-        encoders, tally = Encoders(config, device=device), _EncodeCounts(corpus, out=out, team=team)
-        _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
+        encoders, counter = Encoders(config, device=device), _SampleCounter(corpus, out=out, team=team)
+        _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), counter=counter)
     team.wait_for_everyone()
 
 
-def _lead(
+def _run_main(
     corpus: Corpus,
     *,
     out: Path,
@@ -119,8 +120,8 @@ def _lead(
     progress: Progress,
     announce: Announce | None,
 ) -> Encoded:
-    """The main process's part: what is said and checked once, and its share of the shards."""
-    _check_place(out, corpus=corpus)
+    """The main process: check the arguments, set up the folder, encode a share of the shards, write the manifest."""
+    _check_output(out, corpus=corpus)
     settings = features_manifest(**identity(config), dtype=config.dtype, zstd=config.zstd, flipped=config.flip, rules=config.rules)
     _check_settings(out, settings=settings)
     encoders = None
@@ -129,14 +130,14 @@ def _lead(
             announce(_expectation(corpus, config=config, settings=settings, out=out))
         encoders = Encoders(config, device=device)
     existed = out.is_dir()
-    with exclusive_lock(out) as work, _nothing_left_behind(out, corpus=corpus, existed=existed):
+    with exclusive_lock(out) as work, _cleaned_up_on_error(out, corpus=corpus, existed=existed):
         if encoders is not None:
             _begin(out, corpus=corpus, settings=settings, encoders=encoders)
         team.wait_for_everyone()
         if encoders is not None:
-            tally = _EncodeCounts(corpus, out=out, team=team, progress=progress)
-            _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), tally=tally)
-            manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, tally=tally))
+            counter = _SampleCounter(corpus, out=out, team=team, progress=progress)
+            _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), counter=counter)
+            manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, counter=counter))
             publish_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         team.wait_for_everyone()
         shutil.rmtree(work)
@@ -144,8 +145,8 @@ def _lead(
 
 
 @contextmanager
-def _nothing_left_behind(out: Path, *, corpus: Corpus, existed: bool) -> Iterator[None]:
-    """After an error before any shard is finished, remove the files of the job, and the folder if it did not exist before."""
+def _cleaned_up_on_error(out: Path, *, corpus: Corpus, existed: bool) -> Iterator[None]:
+    """After an error before any shard is finished: delete the files of the job, and the folder if it did not exist before."""
     try:
         yield
     except BaseException:
@@ -158,14 +159,14 @@ def _nothing_left_behind(out: Path, *, corpus: Corpus, existed: bool) -> Iterato
 
 
 def read_encoded(out: Path) -> Encoded:
-    """What a finished folder's manifest says is in it."""
+    """Content of a finished folder, from its manifest."""
     manifest = json.loads((out / MANIFEST).read_text("utf-8"))
     return Encoded(shards=len(manifest["shards"]), rejected=manifest["rejected"], **manifest["totals"])
 
 
 @contextmanager
 def _reproducible(team: PartialState) -> Iterator[torch.device]:
-    """This process's device. On a CPU it runs one thread: with others sums come out otherwise; there are processes for the cores."""
+    """The device of this process. On a CPU, torch runs one thread, because the rounding of sums depends on their number."""
     import torch
 
     device, threads = torch.device(team.device or "cpu"), torch.get_num_threads()
@@ -178,26 +179,26 @@ def _reproducible(team: PartialState) -> Iterator[torch.device]:
 
 
 def _workers(team: PartialState) -> int:
-    """How many processes decode images for one that encodes."""
+    """Decoding processes per encoding process."""
     return max(1, len(os.sched_getaffinity(0)) // team.num_processes)
 
 
-def _check_place(out: Path, *, corpus: Corpus) -> None:
-    """Raises ValueError if `out` is no place for features."""
+def _check_output(out: Path, *, corpus: Corpus) -> None:
+    """Raises ValueError if features cannot be written to `out`."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a folder")
     if not is_remote(corpus.folder) and corpus.path.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"{out}: lies in the corpus {corpus.path}; give a folder elsewhere")
+        raise ValueError(f"{out}: is inside the corpus {corpus.path}; give a folder elsewhere")
     if not out.is_dir():
         return
     ours = re.compile(rf"\d{{6,}}(\.tar|\.parquet|_stats\.json)(\..+\.tmp)?|(manifest\.json|{re.escape(EMPTY)}).*|{re.escape(WORK)}")
-    strangers = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
-    if strangers:
-        raise ValueError(f"{out}: not empty ({strangers[0]} is in it) and no features; give a new or empty folder")
+    unknown = sorted(path.name for path in out.iterdir() if not ours.fullmatch(path.name))
+    if unknown:
+        raise ValueError(f"{out}: not empty ({unknown[0]} is in it) and not features; give a new or empty folder")
 
 
 def _check_settings(out: Path, *, settings: dict[str, Any]) -> None:
-    """Raises ValueError if `out` holds features that were made otherwise, finished or not, naming what differs."""
+    """Raises ValueError if `out` holds features of other settings, finished or not, with the difference."""
     before, state = out / MANIFEST, "finished"
     if not before.is_file():
         before, state = out / WORK / JOB, "unfinished"
@@ -209,48 +210,48 @@ def _check_settings(out: Path, *, settings: dict[str, Any]) -> None:
     if state == "unfinished":
         if found.get("version") != version("tim"):
             raise ValueError(
-                f"{out}: holds features that tim {found.get('version')} has begun; finish them with it, or give another folder"
+                f"{out}: holds unfinished features of tim {found.get('version')}; finish them with that version, or give another folder"
             )
         found = found["settings"]
-    changed = next((said for name in settings if (said := difference(found.get(name), settings[name], at=name))), "")
+    changed = next((text for name in settings if (text := difference(found.get(name), settings[name], at=name))), "")
     if changed:
         raise ValueError(f"{out}: holds {state} features with another {changed}; give another folder, or delete this one")
 
 
 def _is_finished(out: Path, *, corpus: Corpus) -> bool:
-    """Whether `out` has a manifest, and all shards of the corpus as it is now."""
+    """Whether `out` has a manifest and all shards of the current corpus."""
     shards = (finished_shard(out, number=number, of=shard.digest) for number, shard in enumerate(corpus.shards))
-    return (out / MANIFEST).is_file() and all(shards) and not _beyond(out, shards=len(corpus.shards))
+    return (out / MANIFEST).is_file() and all(shards) and not _obsolete_files(out, shards=len(corpus.shards))
 
 
-def _beyond(out: Path, *, shards: int) -> list[Path]:
+def _obsolete_files(out: Path, *, shards: int) -> list[Path]:
     """Files of shards that the corpus no longer has."""
     return [path for path in out.glob("[0-9]*") if int(re.split(r"[._]", path.name)[0]) >= shards]
 
 
 def _begin(out: Path, *, corpus: Corpus, settings: dict[str, Any], encoders: Encoders) -> None:
-    """What the main process does before the others start: the job is written down."""
+    """Record the job before the other processes start."""
     work = out / WORK
     publish_text(work / JOB, json.dumps({"version": version("tim"), "settings": settings}, indent=1))
-    (out / MANIFEST).unlink(missing_ok=True)  # it says nothing of the shards that are about to be written
-    for file in [*_beyond(out, shards=len(corpus.shards)), *work.glob(f"{_DONE}*")]:
+    (out / MANIFEST).unlink(missing_ok=True)  # it does not list the shards about to be written
+    for file in [*_obsolete_files(out, shards=len(corpus.shards)), *work.glob(f"{_DONE}*")]:
         file.unlink()
     if encoders.text is not None:
         with publish(out / EMPTY) as stream:
             stream.write(pack({text_name(0): encoders.captions([""])[0]}))
 
 
-def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, tally: _EncodeCounts) -> None:
-    """Encode shards until every one is finished or in the hands of another process."""
+def _encode_missing(corpus: Corpus, *, out: Path, config: EncodeConfig, encoders: Encoders, workers: int, counter: _SampleCounter) -> None:
+    """Encode shards until each is finished or taken by another process."""
     with Decoders(workers) as decoders:
         for number, shard in enumerate(corpus.shards):
-            with _taken(out / WORK / f"{shard_name(number)}.lock") as mine:
+            with _try_lock(out / WORK / f"{shard_name(number)}.lock") as mine:
                 if mine and finished_shard(out, number=number, of=shard.digest) is None:
-                    encode_shard(corpus, number, out=out, config=config, encoders=encoders, decoders=decoders, report=tally.add)
+                    encode_shard(corpus, number, out=out, config=config, encoders=encoders, decoders=decoders, report=counter.add)
 
 
 @contextmanager
-def _taken(lock: Path) -> Iterator[bool]:
+def _try_lock(lock: Path) -> Iterator[bool]:
     """Whether this process gets the lock. The operating system releases it when the process ends, even by SIGKILL."""
     held = FileLock(lock, timeout=0, fallback_to_soft=False)
     try:
@@ -264,8 +265,8 @@ def _taken(lock: Path) -> Iterator[bool]:
         held.release()
 
 
-class _EncodeCounts:
-    """How many samples are done: each process notes its own in a file, the main one adds them up and reports."""
+class _SampleCounter:
+    """Counts encoded samples: each process writes its count to a file; the main process adds them up and reports the sum."""
 
     def __init__(self, corpus: Corpus, *, out: Path, team: PartialState, progress: Progress | None = None) -> None:
         finished = [shard.count for i, shard in enumerate(corpus.shards) if finished_shard(out, number=i, of=shard.digest)]
@@ -287,13 +288,13 @@ class _EncodeCounts:
             self._progress("encode", min(self._known + done, self._total), self._total)
 
 
-def _wait_for_all(corpus: Corpus, *, out: Path, tally: _EncodeCounts) -> list[EncodedShard]:
-    """The finished shards, as soon as they all are; whoever started the processes ends this one if another fails."""
+def _wait_for_all(corpus: Corpus, *, out: Path, counter: _SampleCounter) -> list[EncodedShard]:
+    """Wait until all shards are finished. If another process fails, the launcher ends this one."""
     shards: list[EncodedShard] = []
     for number, shard in enumerate(corpus.shards):
         while (found := finished_shard(out, number=number, of=shard.digest)) is None:
             time.sleep(_POLL_SECONDS)
-            tally.show()
+            counter.show()
         shards.append(found)
     return shards
 
@@ -306,7 +307,7 @@ def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard]) -> dict[s
 
 
 def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, Any], out: Path) -> str:
-    """How much there will be, in one line: latents to the byte, captions by the lengths of some of them."""
+    """The expected size, in one line: exact for latents, estimated from sampled lengths for captions."""
     cells = images = tokens = captions = 0
     some: list[str] = []
     for number, shard in enumerate(corpus.shards):
@@ -320,15 +321,15 @@ def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, An
                 if (teacher := settings["teacher"]) is not None:
                     cells += area // (codec["factor"] * config.patch_size) ** 2 * teacher["width"]
         some += [sample.captions[0] for sample in samples[: -(-_TRIED_CAPTIONS // len(corpus.shards))]]
-    if (words := config.text) is not None:
+    if (text := config.text) is not None:
         from tim.text import encoders
 
-        tokenize = encoders.tokenizer(words.kind, words.path, tokenizer_path=words.tokenizer, max_tokens=words.max_tokens)
+        tokenize = encoders.tokenizer(text.kind, text.path, tokenizer_path=text.tokenizer, max_tokens=text.max_tokens)
         lengths = [len(each) for each in tokenize(some)]
         tokens = captions * sum(lengths) // max(1, len(lengths))
         cells += tokens * settings["text"]["width"]
     expected = cells * _DIGITS[config.dtype] + corpus.count * _MEMBER_BYTES
-    parts = [f"{images} images"] * (images > 0) + [f"{captions} captions"] * (words is not None)
+    parts = [f"{images} images"] * (images > 0) + [f"{captions} captions"] * (text is not None)
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     expectation = f"about {filesize.decimal(expected)}{' before compression' if config.zstd else ''}"

@@ -1,4 +1,4 @@
-"""One shard of a corpus → one shard of features: a tar, its table, and the stats file that commits both."""
+"""Encode one shard of a corpus into one shard of features: a tar, its table, and the stats file that commits both."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pipeline.storage.atomic import publish, publish_text
 from pipeline.storage.shard_reader import ByteRange, ShardReader
 from pipeline.streams.corpus_view import integers
 
-PIECE_PIXELS, PIECE_SAMPLES = 32 * 1024 * 1024, 256  # that are decoded and encoded together; part of what makes the bytes
+PIECE_PIXELS, PIECE_SAMPLES = 32 * 1024 * 1024, 256  # decoded and encoded together; the bytes of the result depend on them
 _COLUMNS = ("key", "width", "height", "captions", "image_offset", "image_length")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A row of the corpus with the sizes that it is encoded at."""
+    """A row of the corpus with the sizes at which to encode it."""
 
     key: str
     captions: list[str]
@@ -43,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class EncodedShard:
-    """A finished shard: its entry in the manifest (`of` is the digest of the corpus's table), and the counts of its stats."""
+    """A finished shard: its manifest entry (`of`: digest of the corpus's table) and the counts in its stats file."""
 
     name: str
     bytes: int
@@ -58,13 +58,13 @@ class EncodedShard:
 
 
 def finished_shard(out: Path, *, number: int, of: str) -> EncodedShard | None:
-    """The shard, if its stats say that it is complete, of this table of the corpus, and both files are there; the tar in full length."""
+    """The shard if it is complete and of this table of the corpus: stats file written, table present, tar of full length."""
     stem = shard_name(number)
     try:
-        said = json.loads((out / f"{stem}_stats.json").read_text("utf-8"))
-        shard = EncodedShard(**said["shard"])
-        whole = (out / shard.name).stat().st_size == shard.bytes and (out / shard.table).is_file()
-        return shard if said["format"] == FORMAT and shard.of == of and whole else None
+        stats = json.loads((out / f"{stem}_stats.json").read_text("utf-8"))
+        shard = EncodedShard(**stats["shard"])
+        is_complete = (out / shard.name).stat().st_size == shard.bytes and (out / shard.table).is_file()
+        return shard if stats["format"] == FORMAT and shard.of == of and is_complete else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -72,10 +72,10 @@ def finished_shard(out: Path, *, number: int, of: str) -> EncodedShard | None:
 def encode_shard(
     corpus: Corpus, number: int, *, out: Path, config: EncodeConfig, encoders: Encoders, decoders: Decoders, report: Callable[[int], None]
 ) -> EncodedShard:
-    """Write tar, table and stats of one shard, in this order. `report` is told how many samples more are done.
+    """Write tar, table and stats of one shard, in this order. `report` is called with the number of samples just finished.
 
-    Samples lie in the order of their sizes, so that those that go through a codec together are alike. Raises OSError if the corpus's
-    shard cannot be read; an image that cannot be decoded is left out and counted.
+    Samples are stored in order of size, so that images encoded together have similar sizes. Raises OSError if the shard of the corpus
+    cannot be read; an image that cannot be decoded is left out and counted.
     """
     samples = read_samples(corpus, number, config=config)
     stem = shard_name(number)
@@ -86,19 +86,19 @@ def encode_shard(
         writer = FeatureWriter(stream, zstd=config.zstd)
         for piece, decoded in in_pieces:
             views = [view for found in decoded if not isinstance(found, str) for view in found]
-            pictures = iter(encoders.pictures(views))
-            spoken = [text for sample in piece for text in sample.captions]
-            captions = iter(encoders.captions(spoken) if encoders.text else ())
-            cut += encoders.cut(spoken)
+            image_features = iter(encoders.images(views))
+            texts = [text for sample in piece for text in sample.captions]
+            caption_features = iter(encoders.captions(texts) if encoders.text else ())
+            cut += encoders.count_cut(texts)
             for sample, found in zip(piece, decoded, strict=True):
                 count = len(sample.captions) if encoders.text else 0
-                texts = {text_name(i): next(captions) for i in range(count)}
+                text_tensors = {text_name(i): next(caption_features) for i in range(count)}
                 if isinstance(found, str):
                     rejected[found] += 1
                     writer.leave_out(sample.key, reason=found, crops=sample.crops, captions=count)
                     continue
-                tensors = {name: tensor for _ in found for name, tensor in next(pictures).items()}
-                writer.add(sample.key, {**tensors, **texts}, crops=sample.crops, captions=count)
+                tensors = {name: tensor for _ in found for name, tensor in next(image_features).items()}
+                writer.add(sample.key, {**tensors, **text_tensors}, crops=sample.crops, captions=count)
             report(len(piece))
         table = writer.finish(sorted(sample.key for sample in samples))
     with publish(out / f"{stem}.parquet") as stream:
@@ -120,7 +120,7 @@ def encode_shard(
 
 
 def read_samples(corpus: Corpus, number: int, *, config: EncodeConfig) -> list[Sample]:
-    """All samples of a shard, those of one size next to each other. One that no size rule keeps has no crops."""
+    """All samples of a shard in order of size. A sample that no size rule keeps has no crops."""
     table = corpus.read(number, columns=_COLUMNS)
     heights, widths = integers(table, "height"), integers(table, "width")
     keys = corpus.bare_keys(number, table.column("key").to_pylist())
@@ -136,7 +136,7 @@ def read_samples(corpus: Corpus, number: int, *, config: EncodeConfig) -> list[S
 
 
 def pieces(samples: Sequence[Sample], *, flip: bool) -> Iterator[list[Sample]]:
-    """Samples that are encoded together: the same whoever encodes them."""
+    """Groups of samples that are encoded together. They do not depend on the process."""
     piece: list[Sample] = []
     filled = 0
     for sample in samples:
@@ -153,18 +153,18 @@ def pieces(samples: Sequence[Sample], *, flip: bool) -> Iterator[list[Sample]]:
 def _decoded(
     tar: str, pieces: Iterator[list[Sample]], *, decoders: Decoders, flip: bool
 ) -> Generator[tuple[list[Sample], list[list[View] | str]], None, None]:
-    """Every piece with the views of its samples, or why one has none; the next one is read and decoded meanwhile."""
+    """Each piece with the views of its samples, or the reason why one has none. The next piece is decoded in the background."""
     shards = ShardReader()
 
     def read(piece: list[Sample]) -> tuple[list[Sample], list[list[View] | str]]:
         wanted = [sample for sample in piece if sample.crops]
-        pictures: list[DecodeRequest] = []
+        requests: list[DecodeRequest] = []
         for sample, data in zip(wanted, shards.read_parts([ByteRange(tar, *sample.image) for sample in wanted]), strict=True):
             if isinstance(data, OSError):
                 raise data
-            pictures.append(DecodeRequest(bytes(data), sample.crops))
+            requests.append(DecodeRequest(bytes(data), sample.crops))
         views: dict[str, list[View] | str] = {}
-        for sample, found in zip(wanted, decoders.decode(pictures), strict=True):
+        for sample, found in zip(wanted, decoders.decode(requests), strict=True):
             views[sample.key] = found if isinstance(found, str) else _views(sample, found, flip=flip)
         return piece, [views.get(sample.key, []) for sample in piece]
 
@@ -174,11 +174,11 @@ def _decoded(
         shards.close()
 
 
-def _views(sample: Sample, pictures: Sequence[Pixels], *, flip: bool) -> list[View]:
+def _views(sample: Sample, images: Sequence[Pixels], *, flip: bool) -> list[View]:
     import torch
 
     views: list[View] = []
-    for crop, pixels in zip(sample.crops, pictures, strict=True):
+    for crop, pixels in zip(sample.crops, images, strict=True):
         image = torch.from_numpy(pixels)
         views.append(View(crop, False, image))
         if flip:

@@ -28,14 +28,14 @@ class Settings(BaseModel):
 
 
 class CodecSettings(Settings):
-    """As the section `codec` of a training config."""
+    """Same as the section `codec` of a training config."""
 
     kind: CodecKind
     path: str | None = None
 
 
 class TextSettings(Settings):
-    """As the section `text` of a training config; `width` is its network.params.cap_feat_dim, which only `lookup` needs to be told."""
+    """Same as the section `text` of a training config. `width`: its network.params.cap_feat_dim, required for `lookup` only."""
 
     kind: TextKind
     path: str | None = None
@@ -46,28 +46,28 @@ class TextSettings(Settings):
 
 
 class TeacherSettings(Settings):
-    """As the section `objective.alignment` of a training config, with its train.precision."""
+    """Same as the section `objective.alignment` of a training config, with its train.precision."""
 
     kind: TeacherKind
     path: str
     precision: Precision = "fp32"
 
 
-def _as_several(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
 class EncodeConfig(SizeLimits):
-    """All settings of `tim encode`. The size rule is that of the section `plan` of a training config, for each of `max_tokens`.
+    """All settings of `tim encode`. Each of `max_tokens` gives a size rule as in the section `plan` of a training config.
 
-    `patch_size` is the network's; `flip` encodes every image mirrored, too; `zstd` compresses, which saves little and costs time to read.
+    `patch_size`: that of the network. `flip`: also encode every image mirrored. `zstd`: compress, which saves little and slows reading.
     """
 
     codec: CodecSettings | None = None
     text: TextSettings | None = None
     teacher: TeacherSettings | None = None
     patch_size: Count = 1
-    max_tokens: Annotated[tuple[Count, ...], BeforeValidator(_as_several)] = (1024,)
+    max_tokens: Annotated[tuple[Count, ...], BeforeValidator(_as_tuple)] = (1024,)
     flip: bool = False
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
     zstd: bool = False
@@ -77,14 +77,14 @@ class EncodeConfig(SizeLimits):
         if self.codec is None and self.text is None:
             raise ValueError("nothing to encode: give a codec, a text encoder or both")
         if self.teacher is not None and self.codec is None:
-            raise ValueError("teacher: its tokens lie on the codec's grid: give the codec, too")
+            raise ValueError("teacher: its tokens are on the codec's grid: give the codec, too")
         if not self.max_tokens:
             raise ValueError("max_tokens: give at least one size")
         return self
 
     @property
     def rules(self) -> list[SizeRule]:
-        """The size rules, none without a codec. Raises ValueError where the codec's geometry is not known."""
+        """The size rules; none without a codec. Raises ValueError if the codec's geometry is unknown."""
         if self.codec is None:
             return []
         from tim import codecs
@@ -94,9 +94,9 @@ class EncodeConfig(SizeLimits):
 
 
 def identity(config: EncodeConfig) -> dict[str, Any]:
-    """What of the models stands in the manifest: their kinds and digests, and what the reader has to know; no path.
+    """The manifest's entries on the models: kinds, digests, and what readers need; no paths.
 
-    Raises ValueError for models that cannot be had. Only the teacher is loaded.
+    Raises ValueError for models that are not available. Only the teacher is loaded.
     """
     from tim import alignment, codecs
     from tim.pretrained import weight_files
@@ -113,23 +113,23 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
             **codecs.geometry(chosen.kind, chosen.path)._asdict(),
             "draws": codecs.is_stochastic(chosen.kind),
         }
-    if (words := config.text) is not None:
-        width = words.width or encoders.width(words.kind, words.path)
-        digest = None if words.path is None else encoders.digest(words.kind, words.path, tokenizer_path=words.tokenizer)
-        captions = {"kind": words.kind, "digest": digest, "width": width, "max_tokens": words.max_tokens, "precision": words.precision}
-    if (seen := config.teacher) is not None:
+    if (text := config.text) is not None:
+        width = text.width or encoders.width(text.kind, text.path)
+        digest = None if text.path is None else encoders.digest(text.kind, text.path, tokenizer_path=text.tokenizer)
+        captions = {"kind": text.kind, "digest": digest, "width": width, "max_tokens": text.max_tokens, "precision": text.precision}
+    if (teacher_settings := config.teacher) is not None:
         teacher = {
-            "kind": seen.kind,
-            "digest": weight_files.digest(seen.path),
-            "width": alignment.make(seen.kind, seen.path).width,
-            "precision": seen.precision,
+            "kind": teacher_settings.kind,
+            "digest": weight_files.digest(teacher_settings.path),
+            "width": alignment.make(teacher_settings.kind, teacher_settings.path).width,
+            "precision": teacher_settings.precision,
         }
     return {"codec": codec, "text": captions, "teacher": teacher}
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """An image at one size: uint8 (3, h, w), what was cut out of it, and whether it is mirrored."""
+    """An image at one size: its crop, whether it is mirrored, and its pixels, uint8 (3, h, w)."""
 
     crop: Crop
     flipped: bool
@@ -137,10 +137,10 @@ class View:
 
 
 class Encoders:
-    """The models of a config, loaded on a device; those that it does not name are None."""
+    """The models of a config, loaded on a device. Models that the config does not name are None."""
 
     def __init__(self, config: EncodeConfig, *, device: torch.device) -> None:
-        """Raises ValueError for models that cannot be had."""
+        """Raises ValueError for models that are not available."""
         import torch
 
         from tim import alignment, codecs
@@ -151,21 +151,21 @@ class Encoders:
         self.teacher: AlignmentTeacher | None = None
         if (chosen := config.codec) is not None:
             self.codec = codecs.make(chosen.kind, chosen.path, device=device)
-        if (words := config.text) is not None:
+        if (text := config.text) is not None:
             settings = {
-                "tokenizer_path": words.tokenizer,
-                "width": words.width,
-                "max_tokens": words.max_tokens,
-                "precision": words.precision,
+                "tokenizer_path": text.tokenizer,
+                "width": text.width,
+                "max_tokens": text.max_tokens,
+                "precision": text.precision,
             }
-            self.text = encoders.make(words.kind, words.path, device=device, **settings)
-        if (seen := config.teacher) is not None:
-            self.teacher = alignment.make(seen.kind, seen.path, device=device, precision=seen.precision)
+            self.text = encoders.make(text.kind, text.path, device=device, **settings)
+        if (teacher_settings := config.teacher) is not None:
+            self.teacher = alignment.make(teacher_settings.kind, teacher_settings.path, device=device, precision=teacher_settings.precision)
         self._patch_size = config.patch_size
         self._dtype: torch.dtype = getattr(torch, config.dtype)
 
-    def pictures(self, views: Sequence[View]) -> list[dict[str, Tensor]]:
-        """What a feature shard has of each view: its latent, its deviation where the codec draws, and what a teacher sees."""
+    def images(self, views: Sequence[View]) -> list[dict[str, Tensor]]:
+        """The tensors of each view: its latent, the deviation if the codec is stochastic, and the teacher's tokens."""
         from pipeline.features.tensors import latent_name, tokens_name
 
         if not views:
@@ -180,26 +180,26 @@ class Encoders:
             stride = self.codec.factor * self._patch_size
             grids = [(image.shape[1] // stride, image.shape[2] // stride) for image in images]
             tokens = self.teacher.tokens(images, grids).split([rows * columns for rows, columns in grids])
-            for each, view, seen in zip(found, views, tokens, strict=True):
-                each[tokens_name(view.crop, flipped=view.flipped)] = seen
+            for each, view, own in zip(found, views, tokens, strict=True):
+                each[tokens_name(view.crop, flipped=view.flipped)] = own
         return [self._stored(each) for each in found]
 
     def captions(self, captions: Sequence[str]) -> list[Tensor]:
         """The features of each caption."""
         assert self.text is not None
-        unlike = [*dict.fromkeys(captions)]
-        if not unlike:
+        distinct = [*dict.fromkeys(captions)]
+        if not distinct:
             return []
-        encoded = dict(zip(unlike, self.text.encode(unlike), strict=True))
+        encoded = dict(zip(distinct, self.text.encode(distinct), strict=True))
         stored = self._stored(encoded)
         return [stored[caption] for caption in captions]
 
-    def cut(self, captions: Sequence[str]) -> int:
-        """How many of these captions are longer than the text encoder reads."""
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """Number of captions longer than the text encoder's limit."""
         return 0 if self.text is None else sum(length > self.text.max_tokens for length in self.text.tokenizer.lengths(captions))
 
     def _stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """On the CPU in the dtype of the shards. Raises ValueError where that cannot hold a value."""
+        """Move to the CPU, in the dtype of the shards. Raises ValueError for a value out of its range."""
         stored = {name: tensor.to(self._dtype).cpu() for name, tensor in tensors.items()}
         for name, tensor in stored.items():
             if not bool(tensor.isfinite().all()):

@@ -1,1 +1,1 @@
-"""What is in a corpus: statistics, charts, the HTML report."""
+"""The report on a corpus: statistics, charts, HTML page."""

@@ -1,4 +1,4 @@
-"""How many captions are longer than a text encoder reads, estimated from a sample of a corpus's tables. No image is read."""
+"""Estimate how many captions exceed the limit of a text encoder, from a sample of a corpus's tables. No image is read."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 from pipeline.corpus.corpus import Corpus
 
-if TYPE_CHECKING:  # torch is slow to import, and the workers of a preparation, which import this file, do without it
+if TYPE_CHECKING:  # torch is slow to import, and the workers of `tim prepare` import this file without it
     from tim.text.tokenizers import Tokenizer
 
 SAMPLED = 2000  # captions
-USUAL_TOKENS = 77  # text.max_tokens by default
-_MAX_SHARDS = 16  # that are looked into, evenly spread
+USUAL_TOKENS = 77  # the default of text.max_tokens
+_MAX_SHARDS = 16  # sampled, evenly spaced
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionLengths:
-    """Of `sampled` captions, `cut` have more than `max_tokens` tokens; the longest has `longest`."""
+    """Of `sampled` captions, `cut` exceed `max_tokens`; the longest has `longest` tokens."""
 
     sampled: int
     cut: int
@@ -31,15 +31,15 @@ class CaptionLengths:
 
 
 def sample_captions(corpora: Sequence[Corpus], *, most: int = SAMPLED) -> list[str]:
-    """Captions of evenly spread rows of evenly spread shards, about `most` rows in all and every caption of each."""
+    """All captions of about `most` rows, evenly spaced in evenly spaced shards."""
     captions: list[str] = []
     for corpus in corpora:
         shards = range(0, len(corpus.shards), -(-len(corpus.shards) // _MAX_SHARDS) or 1)
         rows = max(1, most // (len(corpora) * max(1, len(shards))))
         for shard in shards:
-            spoken = corpus.read(shard, columns=("captions",)).column("captions")
-            step = max(1, len(spoken) // rows)
-            captions += [caption for each in spoken[::step].to_pylist() for caption in each or []]
+            column = corpus.read(shard, columns=("captions",)).column("captions")
+            step = max(1, len(column) // rows)
+            captions += [caption for each in column[::step].to_pylist() for caption in each or []]
     return captions
 
 
@@ -51,7 +51,7 @@ def measure(captions: Sequence[str], *, tokenizer: Tokenizer) -> CaptionLengths:
 
 
 def beyond_usual(captions: Sequence[str]) -> int:
-    """How many captions have more than `USUAL_TOKENS` of CLIP's tokens. A token is at least one byte, so short ones are not tokenized."""
+    """Number of captions with more than `USUAL_TOKENS` CLIP tokens. A token has at least one byte, so short captions are skipped."""
     long = [caption for caption in captions if len(caption.encode()) > USUAL_TOKENS - 2]
     if not long:
         return 0

@@ -1,4 +1,4 @@
-"""What is in a corpus, counted over its tables: one shard in memory at a time, and a few examples of everything."""
+"""Statistics of a corpus, with a few examples of each kind, computed over its tables with one shard in memory at a time."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from pipeline.size_rule import target_sizes
 from pipeline.streams.corpus_view import CorpusView
 
 KEPT_EXAMPLES, REJECTED_EXAMPLES, PAIRS = 24, 6, 8
-MAX_SCORES = 24  # further columns of numbers that are drawn
-MAX_STEPS, RANKS = 20, 8  # that are planned
-SAMPLED_CAPTIONS = 500  # rows whose captions are measured in tokens
-WIDTH = 1152  # of the network that the plan is for: the published ones at XL size
+MAX_SCORES = 24  # numeric columns that are drawn
+MAX_STEPS, RANKS = 20, 8  # of the plan
+SAMPLED_CAPTIONS = 500  # rows whose captions are tokenized
+WIDTH = 1152  # of the network that the plan is for, as in the published XL networks
 LOOKALIKES: Mapping[str, str] = {"near_duplicate_of": "near", SEMANTIC_DUPLICATE: "semantic"}
-"""Columns that name the image which is kept in the place of another, and of which kind its duplicates are."""
+"""Column that names the kept image of a duplicate → kind of duplicate."""
 
 _LOG_FINEST = -2  # a quarter of an octave
 _SHOWN = (
@@ -55,7 +55,7 @@ class Example:
 
 @dataclass(slots=True)
 class Lookalikes:
-    """What a column of `LOOKALIKES` says: how many kept images look like others, and pairs of (duplicate, the one that stays)."""
+    """Duplicates by one column of `LOOKALIKES`: the number of kept ones, and pairs of (duplicate, kept image)."""
 
     kept: int = 0
     pairs: list[tuple[Example, Example | None]] = field(default_factory=list)
@@ -63,12 +63,12 @@ class Lookalikes:
 
 @dataclass(slots=True)
 class CorpusStatistics:
-    """Counts and examples of one corpus. `scores` are the further columns of numbers; `lookalikes` go by column."""
+    """Counts and examples of one corpus. `scores`: by numeric column. `lookalikes`: by column of `LOOKALIKES`."""
 
     name: str
     manifest: Mapping[str, Any]
     plan: dict[str, Any]  # of `pipeline.planning.summary`, or {"error": why there is none}
-    by_source: dict[str, Counter[str]] = field(default_factory=dict)  # "" counts what is kept, the others go by reason
+    by_source: dict[str, Counter[str]] = field(default_factory=dict)  # source → reason ("" if kept) → number
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (⌊2·log2 width⌋, ⌊2·log2 height⌋)
     pixels: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2
     aspects: Histogram = field(default_factory=lambda: Histogram(finest=_LOG_FINEST))  # log2 of width / height
@@ -87,14 +87,14 @@ class CorpusStatistics:
 
 
 def plan_of(stride: int, *, max_tokens: int) -> PlanConfig:
-    """The plan that a report is about: packs of four times the largest image, eight a step."""
+    """The plan of the report: packs of four times the largest image, eight packs per step."""
     return PlanConfig(stride=stride, max_tokens=max_tokens, tokens_per_pack=4 * max_tokens)
 
 
 def compute_statistics(
     corpus: Corpus, *, manifest: Mapping[str, Any], plan: PlanConfig, progress: Progress = no_progress
 ) -> CorpusStatistics:
-    """Go over all tables, and plan over them as `tim plan` does. `progress`: ("report", shards read, shards in all).
+    """Read all tables, and plan as `tim plan` does. `progress`: ("report", shards read, shards).
 
     Raises ValueError if a table is missing or damaged.
     """
@@ -103,13 +103,13 @@ def compute_statistics(
     statistics.scores = {name: Histogram() for name in numbers[:MAX_SCORES]}
     statistics.scores_left_out = len(numbers) - len(statistics.scores)
     columns = [*(name for name in _SHOWN if name in corpus.schema.names), *statistics.scores]
-    wanted = {corpus.count * (2 * place + 1) // (2 * KEPT_EXAMPLES) for place in range(KEPT_EXAMPLES)}
-    named: dict[str, list[tuple[Example, str]]] = {column: [] for column in LOOKALIKES}  # with the key of the one that stays
+    wanted = {corpus.count * (2 * index + 1) // (2 * KEPT_EXAMPLES) for index in range(KEPT_EXAMPLES)}
+    named: dict[str, list[tuple[Example, str]]] = {column: [] for column in LOOKALIKES}  # with the key of the kept image
     seen = 0
     for number, shard in enumerate(corpus.shards):
         kept = corpus.read(number, columns=columns)
         _count_kept(statistics, kept, plan=plan)
-        statistics.kept += [_example(kept, place - seen, tar=shard.path) for place in sorted(wanted) if seen <= place < seen + shard.count]
+        statistics.kept += [_example(kept, row - seen, tar=shard.path) for row in sorted(wanted) if seen <= row < seen + shard.count]
         seen += shard.count
         rejected = corpus.read_rejected(number, columns=_SHOWN)
         _count_rejected(statistics, rejected)
@@ -128,7 +128,7 @@ def compute_statistics(
 
 
 def _expected(corpus: Corpus, *, plan: PlanConfig) -> dict[str, Any]:
-    """The plan of an epoch, or of its first steps; of a small corpus with so few packs a step that it need not be repeated within one."""
+    """The plan of an epoch, or of its first steps. A small corpus gets fewer packs per step, so that it is not repeated within one."""
     try:
         input_counts = count_samples([CorpusView(corpus)], rule=plan.size_rule)
         packs = input_counts["tokens_per_epoch"] // plan.tokens_per_pack
@@ -142,12 +142,12 @@ def _expected(corpus: Corpus, *, plan: PlanConfig) -> dict[str, Any]:
 
 
 def _numbers(schema: pa.Schema) -> list[str]:
-    """Names of the further columns that hold numbers or truth values."""
+    """Names of the extra columns with numbers or booleans."""
 
-    def counts(kind: pa.DataType) -> bool:
+    def is_numeric(kind: pa.DataType) -> bool:
         return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
-    return [each.name for each in schema if each.name not in TABLE_COLUMNS and each.name != TAKEDOWN and counts(each.type)]
+    return [each.name for each in schema if each.name not in TABLE_COLUMNS and each.name != TAKEDOWN and is_numeric(each.type)]
 
 
 def _count_kept(statistics: CorpusStatistics, kept: pa.Table, *, plan: PlanConfig) -> None:
@@ -165,8 +165,8 @@ def _count_kept(statistics: CorpusStatistics, kept: pa.Table, *, plan: PlanConfi
     has_caption = lengths > 0
     statistics.caption_lengths.add(np.log2(lengths[has_caption]))
     statistics.without_caption += int((~has_caption).sum())
-    spoken = pc.fill_null(pc.call_function("list_value_length", [kept["captions"]]), 0).to_numpy().astype(np.float64)
-    statistics.captions.add(spoken[has_caption])
+    captions = pc.fill_null(pc.call_function("list_value_length", [kept["captions"]]), 0).to_numpy().astype(np.float64)
+    statistics.captions.add(captions[has_caption])
     statistics.classes.update(label for label in kept["label"].to_pylist() if label is not None)
     for name, scores in statistics.scores.items():
         scores.add(kept[name].cast(pa.float64(), safe=False).to_numpy())
@@ -187,17 +187,17 @@ def _count_rejected(statistics: CorpusStatistics, rejected: pa.Table) -> None:
 
 
 def _named(rows: pa.Table, column: str) -> list[tuple[int, str]]:
-    """Row and key of the image that looks the same, of those that have one."""
+    """(row, key of the kept image) of the rows that are duplicates."""
     return [(row, key) for row, key in enumerate(_texts(rows, column)) if key]
 
 
 def _texts(rows: pa.Table, name: str) -> list[str]:
-    """A column of texts, "" where there is none."""
+    """A text column, "" for missing values."""
     return [text or "" for text in rows[name].to_pylist()] if name in rows.column_names else [""] * rows.num_rows
 
 
 def _example(rows: pa.Table, row: int, *, tar: str = "") -> Example:
-    """`tar`: where the row's image lies, unless it was rejected. What is taken down is named, and not shown."""
+    """An example from a row. `tar`: the tar of its image, unless it was rejected. Of a takedown, only the key is shown."""
     (found,) = rows.slice(row, 1).to_pylist()
     key = found.get("key") or ""
     if found.get(TAKEDOWN):
@@ -216,7 +216,7 @@ def _example(rows: pa.Table, row: int, *, tar: str = "") -> Example:
 
 
 def _find(corpus: Corpus, *, keys: set[str]) -> dict[str, Example]:
-    """The kept samples of these keys, of which each begins with the name of its shard."""
+    """The kept samples with these keys. A key begins with the name of its shard."""
     found: dict[str, Example] = {}
     columns = [name for name in _SHOWN if name in corpus.schema.names]
     for number, shard in enumerate(corpus.shards):

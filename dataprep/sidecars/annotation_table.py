@@ -1,6 +1,6 @@
-"""The table of `tim annotate` as a Parquet file: CSV, TSV and JSON lines are read once, and their columns get types.
+"""The table of `tim annotate` as a Parquet file. CSV, TSV and JSON lines are converted; the types of their columns are inferred.
 
-A column of a text table is of whole numbers, numbers or truth values if all its values are; an empty field of a CSV says nothing.
+A column of a text table holds integers, numbers or booleans if all its values do. An empty field of a CSV is a missing value.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from dataprep.sources.tabular.tables import COLUMNAR, Table, kind_of, plain
 from pipeline.corpus.sidecars import TAKEDOWN
 from pipeline.errors import one_line
 
-EXAMPLES = 3  # of what cannot be used that are named
-_BATCH = 10_000  # rows that are in memory
-_WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})", re.ASCII)  # 007 is a text
+EXAMPLES = 3  # of unusable rows and values
+_BATCH = 10_000  # rows in memory
+_WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})", re.ASCII)  # 007 is text
 _DECIMAL = re.compile(r"[+-]?((\d+\.\d*|\.\d+)([eE][+-]?\d+)?|\d+[eE][+-]?\d+)", re.ASCII)
 _TRUTH = {"true": True, "false": False}
 _MARKS = _TRUTH | {"1": True, "0": False, "yes": True, "no": False}
@@ -31,22 +31,22 @@ _TEXTS = pa.list_(pa.string())
 
 @dataclass(slots=True)
 class Damage:
-    """Rows that cannot be read: how many, and what is wrong with the first ones."""
+    """Number of unreadable rows, and the problems of the first ones."""
 
     rows: int = 0
     examples: list[str] = field(default_factory=list)
 
-    def add(self, what: str) -> None:
+    def add(self, problem: str) -> None:
         self.rows += 1
         if len(self.examples) < EXAMPLES:
-            self.examples.append(what)
+            self.examples.append(problem)
 
 
 def as_parquet(table: Path, *, on: str, known: pa.Schema, into: Path) -> tuple[pq.ParquetFile, Damage]:
-    """Open a table, a text one by way of the file `into`. Values of the column `on` stay texts, and of a CSV
-    those of columns that are texts in the `known` schema.
+    """Open a table; a text table is converted into the file `into`. In a CSV, the column `on` and columns that are texts in the `known`
+    schema stay texts.
 
-    Raises ValueError, in one line, if it cannot be read, lacks the column `on`, or a column holds what a sidecar cannot.
+    Raises ValueError if the table cannot be read, lacks the column `on`, or has a column that a sidecar cannot hold.
     """
     kind = kind_of(str(table))
     damage = Damage()
@@ -70,7 +70,7 @@ def _convert(table: Path, *, kind: str, texts: Collection[str], into: Path, dama
     except OSError as error:
         raise ValueError(f"table {table}: cannot be read: {one_line(error)}") from error
     if not source.names:
-        raise ValueError(f"table {table}: has no rows that can be read ({source.problem or 'it is empty'})")
+        raise ValueError(f"table {table}: has no readable rows ({source.problem or 'it is empty'})")
     is_text = kind not in COLUMNAR and not kind.startswith(("json", "ndjson"))
     names = dict.fromkeys(source.names)
     kinds: dict[str, set[pa.DataType]] = {}
@@ -104,7 +104,7 @@ def _records(source: Table, *, damage: Damage) -> Iterator[dict[str, Any]]:
 
 
 def _kind(value: Any, *, name: str, is_text: bool) -> pa.DataType | None:
-    """The narrowest type of a value, None if it says nothing."""
+    """The narrowest type of a value, None if it is missing."""
     if value is None or value == "":
         return None
     if isinstance(value, bool):
@@ -126,7 +126,7 @@ def _kind(value: Any, *, name: str, is_text: bool) -> pa.DataType | None:
 
 
 def _common(kinds: set[pa.DataType], *, name: str, table: Path) -> pa.DataType:
-    """The type of a column whose values are of these types. Raises ValueError if there is none."""
+    """The common type of a column with values of these types. Raises ValueError if there is none."""
     if not kinds:
         return _TEXTS if name == "captions" else _TEXT
     if pa.null() in kinds or (_TEXTS in kinds and len(kinds) > 1):

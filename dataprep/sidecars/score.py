@@ -1,7 +1,6 @@
-"""`tim score`: what an open_clip model says of the images of a finished corpus, as a sidecar table. Read `score` from top to bottom.
+"""`tim score`: scores of the images of a finished corpus by an open_clip model, as a sidecar table. Read `score` from top to bottom.
 
-One batch of images is in memory, and the next one is read and decoded meanwhile. A run that was killed goes on with the shards that
-lack a table.
+One batch of images is in memory while the next one is read and decoded. A killed run resumes with the shards that lack a table.
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SIMILARITY, AESTHETIC = "similarity", "aesthetic"
-_DECODED_SIDE = 2.0  # times the model's; larger images are decoded at a fraction of their size first
+_DECODED_SIDE = 2.0  # times the model's side; larger images are decoded at reduced size
 
 
 class LabelConfig(BaseModel):
-    """A zero-shot label: how probable it is that one of the `positive` texts says what an image is, rather than a `negative` one."""
+    """A zero-shot label: the probability that a `positive` text describes the image rather than a `negative` one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,8 +50,8 @@ class ScoreConfig(BaseModel):
 
     `model`: a folder with open_clip_config.json and weights, `hf-hub:ORG/NAME`, or an architecture (ViT-L-14) with `weights`, a file or a
     published tag. `similarity`: cosine of image and first caption. `aesthetic`: the weights file of a linear head on the embedding.
-    `labels`: a column for each, by its name. `embeddings`: keep them, in half precision. `duplicates`: images whose embeddings have
-    at least this cosine are semantic duplicates; the table names the larger one (needs and keeps embeddings).
+    `labels`: one column per label. `embeddings`: store them, in half precision. `duplicates`: images whose embeddings have at least this
+    cosine are semantic duplicates; the table names the larger image (computes and stores embeddings).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,9 +72,9 @@ class ScoreConfig(BaseModel):
         taken = {*RESERVED, SIMILARITY, AESTHETIC, EMBEDDING, SEMANTIC_DUPLICATE}
         for name in self.labels:
             if name in taken or not name.isidentifier():
-                raise ValueError(f"labels: {name!r} cannot be the name of a column: take a word of letters, digits and _ that is free")
+                raise ValueError(f"labels: {name!r} cannot be a column name: use letters, digits and _, and no reserved name")
         if not self.score_columns.names:
-            raise ValueError("similarity, aesthetic, labels, embeddings, duplicates: all are off, so there is nothing to score")
+            raise ValueError("similarity, aesthetic, labels, embeddings, duplicates: all are off: switch on at least one")
         return self
 
     @property
@@ -84,14 +83,14 @@ class ScoreConfig(BaseModel):
 
     @property
     def score_columns(self) -> pa.Schema:
-        """The columns, but for the embeddings, whose width only the model knows."""
+        """The columns; only the model defines the width of the embeddings."""
         names = [*[SIMILARITY] * self.similarity, *[AESTHETIC] * (self.aesthetic is not None), *self.labels]
         return pa.schema([(name, pa.float32()) for name in names] + [(EMBEDDING, pa.list_(pa.float16()))] * self.keeps_embeddings)
 
 
 @dataclass(slots=True)
 class Scored:
-    """What came of it. `unreadable` samples have no scores; `means` are of the scores that were computed by this run."""
+    """Result. `unreadable` samples have no scores; `means` are over the scores computed by this run."""
 
     sidecar: str
     samples: int
@@ -110,12 +109,12 @@ def score(
     workers: int = 1,
     progress: Progress = no_progress,
 ) -> Scored:
-    """Score all images of a corpus, in a folder or at a URL, into the sidecar `name`; an earlier one of this name is replaced.
+    """Score all images of a corpus, in a folder or at a URL, into the sidecar `name`, which is replaced if it exists.
 
-    `against`: corpora that were scored with the same model; with `duplicates`, images that these have are duplicates, too. `workers`:
-    processes that decode. `progress` is called with ("score", samples, samples in all).
+    `against`: corpora scored with the same model; with `duplicates`, images in these count as duplicates, too. `workers`: decoding
+    processes. `progress` is called with ("score", samples done, samples).
 
-    Raises ValueError or RuntimeError, in one line, if the model, the head or the corpus cannot be used.
+    Raises ValueError or RuntimeError if the model, the head or the corpus cannot be used.
     """
     if against and config.duplicates is None:
         raise ValueError("against: needs duplicates=COSINE, without which nothing is compared")
@@ -179,52 +178,52 @@ class _Scorer:
         }
         width = model.encode_texts(["an image"]).shape[1]
         if self._head is not None:
-            self._head(model.encode_texts(["an image"]))  # refuses another width before anything is scored
+            self._head(model.encode_texts(["an image"]))  # raises for another width before the work starts
         fields = [field for field in config.score_columns if field.name != EMBEDDING]
         if config.keeps_embeddings:
-            made_by = {"model": f"{config.model} {config.weights or ''}".strip()}
-            fields.append(pa.field(EMBEDDING, pa.list_(pa.float16(), width), metadata=made_by))
+            metadata = {"model": f"{config.model} {config.weights or ''}".strip()}
+            fields.append(pa.field(EMBEDDING, pa.list_(pa.float16(), width), metadata=metadata))
         self.schema = pa.schema(fields)
 
     def shard(self, number: int) -> pa.Table:
-        """The scores of a shard's samples; null where an image cannot be read."""
+        """The scores of a shard's samples; null for an unreadable image."""
         table = self._corpus.read(number, columns=("caption", "width", "height", "image_offset", "image_length"))
         self._result.computed += table.num_rows
         columns: dict[str, list[Any]] = {name: [None] * table.num_rows for name in self.schema.names}
         with closing(self._batches(number, table=table)) as batches:
             for start, images in batches:
-                there = [start + place for place, image in enumerate(images) if image is not None]
-                self._result.unreadable += len(images) - len(there)
-                if there:
-                    seen = [image for image in images if image is not None]
-                    captions = [table.column("caption")[row].as_py() or "" for row in there]
-                    for name, values in self._scores(seen, captions=captions).items():
-                        for row, value in zip(there, values, strict=True):
+                readable = [start + index for index, image in enumerate(images) if image is not None]
+                self._result.unreadable += len(images) - len(readable)
+                if readable:
+                    found = [image for image in images if image is not None]
+                    captions = [table.column("caption")[row].as_py() or "" for row in readable]
+                    for name, values in self._scores(found, captions=captions).items():
+                        for row, value in zip(readable, values, strict=True):
                             columns[name][row] = value
                 self._progress(self._done + start + len(images))
         self._add_up(columns)
         return pa.Table.from_pydict(columns, schema=self.schema)
 
     def finished(self, samples: int) -> None:
-        """The shards with so many samples, all together, have their tables."""
+        """The finished shards have this many samples."""
         self._done = samples
         self._progress(samples)
 
     def _scores(self, images: Sequence[Tensor], *, captions: Sequence[str]) -> dict[str, list[Any]]:
-        seen = self._model.encode_images(images)
+        embeddings = self._model.encode_images(images)
         scores: dict[str, Any] = {}
         if self._config.similarity:
-            scores[SIMILARITY] = (seen * self._model.encode_texts(captions)).sum(dim=-1).tolist()
+            scores[SIMILARITY] = (embeddings * self._model.encode_texts(captions)).sum(dim=-1).tolist()
         if self._head is not None:
-            scores[AESTHETIC] = self._head(seen).tolist()
+            scores[AESTHETIC] = self._head(embeddings).tolist()
         for name, (positive, negative) in self._labels.items():
-            scores[name] = probability(seen, positive=positive, negative=negative, scale=self._model.scale).tolist()
+            scores[name] = probability(embeddings, positive=positive, negative=negative, scale=self._model.scale).tolist()
         if self._config.keeps_embeddings:
-            scores[EMBEDDING] = list(seen.half().cpu().numpy())
+            scores[EMBEDDING] = list(embeddings.half().cpu().numpy())
         return scores
 
     def _batches(self, number: int, *, table: pa.Table) -> Generator[tuple[int, list[Tensor | None]], None, None]:
-        """The images of a shard in batches, preprocessed, None for one that cannot be read; the next batch is read meanwhile."""
+        """(first row, preprocessed images) in batches; None for an unreadable image. The next batch is read in the background."""
         heights, widths, offsets, lengths = (integers(table, name).tolist() for name in ("height", "width", "image_offset", "image_length"))
         path = self._corpus.shards[number].path
         crops = [_crop(height, width=width, side=self._model.size) for height, width in zip(heights, widths, strict=True)]
@@ -234,14 +233,14 @@ class _Scorer:
             end = start + self._config.batch
             found = self._reader.read_parts(parts[start:end])
             images: dict[int, DecodeRequest] = {}
-            for place, data in enumerate(found):
+            for index, data in enumerate(found):
                 if isinstance(data, BadShard):
                     raise data
                 if not isinstance(data, OSError):
-                    images[place] = DecodeRequest(bytes(data), [crops[start + place]])
+                    images[index] = DecodeRequest(bytes(data), [crops[start + index]])
             decoded = self._decoders.decode([*images.values()])
-            seen = dict(zip(images, self._threads.map(self._preprocessed, decoded), strict=True))
-            return start, [seen.get(place) for place in range(len(found))]
+            preprocessed = dict(zip(images, self._threads.map(self._preprocessed, decoded), strict=True))
+            return start, [preprocessed.get(index) for index in range(len(found))]
 
         return prefetched(load, range(0, len(parts), self._config.batch))
 
@@ -258,14 +257,14 @@ class _Scorer:
 
 
 def _crop(height: int, *, width: int, side: int) -> Crop:
-    """An image no larger than it needs to be."""
+    """The crop that scales an image down to the size needed."""
     factor = min(1.0, _DECODED_SIDE * side / max(min(height, width), 1))
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     return (*size, *size)
 
 
 def _identity(config: ScoreConfig) -> dict[str, Any]:
-    """What the scores follow from: the config and the contents of the files that it names. How they are batched is no part of it."""
+    """What the scores depend on: the config, without the batch size, and the contents of its files."""
     files = [file for file in (model_file(config.model, weights=config.weights), config.aesthetic) if file is not None]
     kept = config.model_dump(mode="json", exclude={"batch", "device", "duplicates", "embeddings"})
     return {**kept, "embeddings": config.keeps_embeddings, "files": [file_digest(file) for file in files]}

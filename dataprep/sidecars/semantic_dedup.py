@@ -1,7 +1,7 @@
 """Semantic duplicates: images whose embeddings (`tim score`) are nearly parallel, in one corpus and against others.
 
-Embeddings lie in a file on disk in order of preference, and are compared block by block on the device. In memory are some 50 bytes a
-image; work grows with the square of their number (10⁶ images of 512 numbers are 3·10¹⁴ multiplications, minutes on a GPU).
+Embeddings are stored in a file on disk, in order of preference, and compared block by block on the device. Memory: about 50 bytes per
+image. Time grows with the square of the number of images (10⁶ images of 512 numbers: 3·10¹⁴ multiplications, minutes on a GPU).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 EMBEDDING = "embedding"
-_BLOCK = 2048  # of which all pairs may be alike, at some 60 bytes a pair
+_BLOCK = 2048  # all pairs of a block may be similar, at about 60 bytes per pair
 
 
 def mark_duplicates(
@@ -39,11 +39,11 @@ def mark_duplicates(
     device: torch.device,
     progress: Progress,
 ) -> int:
-    """Write the sidecar `name` with the column `semantic_duplicate_of`: the key of the image that is kept in its place, or CORPUS/KEY
-    where another corpus has that, "" for all others. Returns how many duplicates there are.
+    """Write the sidecar `name` with the column `semantic_duplicate_of`: the key of the kept image, CORPUS/KEY if another corpus has it, or
+    "" for images that are not duplicates. Returns the number of duplicates.
 
-    Images are visited by most pixels, most bytes, first; one is a duplicate of the nearest one *kept* before it whose embedding has a
-    cosine of at least `threshold`. Those of the corpora `against` come before all and are kept.
+    Images are visited by most pixels, most bytes, first position. An image is a duplicate of the nearest image *kept* before it whose
+    embedding has a cosine of at least `threshold`. Images of the corpora `against` are visited first and always kept.
 
     Raises ValueError if a corpus has no embeddings, or those of another model.
     """
@@ -82,7 +82,7 @@ def mark_duplicates(
 
 
 def _check_embeddings(corpus: Corpus, *, others: Sequence[Corpus]) -> int:
-    """How many numbers an embedding has."""
+    """Width of the embeddings. Raises ValueError if they are missing or of another model."""
     fields = []
     for each in (corpus, *others):
         if EMBEDDING not in each.schema.names:
@@ -101,7 +101,7 @@ def _digest(corpus: Corpus) -> str:
 
 
 def _order(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
-    """(n,): positions of the images in the order in which they are visited."""
+    """(n,): positions of the images in order of visit."""
     parts = []
     for corpus in corpora:
         for shard in range(len(corpus.shards)):
@@ -112,7 +112,7 @@ def _order(corpora: Sequence[Corpus], *, fixed: int) -> Ints:
 
 
 def _embeddings(corpora: Sequence[Corpus]) -> Iterator[tuple[int, NDArray[np.float16]]]:
-    """Shard by shard: position of the first, and (n, D), zeros for images that could not be read."""
+    """(position of the first image, (n, D)) of each shard, zeros for unreadable images."""
     start = 0
     for corpus in corpora:
         for shard in range(len(corpus.shards)):
@@ -124,7 +124,7 @@ def _embeddings(corpora: Sequence[Corpus]) -> Iterator[tuple[int, NDArray[np.flo
 
 
 def _compare(stored: NDArray[np.float16], *, fixed: int, threshold: float, device: torch.device, progress: Progress) -> Ints:
-    """(n,): for each the nearest kept one before it, −1 where it is kept itself. The first `fixed` ones are kept."""
+    """(n,): the nearest kept image before each image, −1 if the image is kept. The first `fixed` images are kept."""
     import torch
 
     count = len(stored)
@@ -158,7 +158,7 @@ def _compare(stored: NDArray[np.float16], *, fixed: int, threshold: float, devic
 
 
 def _ids(corpora: Sequence[Corpus], *, wanted: set[int]) -> dict[int, str]:
-    """Position → key, after the corpus's name in all but the last."""
+    """Position → key, with the corpus's name in front for all but the last corpus."""
     ids: dict[int, str] = {}
     start = 0
     for corpus in corpora:

@@ -1,4 +1,4 @@
-"""Classes that a source names by texts, and what to say of captions that cannot be used."""
+"""Text labels as classes, and hints on unusable captions."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import islice
 from dataprep.sources.tabular.tables import Table
 from pipeline.corpus.record_fields import CLASS_NAME, ColumnMapping, Fields, Value, as_label, values_at
 
-_PEEK = 1000  # rows that are looked at to learn whether labels are texts
+_PEEK = 1000  # rows read to find out whether labels are texts
 _MAX_CLASSES = 100_000
 
 
 def text_labels(tables: Sequence[Table], *, columns: ColumnMapping) -> set[str]:
-    """All texts in the label column, if any of the first thousand rows of a table has a text there that is not a number; else none.
+    """All values of the label column if one of the first thousand rows of a table has a text that is not a number; else none.
 
     Raises ValueError for too many of them.
     """
@@ -29,19 +29,19 @@ def text_labels(tables: Sequence[Table], *, columns: ColumnMapping) -> set[str]:
 
 
 def class_numbers(names: set[str]) -> dict[str, int]:
-    """Name → class, in the order of the names' characters."""
+    """Name → class, in sorted order."""
     return {name: number for number, name in enumerate(sorted(names))}
 
 
 def describe_classes(classes: Mapping[str, int]) -> str:
-    """The order of classes as a sentence."""
+    """One sentence with the order of classes."""
     named = [f"{name} is {number}" for name, number in classes.items()]
     shown = named if len(named) <= 10 else [*named[:9], "…", named[-1]]
     return f"{len(named)} text labels are classes in sorted order: {', '.join(shown)}"
 
 
 def with_class(fields: Fields, *, record: Mapping[str, Value], columns: ColumnMapping, classes: Mapping[str, int]) -> Fields:
-    """The fields of a row with the class that its label column names. A number as text counts as a name where the others are texts."""
+    """The fields with the class of the row's label. A number counts as a name if other labels are texts."""
     name = _text(record, columns) if classes else ""
     if name not in classes:
         return fields
@@ -49,7 +49,7 @@ def with_class(fields: Fields, *, record: Mapping[str, Value], columns: ColumnMa
 
 
 def no_caption_hint(record: Mapping[str, Value], *, columns: ColumnMapping, classes: Mapping[str, int]) -> str:
-    """Why a row has neither a caption nor a class although these columns are filled, "" if nothing is known."""
+    """Why a row has neither a caption nor a class although these columns have values; "" if unknown."""
     for column in columns.captions:
         value = next(values_at(record, column), None)
         first = value[0] if isinstance(value, list) and value else value
@@ -69,7 +69,7 @@ def _has_texts(table: Table, *, columns: ColumnMapping) -> bool:
 
 
 def _text(record: Mapping[str, Value] | str, columns: ColumnMapping) -> str:
-    """The first label of a row as text, "" if there is none."""
+    """The first label of a row as text, "" if missing."""
     if isinstance(record, str):
         return ""
     values = (next(values_at(record, label), None) for label in columns.labels)

@@ -1,4 +1,4 @@
-"""Which columns of a source hold images, captions and classes: as the user says, or else by their names and kinds."""
+"""Map the columns of a source to images, captions and classes, by the config or else by their names and types."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ _PATHS = ("file_name", "image", "image_path", "img_path", "path", "filepath", "f
 _URLS = ("url", "image_url", "img_url", "image_link", "link", "contenturl")
 _CAPTIONS = ("txt", "prompt", "alt_text", "alt", "description", "top_caption", "title")
 _LABELS = (*STANDARD.labels, "cls", "labels")
-FILE_NAME = "filename"  # as the name of a column of captions: the name of the image's file
+FILE_NAME = "filename"  # as a caption column: the name of the image file
 Column = Field(default=None, min_length=1)
 
 
 class ColumnConfig(BaseModel):
-    """Names of columns; one that is not given is guessed, and the guess is told.
+    """Names of columns. Missing ones are guessed, and the guess is reported.
 
     `image`: bytes, a path or a URL. `caption`: one column, or several in order of preference; a column may hold lists; `filename` is the
-    name of the image's file without its extension, with spaces for underscores and dashes. `label`: an integer class, or text, whose
+    name of the image file without its extension, with spaces for underscores and dashes. `label`: an integer class, or text, whose
     values become classes in sorted order. A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value`
-    for all elements of a list. `folders`: the folder that an image lies in is its class (by default: if nothing else is said of any image).
-    `encoding`: of texts that are neither UTF-8 nor have a byte order mark.
+    for all elements of a list. `folders`: use the name of an image's folder as its class (default: only if no image has other text).
+    `encoding`: of texts that are not UTF-8 and have no byte order mark.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,26 +47,26 @@ class ColumnConfig(BaseModel):
 
 
 def choose(
-    config: ColumnConfig, *, names: Sequence[str], images: Collection[str] = (), place: str, defaults: ColumnMapping | None = None
+    config: ColumnConfig, *, names: Sequence[str], images: Collection[str] = (), origin: str, defaults: ColumnMapping | None = None
 ) -> ColumnMapping:
-    """The columns to read of those that are there.
+    """Choose the columns to read.
 
     Args:
-        names: of all columns of the source.
-        images: those that hold the images themselves, by their type.
-        place: what errors call the source.
-        defaults: what counts where the source's own convention says it.
+        names: all columns of the source.
+        images: columns that hold image bytes, by their type.
+        origin: name of the source in errors.
+        defaults: the convention of the source's format.
 
-    Raises ValueError, naming the columns that there are, for a column that is not there or cannot be guessed.
+    Raises ValueError, with the available columns, for a column that is missing or cannot be guessed.
     """
     for asked in (config.image, config.label, *(config.captions or ())):
         if asked is not None and not names_column(asked, among=names) and (asked != FILE_NAME or asked in (config.image, config.label)):
-            raise ValueError(f"{place}: has no column {asked}; there are {_listed(names)}")
+            raise ValueError(f"{origin}: has no column {asked}; there are {_listed(names)}")
     image = config.image or _first((*_PATHS, *_URLS), among=images) or next(iter(images), None) or _first((*_PATHS, *_URLS), among=names)
     if image is None and defaults is not None:
         image = defaults.image
     if image is None:
-        raise ValueError(f"{place}: which column holds images, their paths or URLs? Say columns.image=NAME; there are {_listed(names)}")
+        raise ValueError(f"{origin}: which column holds images, their paths or URLs? Set columns.image=NAME; there are {_listed(names)}")
     others = [name for name in names if name != image]
     captions = config.captions or _standard(others) or _one(_first(_CAPTIONS, among=others))
     labels = _one(config.label) or tuple(name for label in _LABELS for name in others if name.lower() == label)
@@ -74,7 +74,7 @@ def choose(
 
 
 def of_json(config: ColumnConfig) -> ColumnMapping:
-    """What to read from JSON files beside images: what the user says, or else the usual columns, wherever they are there."""
+    """Columns to read from JSON files beside images: those of the config, or else the usual ones."""
     return ColumnMapping(
         captions=config.captions or STANDARD.captions, labels=_one(config.label) or STANDARD.labels, encoding=config.encoding or ""
     )
@@ -91,23 +91,23 @@ def with_file_name(record: Mapping[str, Any], *, columns: ColumnMapping, name: s
 
 
 def describe(columns: ColumnMapping) -> str:
-    """In words, what is read from which column."""
+    """Phrase on what is read from which column."""
     parts = [f"images from {columns.image}", f"captions from {', '.join(columns.captions) or 'nowhere'}"]
     return ", ".join([*parts, *(f"classes from {label}" for label in columns.labels[:1])]) + describe_encoding(columns)
 
 
 def describe_encoding(columns: ColumnMapping) -> str:
-    """The encoding of texts as the end of a sentence, "" for the default."""
+    """Phrase on the encoding of texts, "" for the default."""
     return f", decoded as {columns.encoding}" if columns.encoding else ""
 
 
 def _standard(names: Sequence[str]) -> tuple[str, ...]:
-    """The usual columns of captions, in the usual order, however they are spelt."""
+    """The usual caption columns, in the usual order, in any case."""
     return tuple(name for standard in STANDARD.captions for name in names if name.lower() == standard)
 
 
 def _first(wanted: Sequence[str], *, among: Collection[str]) -> str | None:
-    """The first of the wanted names that is there, in whatever case."""
+    """The first wanted name that exists, in any case."""
     return next((name for want in wanted for name in among if name.lower() == want), None)
 
 

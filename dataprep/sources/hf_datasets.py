@@ -1,6 +1,6 @@
-"""Data sets of the `datasets` library as sources: saved to disk, or on the Hugging Face hub, from where they are streamed.
+"""Datasets of the `datasets` library as sources: saved to disk, or streamed from the Hugging Face hub.
 
-Nothing is decoded, nothing is kept in a cache, and no code that comes with a data set is run.
+Images are not decoded, nothing is cached, and no code of a dataset is run.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from datasets import Features, IterableDataset, IterableDatasetDict
 
 _ON_HUB = re.compile(r"hf:(?://datasets/)?(?P<repo>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[^@/]+))?", re.ASCII)
-_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # what `save_to_disk` writes
+_STATE, _INFO, _SPLITS = "state.json", "dataset_info.json", "dataset_dict.json"  # written by `save_to_disk`
 
 
 def is_on_hub(spec: str) -> bool:
-    """Whether `hf:NAME` or `hf://datasets/NAME`, with an owner before or `@REVISION` after the name, is meant; files in it are not."""
+    """Whether `spec` is `hf:NAME` or `hf://datasets/NAME`, with optional owner and `@REVISION`; false for files in a dataset."""
     return _ON_HUB.fullmatch(spec) is not None
 
 
 def is_saved(files: Listing) -> bool:
-    """Whether the files of a folder are what `save_to_disk` writes."""
+    """Whether the files of a folder were written by `save_to_disk`."""
     return _SPLITS in files or (_STATE in files and _INFO in files)
 
 
 class HubDataset:
-    """One split of a data set, read in its order.
+    """One split of a dataset, read in order.
 
-    `path` is `hf:NAME`, `hf://datasets/NAME`, or a folder or URL that `save_to_disk` wrote. `split` may be left out where there is one, or
-    one called train; `subset` is the hub's word for a configuration.
+    `path`: `hf:NAME`, `hf://datasets/NAME`, or a folder or URL written by `save_to_disk`. `split` defaults to the only one, or to `train`.
+    `subset`: the hub's name for a configuration.
     """
 
     layout = "datasets"
@@ -52,38 +52,38 @@ class HubDataset:
         self.name = name
         self.path = path
         match = _ON_HUB.fullmatch(path)
-        self._is_ours = match is None and not is_remote(path)
-        self.root = Path(path).resolve() if self._is_ours else None
+        self._is_local = match is None and not is_remote(path)
+        self.root = Path(path).resolve() if self._is_local else None
         try:
             if match:
                 self._digest, splits = _open_on_hub(match["repo"], revision=match["revision"], subset=subset)
             else:
                 self._digest, splits = _open_saved(path)
-            self.split, self._dataset = _choose_split(splits, split=split, place=path)
-        except Exception as error:  # whatever the library raises for what it does not find or cannot read
+            self.split, self._dataset = _choose_split(splits, split=split)
+        except Exception as error:  # the library raises many types
             raise ValueError(f"{path}: {one_line(error)}") from error
         features: Features | Mapping[str, Any] = self._dataset.features or next(iter(self._dataset), {})
         self._class_names = {column: feature.names for column, feature in features.items() if hasattr(feature, "int2str")}
-        inner = features.get("json")  # of WebDataset shards: what is in it counts as columns
+        inner = features.get("json")  # of WebDataset shards: its keys count as columns
         names = [*(inner if isinstance(inner, Mapping) else ()), *(column for column in features if column != "json")]
         images = [column for column, feature in features.items() if type(feature).__name__ == "Image"]
-        self.columns = choose(columns, names=list(dict.fromkeys(names)), images=images, place=path)
+        self.columns = choose(columns, names=list(dict.fromkeys(names)), images=images, origin=path)
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
-        return f"{self.name}: {self.path if not self._is_ours else base_name(self.path)}, split {self.split}, {describe(self.columns)}"
+        """One sentence on what is read, and from which columns."""
+        return f"{self.name}: {self.path if not self._is_local else base_name(self.path)}, split {self.split}, {describe(self.columns)}"
 
     def expected(self) -> int | None:
-        """How many inputs there are, where that is known without reading them."""
+        """Number of inputs, None if it is unknown before they are read."""
         known = (self._dataset.info.splits or {}).get(self.split)
         return known.num_examples or None if known else None
 
     def digest(self) -> str:
-        """Of a data set on the hub, its commit; of a saved one, what it says of itself and the names and sizes of its files."""
+        """Digest of the commit of a hub dataset, or of the fingerprint and the file names and sizes of a saved one."""
         return hashlib.sha256(f"{self._digest}\0{self.split}".encode()).hexdigest()
 
     def samples(self) -> Iterator[RawSample]:
-        """All rows of the split. Raises RuntimeError where it breaks off."""
+        """All rows of the split. Raises RuntimeError if reading fails."""
         rows = iter(self._dataset)
         number = 0
         while True:
@@ -91,7 +91,7 @@ class HubDataset:
                 record = next(rows)
             except StopIteration:
                 return
-            except Exception as error:  # a network that is gone, a file that is damaged: what follows is not known
+            except Exception as error:  # network lost or file damaged: the remaining rows are unknown
                 raise RuntimeError(f"{self.path}: breaks off after {number} rows ({one_line(error)}); run the command again") from error
             number += 1
             yield self._sample(record, where=f"{self.split}:{number}")
@@ -109,13 +109,13 @@ class HubDataset:
             label = record.get(column)
             if column in self.columns.labels and isinstance(label, int) and 0 <= label < len(names):
                 record.setdefault(CLASS_NAME, names[label])
-        place = f"{base_name(url)}/{key}" if isinstance(url, str) and isinstance(key, str) else where
-        folder = self.path if self._is_ours else None
-        return sample_of(record, source=self.name, columns=self.columns, where=place, folder=folder)
+        path = f"{base_name(url)}/{key}" if isinstance(url, str) and isinstance(key, str) else where
+        folder = self.path if self._is_local else None
+        return sample_of(record, source=self.name, columns=self.columns, where=path, folder=folder)
 
 
 def _open_on_hub(repo: str, *, revision: str | None, subset: str | None) -> tuple[str, Mapping[str, IterableDataset]]:
-    """The commit, and the splits as of this very commit."""
+    """The commit, and the splits at this commit."""
     from datasets import load_dataset
     from huggingface_hub import HfApi
 
@@ -130,15 +130,15 @@ def _open_saved(path: str) -> tuple[str, Mapping[str, IterableDataset]]:
 
     loaded = load_from_disk(path)
     found = {"all": loaded} if isinstance(loaded, Dataset) else dict(loaded)
-    told = []
+    versions = []
     for split in found.values():
         files = [entry["filename"] for entry in split.cache_files]
-        told.append(f"{split._fingerprint} {split.num_rows} {'' if is_remote(path) else facts(files)}")
-    return json.dumps(told), {str(name): split.to_iterable_dataset().decode(False) for name, split in found.items()}
+        versions.append(f"{split._fingerprint} {split.num_rows} {'' if is_remote(path) else facts(files)}")
+    return json.dumps(versions), {str(name): split.to_iterable_dataset().decode(False) for name, split in found.items()}
 
 
-def _choose_split(splits: Mapping[str, IterableDataset], *, split: str | None, place: str) -> tuple[str, IterableDataset]:
+def _choose_split(splits: Mapping[str, IterableDataset], *, split: str | None) -> tuple[str, IterableDataset]:
     wanted = split or (next(iter(splits)) if len(splits) == 1 else "train")
     if wanted not in splits:
-        raise ValueError(f"has no split {wanted}; there are {', '.join(splits)}: say which one by sources.NAME.split")
+        raise ValueError(f"has no split {wanted}; there are {', '.join(splits)}: choose one by sources.NAME.split")
     return wanted, splits[wanted]

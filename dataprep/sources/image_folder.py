@@ -1,4 +1,4 @@
-"""Image folders as sources: images with a `metadata` table, with files beside them, or with their folders' names as classes."""
+"""Image folders as sources: images with a `metadata` table, with text files beside them, or with folder names as classes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dataprep.sources.files.paths import base_name, join, read_texts
 from dataprep.sources.image_list import sample_of
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.tables import Table
-from dataprep.sources.unread_files import Unread
+from dataprep.sources.unread_files import UnreadFiles
 from pipeline.bounded_counter import listed, printable
 from pipeline.corpus.json_record import parse_json
 from pipeline.corpus.record_fields import CLASS_NAME, IMAGE_EXTENSIONS, STANDARD, Fields, Value, read_fields
@@ -33,16 +33,16 @@ _DRIVE = re.compile(r"[A-Za-z]:/")
 
 
 def holds_images(files: Listing) -> bool:
-    """Whether the files of a folder make it an image folder."""
+    """Whether a folder with these files is an image folder."""
     return any(_is_image(file) or base_name(file) in METADATA_NAMES for file in files)
 
 
 class ImageFolder:
-    """A folder of images, read recursively in sorted order, linked folders last; hidden files are passed over.
+    """A folder of images, read recursively in sorted order, linked folders last. Hidden files are skipped.
 
-    A metadata file speaks for its folder and all below it: images that it does not list are no inputs, and are counted in `notes()`.
-    Elsewhere a text belongs to the image of its name: `a.txt` or `a.jpg.txt` to `a.jpg`, with the suffix in any case; where no text has
-    the very name of an image, one that differs in case belongs to it. `files` are all files below `path`, a folder or its URL.
+    A metadata file covers its folder and all folders below: images that it does not list are not inputs, and are counted in `notes()`.
+    Elsewhere a text belongs to the image of the same name: `a.txt` or `a.jpg.txt` to `a.jpg`, with the suffix in any case. If no text has
+    the exact name of an image, one that differs in case belongs to it. `files`: all files below `path`, a folder or its URL.
     """
 
     layout = "folder"
@@ -56,20 +56,20 @@ class ImageFolder:
         self._metadata = _metadata_files(files)
         self._tables = {folder: Table(join(path, file), encoding=columns.encoding or "") for folder, file in self._metadata.items()}
         self._columns = {
-            folder: choose(columns, names=table.names, place=table.file, defaults=STANDARD) for folder, table in self._tables.items()
+            folder: choose(columns, names=table.names, origin=table.file, defaults=STANDARD) for folder, table in self._tables.items()
         }
         self._sidecar_columns = of_json(columns)
-        self._columns_are_said = columns.captions is not None
+        self._has_caption_columns = columns.captions is not None
         self._suffixes = self._find_suffixes()
         self._classes = self._find_classes(columns.folders)
         self._matched: Counter[str] = Counter()
-        self._borrowed: set[str] = set()  # texts of a name that differs from their image's in case
+        self._matched_in_case: set[str] = set()  # texts whose names differ from their image's in case
         self._useless_json = 0
-        self.classes: Mapping[str, int] = {}  # of text labels in the metadata
-        self._listed = bytearray(len(files))  # of each file, whether its metadata has a row for it
+        self.classes: Mapping[str, int] = {}  # text label in the metadata → class
+        self._listed = bytearray(len(files))  # for each file: whether its metadata has a row for it
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
+        """One sentence on what is read, and from which columns."""
         read = list(dict.fromkeys(f"{self._tables[folder].name}, {describe(columns)}" for folder, columns in self._columns.items()))
         if self._classes:
             first, last = min(self._classes), max(self._classes)
@@ -83,25 +83,25 @@ class ImageFolder:
         return f"{self.name}: {'; '.join(read)}"
 
     def expected(self) -> int | None:
-        """How many inputs there are, where that is known without reading them."""
+        """Number of inputs, None if it is unknown before they are read."""
         return None if self._metadata else sum(1 for _ in self._images())
 
     def digest(self) -> str:
-        """Names and sizes of all files and the contents of the metadata: what makes this source the same as another day's."""
+        """Digest of the names and sizes of all files, and of the contents of the metadata."""
         digest = self._files.digest()
         for folder, table in self._tables.items():
             digest.update(f"{folder}\0{table.digest()}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def class_names(self) -> set[str]:
-        """The classes that the metadata has as text."""
+        """The text labels in the metadata."""
         return {name for folder, table in self._tables.items() for name in text_labels([table], columns=self._columns[folder])}
 
     def samples(self) -> Iterator[RawSample]:
-        """All inputs in a fixed order: the rows of the metadata files, then the images that no metadata speaks for."""
+        """All inputs in a fixed order: the rows of the metadata files, then the images without metadata."""
         self._listed = bytearray(len(self._files))
         self._matched.clear()
-        self._borrowed.clear()
+        self._matched_in_case.clear()
         self._useless_json = 0
         for folder, table in self._tables.items():
             for line, record in table.rows():
@@ -109,10 +109,10 @@ class ImageFolder:
         yield from self._from_sidecars()
 
     def notes(self) -> list[str]:
-        """What lies in the folder and is no input, in sentences. Complete once `samples()` has been read to its end."""
+        """One sentence for each kind of file that is not an input. Complete once `samples()` is exhausted."""
         unlisted = 0
-        unread = Unread(self.path)
-        used = {*self._metadata.values(), *self._borrowed}  # apart from images and the texts of their very names
+        unread = UnreadFiles(self.path)
+        used = {*self._metadata.values(), *self._matched_in_case}  # besides images and texts of exactly their names
         for folder, names in self._files.folders():
             governed = self._is_governed(folder)
             images = set() if governed else {_stem(name) for name in names if _is_image(name)}
@@ -137,7 +137,7 @@ class ImageFolder:
         return (file for file in self._files if _is_image(file))
 
     def _own_images(self) -> Iterator[str]:
-        """The images that no metadata speaks for."""
+        """The images without metadata."""
         for folder, names in self._files.folders():
             if not self._is_governed(folder):
                 yield from (folder + name for name in names if _is_image(name))
@@ -146,14 +146,14 @@ class ImageFolder:
         path = PurePosixPath(folder)
         return any(str(parent) in self._metadata for parent in (path, *path.parents))
 
-    def _find_classes(self, asked: bool | None) -> dict[str, int]:
-        """Folder name → class: where it is asked for, or where the only thing that is known of each image is the folder it lies in."""
-        if asked is False:
+    def _find_classes(self, requested: bool | None) -> dict[str, int]:
+        """Folder name → class, if requested, or if the images have no other text or class."""
+        if requested is False:
             return {}
         names = {PurePosixPath(folder).name for folder, names in self._files.folders() if any(map(_is_image, names))}
-        if asked is None:
-            is_said = self._metadata or self._suffixes or FILE_NAME in self._sidecar_columns.captions
-            if is_said or "" in names or len(names) < 2:
+        if requested is None:
+            has_texts = self._metadata or self._suffixes or FILE_NAME in self._sidecar_columns.captions
+            if has_texts or "" in names or len(names) < 2:
                 return {}
         return {name: number for number, name in enumerate(sorted(names - {""}))}
 
@@ -174,14 +174,14 @@ class ImageFolder:
         return found
 
     def _belongs(self, folder: str, name: str, *, stems: Collection[str]) -> bool:
-        """Whether a text has the name of an image in its folder, `stems` being those of all of them."""
+        """Whether a text has the name of an image in its folder. `stems`: those of all images in the folder."""
         if not name.lower().endswith(_SIDECARS):
             return False
         stem = _stem(name)
         return stem in stems or (_is_image(stem) and folder + stem in self._files)
 
-    def _beside(self, file: str) -> list[str]:
-        """The texts that belong to an image, in their order of preference."""
+    def _texts_of_image(self, file: str) -> list[str]:
+        """The texts that belong to an image, in order of preference."""
         if not self._suffixes:
             return []
         stem = _stem(file)
@@ -189,7 +189,7 @@ class ImageFolder:
         if not found:
             alike = [text for text in self._files.starting(f"{stem}.", folds=True) if _is_text_of(folded(text), image=folded(file))]
             found = [text for text in alike if not self._has_own_image(text)]
-            self._borrowed.update(found)
+            self._matched_in_case.update(found)
         return sorted(found, key=lambda text: (_SIDECARS.index(os.path.splitext(text)[1].lower()), len(text), text))
 
     def _has_own_image(self, text: str) -> bool:
@@ -219,7 +219,7 @@ class ImageFolder:
         return self._with_class(sample)
 
     def _find(self, file_name: str, *, folder: str) -> str | None:
-        """The file that a row of metadata means, by its name in the source; None for one outside of it."""
+        """The file that a row of metadata names, relative to the source; None if it is outside."""
         inside = _normal(os.path.join(folder, file_name))
         if inside in self._files or "\0" in file_name:
             return None if "\0" in file_name else inside
@@ -243,7 +243,7 @@ class ImageFolder:
         return inside
 
     def _hint(self, inside: str) -> str:
-        """What there is in place of a file that a row of metadata names."""
+        """Hint on similar files for a missing file."""
         alike = self._files.alike(inside)
         if len(alike) > 1:
             return f"; {listed(alike, count=len(alike))} differ from it in case only"
@@ -251,7 +251,7 @@ class ImageFolder:
         return f"; there is {printable(longer[0])}" if longer else ""
 
     def _from_sidecars(self) -> Iterator[RawSample]:
-        images, ahead = tee((file, self._beside(file)) for file in self._own_images())
+        images, ahead = tee((file, self._texts_of_image(file)) for file in self._own_images())
         contents = read_texts(join(self.path, text) for _, texts in ahead for text in texts)
         for file, names in images:
             yield self._with_class(self._from_texts(file, texts=list(zip(names, islice(contents, len(names)), strict=True))))
@@ -281,7 +281,7 @@ class ImageFolder:
             source=self.name,
             path=file,
             file=join(self.path, file),
-            captions=fields.captions + captions if self._columns_are_said else captions + fields.captions,
+            captions=fields.captions + captions if self._has_caption_columns else captions + fields.captions,
             label=fields.label,
             extra=fields.extra,
         )
@@ -316,7 +316,7 @@ def _is_image(file: str) -> bool:
 
 
 def _metadata_files(files: Listing) -> dict[str, str]:
-    """Folder ("." for the root) → its metadata file; where a folder has several kinds, JSON lines win, then CSV."""
+    """Folder ("." for the root) → its metadata file. JSON lines are preferred, then CSV."""
     found: dict[str, str] = {}
     for folder, _ in files.folders():
         named = [folder + name for name in METADATA_NAMES if folder + name in files]

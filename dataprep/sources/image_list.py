@@ -1,7 +1,7 @@
-"""Lists of images as sources: tables with a column of paths, URLs or the images themselves, one input a row.
+"""Lists of images as sources: tables with a column of paths, URLs or embedded images, one input per row.
 
-A relative path starts from the list's folder. A list on this machine is its owner's word: it may name any file and any URL. One that
-comes from elsewhere may not reach for files of this machine: it names URLs, and files below its own folder.
+Relative paths start from the list's folder. A list on this machine is trusted: it may name any file and any URL. A remote list may name
+URLs and files below its own folder only, not files of this machine.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _NETWORK = ("http", "https", "s3", "gs", "gcs", "az", "abfs", "abfss", "hf")
 
 
 class ImageList:
-    """Tables of the same columns, read one after the other in the given order.
+    """Tables with the same columns, read in the given order.
 
-    Neighbouring rows that name the same file with other captions are one input (Flickr8k's five captions an image are five rows).
+    Adjacent rows that name the same file with other captions form one input (Flickr8k has five rows for the five captions of an image).
     """
 
     layout = "list"
@@ -45,28 +45,28 @@ class ImageList:
         self.tables = [Table(file, encoding=columns.encoding or "") for file in files]
         filled = next((table for table in self.tables if table.names), None)
         if filled is None:
-            raise ValueError(f"{self.tables[0].file}: has no rows that can be read ({self.tables[0].problem or 'it is empty'})")
-        self.columns = choose(columns, names=filled.names, images=filled.images, place=filled.file)
+            raise ValueError(f"{self.tables[0].file}: has no readable rows ({self.tables[0].problem or 'it is empty'})")
+        self.columns = choose(columns, names=filled.names, images=filled.images, origin=filled.file)
         self.classes: Mapping[str, int] = {}
         self._joined = 0
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
+        """One sentence on what is read, and from which columns."""
         files = self.tables[0].name if len(self.tables) == 1 else f"{len(self.tables)} tables"
         return f"{self.name}: {files}, {describe(self.columns)}"
 
     def expected(self) -> int | None:
-        """How many inputs there are, where that is known without reading them."""
+        """Number of inputs, None if it is unknown before they are read."""
         counts = [table.count for table in self.tables]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def digest(self) -> str:
-        """The tables' own digests. The images that they name are not looked at."""
+        """Digest of the tables, without the images that they name."""
         listing = "".join(f"{table.name}\0{table.digest()}\n" for table in self.tables)
         return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
 
     def class_names(self) -> set[str]:
-        """The classes that the label column has as text."""
+        """The text labels of the label column."""
         return text_labels(self.tables, columns=self.columns)
 
     def samples(self) -> Iterator[RawSample]:
@@ -83,8 +83,7 @@ class ImageList:
             yield held
 
     def notes(self) -> list[str]:
-        """What became of rows and of files in the folder that are no inputs of their own. Complete once `samples()` has been read to its
-        end."""
+        """One sentence per group of rows and files that are not separate inputs. Complete once `samples()` is exhausted."""
         joined = [f"{self._joined} row(s) are further captions of the image in the row before"] if self._joined else []
         return [f"{self.name}: {note}" for note in (*joined, *self._folder_notes)]
 
@@ -97,7 +96,7 @@ class ImageList:
 
 
 def _join(held: RawSample, sample: RawSample) -> RawSample | None:
-    """Both rows as one input where the second one has further captions for the file of the first, else None."""
+    """Both rows as one input if the second has further captions for the file of the first, else None."""
     is_same = held.file == sample.file and bool(held.file) and held.label == sample.label and not (held.reason or sample.reason)
     if not is_same or not held.captions or set(sample.captions) <= set(held.captions):
         return None
@@ -116,16 +115,16 @@ def sample_of(
     """A row of a table → an input.
 
     Args:
-        record: the row, or what is wrong with it.
-        where: what the source calls the row.
-        folder: path or URL that relative paths start from; None where a row may name nothing but URLs.
-        classes: numbers of the classes that the label column has as text.
+        record: the row, or its problem.
+        where: name of the row in the source.
+        folder: path or URL from which relative paths start; None if a row may name URLs only.
+        classes: text label → class.
     """
     if isinstance(record, str):
         return RawSample(source=source, path=where, reason="bad-record", detail=record)
     value = next(values_at(record, columns.image), None)
     named = ""
-    if isinstance(value, Mapping):  # as the datasets library writes images
+    if isinstance(value, Mapping):  # as written by the datasets library
         named = value.get("path") or ""
         value = value.get("bytes") or named
     try:
@@ -147,7 +146,7 @@ def sample_of(
         return _sample(source, where, fields=fields, reason="missing", detail=f"{where} has nothing in {columns.image}")
     if not isinstance(value, str) or "\0" in value:
         return _sample(source, where, fields=fields, reason="bad-record", detail=f"{where} has no path in {columns.image}")
-    file = _place(value, folder=folder)
+    file = _resolve(value, folder=folder)
     if file is None:
         detail = f"{where} names a file outside of where it comes from: {value}"
         return _sample(source, where, fields=fields, reason="bad-record", detail=detail)
@@ -157,36 +156,36 @@ def sample_of(
 
 
 def _with_texts(record: Mapping[str, Any], *, columns: ColumnMapping) -> Mapping[str, Any]:
-    """The row with captions and labels that are stored as bytes decoded. Raises UndecodableText."""
+    """The row with decoded captions and labels, which may be stored as bytes. Raises UndecodableText."""
     texts = {name: record[name] for name in (*columns.captions, *columns.labels) if isinstance(record.get(name), bytes)}
     return {**record, **{name: decode_text(text, encoding=columns.encoding) for name, text in texts.items()}} if texts else record
 
 
-def _place(name: str, *, folder: str | None) -> str | None:
-    """The path or URL that a row means, None for one that it may not name."""
+def _resolve(name: str, *, folder: str | None) -> str | None:
+    """The path or URL that a row names, None if it is not allowed."""
     if folder is not None and not is_remote(folder):
         return name if is_remote(name) else _local_file(name, folder=folder)
     if is_remote(name):
         *inner, outer = name.split("::")  # zip://a.jpg::https://x/y.zip: a member of an archive
-        is_far = outer.partition("://")[0].lower() in _NETWORK and all(part.startswith("zip://") for part in inner)
-        return name if is_far else None
+        is_allowed = outer.partition("://")[0].lower() in _NETWORK and all(part.startswith("zip://") for part in inner)
+        return name if is_allowed else None
     if folder is None or name.startswith("/") or ".." in name.split("/"):
         return None
     return join(folder, name)
 
 
 def _local_file(name: str, *, folder: str) -> str:
-    """The file of a name in a list on this machine: below the list's folder, or else where such lists have their images.
+    """The file for a name in a list on this machine: below the list's folder, or in the other usual locations.
 
-    Those places are a folder `Images` or the like beside the list (Flickr8k), and the folder above for a name that begins with the folder's
-    own (kohya's scripts). A name without an extension is that of the image.
+    These are a folder `Images` or similar beside the list (Flickr8k), and the parent folder if the name begins with the list's folder
+    (kohya's scripts). A name may lack the image's extension.
     """
     file = os.path.join(folder, name)
     if os.path.isabs(name) or os.path.exists(file):
         return file
     own = f"{os.path.basename(os.path.abspath(folder))}/"
     inner = os.path.join(folder, name.removeprefix(own)) if name.startswith(own) else file
-    stems = [inner, *(os.path.join(folder, beside, name) for beside in _IMAGE_FOLDERS)]
+    stems = [inner, *(os.path.join(folder, images, name) for images in _IMAGE_FOLDERS)]
     endings = [""] if os.path.splitext(name)[1] else ["", *(f".{extension}" for extension in IMAGE_EXTENSIONS)]
     candidates = (f"{stem}{ending}" for stem in stems for ending in endings)
     return next((candidate for candidate in candidates if os.path.isfile(candidate)), file)

@@ -1,8 +1,7 @@
-"""MosaicML's MDS and litdata's chunks as sources: `index.json` and files of packed samples, which differ in little but their index.
+"""MosaicML MDS shards and litdata chunks as sources: `index.json` and files of packed samples. The formats differ mainly in their index.
 
-A file begins with its number of samples and their offsets; a sample is the lengths of its values, then the values. Both libraries
-unpickle what was pickled, and litdata deletes compressed chunks once it has unpacked them; here, a pickled column is left out, and files
-are only read.
+A file begins with its number of samples and their offsets; a sample is the lengths of its values, then the values. Both libraries unpickle
+values, and litdata deletes compressed chunks after unpacking; here, pickled columns are left out, and files are only read.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from pipeline.errors import kind_and_line, one_line
 from pipeline.storage.remote import is_remote
 
 INDEX = "index.json"
-_IMAGES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, the likelier ones first
+_IMAGES = ("jpeg", "png", "image", "pil", "bytes", "file")  # formats of values, likely ones first
 _TEXTS, _PICKLES = ("str", "text"), ("pickle", "pkl")
 _NUMBERS = {"int": np.int64, "float": np.float64, "bool": np.bool_}
-_MAX_BYTES = 1 << 31  # of a file, unpacked
+_MAX_BYTES = 1 << 31  # of an unpacked file
 _BROKEN = (OSError, EOFError, ValueError, struct.error, zlib.error, zstandard.ZstdError)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedFile:
-    """One file: its values' names and formats; the length of each value that is always the same, which no sample repeats."""
+    """One file. `lengths`: the length of each value of constant length, which samples do not repeat; None for others."""
 
     name: str
     count: int
@@ -55,7 +54,7 @@ class PackedFile:
 
 
 class PackedSamples:
-    """A folder or URL with an `index.json` of MDS or litdata. Images of files that are not compressed are read where they lie."""
+    """A folder or URL with an `index.json` of MDS or litdata. Images in uncompressed local files are not copied."""
 
     tags: tuple[str, ...] = ()
 
@@ -64,29 +63,29 @@ class PackedSamples:
         self.path = folder
         self.root = None if is_remote(folder) else Path(folder).resolve()
         index = _read_index(folder)
-        self.layout, self.files = _files_of(index, place=join(folder, INDEX))
+        self.layout, self.files = _files_of(index, origin=join(folder, INDEX))
         first = self.files[0]
         kinds = dict(zip(first.names, first.formats, strict=True))
         images = [column for kind in _IMAGES for column, own in kinds.items() if own.partition(":")[0] == kind]
-        self.columns = choose(columns, names=first.names, images=images, place=folder)
+        self.columns = choose(columns, names=first.names, images=images, origin=folder)
         self._pickled = sorted(column for column, kind in kinds.items() if kind in _PICKLES)
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
+        """One sentence on what is read, and from which columns."""
         return f"{self.name}: {len(self.files)} file(s) of {self.layout}, {describe(self.columns)}"
 
     def expected(self) -> int | None:
-        """How many inputs there are, as the index says."""
+        """Number of inputs, from the index."""
         return sum(file.count for file in self.files)
 
     def digest(self) -> str:
-        """The index, and names and sizes of the files that are there."""
+        """Digest of the index, and of names and sizes of the files that exist."""
         files = [join(self.path, file.name) for file in self.files]
-        there = [file for file in files if is_remote(file) or os.path.exists(file)]
-        return hashlib.sha256(facts([join(self.path, INDEX), *there]).encode()).hexdigest()
+        existing = [file for file in files if is_remote(file) or os.path.exists(file)]
+        return hashlib.sha256(facts([join(self.path, INDEX), *existing]).encode()).hexdigest()
 
     def samples(self) -> Iterator[RawSample]:
-        """All samples of all files. What cannot be read is a rejected sample."""
+        """All samples of all files. Unreadable ones are rejected samples."""
         for file in self.files:
             done = 0
             try:
@@ -100,7 +99,7 @@ class PackedSamples:
                 yield RawSample(source=self.name, path=f"{file.name}:{done + 1}", reason="bad-record", detail=detail)
 
     def notes(self) -> list[str]:
-        """What is not read, in sentences."""
+        """One sentence for each column that is not read."""
         return [f"{self.name}: {column} is pickled and was left out, because a pickle can run code" for column in self._pickled]
 
     def _samples_of(self, file: PackedFile) -> Iterator[RawSample]:
@@ -113,7 +112,7 @@ class PackedSamples:
             yield from self._unpacked(view, file=file, mapped=path)
 
     def _unpacked(self, data: memoryview, *, file: PackedFile, mapped: str) -> Iterator[RawSample]:
-        """`mapped`: the local file that the data are, so that its images can be read again."""
+        """`mapped`: the local file of the data, if its images can be read again from it."""
         (count,) = struct.unpack_from("<I", data)
         if count != file.count or 4 + 4 * (count + 1) > len(data):
             raise ValueError(f"begins with {count} samples where the index has {file.count}")
@@ -121,10 +120,10 @@ class PackedSamples:
             where = f"{file.name}:{number + 1}"
             begin, end = struct.unpack_from("<II", data, 4 + 4 * number)
             try:
-                places = _places(data, begin=begin, end=end, file=file)
+                ranges = _value_ranges(data, begin=begin, end=end, file=file)
                 values = {
                     name: _value(data[start:stop], kind=kind, encoding=self.columns.encoding)
-                    for name, kind, (start, stop) in zip(file.names, file.formats, places, strict=True)
+                    for name, kind, (start, stop) in zip(file.names, file.formats, ranges, strict=True)
                     if kind not in _PICKLES and not (mapped and name == self.columns.image and kind not in _TEXTS and kind != "pil")
                 }
             except (ValueError, struct.error) as error:
@@ -133,9 +132,11 @@ class PackedSamples:
             if self.columns.image in values:
                 yield sample_of(values, source=self.name, columns=self.columns, where=where, folder=self.path)
                 continue
-            start, stop = places[file.names.index(self.columns.image)]
-            told = sample_of({**values, self.columns.image: b"here"}, source=self.name, columns=self.columns, where=where, folder=self.path)
-            yield replace(told, data=None, file=mapped, offset=start, length=stop - start)
+            start, stop = ranges[file.names.index(self.columns.image)]
+            sample = sample_of(
+                {**values, self.columns.image: b"here"}, source=self.name, columns=self.columns, where=where, folder=self.path
+            )
+            yield replace(sample, data=None, file=mapped, offset=start, length=stop - start)
 
 
 def is_packed(folder: str, files: Listing) -> bool:
@@ -155,21 +156,21 @@ def _read_index(folder: str) -> dict[str, Any]:
     return index if isinstance(index, dict) else {}
 
 
-def _files_of(index: Mapping[str, Any], *, place: str) -> tuple[str, list[PackedFile]]:
-    """(name of the format, the files). Raises ValueError for what cannot be read."""
+def _files_of(index: Mapping[str, Any], *, origin: str) -> tuple[str, list[PackedFile]]:
+    """(name of the format, files). Raises ValueError for an index that cannot be read."""
     try:
         found = _of_litdata(index) if "chunks" in index else _of_mosaic(index)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{place}: is not as MDS or litdata write it: {kind_and_line(error)}") from error
+        raise ValueError(f"{origin}: is not an index of MDS or litdata: {kind_and_line(error)}") from error
     layout, files = found
     if not files:
-        raise ValueError(f"{place}: lists no files")
+        raise ValueError(f"{origin}: lists no files")
     for file in files:
         if "/" in file.name or "\\" in file.name or file.name in ("", ".", ".."):
-            raise ValueError(f"{place}: names a file outside its folder: {file.name}")
+            raise ValueError(f"{origin}: names a file outside its folder: {file.name}")
         if file.compression not in _UNPACK:
             known = ", ".join(name for name in _UNPACK if name)
-            raise ValueError(f"{place}: {file.name} is compressed by {file.compression}; what can be read is {known}: write it again")
+            raise ValueError(f"{origin}: {file.name} is compressed by {file.compression}; supported are {known}: write it again")
     return layout, files
 
 
@@ -216,7 +217,7 @@ def _of_litdata(index: Mapping[str, Any]) -> tuple[str, list[PackedFile]]:
 
 
 def _leaves(spec: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Names of the values in the tree that a sample is: keys of dictionaries, positions in lists, joined by dots."""
+    """Names of the values in the tree of a sample: dictionary keys and list positions, joined by dots."""
     children: Sequence[Mapping[str, Any]] = spec["children_spec"]
     if not children:
         yield prefix or "value"
@@ -226,25 +227,25 @@ def _leaves(spec: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _leaves(child, f"{prefix}.{key}" if prefix else str(key))
 
 
-def _places(data: memoryview, *, begin: int, end: int, file: PackedFile) -> list[tuple[int, int]]:
-    """First byte and byte after the last of each value of a sample."""
+def _value_ranges(data: memoryview, *, begin: int, end: int, file: PackedFile) -> list[tuple[int, int]]:
+    """(start, stop) in bytes of each value of a sample."""
     if not 0 <= begin <= end <= len(data):
         raise ValueError(f"bytes {begin} to {end} are not in the file")
-    free = [length is None for length in file.lengths]
-    told = iter(struct.unpack_from(f"<{sum(free)}I", data[begin:end]))
-    start = begin + 4 * sum(free)
-    places = []
+    is_variable = [length is None for length in file.lengths]
+    stored = iter(struct.unpack_from(f"<{sum(is_variable)}I", data[begin:end]))
+    start = begin + 4 * sum(is_variable)
+    ranges = []
     for length in file.lengths:
-        stop = start + (next(told) if length is None else length)
-        places.append((start, stop))
+        stop = start + (next(stored) if length is None else length)
+        ranges.append((start, stop))
         start = stop
     if start > end:
         raise ValueError(f"its values take more bytes than it has: {start - begin} of {end - begin}")
-    return places
+    return ranges
 
 
 def _value(data: memoryview, *, kind: str, encoding: str) -> Any:
-    """A value by its format; None for formats that no table holds, pickles among them. Raises ValueError for one that cannot be read."""
+    """Decode a value; None for unsupported formats, such as pickles. Raises ValueError for a damaged value."""
     base = kind.partition(":")[0]
     if base in _TEXTS:
         return decode_text(data, encoding=encoding)
@@ -264,7 +265,7 @@ def _value(data: memoryview, *, kind: str, encoding: str) -> Any:
 
 
 def _as_file(data: memoryview) -> bytes:
-    """The raw pixels of a Pillow image, as both libraries write them → an uncompressed TIFF file."""
+    """Raw pixels of a Pillow image, as stored by both libraries → an uncompressed TIFF file."""
     width, height, length = struct.unpack_from("<III", data)
     mode = bytes(data[12 : 12 + length]).decode("ascii")
     buffer = io.BytesIO()

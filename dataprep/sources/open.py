@@ -1,4 +1,4 @@
-"""Every layout that users bring → one iterator of `RawSample`."""
+"""Open sources of any supported layout as iterators of `RawSample`."""
 
 from __future__ import annotations
 
@@ -35,11 +35,10 @@ _KINDS = "an image folder, a corpus, .tar shards, a list (.csv, .tsv, .jsonl, .j
 
 
 class SourceConfig(BaseModel):
-    """What there is to say of one source.
+    """Settings of one source.
 
-    `path`: what a command line would name; may be left out where the command line says NAME=PATH. `tags` end up in the column
-    `source_tags`. `columns`: as the section of that name, for this source alone. `split`, `subset`: which part of a data set of the
-    `datasets` library is meant, if it has several.
+    `path`: path, URL or pattern; may be left out if it is given as NAME=PATH. `tags`: stored in the column `source_tags`. `columns`: as
+    the section `columns`, for this source only. `split`, `subset`: the part of a dataset of the `datasets` library to read.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,24 +51,24 @@ class SourceConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_short_forms(cls, said: Any) -> Any:
-        """A text is the path; tags may be one text with commas."""
-        if isinstance(said, str):
-            return {"path": said}
-        if isinstance(said, dict) and isinstance(said.get("tags"), str):
-            said = {**said, "tags": [tag.strip() for tag in said["tags"].split(",") if tag.strip()]}
-        return _with_tuples(said)
+    def _read_short_forms(cls, value: Any) -> Any:
+        """A string is the path. Tags may be one string, separated by commas."""
+        if isinstance(value, str):
+            return {"path": value}
+        if isinstance(value, dict) and isinstance(value.get("tags"), str):
+            value = {**value, "tags": [tag.strip() for tag in value["tags"].split(",") if tag.strip()]}
+        return _with_tuples(value)
 
 
 def _with_tuples(value: Any) -> Any:
-    """Lists as tuples: what a validator has touched no longer counts as JSON, where a strict schema takes the one for the other."""
+    """Lists as tuples: a strict schema accepts a list for a tuple in JSON only, and a validator's result is not JSON."""
     if isinstance(value, dict):
         return {name: _with_tuples(item) for name, item in value.items()}
     return tuple(value) if isinstance(value, list) else value
 
 
 class InputSource(Protocol):
-    """One place that samples come from. `samples()` may be read again and gives the same samples in the same order."""
+    """A source of samples. `samples()` can be called again, and gives the same samples in the same order."""
 
     name: str
     tags: tuple[str, ...]
@@ -79,15 +78,15 @@ class InputSource(Protocol):
 
     @property
     def root(self) -> Path | None:
-        """The folder, resolved, that a corpus must not be written into."""
+        """The resolved folder of the source, into which a corpus must not be written."""
         ...
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
+        """One sentence on what is read, and from which columns."""
         ...
 
     def expected(self) -> int | None:
-        """How many inputs there are, where that is known without reading them."""
+        """Number of inputs, None if it is unknown before they are read."""
         ...
 
     def digest(self) -> str: ...
@@ -100,47 +99,47 @@ class InputSource(Protocol):
 def open_sources(
     specs: Sequence[str], *, named: Mapping[str, SourceConfig] | None = None, columns: ColumnConfig | None = None
 ) -> list[InputSource]:
-    """Open what the user names. Raises ValueError, one line each.
+    """Open sources. Raises ValueError for one that cannot be read.
 
     Args:
-        specs: paths, URLs and patterns ("x/{000..009}.tar"), each as it is or as NAME=PATH.
-        named: further sources, or what there is to say of those of `specs`, by name.
-        columns: what holds for all sources that say nothing else.
+        specs: paths, URLs and patterns ("x/{000..009}.tar"), each with or without a name as in NAME=PATH.
+        named: further sources, or settings of those in `specs`, by name.
+        columns: the default for all sources.
 
-    A source without a name is called by its folder (a single file by its own name); a name that comes up again gets a number.
+    A source without a name gets that of its folder, or of a single file; a repeated name gets a number.
     """
-    told = named or {}
+    configs = named or {}
     wanted: list[tuple[str, str]] = []
     for spec in specs:
         match = None if os.path.exists(spec) else _NAMED.fullmatch(spec)
         wanted.append((match[1], match[2]) if match else ("", spec))
     given = {name for name, _ in wanted}
-    for name, said in told.items():
+    for name, config in configs.items():
         if name in given:
             continue
-        if said.path is None:
+        if config.path is None:
             raise ValueError(f"sources.{name}: has no path; write {name}=PATH among the sources, or sources.{name}.path=PATH")
-        wanted.append((name, said.path))
+        wanted.append((name, config.path))
     if not wanted:
         raise ValueError("no source: name at least one image folder, list of images or WebDataset shard")
-    taken = {name for name in given | told.keys() if name}
+    taken = {name for name in given | configs.keys() if name}
     opened: list[InputSource] = []
     for name, spec in wanted:
         if name and any(source.name == name for source in opened):
-            raise ValueError(f"{name}={spec}: this name has been given to another source")
-        said = told.get(name, SourceConfig())
-        own = (columns or ColumnConfig()).model_copy(update=said.columns.model_dump(exclude_none=True))
+            raise ValueError(f"{name}={spec}: another source has this name")
+        config = configs.get(name, SourceConfig())
+        own = (columns or ColumnConfig()).model_copy(update=config.columns.model_dump(exclude_none=True))
         try:
-            source = _open(spec, name=name or _free_name(spec, taken=taken), said=said.model_copy(update={"columns": own}))
+            source = _open(spec, name=name or _free_name(spec, taken=taken), config=config.model_copy(update={"columns": own}))
         except ValueError as error:
             raise ValueError(f"{name}={spec}: neither a setting nor a source: {error}" if name in given - {""} else str(error)) from error
-        source.tags = said.tags
+        source.tags = config.tags
         opened.append(source)
     return opened
 
 
 def all_samples(sources: Sequence[InputSource]) -> Iterator[RawSample]:
-    """The samples of all sources, their tags among the further columns."""
+    """The samples of all sources, with tags as an extra column."""
     is_tagged = any(source.tags for source in sources)
     for source in sources:
         tags = ", ".join(source.tags)
@@ -152,9 +151,9 @@ def all_samples(sources: Sequence[InputSource]) -> Iterator[RawSample]:
 
 
 def number_classes(sources: Sequence[InputSource], *, known: Mapping[str, int] | None) -> dict[str, int]:
-    """Number the classes that sources name by texts, all of them together, in sorted order: name → class.
+    """Number the text labels of all sources in sorted order: name → class.
 
-    `known`: the classes of the corpus that is to grow, which stay as they are; None for a new corpus.
+    `known`: the classes of the corpus to append to, which are kept; None for a new corpus.
     """
     named = [source for source in sources if isinstance(source, (ImageList, ImageFolder))]
     classes = class_numbers(set().union(*(source.class_names() for source in named))) if known is None else dict(known)
@@ -164,8 +163,8 @@ def number_classes(sources: Sequence[InputSource], *, known: Mapping[str, int] |
 
 
 def column_names(sources: Sequence[InputSource], *, wanted: Collection[str]) -> set[str]:
-    """Names of the further columns that the first thousand inputs of each source have. No more is read than it takes to find those that are
-    wanted: mostly one input."""
+    """Names of the extra columns in the first thousand inputs of each source. Reading stops once all `wanted` ones are found, usually after
+    one input."""
     found: set[str] = set()
     samples = chain.from_iterable(islice(all_samples([source]), FIRST_INPUTS) for source in sources)
     while not found.issuperset(wanted) and (sample := next(samples, None)):
@@ -186,47 +185,47 @@ def _free_name(spec: str, *, taken: set[str]) -> str:
     return name
 
 
-def _open(spec: str, *, name: str, said: SourceConfig) -> InputSource:
+def _open(spec: str, *, name: str, config: SourceConfig) -> InputSource:
     if is_on_hub(spec):
-        return HubDataset(spec, name=name, columns=said.columns, split=said.split, subset=said.subset)
+        return HubDataset(spec, name=name, columns=config.columns, split=config.split, subset=config.subset)
     files = expand(spec)
     if len(files) == 1 and (os.path.isdir(files[0]) if not is_remote(spec) else not _is_file(files[0])):
-        return _open_folder(files[0], name=name, said=said)
+        return _open_folder(files[0], name=name, config=config)
     if all(file.lower().endswith(TAR_SUFFIXES) for file in files):
         corpus = corpus_of_tars(files)
-        if corpus:  # not tars alone: what its sidecars say counts
-            return CorpusSource(corpus, name=name, columns=said.columns, only={base_name(file) for file in files})
-        return Shards(files, name=name, columns=said.columns)
-    strange = next((file for file in files if os.path.isdir(file) or not kind_of_list(file)), None)
-    if strange:
-        raise ValueError(f"{strange}: not a source that can be read; give {_KINDS}")
-    return ImageList(files, name=name, columns=said.columns)
+        if corpus:  # read its tables and sidecars, not the tars only
+            return CorpusSource(corpus, name=name, columns=config.columns, only={base_name(file) for file in files})
+        return Shards(files, name=name, columns=config.columns)
+    unusable = next((file for file in files if os.path.isdir(file) or not kind_of_list(file)), None)
+    if unusable:
+        raise ValueError(f"{unusable}: not a source that can be read; give {_KINDS}")
+    return ImageList(files, name=name, columns=config.columns)
 
 
-def _open_folder(folder: str, *, name: str, said: SourceConfig) -> InputSource:
-    """A folder is what lies in it: a corpus, a saved or packed data set, or else images and metadata, or else shards, or else lists."""
+def _open_folder(folder: str, *, name: str, config: SourceConfig) -> InputSource:
+    """Open a folder by its content: a corpus, a saved or packed dataset, images and metadata, shards or lists, in this order."""
     if is_corpus(folder):
-        return CorpusSource(folder, name=name, columns=said.columns)
+        return CorpusSource(folder, name=name, columns=config.columns)
     try:
         files = list_files(folder)
     except OSError as error:
         raise ValueError(f"{folder}: {one_line(error)}") from error
-    root, columns = None if is_remote(folder) else Path(folder).resolve(), said.columns
+    root, columns = None if is_remote(folder) else Path(folder).resolve(), config.columns
     if is_saved(files):
-        return HubDataset(folder, name=name, columns=columns, split=said.split)
+        return HubDataset(folder, name=name, columns=columns, split=config.split)
     if is_packed(folder, files):
         return PackedSamples(folder, name=name, columns=columns)
     if holds_images(files):
         return ImageFolder(folder, files=files, name=name, columns=columns)
     tars = [join(folder, file) for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if tars and (corpora := corpora_below(folder, files)):
-        raise ValueError(f"{folder}: holds corpora ({', '.join(corpora)}): name each of them as a source of its own")
+        raise ValueError(f"{folder}: holds corpora ({', '.join(corpora)}): name each of them as a separate source")
     if tars:
-        told = ("_stats.json", ".parquet", *TAR_SUFFIXES)  # what img2dataset writes beside a tar
-        notes = [*unread_notes(folder, (file for file in files if not file.lower().endswith(told))), *files.notes]
+        expected = ("_stats.json", ".parquet", *TAR_SUFFIXES)  # written by img2dataset
+        notes = [*unread_notes(folder, (file for file in files if not file.lower().endswith(expected))), *files.notes]
         return Shards(sorted(tars), name=name, columns=columns, root=root, notes=notes)
     kinds = {file: kind for file in files if (kind := kind_of(file))}
-    of_rows = [file for file, kind in kinds.items() if kind != "json"]  # what else lies beside tables is often JSON
+    of_rows = [file for file, kind in kinds.items() if kind != "json"]  # JSON files beside tables are often something else
     used = of_rows or list(kinds)
     tables = [join(folder, file) for file in used]
     notes = [*unread_notes(folder, (file for file in files if file not in {*used})), *files.notes]

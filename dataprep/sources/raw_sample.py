@@ -1,4 +1,4 @@
-"""One input as its source describes it."""
+"""One input as described by its source."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class RawSample:
     """One input before its image is examined.
 
     The image's bytes are `data`, or else `length` bytes at `offset` of `file`, a path or a URL, or the whole file if `length` is None.
-    `path` is what the source calls it. A sample that its source could not read already carries the `reason` and `detail` of its rejection.
-    Of one that is taken down, `sha256` is the image's digest, by which other copies are found.
-    `filter_only`: further values that `filters.where` may ask for, and that are not stored. `original_size`: (height, width) of the image
-    before an earlier preparation, if there was one. `detail` without a `reason` says why there is no caption.
+    `path`: the input's name in its source. A sample that the source could not read has the `reason` and `detail` of its rejection.
+    `sha256`: digest of an image that was taken down, to find other copies. `filter_only`: values for `filters.where` that are not stored.
+    `original_size`: (height, width) of the image before an earlier preparation, if any. `detail` without a `reason`: why there is no
+    caption.
     """
 
     source: str

@@ -1,7 +1,7 @@
-"""A finished corpus as a source: what sidecars say of its samples goes along, and takedown marks hold.
+"""A finished corpus as a source, with the values of its sidecars, including takedown marks.
 
-Inputs are the kept samples of the corpus, each by its key; what was rejected once is not asked for again. A further column of the tables
-or of a sidecar stays a further column. Where a sample came from first stays in `source_source` and `source_path`.
+Inputs are the kept samples of the corpus, named by their keys; rejected inputs are not read again. Extra columns of tables and sidecars are
+kept. The original source and path of a sample are in `source_source` and `source_path`.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from pipeline.storage.remote import is_remote, read_file
 MANIFEST = "manifest.json"
 TAGS = "source_tags"
 _ORIGIN = {"source": "source_source", "path": "source_path"}
-_FILTER_ONLY = ("source", "path", "near_duplicate_of", SEMANTIC_DUPLICATE)  # keys of the old corpus, or said anew in the new one
+_FILTER_ONLY = ("source", "path", "near_duplicate_of", SEMANTIC_DUPLICATE)  # keys of the old corpus, or computed again in the new one
 _READ = ("key", "sha256", "captions", "label", "image_offset", "image_length", "original_height", "original_width")
 
 
 class CorpusSource:
-    """A corpus that `tim prepare` or `tim index` wrote, in a folder or at a URL.
+    """A corpus written by `tim prepare` or `tim index`, in a folder or at a URL.
 
-    `columns` names columns of the corpus whose texts are the captions, in place of the captions that it has, or whose number is the class.
-    `only`: names of its tars that are meant, all if empty. Raises ValueError, in one line, if it or one of its sidecars cannot be used.
+    `columns`: columns of the corpus that replace its captions and classes. `only`: names of the tars to read, all if empty. Raises
+    ValueError if the corpus or one of its sidecars cannot be used.
     """
 
     layout = "corpus"
@@ -52,9 +52,9 @@ class CorpusSource:
         _check_sidecars(self._corpus)
         schema = self._corpus.schema
         self._vectors = sorted(each.name for each in schema if each.name not in TABLE_COLUMNS and _is_vector(each.type))
-        self._asked = tuple(name for name in columns.captions or () if name in schema.names)
+        self._caption_columns = tuple(name for name in columns.captions or () if name in schema.names)
         self._label = columns.label if columns.label in schema.names else None
-        if columns.captions and not self._asked:
+        if columns.captions and not self._caption_columns:
             raise ValueError(f"{folder}: has no column {columns.captions[0]} of captions; there are {', '.join(schema.names)}")
         skipped = {*TABLE_COLUMNS, *TEXT_COLUMNS, *self._vectors, *_FILTER_ONLY}
         self._takedown = provider(self._corpus.sidecars, TAKEDOWN)
@@ -64,26 +64,26 @@ class CorpusSource:
         self._filter_only = [name for name in _FILTER_ONLY if name in schema.names]
 
     def reads(self) -> str:
-        """What is read, in a sentence."""
-        beside = ", ".join(sidecar.name for sidecar in self._corpus.sidecars)
-        return f"{self.name}: corpus {self._corpus.name}, {self.expected():,} samples" + (f", sidecars {beside}" if beside else "")
+        """One sentence on what is read."""
+        sidecars = ", ".join(sidecar.name for sidecar in self._corpus.sidecars)
+        return f"{self.name}: corpus {self._corpus.name}, {self.expected():,} samples" + (f", sidecars {sidecars}" if sidecars else "")
 
     def expected(self) -> int:
-        """How many inputs there are."""
+        """Number of inputs."""
         return sum(self._corpus.shards[number].count for number in self._shards)
 
     def digest(self) -> str:
-        """Of the corpus's shards and tables, and of its sidecars."""
+        """Digest of the corpus and its sidecars."""
         sidecars = [[sidecar.name, list(sidecar.columns), sidecar.digest] for sidecar in self._corpus.sidecars]
         return json_digest([self._corpus.digest, self._shards, sidecars])
 
     def samples(self) -> Iterator[RawSample]:
-        """All kept samples, in the order of the tars. Raises ValueError if a table is damaged, or a sidecar is not the corpus's."""
+        """All kept samples, in tar order. Raises ValueError if a table is damaged or a sidecar does not belong to the corpus."""
         self._marked = 0
         schema = self._corpus.schema
         takedown = [TAKEDOWN] if self._takedown is not None else []
-        asked = [*self._asked, *([self._label] if self._label else [])]
-        wanted = dict.fromkeys([*_READ, *asked, *self._extra, *self._filter_only, *takedown])
+        chosen = [*self._caption_columns, *([self._label] if self._label else [])]
+        wanted = dict.fromkeys([*_READ, *chosen, *self._extra, *self._filter_only, *takedown])
         columns = [name for name in wanted if name in schema.names]
         for number in self._shards:
             _check_sidecar_files(self._corpus, number)
@@ -91,7 +91,7 @@ class CorpusSource:
                 yield self._sample(row, tar=self._corpus.shards[number].path)
 
     def notes(self) -> list[str]:
-        """What stays behind, in sentences."""
+        """One sentence for each kind of data that is not taken over."""
         notes = []
         if self._marked:
             notes.append(f"{self.name}: {self._marked} sample(s) are marked {TAKEDOWN}: nothing but their keys is in the new corpus")
@@ -105,13 +105,13 @@ class CorpusSource:
             detail = f"marked in the corpus's sidecar '{self._takedown.name}'"
             return RawSample(source=self.name, path=row["key"], reason=TAKEN_DOWN, detail=detail, sha256=row.get("sha256") or "")
         tags = row.get(TAGS)
-        said = {name: plain(row[name]) for name in row if name in {*self._extra, *self._asked, self._label} and name != TAGS}
+        record = {name: plain(row[name]) for name in row if name in {*self._extra, *self._caption_columns, self._label} and name != TAGS}
         labels = () if self._label is None else (self._label,)
-        fields = read_fields(said, columns=ColumnMapping(captions=self._asked, labels=labels, image=""))
+        fields = read_fields(record, columns=ColumnMapping(captions=self._caption_columns, labels=labels, image=""))
         extra = fields.extra
-        for name, kept_as in _ORIGIN.items():
+        for name, stored_as in _ORIGIN.items():
             if row.get(name) is not None:
-                extra.setdefault(kept_as, row[name])
+                extra.setdefault(stored_as, row[name])
         height, width = row.get("original_height"), row.get("original_width")
         return RawSample(
             source=self.name,
@@ -119,7 +119,7 @@ class CorpusSource:
             file=tar,
             offset=row["image_offset"],
             length=row["image_length"],
-            captions=fields.captions if self._asked else tuple(text for text in row["captions"] or () if text),
+            captions=fields.captions if self._caption_columns else tuple(text for text in row["captions"] or () if text),
             label=fields.label if labels else row["label"],
             extra=extra | ({TAGS: tags} if tags else {}),
             filter_only={name: row[name] or "" for name in self._filter_only},
@@ -130,58 +130,58 @@ class CorpusSource:
 def is_corpus(folder: str) -> bool:
     """Whether the folder or URL holds a corpus.
 
-    Raises ValueError if it holds what is left of one: its sidecars, whose takedown marks must not be lost.
+    Raises ValueError if it has sidecars without a manifest, because their takedown marks must not be lost.
     """
     return _manifest(folder) is not None
 
 
 def corpora_below(folder: str, files: Iterable[str]) -> list[str]:
-    """The folders below this one, of whose files these are the names, that are corpora."""
+    """The corpora below a folder with these files."""
     inner = (file.removesuffix(f"/{MANIFEST}") for file in files if file.endswith(f"/{MANIFEST}"))
-    return [place for place in (join(folder, name) for name in inner) if is_corpus(place)]
+    return [path for path in (join(folder, name) for name in inner) if is_corpus(path)]
 
 
 def corpus_of_tars(tars: Sequence[str]) -> str:
-    """The folder of the corpus that all these tars are shards of; "" if none of them is one of a corpus beside it.
+    """The folder of the corpus whose shards all these tars are; "" if none is a shard of a corpus in its folder.
 
-    Raises ValueError where only some are, or they are of several corpora.
+    Raises ValueError if only some are, or if they belong to several corpora.
     """
     folders = {tar: tar.rpartition("/")[0] or ("/" if tar.startswith("/") else ".") for tar in tars}
     shards = {folder: _shard_names(folder) for folder in dict.fromkeys(folders.values())}
     owners = {folder if _base(tar) in shards[folder] else "" for tar, folder in folders.items()}
     if len(owners) > 1:
         corpora = ", ".join(sorted(owners - {""}))
-        raise ValueError(f"{corpora}: name each corpus, and tars that are of none, as a source of its own")
+        raise ValueError(f"{corpora}: name each corpus, and other tars, as separate sources")
     return owners.pop()
 
 
 def _check_sidecars(corpus: Corpus) -> None:
-    """Raises ValueError, naming it, if a sidecar lacks a shard or was made for another one."""
+    """Raises ValueError if a sidecar lacks a shard or was made for another corpus."""
     for shard in corpus.shards:
         for sidecar in corpus.sidecars:
             sidecar.of(shard.table, digest=shard.table_digest, folder=corpus.folder)
 
 
 def _check_sidecar_files(corpus: Corpus, number: int) -> None:
-    """Raises ValueError, naming it, if a sidecar's table of a shard is gone or damaged."""
+    """Raises ValueError if a sidecar's table of a shard is missing or damaged."""
     shard = corpus.shards[number]
     for sidecar in corpus.sidecars:
-        beside = sidecar.of(shard.table, digest=shard.table_digest, folder=corpus.folder)
-        found = _read(join(corpus.folder, beside.table))
-        if found is None or hashlib.sha256(found).hexdigest() != beside.sha256:
+        entry = sidecar.of(shard.table, digest=shard.table_digest, folder=corpus.folder)
+        found = _read(join(corpus.folder, entry.table))
+        if found is None or hashlib.sha256(found).hexdigest() != entry.sha256:
             what = "is missing" if found is None else "was changed or damaged"
-            remedy = "run the command that made it again, or take it away with `tim annotate --remove`"
-            raise ValueError(f"corpus {corpus.folder}: {beside.table} of its sidecar '{sidecar.name}' {what}: {remedy}")
+            remedy = "run the command that made it again, or remove it with `tim annotate --remove`"
+            raise ValueError(f"corpus {corpus.folder}: {entry.table} of its sidecar '{sidecar.name}' {what}: {remedy}")
 
 
 def _shard_names(folder: str) -> set[str]:
-    """Names of the tars that lie in a corpus's folder, none if it is no corpus."""
+    """Names of the shards in a corpus's folder; empty if it is not a corpus."""
     names = [shard["name"] for shard in (_manifest(folder) or {}).get("shards", ())]
     return {name for name in names if "/" not in name}
 
 
 def _manifest(folder: str) -> dict[str, Any] | None:
-    """The manifest of a corpus, of whatever format; None where there is none, or one of something else. Raises as `is_corpus`."""
+    """The manifest of a corpus, of any format; None if there is none, or a manifest of something else. Raises as `is_corpus`."""
     try:
         found = json.loads(_read(join(folder, MANIFEST)) or b"null")
     except (ValueError, RecursionError):
@@ -189,12 +189,12 @@ def _manifest(folder: str) -> dict[str, Any] | None:
     if isinstance(found, dict) and isinstance(found.get("shards"), list) and "totals" in found:
         return found
     if _read(join(folder, SIDECARS)) is not None:
-        raise ValueError(f"{folder}: has {SIDECARS} but no sound {MANIFEST}: run `tim verify --repair` on it first")
+        raise ValueError(f"{folder}: has {SIDECARS} but no valid {MANIFEST}: run `tim verify --repair` on it first")
     return None
 
 
 def _read(file: str) -> bytes | None:
-    """A small file at a path or URL, None if there is none. Raises ValueError if nobody can tell."""
+    """A small file at a path or URL, None if it does not exist. Raises ValueError if it cannot be read."""
     try:
         return read_file(file) if is_remote(file) else Path(file).read_bytes()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):

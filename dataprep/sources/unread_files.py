@@ -1,4 +1,4 @@
-"""Files of a folder that no input comes from: counted by what they are, for notes of one line each."""
+"""Count the files of a folder that are not read, by kind, for notes of one line each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataprep.sources.webdataset import TAR_SUFFIXES
 from pipeline.bounded_counter import MAX_NAMES, BoundedCounter, listed
 
 _ARCHIVES = (".zip", ".7z", ".rar", ".tar.bz2", ".tar.xz", ".tbz2", ".txz")
-_MAX_TEXTS = 20  # text files that are looked into
+_MAX_TEXTS = 20  # text files whose first line is read
 _COLUMNS = {"image", "images", "image_path", "image_name", "file_name", "filename", "file", "path", "url", "caption", "captions", "text"}
 
 
-class Unread:
-    """A count of files that are no part of a source in `folder`, a path or URL."""
+class UnreadFiles:
+    """Counts the unread files of a source in `folder`, a path or URL."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -23,7 +23,7 @@ class Unread:
         self._tars = self._archives = self._tables = self._texts = 0
         self._named_archives: list[str] = []
         self._named_tables: list[str] = []
-        self._looked_into: list[str] = []
+        self._texts_to_check: list[str] = []
 
     def add(self, file: str) -> None:
         """Count a file that is not read."""
@@ -39,19 +39,19 @@ class Unread:
             self._kinds.add(extension_of(file))
 
     def add_text(self, file: str) -> None:
-        """Count a text that lies beside no image."""
+        """Count a text file without an image."""
         self._texts += 1
-        if file.lower().endswith(".txt") and len(self._looked_into) < _MAX_TEXTS:
-            self._looked_into.append(file)
+        if file.lower().endswith(".txt") and len(self._texts_to_check) < _MAX_TEXTS:
+            self._texts_to_check.append(file)
 
     def notes(self) -> list[str]:
-        """What was counted, in sentences."""
-        heads = read_texts(join(self._folder, file) for file in self._looked_into)
-        for file, head in zip(self._looked_into, heads, strict=True):
+        """One sentence for each kind of file."""
+        heads = read_texts(join(self._folder, file) for file in self._texts_to_check)
+        for file, head in zip(self._texts_to_check, heads, strict=True):
             if isinstance(head, bytes) and _looks_like_table(head):
                 self._texts -= 1
                 self._add_table(file)
-        self._looked_into.clear()
+        self._texts_to_check.clear()
         notes = [f"not read: {self._kinds}"] if self._kinds.total() else []
         if self._archives:
             notes.append(f"not read: {listed(self._named_archives, count=self._archives)}; unpack archives to use what is in them")
@@ -72,21 +72,21 @@ class Unread:
 
 
 def unread_notes(folder: str, files: Iterable[str]) -> list[str]:
-    """Notes on files of a folder that are not read."""
-    unread = Unread(folder)
+    """Notes on the unread files of a folder."""
+    unread = UnreadFiles(folder)
     for file in files:
         unread.add(file)
     return unread.notes()
 
 
 def extension_of(file: str) -> str:
-    """ ".svg" of "a/b.SVG", in words where there is none."""
+    """ ".svg" of "a/b.SVG", or "without extension"."""
     stem, dot, extension = base_name(file).lower().rpartition(".")
     return f".{extension}" if dot and stem else "without extension"
 
 
 def _looks_like_table(head: bytes) -> bool:
-    """Whether the first line is a header of columns, as `image,caption`."""
+    """Whether the first line is a header such as `image,caption`."""
     line = head.partition(b"\n")[0][:1000].decode("utf-8-sig", "ignore").strip().lower()
     fields = [field.strip(' "') for field in line.replace("\t", ",").replace("|", ",").split(",")]
     return len(fields) > 1 and not _COLUMNS.isdisjoint(fields)

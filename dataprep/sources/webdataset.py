@@ -1,4 +1,4 @@
-"""WebDataset shards as sources: members of one key are one sample, in whatever order they come (`pipeline.corpus.tar_samples`)."""
+"""WebDataset shards as sources: members with the same key form one sample, in any order (`pipeline.corpus.tar_samples`)."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from pipeline.storage.tar import BlockReader, Member, members, split_name
 TAR_SUFFIXES = (".tar", *(COMPRESSED := (".tar.gz", ".tgz", ".tar.zst")))
 DOTTED = "webdataset's key ends at the first dot of a name: 0000.input.jpg has the extension input.jpg"
 DOTTED_TAKEN = f"members whose names have several dots were taken by their last part ({DOTTED})"
-_REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes that are read along, and bytes of one of the requests for them
-_MAX_IN_HAND = 256 << 20  # bytes of an image in a tar behind a URL
+_REMOTE_BLOCK, _REQUEST = 16 << 20, 4 << 20  # bytes of a read from a URL, and of each of its parallel requests
+_MAX_REMOTE_BYTES = 256 << 20  # of an image in a remote or compressed tar
 
 
 class Shards:
-    """A list of tars, read in the given order. What cannot be read becomes a rejected sample; no tar ends the run.
+    """A list of tars, read in the given order. Unreadable samples and tars become rejected samples.
 
-    Where img2dataset's table lies beside a tar, what it says of a sample counts as if it stood in the sample's JSON.
+    The values in img2dataset's table beside a tar, if any, are merged into the JSON of its samples.
     """
 
     layout = "webdataset"
@@ -61,22 +61,22 @@ class Shards:
         self._failed = 0
 
     def reads(self) -> str:
-        """What is read, and from which columns, in a sentence."""
+        """One sentence on what is read, and from which columns."""
         texts, columns = ["the text members"], [*self._columns.captions]
         captions = texts + columns if self._text_is_first else columns + texts
         what = base_name(self.paths[0]) if len(self.paths) == 1 else f"{len(self.paths)} tars"
         return f"{self.name}: {what}, captions from {', '.join(captions)}{describe_encoding(self._columns)}"
 
     def expected(self) -> int | None:
-        """How many inputs there are, where that is known without reading them."""
+        """None: the number of inputs is unknown before they are read."""
         return None
 
     def digest(self) -> str:
-        """Names and sizes of the tars, and behind URLs what the server says of their contents."""
+        """Digest of names and sizes of the tars and, for URLs, of the server's version of them."""
         return facts(self.paths)
 
     def samples(self) -> Iterator[RawSample]:
-        """All samples of all tars, each tar's in the order of the first member of each key."""
+        """All samples of all tars, in the order of the first member of each key."""
         self._empty.clear()
         self._left_out = BoundedCounter()
         self._has_dotted = False
@@ -99,7 +99,7 @@ class Shards:
                 self._empty.append(name)
 
     def notes(self) -> list[str]:
-        """What lies in the tars and is no input, in sentences. Complete once `samples()` has been read to its end."""
+        """One sentence for each kind of member that is not an input. Complete once `samples()` is exhausted."""
         notes = [*self._folder_notes]
         if self._empty:
             count = len(self._empty)
@@ -113,22 +113,22 @@ class Shards:
         return [f"{self.name}: {note}" for note in notes]
 
     def _samples_of(self, file: BlockReader, *, tar: str) -> Iterator[RawSample]:
-        told = _told(tar)
+        rows = _table_rows(tar)
         joined = TarSamples(members(file, tar=base_name(tar)), tar=base_name(tar))
         try:
             for found in joined:
-                yield self._sample(found, file=file, tar=tar, told=told.pop(found.key, {}))
+                yield self._sample(found, file=file, tar=tar, row=rows.pop(found.key, {}))
         finally:
             self._has_dotted |= joined.has_dotted
             for extension, count in joined.left_out.counts().items():
                 self._left_out.add(extension, count)
-        self._failed += sum(row.get("status", "success") != "success" for row in told.values())
+        self._failed += sum(row.get("status", "success") != "success" for row in rows.values())
 
-    def _sample(self, found: TarSample, *, file: BlockReader, tar: str, told: Mapping[str, Value]) -> RawSample:
+    def _sample(self, found: TarSample, *, file: BlockReader, tar: str, row: Mapping[str, Value]) -> RawSample:
         path, image = f"{base_name(tar)}/{found.name}" if found.name else base_name(tar), found.image
         is_compressed = tar.lower().endswith(COMPRESSED)
         problem = found.problem
-        if image and is_compressed and image.length > _MAX_IN_HAND:
+        if image and is_compressed and image.length > _MAX_REMOTE_BYTES:
             problem = problem or ("too-large", f"{image.length} bytes in a compressed tar: unpack it to read images of this size")
         if problem:
             return RawSample(source=self.name, path=path, reason=problem[0], detail=problem[1])
@@ -137,11 +137,11 @@ class Shards:
             record, texts = self._texts_of(found, file=file)
         except ValueError as error:
             return RawSample(source=self.name, path=path, reason="bad-record", detail=str(error))
-        stated = with_file_name({**told, **record}, columns=self._columns, name=split_name(found.name)[0])
+        stated = with_file_name({**row, **record}, columns=self._columns, name=split_name(found.name)[0])
         fields = read_fields(stated, columns=self._columns)
         captions = tuple(texts)
         data = None
-        if image and (is_remote(tar) or is_compressed) and image.length <= _MAX_IN_HAND:
+        if image and (is_remote(tar) or is_compressed) and image.length <= _MAX_REMOTE_BYTES:
             data = file.at(image.offset, image.length)
         return RawSample(
             source=self.name,
@@ -158,7 +158,7 @@ class Shards:
         )
 
     def _texts_of(self, found: TarSample, *, file: BlockReader) -> tuple[dict[str, Value], list[str]]:
-        """(what the sample's JSON and .cls say, its texts). Raises ValueError, naming the member, for one that cannot be used."""
+        """(values of the sample's JSON and .cls, its texts). Raises ValueError, with the name of the member, for an unusable one."""
 
         def read(member: Member) -> bytes:
             return file.at(member.offset, min(member.length, MAX_TEXT_BYTES))
@@ -184,7 +184,7 @@ class Shards:
 
 
 def members_left_out(left_out: BoundedCounter, *, has_dotted: bool) -> str:
-    """A note on members that are no part of a sample, by extension."""
+    """A note on members that belong to no sample, by extension."""
     return f"members left out, by extension: {left_out}{f' ({DOTTED})' if has_dotted else ''}"
 
 
@@ -198,8 +198,11 @@ def _naming(member: str) -> Iterator[None]:
 
 @contextmanager
 def open_tar(tar: str, *, keep: bool = False) -> Iterator[BlockReader]:
-    """A tar at a path or URL; a compressed one is unpacked into a temporary file. With `keep`, so is what is read from a URL, so that
-    nothing is asked for twice. Raises OSError, and at the end EOFError where unpacking was not possible to the end."""
+    """A tar at a path or URL. A compressed tar is unpacked into a temporary file.
+
+    With `keep`, data from a URL are stored in a temporary file, too, so that nothing is requested twice. Raises OSError, and EOFError on
+    exit if the compressed data are incomplete.
+    """
     if tar.lower().endswith(COMPRESSED):
         with TemporaryFile(prefix="tim-") as unpacked:
             damage = _unpack(tar, into=unpacked)
@@ -228,11 +231,11 @@ def open_tar(tar: str, *, keep: bool = False) -> Iterator[BlockReader]:
         yield BlockReader(read, size=size, block=_REMOTE_BLOCK)
         return
     with TemporaryFile(prefix="tim-") as kept:
-        yield BlockReader(_Kept(read, file=kept, size=size).at, size=size)
+        yield BlockReader(_StoredBlocks(read, file=kept, size=size).at, size=size)
 
 
-class _Kept:
-    """What was read from a URL, in blocks, kept in a file."""
+class _StoredBlocks:
+    """Blocks read from a URL, stored in a file."""
 
     def __init__(self, read: Callable[[int, int], bytes], *, file: BinaryIO, size: int) -> None:
         self._read = read
@@ -252,9 +255,9 @@ class _Kept:
 
 
 def _unpack(tar: str, *, into: BinaryIO) -> str:
-    """Decompress a tar, as far as it goes; returns what is wrong with the rest, if there is one."""
+    """Decompress a tar as far as possible. Returns the error, "" if there is none."""
     with open_file(tar) as stream, decompressed(stream, name=tar) as plain:
-        # read() would lose what comes just before the damage
+        # read() would lose the data just before the damage
         read: Callable[[int], bytes] = plain.read1  # pyright: ignore[reportAttributeAccessIssue]
         try:
             while part := read(1 << 16):
@@ -267,19 +270,19 @@ def _unpack(tar: str, *, into: BinaryIO) -> str:
 
 
 def sidecar_table(tar: str) -> pa.Table | None:
-    """img2dataset's table beside a tar, if there is one that knows keys."""
+    """img2dataset's table beside a tar; None without one, or if it has no keys."""
     suffix = next((suffix for suffix in TAR_SUFFIXES if tar.lower().endswith(suffix)), "")
     path = f"{tar[: len(tar) - len(suffix)]}.parquet"
     try:
         source = io.BytesIO(read_file(path)) if is_remote(path) else path
         table = pq.ParquetFile(source).read(use_threads=False)
-    except (OSError, pa.ArrowException):  # none, or none that can be read: all that is needed is in the tar
+    except (OSError, pa.ArrowException):  # missing or unreadable: the tar has all that is needed
         return None
-    is_sound = "key" in table.column_names and len({*table.column_names}) == table.num_columns
-    return table if is_sound and pa.types.is_string(table.schema.field("key").type) else None
+    is_usable = "key" in table.column_names and len({*table.column_names}) == table.num_columns
+    return table if is_usable and pa.types.is_string(table.schema.field("key").type) else None
 
 
-def _told(tar: str) -> dict[str, dict[str, Any]]:
-    """What img2dataset's table says of each key."""
+def _table_rows(tar: str) -> dict[str, dict[str, Any]]:
+    """key → row of img2dataset's table."""
     table = sidecar_table(tar)
     return {} if table is None else {row["key"]: plain(row) for row in table.to_pylist() if row["key"]}

@@ -1,4 +1,4 @@
-"""Images of a finished corpus, decoded by processes of their own: what takes its decoder down is one rejection, not the run's end."""
+"""Decode images of a finished corpus in worker processes. An image that crashes its decoder is rejected; the run continues."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMEOUT = 600.0  # seconds that one image may take
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """An image file's bytes, and the sizes at which it is wanted."""
+    """The bytes of an image file, and the crops to decode."""
 
     data: bytes
     crops: Sequence[Crop]
@@ -27,11 +27,11 @@ class DecodeRequest:
 Decoded = list[Pixels] | str
 """(3, height, width) uint8 for each crop, or the reason why there are none."""
 
-_NOTHING = DecodeRequest(b"", ())
+_EMPTY_REQUEST = DecodeRequest(b"", ())
 
 
 class Decoders:
-    """`workers` processes, which start when they are first needed. Use as a context manager: leaving it ends them."""
+    """`workers` processes, started at first use. Use as a context manager, which ends them."""
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
@@ -43,22 +43,22 @@ class Decoders:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._end()
 
-    def decode(self, pictures: Sequence[DecodeRequest]) -> list[Decoded]:
-        """Each of the images. One at which two workers die is `crashed`."""
-        if not pictures:
+    def decode(self, requests: Sequence[DecodeRequest]) -> list[Decoded]:
+        """Decode each image. An image at which two workers die is `crashed`."""
+        if not requests:
             return []
         pool = self._pool = self._pool or self._start()
         try:
-            return _map(pool, pictures)
+            return _map(pool, requests)
         except RuntimeError:
             self._end()
             raise
 
     def _start(self) -> WorkerPool[DecodeRequest, Decoded]:
-        """Raises RuntimeError where a worker dies without any image."""
-        pool = WorkerPool(_same, decode_image, workers=self._workers, timeout=_TIMEOUT)
+        """Raises RuntimeError if a worker dies before it gets an image."""
+        pool = WorkerPool(_identity, decode_image, workers=self._workers, timeout=_TIMEOUT)
         try:
-            _map(pool, [_NOTHING] * self._workers)
+            _map(pool, [_EMPTY_REQUEST] * self._workers)
         except RuntimeError as error:
             pool.close()
             raise RuntimeError(f"no processes can be started to decode images: {error}") from error
@@ -73,7 +73,7 @@ class Decoders:
 def decode_image(
     image: DecodeRequest, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
 ) -> Decoded:
-    """In this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
+    """Decode in this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
     if lost:
         return CRASHED
     begin(0)
@@ -84,11 +84,11 @@ def decode_image(
         return rejection.reason
 
 
-def _map(pool: WorkerPool[DecodeRequest, Decoded], pictures: Sequence[DecodeRequest]) -> list[Decoded]:
-    for image in pictures:
-        pool.put(image)
-    return [pool.get() for _ in pictures]
+def _map(pool: WorkerPool[DecodeRequest, Decoded], requests: Sequence[DecodeRequest]) -> list[Decoded]:
+    for request in requests:
+        pool.put(request)
+    return [pool.get() for _ in requests]
 
 
-def _same(image: DecodeRequest) -> DecodeRequest:
+def _identity(image: DecodeRequest) -> DecodeRequest:
     return image

@@ -1,5 +1,7 @@
-"""A pool of workers that keeps order, bounds its queue and survives the death of a worker: an image that takes its decoder down costs one
-worker, never the run. Workers are processes of this machine, or of a Ray cluster (`dataprep.workers.ray_pool`)."""
+"""A worker pool with ordered results, a bounded queue and crash recovery: an image that crashes its decoder costs one worker, not the run.
+
+Workers are processes on this machine, or on a Ray cluster (`dataprep.workers.ray_pool`).
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,11 @@ __all__ = ["LocalPool", "Pool", "Worker", "WorkerDied"]
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-# What a task function is given: its task, and a function to tell which item of the task it is about to work on.
+# A task function gets its task, and a function to call with each item of the task before it works on it.
 Work = Callable[[Task, Report], Result]
 
 _POLL_SECONDS = 0.2
-_ATTEMPTS = 3  # at a task whose workers die for no reason that its items can be blamed for
+_ATTEMPTS = 3  # for a task whose workers die at no reported item
 
 
 class Worker(Protocol):
@@ -38,7 +40,7 @@ class Worker(Protocol):
 
 
 class Pool:
-    """`workers` workers, which `start` makes when they are first needed. Use as a context manager: leaving it ends them."""
+    """`workers` workers, made by `start` at first use. Use as a context manager, which ends them."""
 
     def __init__(self, workers: int, *, start: Callable[[], Worker]) -> None:
         if workers < 1:
@@ -71,23 +73,23 @@ class Pool:
         retry: Callable[[Task, WorkerDied], Task] | None = None,
         on_items: Callable[[int], None] | None = None,
     ) -> Iterator[Result]:
-        """Results in the order of the tasks, of which never more than a few are drawn ahead.
+        """Results in task order; only a few tasks are taken ahead.
 
-        work: a module-level function. retry: after a worker's death at an item, the task to give to a new worker (it raises to give up).
-        A task without it, or whose worker dies before it reports an item, is given to three workers; then the death is raised. on_items:
-        called in the caller's thread, now and then, with the number of items reported so far.
+        work: a module-level function. retry: after a worker died at an item, returns the task for a new worker, or raises to give up.
+        Without it, or if the worker died before it reported an item, the task is tried three times; then WorkerDied is raised. on_items:
+        called in the caller's thread, from time to time, with the number of items reported so far.
         """
         counter = _Counter()
 
         def run(task: Task) -> Result:
-            blameless = 0
+            failures = 0
             outcome = self._attempt(work, task, report=counter.add)
             while isinstance(outcome, WorkerDied):
                 if retry is not None and outcome.at >= 0:
                     task = retry(task, outcome)
                 else:
-                    blameless += 1
-                    if blameless == _ATTEMPTS:
+                    failures += 1
+                    if failures == _ATTEMPTS:
                         raise outcome
                 outcome = self._attempt(work, task, report=counter.add)
             return outcome
@@ -120,7 +122,7 @@ class Pool:
 
 
 class LocalPool(Pool):
-    """`workers` processes of this machine, each of which may take `memory` bytes."""
+    """`workers` processes on this machine, with at most `memory` bytes each."""
 
     def __init__(self, workers: int, *, memory: int = WORKER_MEMORY) -> None:
         super().__init__(workers, start=partial(LocalWorker, memory=memory))

@@ -1,4 +1,4 @@
-"""Work that is done in threads while the caller is busy with what came before."""
+"""Prefetch in background threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 
 def prefetched(work: Callable[[Item], Result], items: Iterable[Item], *, by: int = 1) -> Generator[Result, None, None]:
-    """What `work` makes of each item, in their order; up to `by` of them are being made while the caller works on another."""
+    """`work` of each item, in order. Up to `by` items are processed ahead of the caller."""
     threads = ThreadPoolExecutor(by)
     try:
         waiting: deque[Future[Result]] = deque()

@@ -1,5 +1,7 @@
-"""A worker: a fresh interpreter (no fork of a process that may hold threads or a GPU, no second run of the user's script) that reads
-pickled tasks from its parent and answers over a pipe. What takes it down takes nobody else down."""
+"""A worker process: a fresh interpreter that reads pickled tasks from its parent and answers over a pipe.
+
+It is not forked, as the parent may hold threads or a GPU, and does not run the user's script again. Its crash affects no other process.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,14 @@ from pipeline.foreign_warnings import hide_if_asked
 
 Report = Callable[[int], None]
 WORKER_MEMORY = 8 << 30
-"""Bytes that a worker may take by default: three times what the largest image of the default limits needs."""
+"""Default memory limit of a worker in bytes: three times the need of the largest image within the default limits."""
 
 _PR_SET_PDEATHSIG = 1
 _OUT_OF_MEMORY = 113  # exit code
 
 
 class WorkerDied(RuntimeError):
-    """A worker process ended without an answer; `at` is the item that it last reported (-1 if none)."""
+    """A worker process ended without an answer. `at`: the last reported item, -1 if none."""
 
     def __init__(self, message: str, *, at: int) -> None:
         super().__init__(message)
@@ -33,7 +35,7 @@ class WorkerDied(RuntimeError):
 
 
 class LocalWorker:
-    """The parent's end of one worker process, which dies when it wants more than `memory` bytes for its data."""
+    """The parent's end of one worker process, which ends when it needs more than `memory` bytes of data."""
 
     def __init__(self, *, memory: int = WORKER_MEMORY) -> None:
         start = f"import sys; sys.path[:] = {sys.path!r}; from dataprep.workers.process import serve; serve({os.getpid()}, memory={memory})"
@@ -43,7 +45,7 @@ class LocalWorker:
         )
 
     def run(self, work: Callable[..., Any], task: Any, *, report: Report) -> Any:
-        """What `work` returns or raises; `report` is called with every item that it reports. Raises WorkerDied."""
+        """Run `work` in the worker: its result or exception. `report` is called with every reported item. Raises WorkerDied."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         at, kind = -1, ""
@@ -58,7 +60,7 @@ class LocalWorker:
                     report(at)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             self.kill()
-            raise WorkerDied(f"a worker process died ({_how(self._process.wait())})", at=at) from error
+            raise WorkerDied(f"a worker process died ({_describe_exit(self._process.wait())})", at=at) from error
         if kind == "error":
             raise value
         return value
@@ -77,23 +79,23 @@ class LocalWorker:
                 pipe.close()
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code == _OUT_OF_MEMORY:
         return "it needed more memory than a worker may take"
     return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def serve(parent: int, *, memory: int) -> None:
-    """The worker's end: answer tasks until the parent is gone."""
+    """The worker's end: answer tasks until the parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return
     hide_if_asked()
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent handles it
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up among the answers
+    os.dup2(2, 1)  # what libraries print must not mix with the answers
 
     def answer(kind: str, value: Any) -> None:
         pickle.dump((kind, value), answers)

@@ -1,7 +1,7 @@
 """Workers on a Ray cluster.
 
-Each is an actor with a worker process of its own, as on one machine (`dataprep.workers.process`): a decoder that crashes its process
-is told from a lost node, and does not crash Ray. Sources and the work folder must be on storage that all nodes share.
+Each is an actor with its own worker process, as on one machine (`dataprep.workers.process`): a crashed decoder can be distinguished from a
+lost node, and does not crash Ray. Sources and the work folder must be on storage that all nodes share.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pipeline.errors import one_line
 
 
 class RayPool(Pool):
-    """`workers` workers on the Ray cluster at `address` (None: the one that is running here, or that RAY_ADDRESS names), by default one for
-    each of its CPUs. Raises ValueError if there is no such cluster, or if it is too small."""
+    """`workers` workers on the Ray cluster at `address`, by default one per CPU of the cluster. Without an address: the cluster running on
+    this machine, or that of RAY_ADDRESS. Raises ValueError if there is no such cluster or it is too small."""
 
     def __init__(self, workers: int | None = None, *, address: str | None = None, memory: int = WORKER_MEMORY) -> None:
         cores = _connect(address)
@@ -27,7 +27,7 @@ class RayPool(Pool):
 
 
 class RayWorker:
-    """An actor somewhere in the cluster; it answers as a `LocalWorker` does, but reports all items of a task at its end."""
+    """An actor in the cluster. Same interface as `LocalWorker`, but all items of a task are reported at its end."""
 
     def __init__(self, *, memory: int) -> None:
         import ray
@@ -37,7 +37,7 @@ class RayWorker:
         self._is_alive = True
 
     def run(self, work: Callable[..., Any], task: Any, *, report: Report) -> Any:
-        """What `work` returns or raises. Raises WorkerDied, also where the node is lost."""
+        """Run `work` in the actor: its result or exception. Raises WorkerDied, also if the node is lost."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -45,7 +45,7 @@ class RayWorker:
             kind, value, items = ray.get(self._actor.run.remote(work, task))
         except RayActorError as error:
             self._is_alive = False
-            raise WorkerDied(f"a worker on the Ray cluster is gone ({one_line(error)})", at=-1) from error
+            raise WorkerDied(f"a worker on the Ray cluster was lost ({one_line(error)})", at=-1) from error
         for item in items:
             report(item)
         if kind == "died":
@@ -64,18 +64,18 @@ class RayWorker:
         ray.kill(self._actor)
 
     def close(self) -> None:
-        """Nothing is left of a killed actor."""
+        """A killed actor needs no clean-up."""
 
 
 class _Host:
-    """What an actor does: run tasks in a process of its own, and say how each ended."""
+    """The actor: runs tasks in its own worker process, and returns the outcome of each."""
 
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self._worker: LocalWorker | None = None
 
     def run(self, work: Callable[..., Any], task: Any) -> tuple[str, Any, list[int]]:
-        """("result", what came of it), ("error", the exception) or ("died", how), and the items that were reported."""
+        """("result", value), ("error", exception) or ("died", message), each with the reported items."""
         items: list[int] = []
         if self._worker is None or not self._worker.is_alive():
             self._worker = LocalWorker(memory=self._memory)
@@ -88,7 +88,7 @@ class _Host:
 
 
 def _connect(address: str | None) -> int:
-    """Join the cluster, unless this process is in one already; returns its number of CPUs."""
+    """Connect to the cluster unless this process is connected. Returns its number of CPUs."""
     try:
         import ray
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Files and folders to read from, on this machine or behind a URL, and the patterns that name many of them."""
+"""Local and remote files and folders to read, and patterns that name many of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.storage.remote import is_remote
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MAX_RANGE = 1_000_000
-_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id", "lfs")  # what servers call the digest of a file
+_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "content_md5", "blob_id", "lfs")  # names of a file's version or digest on servers
 _TEXTS_AT_ONCE = 64
 
 
@@ -40,21 +40,21 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def is_pattern(spec: str) -> bool:
-    """Whether a name has wildcards, and is not itself the name of a file."""
+    """Whether a name has wildcards and is not the name of an existing file."""
     return has_magic(spec) and not Path(spec).exists()
 
 
 def names_many(spec: str) -> bool:
-    """Whether a name stands for several files: by braces or wildcards. A name that exists never does."""
+    """Whether a name stands for several files, by braces or wildcards. The name of an existing file does not."""
     if is_remote(spec):
         return bool(_BRACES.search(spec))
     return not os.path.exists(os.path.expanduser(spec)) and bool(_BRACES.search(spec) or has_magic(spec))
 
 
 def named_files(spec: str) -> list[str]:
-    """The files that a path or URL with braces, and a path with wildcards, stand for; what has no wildcards need not be there.
+    """Expand the braces of a path or URL, and the wildcards of a path. Names without wildcards need not exist.
 
-    A file or folder that exists under the very name, or under a first part of it, is meant as it is.
+    The name of an existing file or folder, and an existing folder at the start of a path, are taken literally.
     """
     if is_remote(spec):
         return expand_braces(spec)
@@ -71,7 +71,7 @@ def named_files(spec: str) -> list[str]:
 
 
 def _existing_folder(path: str) -> str:
-    """The longest first part of a path that is a folder, with its slash; "" if there is none."""
+    """The longest existing folder at the start of a path, with its slash; "" if there is none."""
     end = len(path)
     while (end := path.rfind("/", 0, end)) >= 0:
         if os.path.isdir(path[: end + 1]):
@@ -80,23 +80,23 @@ def _existing_folder(path: str) -> str:
 
 
 def expand(spec: str) -> list[str]:
-    """The same, where all that is on this machine must be there. Raises ValueError."""
+    """As `named_files`, but raises ValueError if a local file does not exist."""
     found = named_files(spec)
     if not found:
         raise ValueError(f"{spec}: no file matches")
-    gone = next((file for file in found if not is_remote(file) and not os.path.exists(file)), None)
-    if gone:
-        raise ValueError(f"{gone}: no such file or folder")
+    missing = next((file for file in found if not is_remote(file) and not os.path.exists(file)), None)
+    if missing:
+        raise ValueError(f"{missing}: no such file or folder")
     return found
 
 
 def join(folder: str, name: str) -> str:
-    """The path or URL of a file by its name in a folder."""
+    """The path or URL of a file in a folder."""
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
 def list_files(folder: str) -> Listing:
-    """Every visible file below a folder; linked folders are followed once. Raises OSError."""
+    """List all visible files below a folder. Linked folders are followed once. Raises OSError."""
     if is_remote(folder):
         found = remote.list_files(folder)
         hidden = sum(is_hidden_image(base_name(name)) for name in found if is_hidden(base_name(name)))
@@ -110,12 +110,12 @@ def list_files(folder: str) -> Listing:
 
 
 def open_file(file: str) -> BinaryIO:
-    """A file at a path or URL, to read from and to seek in. Raises OSError."""
+    """Open a file at a path or URL, seekable. Raises OSError."""
     return remote.open_file(file) if is_remote(file) else open(file, "rb")
 
 
 def read_texts(files: Iterator[str | None]) -> Iterator[bytes | OSError | None]:
-    """Small files, of which many behind URLs are asked for at once: their first megabyte, or why it cannot be read; None for None."""
+    """The first megabyte of small files, or the error; None for None. URLs are read in parallel."""
     while group := list(islice(files, _TEXTS_AT_ONCE)):
         urls = [file for file in group if file and is_remote(file)]
         answers = dict(zip(urls, remote.read_ranges([(url, 0, None) for url in urls]), strict=True)) if urls else {}
@@ -123,17 +123,17 @@ def read_texts(files: Iterator[str | None]) -> Iterator[bytes | OSError | None]:
 
 
 def facts(files: Sequence[str]) -> str:
-    """A digest of the names of files, their sizes and, behind URLs, of what the server says of their contents. Raises OSError."""
+    """Digest of the names and sizes of files and, for URLs, of their versions on the server. Raises OSError."""
     digest = hashlib.sha256()
     for file in files:
-        said = remote.facts_of(file) if is_remote(file) else {"size": os.path.getsize(file)}
-        version = [str(said[name]) for name in _VERSIONS if said.get(name)][:1]
-        digest.update("\0".join([base_name(file), str(said.get("size")), *version, "\n"]).encode("utf-8", "surrogateescape"))
+        found = remote.facts_of(file) if is_remote(file) else {"size": os.path.getsize(file)}
+        version = [str(found[name]) for name in _VERSIONS if found.get(name)][:1]
+        digest.update("\0".join([base_name(file), str(found.get("size")), *version, "\n"]).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
 def is_unreachable(file: str, error: Exception) -> bool:
-    """Whether a file could not be read because of the network or its server, which says nothing of what is in the file."""
+    """Whether an error comes from the network or the server, not from the file."""
     return is_remote(file) and isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
 
 

@@ -1,4 +1,4 @@
-"""The visible files below a local folder, links to folders included: each folder once, whatever links lead to it."""
+"""Walk the visible files below a local folder, including linked folders. Each folder is visited once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 
-_WORDS = {
+_NOTES = {
     "followed": "link(s) to folders were followed",
     "again": "link(s) to folders that are part of the source already were not followed",
     "above": "link(s) to folders above the source were not followed",
@@ -22,9 +22,9 @@ _WORDS = {
 
 
 class Walk:
-    """One walk over a folder. Linked folders come after all that lies in the folder itself, in the order of the links' names.
+    """One walk over a folder. Linked folders come after the folder's own content, in order of their names.
 
-    `notes()` says what was left out, once all folders have been read.
+    `notes()` is complete once all folders have been read.
     """
 
     def __init__(self, root: str) -> None:
@@ -34,7 +34,7 @@ class Walk:
         self._counts: Counter[str] = Counter()
 
     def folders(self) -> Iterator[tuple[str, dict[str, int | None]]]:
-        """Each folder with files, as `a/b/` ("" for the root), and the sizes of the files in it by name. Raises OSError."""
+        """Each folder with files, as `a/b/` ("" for the root), and the sizes of its files by name. Raises OSError."""
         top = Path(self._root).resolve()
         self._visited.add(_identity(top))
         above = {_identity(parent) for parent in top.parents}
@@ -54,8 +54,8 @@ class Walk:
             yield from self._tree(link)
 
     def notes(self) -> list[str]:
-        """What the walk met besides files, in phrases."""
-        return [f"{self._counts[kind]} {words}" for kind, words in _WORDS.items() if self._counts[kind]]
+        """Phrases on links, hidden files and unreadable entries."""
+        return [f"{self._counts[kind]} {note}" for kind, note in _NOTES.items() if self._counts[kind]]
 
     def _tree(self, start: str) -> Iterator[tuple[str, dict[str, int | None]]]:
         for folder, folders, names in os.walk(start, onerror=self._count_unreadable):
@@ -66,7 +66,7 @@ class Walk:
                 yield "" if inner == os.curdir else f"{inner}/", dict(sizes)
 
     def _enters(self, path: str) -> bool:
-        """Whether a folder is read now: links wait until all folders that are there themselves have been read."""
+        """Whether to read a folder now. Links are queued until all real folders have been read."""
         if os.path.islink(path):
             self._links.append(path)
             return False

@@ -1,1 +1,1 @@
-"""Tables of inputs: parquet, arrow, CSV, TSV, JSON lines."""
+"""Tables of inputs: Parquet, Arrow, CSV, TSV, JSON lines."""

@@ -1,19 +1,19 @@
-"""Rows of CSV and TSV files. A stray quotation mark costs at most its own row, and every line is part of a row or reported.
+"""Read CSV and TSV files. A stray quotation mark affects at most its own row; every line is part of a row or reported.
 
-The rule, line by line (lines end with `\\n`, `\\r\\n` or `\\r`):
+Rules, line by line (lines end with `\\n`, `\\r\\n` or `\\r`):
 
 - A line without an open quoted field is a row; it needs as many fields as the header. A quotation mark inside an unquoted field is an
   ordinary character.
-- A quoted field that is still open at the end of its line goes on to the next line with an odd number of quotation marks, if the lines up
-  to there make a record as RFC 4180 has it, with as many fields as the header. Otherwise the first line alone is a bad row, and reading
-  goes on with the next line.
-- Where the line that would close the record could also begin one, the reading counts that names an image where the table's first rows do,
-  and nowhere else. If that decides nothing, the chain of such lines does: in pairs without a remainder they are multi-line records; with a
-  remainder, the first line has a stray quotation mark.
-- Lines that are rows of their own, with an image in the same column, are never taken for the inside of a field.
-- A column whose name the header repeats is read as `NAME_2`.
-- TSV as IANA has it knows no quoting: a line whose quotation marks do not enclose whole fields is split at its tabs, and lines that have
-  as many tabs as the header are never taken for the inside of a field.
+- A quoted field that is open at the end of its line continues to the next line with an odd number of quotation marks, if the lines up to
+  there form a record by RFC 4180 with as many fields as the header. Otherwise the first line is a bad row, and reading continues with the
+  next line.
+- If the line that would close the record could also begin one, the interpretation is used that has an image in the columns in which the
+  table's first rows have one, and nowhere else. If both or none do, the chain of such lines decides: an even number of lines forms
+  multi-line records; with an odd number, the first line has a stray quotation mark.
+- Lines that are complete rows, with an image in the same column, are never the inside of a field.
+- A column whose name is repeated in the header is read as `NAME_2`.
+- TSV as defined by IANA has no quoting: a line whose quotation marks do not enclose whole fields is split at its tabs, and lines with as
+  many tabs as the header are never the inside of a field.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from typing import BinaryIO
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.corpus.text_decoding import find_undecodable, open_text
 
-MAX_LINE_BYTES = 16 << 20  # of a line; multi-line records are looked for in as many characters
-_PEEK = 100  # lines that are looked at to learn which columns name images
-_MAX_LINKS = 100  # lines of a chain of ambiguous ones
+MAX_LINE_BYTES = 16 << 20  # of a line; also the limit for a multi-line record, in characters
+_PEEK = 100  # lines read to find the columns that name images
+_MAX_LINKS = 100  # lines in a chain of ambiguous lines
 _IMAGE = re.compile(rf"https?://\S+|\S.*\.({'|'.join(IMAGE_EXTENSIONS)})", re.IGNORECASE)
 _INSIDE = re.compile(rf"\S\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
 _ENDS = "\r\n"
@@ -40,26 +40,26 @@ DelimitedRow = tuple[int, "dict[str, str] | str"]
 
 
 def read_delimited(stream: BinaryIO, *, delimiter: str = ",", encoding: str = "") -> Iterator[DelimitedRow]:
-    """(number of the row's first line from 1; the row by the header's names, or what is wrong with the line)"""
+    """(number of the row's first line, from 1; the row by column name, or the problem of the line)"""
     return _Reader(stream, delimiter=delimiter, encoding=encoding).rows()
 
 
 def read_header(stream: BinaryIO, *, delimiter: str = ",", encoding: str = "") -> list[str]:
-    """The names in the header, [] where there is none that can be used."""
+    """The names in the header, [] if it cannot be read."""
     return _Reader(stream, delimiter=delimiter, encoding=encoding).header()[0]
 
 
 class _Lines:
-    """The lines of a text with lookahead. `number` is that of the first line, from 1. A line that is too long is cut, its rest left out."""
+    """The lines of a text, with lookahead. `number`: that of the first line, from 1. A line that is too long is cut."""
 
     def __init__(self, stream: BinaryIO, *, encoding: str) -> None:
         self._text, self.codec = open_text(stream, encoding=encoding)
         self._ahead: deque[str] = deque()
         self.number = 1
 
-    def __getitem__(self, place: int) -> str | None:
-        """The line at a place behind the first one, None behind the end."""
-        while len(self._ahead) <= place:
+    def __getitem__(self, index: int) -> str | None:
+        """The line `index` lines after the first one, None after the end."""
+        while len(self._ahead) <= index:
             line = self._text.readline(MAX_LINE_BYTES + 1)
             if not line:
                 return None
@@ -67,10 +67,10 @@ class _Lines:
             while len(rest) > MAX_LINE_BYTES and rest[-1] not in _ENDS:
                 rest = self._text.readline(MAX_LINE_BYTES + 1)
             self._ahead.append(line)
-        return self._ahead[place]
+        return self._ahead[index]
 
     def span(self, start: int, end: int) -> list[str]:
-        """The lines from `start` to `end`, both included."""
+        """The lines from `start` to `end`, inclusive."""
         return list(islice(self._ahead, start, end + 1))
 
     def drop(self, count: int) -> None:
@@ -91,7 +91,7 @@ class _Reader:
         csv.field_size_limit(max(csv.field_size_limit(), 2 * MAX_LINE_BYTES))
 
     def header(self) -> tuple[list[str], str]:
-        """(names, what is wrong with them)"""
+        """(names, problem)"""
         while (first := self._lines[0]) is not None and not first.strip():
             self._lines.drop(1)
         if first is None:
@@ -103,7 +103,7 @@ class _Reader:
         names = [name.strip() for name in row]
         self._width = len(names)
         self._images = self._image_columns()
-        return [_numbered(name, before=names[:place]) for place, name in enumerate(names)], ""
+        return [_numbered(name, before=names[:index]) for index, name in enumerate(names)], ""
 
     def rows(self) -> Iterator[DelimitedRow]:
         names, problem = self.header()
@@ -125,7 +125,7 @@ class _Reader:
                 yield number, {name: value for name, value in zip(names, row, strict=True) if name}
 
     def _row(self, first: str) -> tuple[list[str] | str, int]:
-        """The row that begins with the first line, or what is wrong with it; and how many lines it takes."""
+        """(the row that begins with the first line, or its problem; number of lines used)"""
         problem = self._problem(first)
         if problem:
             return problem, 1
@@ -139,9 +139,9 @@ class _Reader:
         if end:
             lines = self._lines.span(0, end)
             number = self._lines.number
-            for place, line in enumerate(lines):
+            for index, line in enumerate(lines):
                 if problem := self._problem(line):
-                    return f"{problem} (line {number + place} of a row in lines {number} to {number + end})", end + 1
+                    return f"{problem} (line {number + index} of a row in lines {number} to {number + end})", end + 1
             return self._parse(lines), end + 1
         if self._delimiter == "\t":
             return first.rstrip(_ENDS).split("\t"), 1
@@ -160,7 +160,7 @@ class _Reader:
         return find_undecodable(line, codec=self._lines.codec, is_stated=self._is_stated)
 
     def _end(self) -> int:
-        """The place of the line that closes the record of the first one, 0 if its quotation mark is stray."""
+        """Index of the line that closes the record of the first line, 0 if its quotation mark is stray."""
         links: list[tuple[int, bool]] = []
         start = 0
         while len(links) < _MAX_LINKS and (link := self._link(start)):
@@ -173,8 +173,8 @@ class _Reader:
         return links[0][0] if is_record else 0
 
     def _link(self, start: int) -> tuple[int, bool] | None:
-        """The place of the line that closes a record which begins at `start` and goes on over its line's end, and whether the record names
-        images where others do; None if there is no such record."""
+        """(index of the line that closes a multi-line record beginning at `start`, whether the record has images in the usual columns);
+        None if there is no such record."""
         end, size = start + 1, 0
         while (line := self._lines[end]) is not None and line.count('"') % 2 == 0:
             end, size = end + 1, size + len(line)
@@ -191,17 +191,17 @@ class _Reader:
         return end, self._names_image(row)
 
     def _names_image(self, row: list[str]) -> bool:
-        """Whether a multi-line record has images where others have them, and nowhere else."""
-        named = [place for place, cell in enumerate(row) if _IMAGE.fullmatch(cell)]
-        others = (cell for place, cell in enumerate(row) if place not in named)
-        is_there = set(self._images) <= set(named) if self._images else bool(named)
-        return is_there and not any(_INSIDE.search(cell) for cell in others)
+        """Whether a multi-line record has images in the image columns, and nowhere else."""
+        named = [column for column, cell in enumerate(row) if _IMAGE.fullmatch(cell)]
+        others = (cell for column, cell in enumerate(row) if column not in named)
+        has_images = set(self._images) <= set(named) if self._images else bool(named)
+        return has_images and not any(_INSIDE.search(cell) for cell in others)
 
     def _image_columns(self) -> list[int]:
-        """The columns that name an image in most of the next lines that are rows by themselves."""
+        """The columns that name an image in most of the next lines that are complete rows."""
         count, named = 0, Counter[int]()
-        for place in range(_PEEK):
-            line = self._lines[place]
+        for index in range(_PEEK):
+            line = self._lines[index]
             if line is None:
                 break
             with suppress(csv.Error):
@@ -212,16 +212,16 @@ class _Reader:
         return [column for column in sorted(named) if named[column] > count / 2]
 
     def _are_rows(self, end: int) -> bool:
-        """Whether all lines behind the first one, up to `end`, are rows of their own."""
+        """Whether all lines after the first one, up to `end`, are complete rows."""
         first, *others = (line.rstrip(_ENDS).split(self._delimiter) for line in self._lines.span(0, end))
         if any(len(row) != self._width for row in others):
             return False
-        images = [place for place, cell in enumerate(first) if _IMAGE.fullmatch(cell)]
+        images = [column for column, cell in enumerate(first) if _IMAGE.fullmatch(cell)]
         is_enough = self._delimiter == "\t" and len(first) > 1
-        return is_enough or any(all(_IMAGE.fullmatch(row[place]) for row in others) for place in images)
+        return is_enough or any(all(_IMAGE.fullmatch(row[column]) for row in others) for column in images)
 
 
 def _numbered(name: str, *, before: list[str]) -> str:
-    """A name that the header has had before gets a number: `caption`, `caption_2`."""
+    """Number repeated names: `caption`, `caption_2`."""
     count = before.count(name)
     return f"{name}_{count + 1}" if name and count else name

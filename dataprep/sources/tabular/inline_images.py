@@ -1,4 +1,4 @@
-"""Images that stand in a text column of a table: data URLs, and base64."""
+"""Images in a text column of a table: data URLs and base64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 _LONGEST_NAME = 4096  # characters of a path
 _SHORTEST = 100  # characters of an image in base64
 _ALPHABET = re.compile(r"[A-Za-z0-9+/_\-\s]+={0,2}\s*")
-_BEGINNINGS = (  # of files of the formats that we read
+_BEGINNINGS = (  # of supported image files
     b"\xff\xd8\xff",
     b"\x89PNG\r\n\x1a\n",
     b"GIF8",
@@ -26,7 +26,7 @@ _BEGINNINGS = (  # of files of the formats that we read
 
 
 def embedded_image(text: str) -> bytes | None:
-    """The bytes of an image that a text holds, None for a path or URL. Raises ValueError for a text that is neither."""
+    """The bytes of an image in a text, None for a path or URL. Raises ValueError for other texts."""
     if text[:5].lower() == "data:":
         return _of_data_url(text)
     if len(text) < _SHORTEST:
@@ -48,7 +48,7 @@ def _of_data_url(text: str) -> bytes:
 
 
 def _decode(text: str) -> bytes:
-    """Raises ValueError where a text is not base64, with either alphabet, with or without padding."""
+    """Decode base64 of either alphabet, with or without padding. Raises ValueError for other texts."""
     joined = "".join(unquote_to_bytes(text).decode("latin-1").split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
         return base64.b64decode(joined + "=" * (-len(joined) % 4), validate=True)

@@ -1,6 +1,6 @@
-"""Rows of JSON files: an array of objects, COCO's images and annotations, objects by path, and files of one object a line.
+"""Read JSON files: an array of objects, COCO's images and annotations, objects by path, or one object per line.
 
-The text of a file is held in memory; the rows of an array are parsed one by one. Use JSON lines or Parquet where that is too much.
+The text of a file is held in memory; the rows of an array are parsed one by one. Use JSON lines or Parquet for very large files.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def read_json(stream: BinaryIO, *, encoding: str = "") -> Iterator[JsonRow]:
-    """(number of the element from 1; the record, or what is wrong with it and in which line of the file)
+    """(number of the element, from 1; the record, or its problem with the line number)
 
-    A broken element of an array costs itself: reading goes on where the next object begins.
+    After a damaged element of an array, reading continues with the next object.
     """
     opened, codec = open_text(stream, encoding=encoding)
     text = opened.read()
@@ -39,7 +39,7 @@ def read_json(stream: BinaryIO, *, encoding: str = "") -> Iterator[JsonRow]:
     elif start < len(text):
         lines = _LINE_END.split(text)
         first = next(line for line in lines if line.strip())
-        if isinstance(parse_record(first, line=1), dict) and sum(1 for line in lines if line.strip()) > 1:  # JSON lines by another name
+        if isinstance(parse_record(first, line=1), dict) and sum(1 for line in lines if line.strip()) > 1:  # JSON lines
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield number, undecodable(line, line=number) or parse_record(line, line=number)
@@ -49,7 +49,7 @@ def read_json(stream: BinaryIO, *, encoding: str = "") -> Iterator[JsonRow]:
 
 
 def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str]]:
-    """(text, line it begins in, record or what is wrong with it) of each element of the array that opens before `start`."""
+    """(text, first line, record or problem) of each element of the array that opens before `start`."""
     decoder = json.JSONDecoder()
     line, counted, at = 1, 0, start
     known: set[str] = set()  # keys of the objects so far
@@ -86,7 +86,7 @@ def _elements(text: str, *, start: int) -> Iterator[tuple[str, int, Record | str
 
 
 def _next_object(text: str, at: int, *, decoder: json.JSONDecoder, known: set[str]) -> int | None:
-    """Where the next element behind a broken one begins; objects without any known key are parts of an element."""
+    """Position of the next element after a damaged one. Objects without a known key are parts of an element."""
     for found in _NEXT.finditer(text, at):
         try:
             value, _ = decoder.raw_decode(text, found.end())
@@ -107,14 +107,14 @@ def _rows_of(whole: Record) -> Iterator[Record | str]:
     if len(tables) == 1:
         yield from (as_record(row) for row in tables[0])
     elif whole and all(isinstance(value, (dict, str)) or _is_texts(value) for value in whole.values()):
-        for path, said in whole.items():
-            yield {"file_name": path, **said} if isinstance(said, dict) else {"file_name": path, "caption": said}
+        for path, value in whole.items():
+            yield {"file_name": path, **value} if isinstance(value, dict) else {"file_name": path, "caption": value}
     else:
         yield "neither an array of objects, nor COCO's images and annotations, nor objects by path"
 
 
 def _rows_of_coco(images: list[Any], annotations: list[Any]) -> Iterator[Record | str]:
-    """One row an image, with its captions in their order; then what belongs to no image."""
+    """One row per image, with its captions in order; then a problem for each group of captions without an image."""
     captions: dict[str, list[str]] = {}
     for annotation in annotations:
         if isinstance(annotation, dict) and isinstance(annotation.get("caption"), str):

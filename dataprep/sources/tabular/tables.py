@@ -1,7 +1,6 @@
 """Tables as streams of rows: CSV, TSV, JSON and JSON lines (plain, .zst or .gz), Parquet and Arrow files, local or behind a URL.
 
-A row is its number and its values by name, or a sentence that says what is wrong with it. No table is held in memory, except the text of
-a .json file.
+A row is its number and its values by name, or a sentence with its problem. Tables are not held in memory, except the text of a .json file.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ Row = tuple[int, "dict[str, Any] | str"]
 TEXTS, COLUMNAR = ("csv", "tsv", "jsonl", "ndjson", "json"), ("parquet", "arrow")
 COMPRESSIONS = ("zst", "gz")
 _DELIMITERS = {"csv": ",", "tsv": "\t", "psv": "|"}
-_PEEK = 1000  # rows that are looked at to learn the columns of JSON lines
+_PEEK = 1000  # rows read to find the columns of JSON lines
 _BATCH, _BATCH_OF_IMAGES = 1024, 16  # rows
 _BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException)
 
 
 def kind_of(file: str) -> str | None:
-    """The kind of a table by its name, None for what is no table."""
+    """The kind of a table by its name, None for other files."""
     name = base_name(file.partition("?")[0] if is_remote(file) else file).lower()
     stem, _, last = name.rpartition(".")
     if last in COMPRESSIONS:
@@ -52,7 +51,7 @@ def kind_of(file: str) -> str | None:
 
 
 def kind_of_list(file: str) -> str | None:
-    """The kind of a file that the user names as a source: a .txt may be a table, too, by the delimiter in its header."""
+    """The kind of a file given as a source. A .txt with a delimiter in its first line is a table, too."""
     kind = kind_of(file)
     if kind or not base_name(file).lower().endswith(".txt"):
         return kind
@@ -65,9 +64,9 @@ def kind_of_list(file: str) -> str | None:
 class Table:
     """A table at a path or URL.
 
-    `names` are its columns (of JSON, those of the first thousand rows), `images` those that hold bytes, alone or in the struct that
-    the datasets library writes, `count` its rows, if it says so. A table that cannot be opened has no columns, and a `problem`.
-    `encoding`: of a text without a byte order mark, UTF-8 if empty.
+    `names`: its columns (for JSON, those of the first thousand rows). `images`: columns with bytes, plain or in a struct of the datasets
+    library. `count`: number of rows, if known. A table that cannot be opened has no columns, and a `problem`. `encoding`: of a text
+    without a byte order mark, UTF-8 if empty.
     """
 
     def __init__(self, file: str, *, encoding: str = "") -> None:
@@ -82,10 +81,10 @@ class Table:
         self.count: int | None = None
         self.problem = ""
         if kind not in COLUMNAR:
-            seen = [record for _, record in islice(self.rows(), _PEEK)]
-            self.problem = next((record for record in seen if isinstance(record, str)), "")
-            found = dict.fromkeys(name for record in seen if isinstance(record, dict) for name in record)
-            self.names = list(found) or (self._header() if seen else [])
+            records = [record for _, record in islice(self.rows(), _PEEK)]
+            self.problem = next((record for record in records if isinstance(record, str)), "")
+            found = dict.fromkeys(name for record in records if isinstance(record, dict) for name in record)
+            self.names = list(found) or (self._header() if records else [])
             return
         try:
             with open_file(file) as stream:
@@ -101,7 +100,7 @@ class Table:
         self.images = [field.name for field in schema if _holds_bytes(field.type)]
 
     def digest(self) -> str:
-        """Of a text, its content; of a Parquet or Arrow file, its name, its size, and what lies at its end. Raises OSError."""
+        """Digest of the content of a text, or of the name, size and end of a Parquet or Arrow file. Raises OSError."""
         with open_file(self.file) as stream:
             if self.kind not in COLUMNAR:
                 return stream_digest(stream)
@@ -110,9 +109,9 @@ class Table:
             return hashlib.sha256(facts([self.file]).encode() + stream.read()).hexdigest()
 
     def rows(self, *, only: Collection[str] = ()) -> Iterator[Row]:
-        """All rows: (line of a text or row of a table, from 1; the record, or what is wrong with it).
+        """All rows: (line of a text or row of a table, from 1; the record, or its problem).
 
-        `only`: the columns that are needed; the others may be left out.
+        `only`: the needed columns; others may be left out.
         """
         number = 0
         try:
@@ -136,13 +135,13 @@ class Table:
         return read_jsonl(stream, encoding=self.encoding)
 
     def _header(self) -> list[str]:
-        """The columns of a table of which no row can be read."""
+        """The columns of a table without a readable row."""
         if self.kind not in _DELIMITERS:
             return []
         try:
             with open_file(self.file) as stream, decompressed(stream, name=self.name) as plain:
                 return read_header(plain, delimiter=_DELIMITERS[self.kind], encoding=self.encoding)
-        except _BROKEN:  # which `problem` tells
+        except _BROKEN:  # reported in `problem`
             return []
 
     def _read_parquet(self, stream: BinaryIO, *, columns: list[str] | None) -> Iterator[Row]:
@@ -164,7 +163,7 @@ class Table:
 
 
 def read_jsonl(stream: BinaryIO, *, encoding: str = "") -> Iterator[Row]:
-    """(line number from 1, the record, or what is wrong with the line)"""
+    """(line number from 1, the record or the problem of the line)"""
     text, codec = open_text(stream, encoding=encoding)
     number = 0
     while line := text.readline(MAX_LINE_BYTES + 1):
@@ -181,7 +180,7 @@ def read_jsonl(stream: BinaryIO, *, encoding: str = "") -> Iterator[Row]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON can hold it; bytes and what else has no such form become None."""
+    """A value as JSON; bytes and other values without a JSON form become None."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -197,7 +196,7 @@ def plain(value: Any) -> Any:
 
 @contextmanager
 def decompressed(stream: BinaryIO, *, name: str) -> Iterator[BinaryIO]:
-    """What a file holds that was compressed as its name says, to read from."""
+    """The decompressed content of a file, by the suffix of its name."""
     if name.lower().endswith(".zst"):
         with zstandard.ZstdDecompressor().stream_reader(stream, read_across_frames=True) as frames:
             yield io.BufferedReader(frames, 1 << 20)  # pyright: ignore[reportArgumentType]
@@ -209,7 +208,7 @@ def decompressed(stream: BinaryIO, *, name: str) -> Iterator[BinaryIO]:
 
 
 def _open_arrow(stream: BinaryIO) -> pa.RecordBatchFileReader | pa.RecordBatchStreamReader:
-    """Arrow's file format, or its stream format, which is what the datasets library writes."""
+    """Arrow's file format, or its stream format, which the datasets library writes."""
     is_file = stream.read(6) == b"ARROW1"
     stream.seek(0)
     return pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
@@ -230,11 +229,11 @@ def _read_arrow(stream: BinaryIO) -> Iterator[Row]:
 
 
 def _records(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | str]:
-    for place in range(0, batch.num_rows, _BATCH_OF_IMAGES):
-        part = batch.slice(place, _BATCH_OF_IMAGES)
+    for start in range(0, batch.num_rows, _BATCH_OF_IMAGES):
+        part = batch.slice(start, _BATCH_OF_IMAGES)
         try:
             yield from part.to_pylist()
-        except (ValueError, pa.ArrowException):  # text that is no UTF-8, dates that are none: some row of these
+        except (ValueError, pa.ArrowException):  # invalid UTF-8 or an invalid date in one of these rows
             yield from (_record(part.slice(row, 1)) for row in range(part.num_rows))
 
 

@@ -191,7 +191,7 @@ def test_other_settings_are_refused_with_what_differs(corpus: Corpus, models: di
     (other / "config.json").write_text((other / "config.json").read_text() + " ")
     with pytest.raises(ValueError, match=r"another codec\.digest"):
         encoded(corpus, tmp_path / "kl", **moved)
-    for place, said in ((corpus.path, "lies in the corpus"), (corpus.path / "x", "lies in the corpus"), (tmp_path, "not empty")):
+    for place, said in ((corpus.path, "is inside the corpus"), (corpus.path / "x", "is inside the corpus"), (tmp_path, "not empty")):
         with pytest.raises(ValueError, match=said):
             encoded(corpus, place, **settings)
 

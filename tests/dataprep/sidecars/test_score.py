@@ -209,10 +209,10 @@ train: {{steps: 2}}
 @pytest.mark.parametrize(
     ("more", "wrong"),
     [
-        ({"model": "ViT-B-32"}, "without weights it knows nothing: give weights=FILE, or a tag"),
+        ({"model": "ViT-B-32"}, "needs weights: give weights=FILE, or a tag"),
         ({"model": "ViT-B-32", "weights": "nothing"}, "there is no such file, and the tags of ViT-B-32 are"),
-        ({"model": "VGG"}, "is no folder, no hf-hub:ORG/NAME and no architecture"),
-        ({"model": "FOLDER"}, "is no folder of open_clip: it needs open_clip_config.json"),
+        ({"model": "VGG"}, "is neither a folder, hf-hub:ORG/NAME nor an open_clip architecture"),
+        ({"model": "FOLDER"}, "is not an open_clip folder: it needs open_clip_config.json"),
         ({"aesthetic": "missing.pth"}, "aesthetic: missing.pth cannot be read"),
         ({"aesthetic": "NARROW"}, "is for embeddings of 8 numbers, the model gives 32"),
     ],

@@ -127,7 +127,7 @@ def test_a_list_from_elsewhere_may_not_reach_for_files_of_this_machine(tmp_path:
         samples = samples_of(f"{server.url}/list.jsonl")
         assert [sample.reason for sample in samples] == [""] * len(fine) + ["bad-record"] * len(evil)
         assert [sample.file for sample in samples[:2]] == [f"{server.url}/x.jpg", f"{server.url}/deep/y.jpg"]
-        with pytest.raises(ValueError, match=r"^[^\n]*gone\.csv: has no rows that can be read[^\n]*$"):
+        with pytest.raises(ValueError, match=r"^[^\n]*gone\.csv: has no readable rows[^\n]*$"):
             open_sources([f"{server.url}/gone.csv"])
 
 
@@ -157,7 +157,7 @@ def test_rows_that_are_none_are_bad_records(tmp_path: Path) -> None:
 def test_one_broken_table_among_others_is_a_row_of_the_account(tmp_path: Path) -> None:
     write_folder(tmp_path / "set", {"1.parquet": parquet_of([{"path": "a.jpg"}]), "0.parquet": b"PAR1", "2.parquet": b""})
     assert [sample.reason for sample in samples_of(tmp_path / "set")] == ["bad-record", "", "bad-record"]
-    with pytest.raises(ValueError, match=r"^[^\n]*0\.parquet: has no rows that can be read[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*0\.parquet: has no readable rows[^\n]*$"):
         samples_of(tmp_path / "set/0.parquet")
 
 
@@ -172,7 +172,7 @@ def test_columns_can_be_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^[^\n]*has no column alt; there are file, url[^\n]*$"):
         samples_of(tmp_path / "list.jsonl", caption="alt")
     (tmp_path / "odd.csv").write_text("what,why\n1,2\n")
-    with pytest.raises(ValueError, match=r"^[^\n]*Say columns\.image=NAME; there are what, why[^\n]*$"):
+    with pytest.raises(ValueError, match=r"^[^\n]*Set columns\.image=NAME; there are what, why[^\n]*$"):
         samples_of(tmp_path / "odd.csv")
 
 
@@ -295,7 +295,7 @@ def test_names_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path\nx.jpg\n")
     spec = str(tmp_path / "a.csv")
     assert [source.name for source in open_sources([spec, f"b={spec}", spec])] == ["a", "b", "a-2"]
-    with pytest.raises(ValueError, match="has been given to another source"):
+    with pytest.raises(ValueError, match="another source has this name"):
         open_sources([f"b={spec}", f"b={spec}"])
     with pytest.raises(ValueError, match=r"sources\.b: has no path"):
         open_sources([spec], named={"b": SourceConfig(tags=("x",))})

@@ -107,7 +107,7 @@ def test_tars_of_a_corpus_are_the_corpus(corpus: Path, tmp_path: Path) -> None:
     counts = prepare([str(corpus / "000000.tar")], out=tmp_path / "E", config=config())
     assert counts.inputs == 5
     other = write_tar(tmp_path / "other.tar", [("0.jpg", photo(90)), ("0.txt", b"other")])
-    with pytest.raises(ValueError, match="name each corpus, and tars that are of none"):
+    with pytest.raises(ValueError, match="name each corpus, and other tars, as separate sources"):
         prepare([str(tmp_path / "{C/000000,other}.tar")], out=tmp_path / "F", config=config())
     with pytest.raises(ValueError, match=r"holds corpora .*: name each of them"):
         prepare([str(tmp_path)], out=tmp_path.parent / "G", config=config())
