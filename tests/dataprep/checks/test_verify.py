@@ -79,7 +79,7 @@ def test_an_account_that_does_not_add_up_is_found(corpus: Path) -> None:
     manifest = json.loads((corpus / "manifest.json").read_text())
     manifest["totals"]["inputs"] += 1
     (corpus / "manifest.json").write_text(json.dumps(manifest))
-    assert any("does not add up" in problem for problem in verify(corpus).problems)
+    assert any("input counts do not add up" in problem for problem in verify(corpus).problems)
 
 
 def test_what_is_no_corpus_is_a_one_line_error(corpus: Path, tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ train: {{steps: 2}}
     report([corpus], config=ReportConfig())
     page = (corpus / "report.html").read_text("utf-8")
     assert "<figcaption>similarity</figcaption>" in page
-    assert f"{done.duplicates} of the kept are marked as semantic duplicates" in page
+    assert f"{done.duplicates} of the kept images are marked as semantic duplicates" in page
     shown = page.partition("Semantic duplicates, beside what they look like")[2]
     assert shown.count('<div class="pair">') == min(done.duplicates or 0, 8)
     assert shown.count("<img ") == 2 * min(done.duplicates or 0, 8)
