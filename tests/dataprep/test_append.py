@@ -105,7 +105,7 @@ def test_what_cannot_grow_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=problem):
         prepare([str(folder)], out=out, config=PrepareConfig(), append_mode=APPEND)
     other = PrepareConfig.model_validate({"seed": 3, "filters": {"min_side": 20}, "shards": {"max_samples": 4}})
-    with pytest.raises(ValueError, match=r"another filters\.min_side \(16 there, 20 here\), seed \(0 there, 3 here\); inputs are added with"):
+    with pytest.raises(ValueError, match=r"another filters\.min_side \(16 there, 20 here\), seed \(0 there, 3 here\); inputs are added"):
         prepare([str(folder)], out=out, config=other, append_mode=APPEND)
     given = PrepareConfig.model_validate({"sources": {"f": {"tags": ["new"]}}})
     own = with_own_settings(out, given=given)
