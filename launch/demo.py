@@ -56,12 +56,12 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
 
     Writes the corpus, the run, `grid.png`, `loss.png` and `scores.json`. Raises RuntimeError if the training fails.
     """
-    pictures, corpus, run_dir = out / "pictures", out / "corpus", out / "run"
+    images, corpus, run_dir = out / "pictures", out / "corpus", out / "run"
     console.line(f"1/4 prepare: {IMAGES} images drawn from a seed")
-    if not (pictures / "metadata.jsonl").is_file():
-        write_corpus(pictures, count=IMAGES)
+    if not (images / "metadata.jsonl").is_file():
+        write_corpus(images, count=IMAGES)
     with console.progress() as report:
-        counts = prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
+        counts = prepare([str(images)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
     console.line(f"    {counts.kept} of {counts.inputs} kept, rejected: {counts.rejected or 'none'}")
 
     overrides = [f"corpus={corpus}", f"run_dir={run_dir}", *(shortened(steps) if steps else [])]

@@ -1,1 +1,1 @@
-"""`tim bench`: measurements, alone and beside other tools."""
+"""Benchmarks of `tim bench`, alone and compared with other tools."""

@@ -1,7 +1,7 @@
-"""`tim bench attention --fit`: the planner's cost model (`pipeline.cost`), fitted to this device by timing the packed network.
+"""Fit the planner's cost model (`pipeline.cost`) to this device by timing the packed network (`tim bench attention --fit`).
 
-γ comes from packs of equally many tokens in images of one length each: seconds per token grow as 1 + γ·n/6W. The factors of the kinds
-come from training steps of the whole objective on the same images, all of one kind.
+γ is fitted to packs with equal token counts and images of one length each: seconds per token grow as 1 + γ·n/6W. The factors of the kinds
+are measured in training steps of the full objective on the same images, all of one kind.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ SHORTEST = 64  # tokens of an image
 
 
 def fit_costs(grids: Sequence[Grid], *, max_tokens: int, width: int, batch: int, repeats: int, progress: Progress) -> dict[str, Any]:
-    """γ from images of 64 to `max_tokens` tokens, the factors from a pack of `batch` of the grids.
+    """Fit γ to images of 64 to `max_tokens` tokens, and the factors to a pack of `batch` of the grids.
 
-    `largest_error` is by how much the fitted γ misses a measured time at most, as a share of it.
+    `largest_error` is the largest relative error of the fit.
 
-    Raises ValueError if `max_tokens` leaves nothing to compare.
+    Raises ValueError if `max_tokens` is too small for a fit.
     """
     if max_tokens < 4 * SHORTEST:
-        raise ValueError(f"--max-tokens {max_tokens}: attention grows with length, give {4 * SHORTEST} or more to see it")
+        raise ValueError(
+            f"--max-tokens {max_tokens}: too small to measure the growth of attention with length; give {4 * SHORTEST} or more"
+        )
     bench = Bench(width=width, depth=2)
     sides = sorted({round(math.sqrt(n)) for n in np.geomspace(SHORTEST, max_tokens, 5)})
     packs = {side: [bench.inputs([(side, side)] * max(1, max_tokens // side**2))] for side in sides}
@@ -43,11 +45,13 @@ def fit_costs(grids: Sequence[Grid], *, max_tokens: int, width: int, batch: int,
     gamma, error = fit_gamma(lengths, per_token=per_token, width=width)
 
     latents, text, rest = bench.inputs(grids[:batch])
-    alike = {
+    packs_by_kind = {
         kind: [(latents, text, {**rest, "kinds": torch.full_like(rest["kinds"], kind)})] for kind in (DIFFUSION, CONSISTENCY, TRANSITION)
     }
-    by_kind = fastest(
-        {str(kind): lambda kind=kind: bench.train(bench.network, alike[kind]) for kind in alike}, repeats=repeats, progress=progress
+    seconds_by_kind = fastest(
+        {str(kind): lambda kind=kind: bench.train(bench.network, packs_by_kind[kind]) for kind in packs_by_kind},
+        repeats=repeats,
+        progress=progress,
     )
     return {
         **bench.facts(),
@@ -55,12 +59,12 @@ def fit_costs(grids: Sequence[Grid], *, max_tokens: int, width: int, batch: int,
         "seconds_per_million_tokens": {str(int(n)): 1e6 * float(value) for n, value in zip(lengths, per_token, strict=True)},
         "largest_error": error,
         "gamma": gamma,
-        "cost_factors": [by_kind[str(kind)] / by_kind[str(DIFFUSION)] for kind in alike],
+        "cost_factors": [seconds_by_kind[str(kind)] / seconds_by_kind[str(DIFFUSION)] for kind in packs_by_kind],
     }
 
 
 def fit_gamma(lengths: np.ndarray, *, per_token: np.ndarray, width: int) -> tuple[float, float]:
-    """γ ≥ 0 of the least relative squares of `per_token` ∝ 1 + γ·n/6W, and the largest relative error that remains."""
+    """Fit γ ≥ 0 of `per_token` ∝ 1 + γ·n/6W by relative least squares. Returns γ and the largest relative error."""
     columns = np.stack([np.ones_like(lengths), lengths / (6 * width)], axis=1)
     (level, slope), *_ = np.linalg.lstsq(columns / per_token[:, None], np.ones_like(lengths), rcond=None)
     if slope <= 0 or level <= 0:

@@ -1,7 +1,7 @@
-"""The measurement of `tim bench data`: images from shards to arrays of their target sizes, beside other loaders on the same tars.
+"""Benchmark `tim bench data`: load images from shards to arrays of their target sizes, compared with other loaders on the same tars.
 
-Everybody has the same number of worker processes and takes turns; of each the fastest turn counts. Others decode with Pillow and resize
-with its bicubic window, which is cheaper than the Lanczos window that images are resized with here.
+All loaders have the same number of worker processes and run interleaved; the fastest run of each counts. The others decode with Pillow and
+resize with its bicubic filter, which is cheaper than our Lanczos filter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from dataprep.prepare import PrepareConfig, prepare
 from launch.benchmarks import peers
 from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, compare, run_interleaved
+from launch.benchmarks.interleaved import BOUND, OURS, relative_rates, run_interleaved
 from pipeline.corpus.corpus import Corpus
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
@@ -36,13 +36,13 @@ Data = dict[str, Any]
 
 
 def bench_data(
-    pictures: Path, *, work: Path, max_side: int, workers: int, seconds: float, repeats: int, install: bool, progress: Progress
+    folder: Path, *, work: Path, max_side: int, workers: int, seconds: float, repeats: int, install: bool, progress: Progress
 ) -> Data:
-    """Measure on the JPEGs of a folder, scaled down to `max_side`² pixels. In `work` are prepared shards and the others' environment.
+    """Run on the JPEGs of a folder, scaled down to `max_side`² pixels. `work` holds prepared shards and the others' environment.
 
-    Raises ValueError where there are no JPEGs.
+    Raises ValueError if there are no JPEGs.
     """
-    corpus = _prepared(pictures, work=work)
+    corpus = _prepare_corpus(folder, work=work)
     plan = Planner(
         [corpus],
         plan=PlanConfig(
@@ -63,7 +63,7 @@ def bench_data(
     }
     for name in peers.LOADERS:
         if name not in missing:
-            options = {"tars": corpus.folder, "work": work / pictures.name, "max-pixels": max_side**2, "workers": workers}
+            options = {"tars": corpus.folder, "work": work / folder.name, "max-pixels": max_side**2, "workers": workers}
             runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
     best = run_interleaved(runs, repeats=repeats, missing=missing, progress=progress)
     data: Data = {
@@ -72,17 +72,17 @@ def bench_data(
         "workers": workers,
         **best,
         "gigabytes_read_per_cpu_second": _reading_rate(corpus) / 1e9,
-        **compare(best, others=peers.LOADERS),
+        **relative_rates(best, others=peers.LOADERS),
     }
     return {**data, "not_measured": missing} if missing else data
 
 
-def _prepared(pictures: Path, *, work: Path) -> Corpus:
-    """The folder's JPEGs in four shards or so, with the bytes that they have wherever those are clean."""
-    files = sorted(file for file in pictures.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")) if pictures.is_dir() else []
+def _prepare_corpus(folder: Path, *, work: Path) -> Corpus:
+    """Prepare the folder's JPEGs in about four shards, keeping the original bytes of valid files."""
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in (".jpg", ".jpeg")) if folder.is_dir() else []
     if not files:
-        raise ValueError(f"{pictures}: no JPEGs: give a folder of images")
-    links, out = work / f"{pictures.name}-jpegs", work / f"{pictures.name}-corpus"
+        raise ValueError(f"{folder}: no JPEGs: give a folder of images")
+    links, out = work / f"{folder.name}-jpegs", work / f"{folder.name}-corpus"
     links.mkdir(parents=True, exist_ok=True)
     for file in files:
         if not (links / file.name).exists():
@@ -93,14 +93,14 @@ def _prepared(pictures: Path, *, work: Path) -> Corpus:
 
 
 def _loader_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
-    """The whole way; the steps that were read before the clock ran are not counted."""
+    """Rates of the full loader. Steps loaded before the measurement are not counted."""
     loader = Loader(planner, seed=0, channels=CHANNELS, factor=STRIDE, workers=workers, max_bad_fraction=0)
     with closing(loader):
         return peers.rates((step.images for step in loader), warm_up=3, seconds=seconds)
 
 
 def _decoder_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
-    """As many processes that do nothing but decode and resize bytes that they hold."""
+    """Rates of the same number of processes that only decode and resize images from memory."""
     samples = [sample for pack in planner.next_step().packs for sample in pack.samples]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=hide_if_asked) as pool:
         futures = [pool.submit(decode_for, samples, seconds) for _ in range(workers)]
@@ -110,18 +110,18 @@ def _decoder_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
 
 
 def decode_for(samples: Sequence[PlannedSample], seconds: float) -> Data:
-    """Decode and resize samples for some seconds, in one thread."""
+    """Decode and resize samples for `seconds`, in one thread."""
     import torch
 
     torch.set_num_threads(1)
     reader = ShardReader()
-    held = [(sample, reader.read(sample.tar, offset=sample.image.offset, length=sample.image.length)) for sample in samples]
+    encoded = [(sample, reader.read(sample.tar, offset=sample.image.offset, length=sample.image.length)) for sample in samples]
     reader.close()
-    return peers.rates(map(_decode, cycle(held)), warm_up=1, seconds=seconds)
+    return peers.rates(map(_decode, cycle(encoded)), warm_up=1, seconds=seconds)
 
 
-def _decode(held: tuple[PlannedSample, bytes]) -> int:
-    sample, data = held
+def _decode(encoded: tuple[PlannedSample, bytes]) -> int:
+    sample, data = encoded
     load_image(data, resize=sample.resize, crop=(sample.height, sample.width))
     return 1
 
@@ -131,7 +131,7 @@ def _reading_rate(corpus: Corpus) -> float:
     parts: list[ByteRange] = []
     for number, shard in enumerate(corpus.shards):
         table = corpus.read(number, columns=("image_offset", "image_length")).to_pydict()
-        parts += [ByteRange(shard.path, *place) for place in zip(table["image_offset"], table["image_length"], strict=True)]
+        parts += [ByteRange(shard.path, *span) for span in zip(table["image_offset"], table["image_length"], strict=True)]
     size = sum(part.length for part in parts)
     reader = ShardReader()
     best = float("inf")
@@ -145,7 +145,7 @@ def _reading_rate(corpus: Corpus) -> float:
 
 
 def peer_rates(python: Path, name: str, options: dict[str, Any]) -> Data:
-    """Raises ChildProcessError, with its last line, if it fails."""
+    """Measure another loader in its environment. Raises ChildProcessError with its last output line if it fails."""
     Path(options["work"]).mkdir(parents=True, exist_ok=True)
     arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
     return run_json([python, peers.__file__, name, *arguments], seconds=600 + options["seconds"])

@@ -1,6 +1,6 @@
-"""The measurement of `tim bench index`: how fast foreign tars are indexed on one core, and what a plan over very many rows needs.
+"""Benchmark `tim bench index`: indexing speed for tars of other tools on one core, and time and memory of a plan over very many rows.
 
-The tars are made up: the smallest images that there are, because what is measured is the work for each sample, not for its bytes.
+The tars are synthetic with very small images, because the benchmark measures the work per sample, not per byte.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ FEW_ROWS = 10_000_000
 
 
 def bench_index(*, samples: int, rows: int, repeats: int, progress: Progress) -> Data:
-    """Samples a second of one process, by what is in the tar; and seconds and memory from opening a corpus of `rows` to its first step."""
+    """Samples per second of one process by tar layout, and seconds and memory from opening a corpus of `rows` to its first step."""
     layouts = {
         "jpg and txt, ustar": (("jpg", "txt"), tarfile.USTAR_FORMAT, False),
         "jpg, txt and json, ustar": (("jpg", "txt", "json"), tarfile.USTAR_FORMAT, False),
         "jpg, txt and json, pax": (("jpg", "txt", "json"), tarfile.PAX_FORMAT, False),
         "img2dataset with its table": (("jpg", "txt", "json"), tarfile.PAX_FORMAT, True),
     }
-    found: dict[str, float] = {}
+    indexed_per_second: dict[str, float] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for number, (name, (extensions, format, has_table)) in enumerate(layouts.items()):
             tar = _write_tar(folder / f"{number}.tar", samples=samples, extensions=extensions, format=format, has_table=has_table)
             task = IndexTask(number=number, tar=str(tar), out=folder)
             seconds = min(_seconds(index_shard, task, lambda offset: None) for _ in range(repeats))
-            found[name] = samples / seconds
+            indexed_per_second[name] = samples / seconds
             progress("indexing", number + 1, len(layouts) + 1)
         seconds = min(_seconds(_list_with_tarfile, folder / "1.tar") for _ in range(repeats))
         table = read_foreign(str(folder / "0.tar"))[0].table
@@ -53,7 +53,7 @@ def bench_index(*, samples: int, rows: int, repeats: int, progress: Progress) ->
         progress("indexing", len(layouts) + 1, len(layouts) + 1)
     return {
         "samples": samples,
-        "indexed_per_second": found,
+        "indexed_per_second": indexed_per_second,
         "tarfile_listing_per_second": samples / seconds,
         f"{min(FEW_ROWS, rows):,}_rows": few,
         f"{rows:,}_rows": many,
@@ -61,7 +61,7 @@ def bench_index(*, samples: int, rows: int, repeats: int, progress: Progress) ->
 
 
 def _seconds(function: Any, *arguments: Any) -> float:
-    """CPU seconds: those of a machine that does nothing else."""
+    """CPU seconds of a call, which do not depend on other load of the machine."""
     start = time.process_time()
     function(*arguments)
     return time.process_time() - start
@@ -91,7 +91,7 @@ def _write_tar(path: Path, *, samples: int, extensions: tuple[str, ...], format:
 
 
 def _open_and_plan(folder: Path, *, table: pa.Table, rows: int) -> Data:
-    """A corpus that says of one table that it is that of every shard."""
+    """Open and plan a corpus in which all shards share one table."""
     folder.mkdir()
     count = min(ROWS_PER_SHARD, rows)
     pq.write_table(table.take(np.arange(count) % len(table)), folder / "000000.parquet", compression="zstd")

@@ -1,7 +1,7 @@
-"""The measurements of `tim bench`: the packed network beside padded batches and exact-size buckets, same images, same weights.
+"""Benchmarks of the packed network, compared with padded batches and exact-size buckets of the same images and weights.
 
-Variants take turns, and of each the fastest run counts, so that whatever else the machine does strikes all of them alike. On the CPU it
-is single-precision, on a GPU bfloat16 autocast. A grid is an image's height and width in tokens.
+Variants run interleaved, and the fastest run of each counts, so that other load on the machine affects all equally. Precision is float32 on
+the CPU, bfloat16 autocast on a GPU. A grid is an image's height and width in tokens.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ Grid = tuple[int, int]
 Data = dict[str, Any]
 
 
-def grids_of(pictures: Sequence[Path], *, max_tokens: int) -> list[Grid]:
-    """Sizes by the native-size rule, in a fixed random order, of corpora, folders of images (headers alone are read), or a made-up list.
+def grids_of(paths: Sequence[Path], *, max_tokens: int) -> list[Grid]:
+    """Grids by the native-size rule, in a fixed random order, of corpora, image folders (only headers are read), or a synthetic list.
 
-    Raises ValueError where there are no images.
+    Raises ValueError if there are no images.
     """
-    sides = [size for path in pictures for size in image_sizes(path)] if pictures else _made_up()
+    sides = [size for path in paths for size in image_sizes(path)] if paths else _synthetic_sizes()
     rule = SizeRule(stride=STRIDE, max_tokens=max_tokens)
     targets = target_sizes([height for height, _ in sides], widths=[width for _, width in sides], rule=rule)
     kept = np.flatnonzero(targets.left_out == 0)
     if not len(kept):
-        raise ValueError(f"{', '.join(map(str, pictures))}: no images: give a corpus or a folder of images")
+        raise ValueError(f"{', '.join(map(str, paths))}: no images: give a corpus or a folder of images")
     order = np.random.default_rng(0).permutation(kept)
     return [(int(targets.height[i]) // STRIDE, int(targets.width[i]) // STRIDE) for i in order]
 
 
 def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches: int, repeats: int, progress: Progress) -> Data:
-    """A training step of the objective without the optimizer's update, half of the images r < t."""
+    """Benchmark a training step of the objective without the optimizer update. Half of the images have r < t."""
     bench = Bench(width=width, depth=depth)
     packs = [bench.inputs(grids[i : i + batch]) for i in range(0, min(len(grids), batch * batches), batch)]
-    still = [(latents, text, {**rest, "kinds": torch.full_like(rest["kinds"], DIFFUSION)}) for latents, text, rest in packs]
-    buckets = _buckets(grids, most=batch)
-    chosen = np.random.default_rng(1).permutation(len(buckets))[: max(4, len(packs) * 8)]  # a sample of the list's buckets
+    without_transitions = [(latents, text, {**rest, "kinds": torch.full_like(rest["kinds"], DIFFUSION)}) for latents, text, rest in packs]
+    buckets = _buckets(grids, max_images=batch)
+    chosen = np.random.default_rng(1).permutation(len(buckets))[: max(4, len(packs) * 8)]  # a random sample of the buckets
     pieces = [bench.inputs(buckets[i]) for i in chosen]
     dense = DenseNetwork(bench.network)
     rate = bench.matmul_rate()
-    found = fastest(
+    seconds = fastest(
         {
             "packed": lambda: bench.train(bench.network, packs),
             "padded": lambda: bench.train(dense, packs),
             "buckets": lambda: bench.train(dense, pieces),
-            "forward and backward": lambda: bench.train(bench.network, still, derivative=False),
+            "forward and backward": lambda: bench.train(bench.network, without_transitions, derivative=False),
             "derivative": lambda: bench.derivative(packs),
         },
         repeats=repeats,
@@ -78,16 +78,16 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
     params = bench.network.params
     work = sum(step_flops(params, bench.lengths(p), moving=range(0, len(p[0]), 2)) for p in packs)
     padded_work = sum(step_flops(params, _padded(bench.lengths(p)), moving=range(0, len(p[0]), 2)) for p in packs)
-    ratio, ideal = found["padded"] / found["packed"], padded_work / work
-    per_token = {"packed": found["packed"] / tokens, "buckets": found["buckets"] / tokens_in_buckets}
+    ratio, ideal = seconds["padded"] / seconds["packed"], padded_work / work
+    per_token = {"packed": seconds["packed"] / tokens, "buckets": seconds["buckets"] / tokens_in_buckets}
     data: Data = {
         **bench.facts(),
         "images": images,
         "tokens": tokens,
         "images_per_second": {
-            "packed": images / found["packed"],
-            "padded": images / found["padded"],
-            # Sampled buckets hold other images: their seconds per token, at the packs' tokens per image.
+            "packed": images / seconds["packed"],
+            "padded": images / seconds["padded"],
+            # Sampled buckets hold other images: use their seconds per token with the packs' tokens per image.
             "buckets": images / (per_token["buckets"] * tokens),
         },
         "padded_over_packed": ratio,
@@ -95,22 +95,22 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
         "share_of_ideal": ratio / ideal,
         "buckets_over_packed": per_token["buckets"] / per_token["packed"],
         "images_per_bucket": images_in_buckets / len(pieces),
-        "derivative_over_forward_backward": found["derivative"] / found["forward and backward"],
+        "derivative_over_forward_backward": seconds["derivative"] / seconds["forward and backward"],
         "flops": work,
-        "share_of_matmul_rate": work / found["packed"] / rate,
+        "share_of_matmul_rate": work / seconds["packed"] / rate,
         "matmul_flops_per_second": rate,
         "estimated_activation_bytes": max(activation_bytes(params, bench.lengths(p), precision=bench.precision) for p in packs),
     }
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        bench.train(bench.network, still[:1], derivative=False)
+        bench.train(bench.network, without_transitions[:1], derivative=False)
         data["peak_activation_bytes"] = torch.cuda.max_memory_allocated() - before
     return data
 
 
 def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, progress: Progress) -> Data:
-    """Self-attention of one pack, forward and backward, by every backend that can; heads of 64."""
+    """Benchmark self-attention of one pack, forward and backward, with every supported backend. Head width is 64."""
     device = choose_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lengths = [height * wide for height, wide in grids[:batch]]
@@ -118,12 +118,12 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
     q, k, v = (torch.randn(sum(lengths), width // 64, 64, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     padding = Padding.of(segments, device)
     variants: dict[str, Callable[[], Tensor]] = {}
-    needs = AttentionRequirements(
+    requirements = AttentionRequirements(
         device.type, dtype, backward=True, capability=torch.cuda.get_device_capability() if device.type == "cuda" else None
     )
-    impossible = {name: why for name in BACKENDS if (why := _why_not(name, needs))}
+    unsupported = {name: why for name in BACKENDS if (why := _unsupported_reason(name, requirements))}
     for name in BACKENDS:
-        if name not in impossible:
+        if name not in unsupported:
             variants[name] = lambda name=name: attention(q, k, v, segments, segments, backend=name)
     variants["padded"] = lambda: padding.gather(dense_attention(padding.spread(q), padding.spread(k), padding.spread(v), padding.mask))
     variants["image by image"] = lambda: torch.cat(
@@ -142,14 +142,14 @@ def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, 
         "dtype": str(dtype).removeprefix("torch."),
         "images": len(lengths),
         "tokens": sum(lengths),
-        "auto": choose_backend(needs),
+        "auto": choose_backend(requirements),
         "seconds": seconds,
-        "impossible": impossible,
+        "impossible": unsupported,
     }
 
 
 def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps: int, repeats: int, progress: Progress) -> Data:
-    """Guided sampling of one pack; the dense variants run both halves of the guidance as one batch, too."""
+    """Benchmark guided sampling of one pack. The dense variants also run both halves of the guidance as one batch."""
     bench = Bench(width=width, depth=depth)
     transport = transports.make("ot_fm")
 
@@ -160,7 +160,7 @@ def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps
         draw(network, rest["noise"], text, transport=transport, steps=steps, guidance=2.0, null_condition=null)
 
     chosen, dense = grids[:batch], DenseNetwork(bench.network)
-    buckets = _buckets(chosen, most=batch)
+    buckets = _buckets(chosen, max_images=batch)
     with bench.precise():
         seconds = fastest(
             {
@@ -177,7 +177,7 @@ def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps
 
 
 class Bench:
-    """A network of random weights, and inputs for it."""
+    """A network with random weights, and inputs for it."""
 
     def __init__(self, *, width: int, depth: int) -> None:
         if width % 64:
@@ -187,13 +187,13 @@ class Bench:
         torch.manual_seed(0)
         params = {"patch_size": STRIDE, "in_channels": 3, "depth": depth, "hidden_size": width, "num_heads": width // 64}
         self.network = TransitionTransformer.from_official({**params, "cap_feat_dim": FEATURES, "lora_hidden_size": width // 3})
-        for parameter in self.network.parameters():  # a new network says zero, whatever it is given
+        for parameter in self.network.parameters():  # a new network outputs zero for any input
             torch.nn.init.normal_(parameter, std=0.02)
         self.network.to(self.device)
         self.objective = TransitionObjective(transports.make("ot_fm"), patch_size=STRIDE, shift=256)
 
     def inputs(self, grids: Sequence[Grid]) -> tuple[list[Tensor], PackedText, dict[str, Any]]:
-        """Random latents, captions, noise and times; every other image is r < t."""
+        """Random latents, captions, noise and times. Every other image has r < t."""
         generator = torch.Generator().manual_seed(len(grids))
         shapes = [(3, height * STRIDE, width * STRIDE) for height, width in grids]
         latents, noise = ([torch.randn(shape, generator=generator).to(self.device) for shape in shapes] for _ in range(2))
@@ -204,12 +204,12 @@ class Bench:
         return latents, text, {"noise": noise, "kinds": kinds, "uniforms": uniforms, "weights": torch.ones(len(grids))}
 
     def lengths(self, inputs: tuple[list[Tensor], PackedText, dict[str, Any]]) -> Lengths:
-        """Of images and captions."""
+        """Token lengths of images and captions."""
         latents, text, _ = inputs
         return Lengths([x.shape[1] * x.shape[2] // STRIDE**2 for x in latents], text.segments.lengths)
 
     def train(self, network: Network, packs: list[Any], *, derivative: bool = True) -> None:
-        """Loss and gradients of every pack; without `derivative`, of r = t images as if they were all."""
+        """Loss and gradients of every pack; without `derivative`, all images are treated as r = t."""
         for latents, text, rest in packs:
             with self.precise():
                 if derivative:
@@ -222,7 +222,7 @@ class Bench:
 
     @torch.no_grad()
     def derivative(self, packs: list[Any]) -> None:
-        """Both evaluations of the r < t images, as one pack, in the precision of the training pass."""
+        """Both evaluations of the r < t images, as one pack, in training precision."""
         for latents, text, rest in packs:
             moving = (rest["kinds"] == TRANSITION).nonzero()[:, 0].tolist() * 2
             packed, t, r = self._noisy(latents, rest)
@@ -231,12 +231,12 @@ class Bench:
 
     @contextmanager
     def precise(self) -> Iterator[None]:
-        """The precision of the bench."""
+        """Context with the precision of the benchmark."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             yield
 
     def matmul_rate(self, side: int = 1024) -> float:
-        """Floating-point operations per second of a large matrix product on this device, in the bench's precision."""
+        """FLOP/s of a large matrix product on this device in the benchmark's precision."""
         side = side if self.device.type == "cpu" else 8 * side
         a, b = (
             torch.randn(side, side, device=self.device, dtype=torch.float32 if self.precision == "fp32" else torch.bfloat16) for _ in "ab"
@@ -244,7 +244,7 @@ class Bench:
         return 2 * side**3 / fastest({"": lambda: a @ b}, repeats=5, progress=lambda *_, **__: None)[""]
 
     def facts(self) -> Data:
-        """What was measured on what."""
+        """Device, precision and number of parameters."""
         parameters = sum(parameter.numel() for parameter in self.network.parameters())
         return {"device": _device_name(self.device), "precision": self.precision, "parameters": parameters}
 
@@ -255,7 +255,7 @@ class Bench:
 
 
 def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress: Progress) -> dict[str, float]:
-    """Seconds of each variant's fastest run; they take turns, after one run that does not count."""
+    """Seconds of each variant's fastest run. Variants run interleaved, after one warm-up run."""
     best: dict[str, float] = defaultdict(lambda: float("inf"))
     total = (repeats + 1) * len(variants)
     for turn in range(repeats + 1):
@@ -279,12 +279,12 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def _buckets(grids: Sequence[Grid], *, most: int) -> list[list[Grid]]:
-    """Images of exactly equal sizes together, in batches of at most so many."""
+def _buckets(grids: Sequence[Grid], *, max_images: int) -> list[list[Grid]]:
+    """Batches of at most `max_images` images of exactly equal size."""
     by_size: dict[Grid, list[Grid]] = defaultdict(list)
     for grid in grids:
         by_size[grid].append(grid)
-    return [alike[i : i + most] for alike in by_size.values() for i in range(0, len(alike), most)]
+    return [bucket[i : i + max_images] for bucket in by_size.values() for i in range(0, len(bucket), max_images)]
 
 
 def _padded(lengths: Lengths) -> Lengths:
@@ -293,7 +293,7 @@ def _padded(lengths: Lengths) -> Lengths:
 
 
 def image_sizes(path: Path) -> list[tuple[int, int]]:
-    """Heights and widths of a corpus's or a folder's images; files that are no images are passed over."""
+    """Heights and widths of the images of a corpus or a folder. Skips files that are not images."""
     if (path / "manifest.json").is_file():
         corpus = Corpus.open(path)
         tables = [corpus.read(shard, columns=["height", "width"]).to_pydict() for shard in range(len(corpus.shards))]
@@ -305,7 +305,7 @@ def image_sizes(path: Path) -> list[tuple[int, int]]:
 
 
 def _size(file: Path) -> tuple[int, int] | None:
-    """Height and width of an upright image; None for a file that is none."""
+    """Height and width of an image after EXIF rotation; None if the file is not an image."""
     try:
         with Image.open(file) as image:
             return image.size if exif_orientation(image) >= 5 else (image.height, image.width)
@@ -313,16 +313,16 @@ def _size(file: Path) -> tuple[int, int] | None:
         return None
 
 
-def _why_not(name: str, needs: AttentionRequirements) -> str:
+def _unsupported_reason(name: str, requirements: AttentionRequirements) -> str:
     try:
-        choose_backend(needs, name)
+        choose_backend(requirements, name)
     except ValueError as error:
         return str(error)
     return ""
 
 
-def _made_up() -> list[tuple[int, int]]:
-    """400 sizes like those of photographs on the web: half a megapixel in the median, most of them 3:2 to 4:3."""
+def _synthetic_sizes() -> list[tuple[int, int]]:
+    """400 synthetic sizes like those of web photographs: median half a megapixel, most of them 3:2 to 4:3."""
     generator = np.random.default_rng(0)
     area = np.exp(generator.normal(np.log(5e5), 0.8, 400))
     aspect = generator.choice([4 / 3, 3 / 2, 1.0, 3 / 4, 2 / 3, 16 / 9], 400)

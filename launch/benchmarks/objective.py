@@ -1,7 +1,7 @@
-"""`tim bench objective`: one network, the same data and updates, trained by each form of the objective and as plain flow matching.
+"""Comparison of objectives: the same network, data and number of updates, trained with each form of the objective and flow matching.
 
-The grounds of the images are speckled: each of their squares is pale or full, which no caption says. Flow matching in one step draws
-the mean over all that a caption allows, a plain ground between the two; a transition model decides, square by square, from the noise.
+The backgrounds of the images are speckled: each square is pale or full, independently of the caption. With one step, flow matching gives
+the mean over all images of a caption, a plain background between the two; a transition model decides for each square from the noise.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ OBJECTIVES = {
     "transition, bf16 difference": ("objective.derivative_precision=bf16",),
     "transition, exact derivative": ("objective.derivative=jvp",),
 }
-SHAPES = ("circle",)  # colours are learned in a hundred updates, shapes in several hundred: the demo shows that
-SHIFT = 24  # pixels: times less close to noise than the demo's, for speckles are decided in weaker noise than shapes are
-SETTINGS = (  # beside the demo's
+SHAPES = ("circle",)  # colours are learned in a hundred updates, shapes need several hundred, as in the demo
+SHIFT = 24  # pixels: less noisy times than the demo's, because speckles form at lower noise levels than shapes
+SETTINGS = (  # in addition to the demo's
     *(f"objective.shift={SHIFT}", f"sampling.shift={SHIFT}"),
     *("plan.schedule=[]", "objective.diffusion_share=0.5", "objective.consistency_share=0.1"),  # no flow matching first
     *("plan.max_tokens=256", "network.params.depth=4", "train.lr=3e-3"),
@@ -36,51 +36,51 @@ SETTINGS = (  # beside the demo's
 STEPS = (1, 2, 4, 8, 32)
 IMAGES = 3000
 LARGEST_SIDE = 48  # pixels
-SIZES = ((32, 32), (20, 40), (40, 24), (28, 40), (24, 36))  # height and width of what is drawn
-STRENGTH = (0.5, 1.5)  # of speckles that count as those of the corpus, whose strength is 1
-PATCH = 8  # pixels a side of the patches whose distributions are compared
+SIZES = ((32, 32), (20, 40), (40, 24), (28, 40), (24, 36))  # height and width of sampled images
+STRENGTH = (0.5, 1.5)  # accepted range of speckle strength; the corpus has 1
+PATCH = 8  # pixels per side of compared patches
 SCORES = {
-    "both": "colours as asked and speckles found",
-    "colours": "colours as asked",
-    "speckled": "ground as speckled as the corpus's",
-    "ground": "energy distance of the ground's squares to those of real images of the same prompts",
-    "picture": "the same of patches of the whole image",
+    "both": "correct colours and speckles",
+    "colours": "correct colours",
+    "speckled": "ground with speckles of the corpus's strength",
+    "ground": "energy distance between squares of the ground and those of real images of the same prompts",
+    "picture": "energy distance between patches of the whole image and those of real images",
 }
 SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
 
 
 def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
-    """Train each of `OBJECTIVES` in the folder `out`, for so many steps, and compare what they draw. A finished run is kept.
+    """Train each of `OBJECTIVES` for `steps` steps in the folder `out`, and compare their images. Finished runs are reused.
 
-    Of each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, the share of images that show
-    figure and ground in the colours asked for; `speckled`, the share with as strong speckles as the corpus has; `both`; and the
-    energy distance from a real image of the same prompt, 0 for equal distributions, between the squares of the grounds (`ground`: what
-    the prompt leaves open) and between patches of the whole images (`image`: the figure's outline counts most). `real` says the same
-    of other real images.
+    Scores for each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, share of images with figure
+    and ground in the requested colours; `speckled`, share with speckles of the corpus's strength; `both`; and the energy distance to a
+    real image of the same prompt (0 for equal distributions) between squares of the grounds (`ground`: not determined by the prompt) and
+    between patches of the whole images (`picture`: dominated by the figure's outline). `real` has the scores of other real images.
 
-    Raises RuntimeError if a training fails.
+    Raises RuntimeError if training fails.
     """
-    pictures, corpus = out / "pictures", out / "corpus"
-    if not (pictures / "metadata.jsonl").is_file():
-        write_corpus(pictures, count=IMAGES, max_side=LARGEST_SIDE, speckled=True, shapes=SHAPES)
+    images, corpus = out / "pictures", out / "corpus"
+    if not (images / "metadata.jsonl").is_file():
+        write_corpus(images, count=IMAGES, max_side=LARGEST_SIDE, speckled=True, shapes=SHAPES)
     with console.progress() as report:
-        prepare([str(pictures)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
+        prepare([str(images)], out=corpus, config=PREPARE, workers=torchrun.cores(), progress=report)
     choices = figures(SHAPES)
-    asked = [choices[i % len(choices)] for i in range(drawn)]
+    requested = [choices[i % len(choices)] for i in range(drawn)]
     sizes = [SIZES[(i + i // len(choices)) % len(SIZES)] for i in range(drawn)]
-    real, other = (_real(asked, sizes, seed=seed) for seed in (0, 1))
+    real, other = (_real_images(requested, sizes, seed=seed) for seed in (0, 1))
 
-    found: dict[str, dict[int, dict[str, float]]] = {}
+    results: dict[str, dict[int, dict[str, float]]] = {}
     for number, (name, settings) in enumerate(OBJECTIVES.items(), 1):
         console.line(f"{number}/{len(OBJECTIVES)} {name}")
         run_dir = out / name.replace(",", "").replace(" ", "-")
         train([f"corpus={corpus}", f"run_dir={run_dir}", *shortened(steps), *SETTINGS, *settings])
-        found[name] = {count: scores(_draw(run_dir / "model", asked, sizes, steps=count), real=real, asked=asked) for count in STEPS}
-    return {"drawn": drawn, "training_steps": steps, "real": scores(other, real=real, asked=asked), "scores": found}
+        sampled = {count: _draw(run_dir / "model", requested, sizes, steps=count) for count in STEPS}
+        results[name] = {count: scores(drawings, real=real, requested=requested) for count, drawings in sampled.items()}
+    return {"drawn": drawn, "training_steps": steps, "real": scores(other, real=real, requested=requested), "scores": results}
 
 
 def describe_comparison(data: Mapping[str, Any]) -> str:
-    """A table for each score, by objective and number of sampling steps."""
+    """Format one table per score, by objective and number of sampling steps."""
     width = max(map(len, OBJECTIVES))
     lines = []
     for key, title in SCORES.items():
@@ -93,60 +93,60 @@ def describe_comparison(data: Mapping[str, Any]) -> str:
 
 
 def energy_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """2·E‖A − B‖ − E‖A − A'‖ − E‖B − B'‖ of two samples (n, d) with the same n places: about 0 if they are of one distribution.
+    """2·E‖A − B‖ − E‖A − A'‖ − E‖B − B'‖ of two samples (n, d) with n matching positions: about 0 for equal distributions.
 
-    Székely & Rizzo, "Energy statistics", 2013, eq. 1. All three means are over pairs of different places, which leaves no bias.
+    Székely & Rizzo, "Energy statistics", 2013, eq. 1. All three means are over pairs of different positions, which makes them unbiased.
     """
     between = _distances(a, b)
     total = 2 * (between.sum() - between.trace()) - _distances(a, a).sum() - _distances(b, b).sum()
     return float(total / (len(a) * (len(a) - 1)))
 
 
-def _real(asked: Sequence[Figure], sizes: Sequence[tuple[int, int]], *, seed: int) -> list[Image.Image]:
+def _real_images(requested: Sequence[Figure], sizes: Sequence[tuple[int, int]], *, seed: int) -> list[Image.Image]:
     rng = np.random.default_rng(seed)
-    return [random_view(figure, height=h, width=w, rng=rng, speckled=True) for figure, (h, w) in zip(asked, sizes, strict=True)]
+    return [random_view(figure, height=h, width=w, rng=rng, speckled=True) for figure, (h, w) in zip(requested, sizes, strict=True)]
 
 
-def _draw(model: Path, asked: Sequence[Figure], sizes: Sequence[tuple[int, int]], *, steps: int) -> list[Image.Image]:
+def _draw(model: Path, requested: Sequence[Figure], sizes: Sequence[tuple[int, int]], *, steps: int) -> list[Image.Image]:
     from launch.distributed.device import choose_device
     from tim import Generator
 
     return Generator.from_pretrained(model, device=choose_device())(
-        [figure.caption for figure in asked],
+        [figure.caption for figure in requested],
         height=[height for height, _ in sizes],
         width=[width for _, width in sizes],
         steps=steps,
         guidance=1.0,
-        seed=list(range(len(asked))),
+        seed=list(range(len(requested))),
     )
 
 
-def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], asked: Sequence[Figure]) -> dict[str, float]:
-    """The `SCORES` of images drawn for some prompts, beside real ones of the same sizes."""
-    read = [read_figure(image) for image in images]
-    colours = np.array([(a.colour, a.ground) == (b.colour, b.ground) for a, b in zip(read, asked, strict=True)])
-    strength = np.array([read_speckles(image, ground=str(figure.ground)) for image, figure in zip(images, asked, strict=True)])
+def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], requested: Sequence[Figure]) -> dict[str, float]:
+    """Compute the `SCORES` of images sampled for prompts, relative to real images of the same sizes."""
+    recognised = [read_figure(image) for image in images]
+    colours = np.array([(a.colour, a.ground) == (b.colour, b.ground) for a, b in zip(recognised, requested, strict=True)])
+    strength = np.array([read_speckles(image, ground=str(figure.ground)) for image, figure in zip(images, requested, strict=True)])
     speckled = (STRENGTH[0] < strength) & (strength < STRENGTH[1])
     pairs = list(zip(images, real, strict=True))
     ground = [energy_distance(_squares(image), _squares(other)) for image, other in pairs]
     picture = [energy_distance(_patches(image), _patches(other)) for image, other in pairs]
-    found = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "picture": picture}
-    return {key: float(np.mean(found[key])) for key in SCORES}
+    values = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "picture": picture}
+    return {key: float(np.mean(values[key])) for key in SCORES}
 
 
 def _squares(image: Image.Image) -> NDArray[np.float64]:
-    """(n, 3·4·4), values from 0 to 1."""
+    """Squares of the ground, (n, 3·4·4), values from 0 to 1."""
     squares = ground_squares(image)
     return squares.reshape(len(squares), -1) / 255
 
 
 def _patches(image: Image.Image) -> NDArray[np.float64]:
-    """The whole patches that fit side by side into an image, (n, 3·8·8), values from 0 to 1."""
+    """Non-overlapping patches of an image, (n, 3·8·8), values from 0 to 1. Incomplete patches are dropped."""
     rows, columns = image.height // PATCH, image.width // PATCH
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)[: rows * PATCH, : columns * PATCH] / 255
     return pixels.reshape(rows, PATCH, columns, PATCH, 3).swapaxes(1, 2).reshape(rows * columns, -1)
 
 
 def _distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """‖a_i − b_j‖, (n, n)."""
+    """Pairwise distances ‖a_i − b_j‖, (n, n)."""
     return np.sqrt(np.maximum((a**2).sum(1)[:, None] + (b**2).sum(1) - 2 * a @ b.T, 0))

@@ -1,6 +1,6 @@
-"""The same network as others run it: images stacked into one dense tensor, the smaller ones padded and masked. For `tim bench` only.
+"""Padded version of the network for `tim bench`: images are stacked into one dense tensor, with padding and masks.
 
-It computes what `TransitionTransformer` computes, with its weights, so that the two differ in nothing but the layout.
+It computes the same function as `TransitionTransformer`, with the same weights; only the layout differs.
 
 Legend: B images, N tokens of the longest image, D network width, H heads, M tokens of the longest caption, F features of a token.
 """
@@ -20,12 +20,12 @@ from tim.rope import rotate, rotations
 
 
 class Padding(NamedTuple):
-    """Between a pack and its dense form. places: (T,) where a token of the pack goes in (B·N); mask: (B, 1, 1, N), False at padding, or
-    None where all lengths are equal."""
+    """Conversion between a pack and its dense form. positions: (T,) positions of the pack's tokens in (B·N); mask: (B, 1, 1, N), False
+    at padding, or None if all lengths are equal."""
 
     images: int
     length: int
-    places: Tensor
+    positions: Tensor
     mask: Tensor | None
 
     @classmethod
@@ -40,16 +40,16 @@ class Padding(NamedTuple):
         shape = (self.images, self.length, *packed.shape[1:])
         if self.mask is None:
             return packed.view(shape)
-        return packed.new_zeros(self.images * self.length, *packed.shape[1:]).index_copy(0, self.places, packed).view(shape)
+        return packed.new_zeros(self.images * self.length, *packed.shape[1:]).index_copy(0, self.positions, packed).view(shape)
 
     def gather(self, dense: Tensor) -> Tensor:
         """(B, N, …) → (T, …)."""
         flat = dense.flatten(0, 1)
-        return flat if self.mask is None else flat.index_select(0, self.places)
+        return flat if self.mask is None else flat.index_select(0, self.positions)
 
 
 class DenseNetwork:
-    """Takes and returns packs like the network that it wraps, and computes on dense batches in between."""
+    """Wraps a network: takes and returns packs, but computes on dense batches."""
 
     def __init__(self, network: TransitionTransformer) -> None:
         self.network = network
@@ -105,6 +105,6 @@ def _cross_attention(layer: CrossAttention, x: Tensor, text: Tensor, angles: Ten
 
 
 def dense_attention(q_BNHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None) -> Tensor:
-    """(B, N, H·D); mask: (B, 1, 1, M), False where there is no key."""
+    """(B, N, H·D); mask: (B, 1, 1, M), False at missing keys."""
     q, k, v = (x.transpose(1, 2) for x in (q_BNHD, k_BMHD, v_BMHD))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)

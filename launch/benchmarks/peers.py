@@ -1,7 +1,7 @@
-"""Other loaders, as their documentation has them used, with Pillow decoding: one process that reads a corpus's tars and says how fast.
+"""Measure other loaders on a corpus's tars, used as in their documentation, with Pillow decoding.
 
-`tim bench data` runs this file by the Python of an environment in which they are installed, so it imports nothing of this project. It
-prints one JSON object. What a loader needs beside the tars (its own format, an index) is made in a folder of its own, once, untimed.
+`tim bench data` runs this file with the Python of the environment in which they are installed, so it does not import this project. It
+prints one JSON object. A loader's own format or index is created once in a separate folder and not timed.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -26,7 +26,7 @@ from PIL import Image
 
 BATCH = 16
 SHUFFLED = 100  # samples in a shuffle buffer
-EPOCH = 400  # images at least, for those that pause between epochs
+EPOCH = 400  # minimum number of images per epoch, because some loaders pause between epochs
 
 
 def main() -> None:
@@ -44,24 +44,24 @@ def main() -> None:
 
 
 def rates(counts: Iterator[int], *, warm_up: int, seconds: float) -> dict[str, float]:
-    """Images per second, and per second of processor time of this process and its children, once so many batches are there."""
+    """Images per second, and per CPU second of this process and its children, after `warm_up` batches."""
     for _ in range(warm_up):
         next(counts)
-    images, start, busy = 0, time.perf_counter(), _processor_seconds()
+    images, start, start_cpu = 0, time.perf_counter(), _cpu_seconds()
     while time.perf_counter() - start < seconds:
         images += next(counts)
-    passed, used = time.perf_counter() - start, _processor_seconds() - busy
-    return {"images_per_second": images / passed, "images_per_cpu_second": images / used}
+    elapsed, used = time.perf_counter() - start, _cpu_seconds() - start_cpu
+    return {"images_per_second": images / elapsed, "images_per_cpu_second": images / used}
 
 
-def _processor_seconds() -> float:
+def _cpu_seconds() -> float:
     process = psutil.Process()
     times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
     return sum(time.user + time.system for time in times)
 
 
 def shrunk(max_pixels: int, image: Image.Image) -> np.ndarray:
-    """(h, w, 3) of at most so many pixels, by Pillow's bicubic antialiased window."""
+    """Resize to (h, w, 3) with at most `max_pixels` pixels, with Pillow's bicubic filter."""
     scale = min(1.0, (max_pixels / (image.width * image.height)) ** 0.5)
     size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
     return np.asarray(image if size == image.size else image.resize(size, Image.Resampling.BICUBIC))
@@ -112,7 +112,7 @@ def litdata(tars: list[str], work: str, shrink: Shrink, workers: int) -> Iterabl
                 stream.write(data)
         optimize(fn=_read, inputs=files, output_dir=work, chunk_bytes="16MB", num_workers=1)
 
-    dataset = StreamingDataset(work, shuffle=True, transform=partial(_of_bytes, shrink))
+    dataset = StreamingDataset(work, shuffle=True, transform=partial(_decode_and_shrink, shrink))
     return _endless(StreamingDataLoader(dataset, batch_size=BATCH, num_workers=workers, collate_fn=list, persistent_workers=True))
 
 
@@ -157,12 +157,12 @@ LOADERS = {"webdataset": webdataset, "mosaicml-streaming": streaming, "litdata":
 
 
 def _images(tars: list[str]) -> Iterator[bytes]:
-    """All images, over and over until they make an epoch."""
-    pictures = []
+    """All images, repeated until they fill an epoch."""
+    images = []
     for path in tars:
         with tarfile.open(path) as tar:
-            pictures += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
-    return itertools.islice(itertools.cycle(pictures), max(EPOCH, len(pictures)))
+            images += [tar.extractfile(member).read() for member in tar if member.name.endswith(".jpg")]  # type: ignore[union-attr]
+    return itertools.islice(itertools.cycle(images), max(EPOCH, len(images)))
 
 
 def _endless(loader: Any) -> Iterator[list[Any]]:
@@ -174,7 +174,7 @@ def _first(shrink: Shrink, sample: tuple[Image.Image]) -> np.ndarray:
     return shrink(sample[0])
 
 
-def _of_bytes(shrink: Shrink, data: bytes) -> np.ndarray:
+def _decode_and_shrink(shrink: Shrink, data: bytes) -> np.ndarray:
     return shrink(decoded(data))
 
 

@@ -1,7 +1,7 @@
-"""The measurements of `tim bench plan`: how busy the planner keeps many ranks, beside simpler ways to pack the same, and its speed.
+"""Benchmark `tim bench plan`: utilisation of many ranks compared with simpler packing methods, and planning speed.
 
-Nothing is trained: what a pack costs is the cost model's word (`pipeline.cost`, γ = 1, all images of one kind). Utilisation is Σ cost /
-(ranks · Σ over the times that ranks meet of the dearest rank's cost).
+A simulation: pack costs come from the cost model (`pipeline.cost`, γ = 1, all images of one kind). Utilisation is Σ cost / (ranks · Σ over
+synchronisation points of the most expensive rank's cost).
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ Draw = Callable[[np.random.Generator, int], Sizes]
 Data = dict[str, Any]
 
 
-def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, progress: Progress) -> Data:
-    """Plan `steps` steps of every mix of sizes; `images`, if any, are one of them. A plan over `rows` rows is resumed."""
+def bench_plan(paths: Sequence[Path], *, ranks: int, steps: int, rows: int, progress: Progress) -> Data:
+    """Plan `steps` steps of every mix of sizes; `paths`, if any, are an additional mix. Also resume a plan over `rows` rows."""
     if PLAN.packs_per_step % ranks:
-        raise ValueError(f"--ranks {ranks}: must divide {PLAN.packs_per_step} packs a step, so that all planners can be compared")
+        raise ValueError(f"--ranks {ranks}: must divide {PLAN.packs_per_step}, the packs per step, for a fair comparison")
     mixes: dict[str, Draw] = {
         "web": lambda random, count: _lognormal(random, count, megapixels=0.45, sigma=0.9),
         "high-resolution": lambda random, count: _lognormal(random, count, megapixels=2.6, sigma=0.8),
-        "two humps": _two_humps,
+        "two humps": _bimodal,
     }
-    if pictures:
-        sides = np.array([size for path in pictures for size in image_sizes(path)])
+    if paths:
+        sides = np.array([size for path in paths for size in image_sizes(path)])
         if not len(sides):
-            raise ValueError(f"{', '.join(map(str, pictures))}: no images: give a corpus or a folder of images")
+            raise ValueError(f"{', '.join(map(str, paths))}: no images: give a corpus or a folder of images")
         mixes = {"pictures": lambda random, count: tuple(sides[random.integers(0, len(sides), count)].T), **mixes}
     data: Data = {"ranks": ranks, "steps": steps, "packs_per_step": PLAN.packs_per_step, "tokens_per_pack": PLAN.tokens_per_pack}
     for done, (name, draw) in enumerate(mixes.items()):
@@ -58,23 +58,23 @@ def bench_plan(pictures: Sequence[Path], *, ranks: int, steps: int, rows: int, p
 
 
 def _measure(corpus: SizeCorpus, *, ranks: int, steps: int) -> Data:
-    """The planner, then the others over the same samples."""
+    """Measure the planner, then the other methods on the same samples."""
     planner = _planner(corpus)
     planner.next_step()  # opens the first window
-    began = time.process_time()
+    start = time.process_time()
     planned = [planner.next_step() for _ in range(steps)]
-    planning = time.process_time() - began
+    planning = time.process_time() - start
     total, images = sum(step.cost for step in planned), sum(step.images for step in planned)
-    used, seconds = {}, {}
+    utilisation, seconds = {}, {}
     for mode in (False, True):
-        began = time.process_time()
+        start = time.process_time()
         rank_packs = [assign_to_ranks(step, ranks=ranks, lockstep=mode) for step in planned]
-        seconds[mode] = planning + time.process_time() - began
-        used[mode] = total / (ranks * sum(step_makespan(each, lockstep=mode) for each in rank_packs))
+        seconds[mode] = planning + time.process_time() - start
+        utilisation[mode] = total / (ranks * sum(step_makespan(each, lockstep=mode) for each in rank_packs))
     tokens = np.concatenate([step.table.columns.tokens for step in planned])
-    tokens = np.random.default_rng(0).permutation(tokens)  # in a step they come sorted by pack
+    tokens = np.random.default_rng(0).permutation(tokens)  # within a step they are sorted by pack
     return {
-        "planner": {"fill": _fill(planned), "utilisation": used[False], "utilisation_lockstep": used[True]},
+        "planner": {"fill": _fill(planned), "utilisation": utilisation[False], "utilisation_lockstep": utilisation[True]},
         "next fit": _figures(_next_fit(tokens), tokens=tokens, ranks=ranks),
         "best fit decreasing, random ranks": _figures(_best_fit_decreasing(tokens), tokens=tokens, ranks=ranks),
         "padded buckets": _padded_buckets(tokens, ranks=ranks),
@@ -85,16 +85,16 @@ def _measure(corpus: SizeCorpus, *, ranks: int, steps: int) -> Data:
 
 
 def _resume(corpus: SizeCorpus, *, ranks: int) -> Data:
-    """Seconds from a saved state to the packs of a rank, nothing kept from before."""
+    """Seconds from a saved state to the packs of a rank, with a new planner."""
     planner = _planner(corpus)
     for _ in range(3):
         planner.next_step()
     state = json.dumps(planner.state_dict())
-    began = time.perf_counter()
+    start = time.perf_counter()
     resumed = _planner(corpus)
     resumed.load_state_dict(json.loads(state))
     samples = [pack.samples for pack in assign_to_ranks(resumed.next_step(), ranks=ranks, lockstep=True)[0]]
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     return {"rows": corpus.count, "seconds": seconds, "state_bytes": len(state), "images_of_a_rank": sum(map(len, samples))}
 
 
@@ -107,7 +107,7 @@ def _fill(planned: Sequence[Step]) -> float:
 
 
 def _next_fit(tokens: Ints) -> Ints:
-    """The pack of each image: the one that is being filled, or a new one."""
+    """Next fit: pack of each image, the open one or a new one."""
     packs, pack, used = np.empty(len(tokens), dtype=np.int64), 0, 0
     for image, needed in enumerate(tokens.tolist()):
         if used + needed > PLAN.tokens_per_pack:
@@ -118,23 +118,23 @@ def _next_fit(tokens: Ints) -> Ints:
 
 
 def _best_fit_decreasing(tokens: Ints) -> Ints:
-    """The pack of each image: largest first, into the fullest that has room. Packs are numbered at random, hence dealt to random ranks."""
-    enough = int(tokens.sum() / PLAN.tokens_per_pack * 1.02) + 2
-    packs = fill_holes(tokens, room=np.full(enough, PLAN.tokens_per_pack))
+    """Best fit decreasing: pack of each image. Packs are numbered at random, and so assigned to random ranks."""
+    max_packs = int(tokens.sum() / PLAN.tokens_per_pack * 1.02) + 2
+    packs = fill_holes(tokens, room=np.full(max_packs, PLAN.tokens_per_pack))
     assert (packs != NO_ROOM).all()
     used, numbers = np.unique(packs, return_inverse=True)
     return np.random.default_rng(0).permutation(len(used))[numbers]
 
 
 def _figures(packs: Ints, *, tokens: Ints, ranks: int) -> Data:
-    """What packs in this order come to, without the last that fill no step."""
+    """Fill and utilisation of packs in this order, without the last incomplete step."""
     of_images = image_costs(tokens, kinds=np.full_like(tokens, DIFFUSION), gamma=PLAN.gamma, width=WIDTH)
     costs, used = (np.bincount(packs, weights=values).astype(np.float64) for values in (of_images, tokens))
-    return _busy(costs, used, costs, ranks=ranks)
+    return _utilisation(costs, used, costs, ranks=ranks)
 
 
 def _padded_buckets(tokens: Ints, *, ranks: int) -> Data:
-    """Batches of like images, each padded to the longest of its bucket, in random order."""
+    """Batches of similar images, padded to the longest length of their bucket, in random order."""
     steps_down = np.floor(np.log2(PLAN.max_tokens / tokens) * BUCKETS_PER_DOUBLING)
     longest = np.floor(PLAN.max_tokens / 2 ** (steps_down / BUCKETS_PER_DOUBLING)).astype(np.int64)
     costs = image_costs(tokens, kinds=np.full_like(tokens, DIFFUSION), gamma=PLAN.gamma, width=WIDTH)
@@ -144,14 +144,14 @@ def _padded_buckets(tokens: Ints, *, ranks: int) -> Data:
         bucket = np.flatnonzero(longest == length)
         batches += np.array_split(bucket, range(n := int(PLAN.tokens_per_pack // length), len(bucket), n))
     chosen = [batches[i] for i in np.random.default_rng(0).permutation(len(batches))]
-    return _busy(*(np.array([values[batch].sum() for batch in chosen]) for values in (costs, tokens, padded_costs)), ranks=ranks)
+    return _utilisation(*(np.array([values[batch].sum() for batch in chosen]) for values in (costs, tokens, padded_costs)), ranks=ranks)
 
 
-def _busy(costs: Floats, tokens: Floats, spent: Floats, *, ranks: int) -> Data:
-    """Fill and utilisation of packs dealt in this order. costs: of the images in each, spent: with the padding."""
+def _utilisation(costs: Floats, tokens: Floats, spent: Floats, *, ranks: int) -> Data:
+    """Fill and utilisation of packs assigned in this order. costs: per pack, without padding; spent: with padding."""
     steps = len(costs) // PLAN.packs_per_step
     if not steps:
-        raise ValueError("these samples fill no step: plan more of them")
+        raise ValueError("too few samples for one step: plan more steps")
     shape = (steps, -1, ranks)  # steps, micro-steps, ranks
     count = steps * PLAN.packs_per_step
     spent_SMR, total = spent[:count].reshape(shape), costs[:count].sum()
@@ -163,7 +163,7 @@ def _busy(costs: Floats, tokens: Floats, spent: Floats, *, ranks: int) -> Data:
 
 
 def _corpus(name: str, *, draw: Draw, rows: int) -> SizeCorpus:
-    """Sizes of a mix, made up shard by shard."""
+    """Corpus of random sizes of a mix, generated per shard."""
     return SizeCorpus(name=name, digest=name, count=rows, sizes=lambda first, last: draw(np.random.default_rng(first), last - first))
 
 
@@ -173,8 +173,8 @@ def _lognormal(random: np.random.Generator, count: int, *, megapixels: float, si
     return np.rint(np.sqrt(area / aspect)).astype(np.int64), np.rint(np.sqrt(area * aspect)).astype(np.int64)
 
 
-def _two_humps(random: np.random.Generator, count: int) -> Sizes:
-    """As many around 0.2 as around 8 megapixels."""
+def _bimodal(random: np.random.Generator, count: int) -> Sizes:
+    """Half of the sizes around 0.2, half around 8 megapixels."""
     small, large = (np.stack(_lognormal(random, count, megapixels=megapixels, sigma=0.3)) for megapixels in (0.2, 8))
     heights, widths = np.where(random.random(count) < 0.5, small, large)
     return heights, widths

@@ -1,7 +1,7 @@
-"""The measurement of `tim bench prepare`: raw images to a clean corpus, beside other tools on the same files, and the decoder alone.
+"""Benchmark `tim bench prepare`: raw images to a clean corpus, compared with other tools on the same files and with bare decoding.
 
-Everybody has the same number of processes and is measured as a user meets them: the whole command, its start included. Only the bare
-decoder has no start: its clock runs in the processes, while they do nothing but decode every pixel.
+All tools have the same number of processes. The time of a tool is that of the whole command, including its start. The bare decoder is timed
+inside its processes, without their start, while they decode every pixel.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from PIL import Image
 
 from launch.benchmarks import prepare_peers
 from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, compare, run_interleaved
+from launch.benchmarks.interleaved import BOUND, OURS, relative_rates, run_interleaved
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.progress import Progress
 
 Data = dict[str, Any]
-_LONGEST = 3600.0  # seconds of one tool
+_TIMEOUT = 3600.0  # seconds per tool
 
 
 def bench_prepare(
     images: Sequence[Path], *, work: Path, copies: int, workers: int, repeats: int, install: bool, progress: Progress
 ) -> Data:
-    """Images a second, and a second of processor time. In `work` are the images' copies and the other tools' environments.
+    """Images per second and per CPU second. `work` holds copies of the images and the other tools' environments.
 
-    Every copy has a few bytes of its own behind its end, so that none is a duplicate of another. Raises ValueError without images.
+    A few unique bytes are appended to every copy, so that there are no duplicates. Raises ValueError if there are no images.
     """
-    folder = _copied(images, work=work, copies=copies)
+    folder = _copy_images(images, work=work, copies=copies)
     files = [path for path in sorted(folder.iterdir()) if path.name != "metadata.jsonl"]
     missing: dict[str, str] = {}
     runs: dict[str, Callable[[Path], Data]] = {
@@ -62,24 +62,24 @@ def bench_prepare(
     def measured(name: str) -> dict[str, float]:
         out = work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        os.sync()  # or what was written before would be on the account of the first one that waits for the disk
-        found = runs[name](out)
-        kept[name] = found["kept"]
-        return {f"images_per_{what}": len(files) / found[f"{what}s"] for what in ("second", "cpu_second")}
+        os.sync()  # so that pending writes do not slow down the next tool
+        result = runs[name](out)
+        kept[name] = result["kept"]
+        return {f"images_per_{unit}": len(files) / result[f"{unit}s"] for unit in ("second", "cpu_second")}
 
     best = run_interleaved({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
     shutil.rmtree(work / "out", ignore_errors=True)
-    compared = compare(best, others=prepare_peers.TOOLS)
-    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **compared}
+    ratios = relative_rates(best, others=prepare_peers.TOOLS)
+    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **ratios}
     return {**data, "not_measured": missing} if missing else data
 
 
-def _copied(images: Sequence[Path], *, work: Path, copies: int) -> Path:
-    """A folder with so many copies of all images of some folders, and captions."""
+def _copy_images(images: Sequence[Path], *, work: Path, copies: int) -> Path:
+    """Create a folder with `copies` copies of all images of some folders, and captions."""
     files = [path for folder in images if folder.is_dir() for path in sorted(folder.iterdir())]
     files = [path for path in files if path.suffix[1:].lower() in IMAGE_EXTENSIONS]
     if not files:
-        raise ValueError(f"{', '.join(map(str, images))}: no images: give folders of them")
+        raise ValueError(f"{', '.join(map(str, images))}: no images: give folders of images")
     folder = work / f"images-{copies}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -102,12 +102,12 @@ def _tool(python: Path, name: str, out: Path, *, folder: Path, workers: int) -> 
 
 
 def _timed(command: Sequence[object]) -> Data:
-    """What a command says in JSON, with the seconds that it took and those of the processors that it and its children used."""
+    """JSON result of a command, with its elapsed seconds and the CPU seconds of it and its children."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    found = run_json(command, seconds=_LONGEST)
-    passed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = run_json(command, seconds=_TIMEOUT)
+    elapsed, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**found, "seconds": passed, "cpu_seconds": used}
+    return {**result, "seconds": elapsed, "cpu_seconds": used}
 
 
 def _decode(files: Sequence[Path], *, workers: int) -> Data:
@@ -118,7 +118,7 @@ def _decode(files: Sequence[Path], *, workers: int) -> Data:
 
 
 def decode_all(files: Sequence[Path]) -> tuple[int, float, float]:
-    """Read and decode files: their number, seconds, and seconds of the processor."""
+    """Read and decode files. Returns their number, elapsed seconds and CPU seconds."""
     start, busy = time.perf_counter(), time.process_time()
     for path in files:
         data = path.read_bytes()

@@ -1,7 +1,7 @@
-"""What other tools do with a folder of captioned images, with the checks of `tim prepare` that they have, as their documentation says.
+"""Prepare a folder of captioned images with other tools, used as in their documentation, with the checks of `tim prepare` they support.
 
-`tim bench prepare` runs this file by the Python of an environment in which they are installed, so it imports nothing of this project. It
-prints one JSON object: how many images the tool kept. The folder has images and `metadata.jsonl` (`file_name`, `text`).
+`tim bench prepare` runs this file with the Python of the environment in which they are installed, so it does not import this project. It
+prints one JSON object with the number of kept images. The folder has images and `metadata.jsonl` (`file_name`, `text`).
 """
 
 # pyright: reportMissingImports=false
@@ -37,7 +37,7 @@ def main() -> None:
     listed = [{"path": os.path.join(os.path.abspath(options.folder), row["file_name"]), "text": row["text"]} for row in rows]
     os.makedirs(options.out)
     kept = TOOLS[options.name](listed, options.out, options.workers)
-    print(json.dumps({"kept": kept}), file=sys.__stdout__)  # some tools put their log in its place
+    print(json.dumps({"kept": kept}), file=sys.__stdout__)  # some tools replace sys.stdout
 
 
 Listed = list[dict[str, str]]
@@ -52,7 +52,7 @@ def img2dataset_keep_ratio(listed: Listed, out: str, workers: int) -> int:
 
 
 def _img2dataset(listed: Listed, out: str, workers: int, **resizing: Any) -> int:
-    """Its whole way, "downloading" from file: addresses."""
+    """The full img2dataset pipeline, "downloading" from file: URLs."""
     from img2dataset import download
 
     table = os.path.join(out, "list.jsonl")
@@ -80,36 +80,36 @@ def _img2dataset(listed: Listed, out: str, workers: int, **resizing: Any) -> int
 
 
 def datasets_map(listed: Listed, out: str, workers: int) -> int:
-    """`map` and `filter` over image files, the bytes kept, exact duplicates found in between."""
+    """`map` and `filter` over image files; keeps the original bytes and removes exact duplicates."""
     import datasets
 
     data = datasets.Dataset.from_list(listed)
-    data = data.map(_examined, num_proc=workers)
+    data = data.map(_examine, num_proc=workers)
     seen: set[str] = set()
     first = [digest not in seen and not seen.add(digest) for digest in data["sha256"]]
-    data = data.select([row for row, (new, fine) in enumerate(zip(first, data["fine"], strict=True)) if new and fine])
+    data = data.select([row for row, (is_new, is_valid) in enumerate(zip(first, data["valid"], strict=True)) if is_new and is_valid])
     data.save_to_disk(os.path.join(out, "data"), num_proc=workers)
     return len(data)
 
 
-def _examined(row: dict[str, Any]) -> dict[str, Any]:
+def _examine(row: dict[str, Any]) -> dict[str, Any]:
     with open(row["path"], "rb") as stream:
         data = stream.read()
-    found = {"image": data, "sha256": hashlib.sha256(data).hexdigest(), "phash": "", "width": 0, "height": 0, "fine": False}
+    result = {"image": data, "sha256": hashlib.sha256(data).hexdigest(), "phash": "", "width": 0, "height": 0, "valid": False}
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")  # decodes every pixel
-    except Exception:  # whatever is wrong with it
-        return found
+    except Exception:  # any decoding error
+        return result
     low = _COSINES @ np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64) @ _COSINES.T
-    found["phash"] = np.packbits(low > np.median(low)).tobytes().hex()
-    found["width"], found["height"] = image.size
+    result["phash"] = np.packbits(low > np.median(low)).tobytes().hex()
+    result["width"], result["height"] = image.size
     short, long = sorted(image.size)
-    found["fine"] = short >= MIN_SIDE and long <= MAX_ASPECT * short and 0 < len(row["text"].strip()) <= MAX_CHARACTERS
-    return found
+    result["valid"] = short >= MIN_SIDE and long <= MAX_ASPECT * short and 0 < len(row["text"].strip()) <= MAX_CHARACTERS
+    return result
 
 
 def data_juicer(listed: Listed, out: str, workers: int) -> int:
-    """Its operators for sizes, aspects, text lengths and duplicates by perceptual hash."""
+    """Data-Juicer's operators for sizes, aspect ratios, text lengths and perceptual-hash duplicates."""
     from data_juicer.config import init_configs
     from data_juicer.core import DefaultExecutor
 
@@ -131,11 +131,11 @@ def data_juicer(listed: Listed, out: str, workers: int) -> int:
         return sum(1 for _ in stream)
 
 
-# What has to be installed for those that are not among our own dependencies. Data-Juicer's operator for duplicates needs imagededup,
-# which it would otherwise install while it is measured.
+# Packages to install for tools that are not dependencies of this project. Data-Juicer's duplicate operator needs imagededup, which it would
+# otherwise install during the measurement.
 PACKAGES = {"img2dataset": ["img2dataset"], "py-data-juicer": ["py-data-juicer", "imagededup"]}
 
-# By the name that a table of results has; the package that each needs stands before the first blank.
+# Name in the results table → function. The name starts with the package, up to the first space.
 TOOLS: dict[str, Callable[[Listed, str, int], int]] = {
     "img2dataset no": img2dataset_no,
     "img2dataset keep_ratio": img2dataset_keep_ratio,

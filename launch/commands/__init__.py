@@ -1,1 +1,1 @@
-"""The commands of `tim`, by subject."""
+"""Commands of `tim`, grouped by topic."""

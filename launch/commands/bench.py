@@ -1,4 +1,4 @@
-"""`tim bench …`: what this machine and these images make of the packed network, each time beside other ways to run it."""
+"""`tim bench …`: benchmarks on this machine, each compared with alternatives."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ if TYPE_CHECKING:
     from launch.benchmarks.network import Data, Grid
 
 bench = typer.Typer(
-    help="Measure: speed beside padding and buckets of equal sizes, and the objective beside flow matching.",
+    help="Benchmarks: speed compared with padding and equal-size buckets, and the objective compared with flow matching.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
 
-Pictures = Annotated[
+ImagePaths = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[CORPUS|FOLDER]...", help="Whose image sizes to use; one given twice counts twice. Default: made up."),
+    typer.Argument(
+        metavar="[CORPUS|FOLDER]...", help="Use the image sizes of these; one given twice counts twice. Default: synthetic sizes."
+    ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens per image at most, in patches of 16 × 16 pixels.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens per image, in patches of 16 × 16 pixels.")]
 Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multiple of 64.")]
-Depth = Annotated[int, typer.Option(min=1, help="Blocks of the network.")]
-Batch = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
-Repeats = Annotated[int, typer.Option(min=1, help="Times that each thing is measured; the fastest counts.")]
+Depth = Annotated[int, typer.Option(min=1, help="Number of blocks of the network.")]
+Batch = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Number of measurements of each variant; the fastest counts.")]
 
 
 @bench.command()
 def step(
-    pictures: Pictures = None,
+    images: ImagePaths = None,
     max_tokens: MaxTokens = 1024,
     width: Width = 384,
     depth: Depth = 2,
     batch: Batch = 16,
-    batches: Annotated[int, typer.Option(min=1, help="Batches to measure.")] = 1,
+    batches: Annotated[int, typer.Option(min=1, help="Number of batches to measure.")] = 1,
     repeats: Repeats = 2,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """A training step of the full objective.
+    """Benchmark a training step of the full objective.
 
-    Packed, padded to the longest image, and in buckets of exactly equal sizes; what the derivative costs; and the share of this
-    device's matrix-product rate that the packed step reaches.
+    Packed, padded to the longest image, and in buckets of exactly equal sizes. Also measures the cost of the derivative, and the packed
+    step's share of this device's matrix-product rate.
 
     Example: tim bench step photos --max-tokens 1024
     """
@@ -59,23 +61,23 @@ def step(
 
         return bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
 
-    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
+    _run(measure, images, max_tokens=max_tokens, as_json=as_json, debug=debug)
 
 
 @bench.command()
 def attention(
-    pictures: Pictures = None,
+    images: ImagePaths = None,
     max_tokens: MaxTokens = 1024,
     width: Width = 384,
     batch: Batch = 16,
     repeats: Repeats = 3,
     fit: Annotated[
-        bool, typer.Option("--fit", help="Fit the planner's cost model to this device instead: prints plan.gamma and plan.cost_factors.")
+        bool, typer.Option("--fit", help="Instead fit the planner's cost model to this device, and print plan.gamma and plan.cost_factors.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Attention alone: every backend that this device has.
+    """Benchmark all attention backends that this device supports.
 
     Example: tim bench attention photos --max-tokens 4096
     """
@@ -90,22 +92,22 @@ def attention(
         return bench_attention(grids, width=width, batch=batch, repeats=repeats, progress=report)
 
     describe = describe_fit if fit else describe_bench
-    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug, describe=describe)
+    _run(measure, images, max_tokens=max_tokens, as_json=as_json, debug=debug, describe=describe)
 
 
 @bench.command()
 def sample(
-    pictures: Pictures = None,
+    images: ImagePaths = None,
     max_tokens: MaxTokens = 1024,
     width: Width = 384,
     depth: Depth = 2,
     batch: Batch = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 2,
     repeats: Repeats = 2,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Guided sampling of images of mixed sizes.
+    """Benchmark guided sampling of images of mixed sizes.
 
     Example: tim bench sample photos --steps 4
     """
@@ -115,20 +117,20 @@ def sample(
 
         return bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)
 
-    _run(measure, pictures, max_tokens=max_tokens, as_json=as_json, debug=debug)
+    _run(measure, images, max_tokens=max_tokens, as_json=as_json, debug=debug)
 
 
 @bench.command()
 def index(
-    samples: Annotated[int, typer.Option(min=1, help="Samples in each tar.")] = 20_000,
-    rows: Annotated[int, typer.Option(min=1, help="Samples of the corpus that is opened and planned.")] = 1_000_000_000,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per tar.")] = 20_000,
+    rows: Annotated[int, typer.Option(min=1, help="Number of samples in the corpus that is opened and planned.")] = 1_000_000_000,
     repeats: Repeats = 3,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Indexing foreign tars.
+    """Benchmark indexing of tars written by other tools.
 
-    Samples a second on one core; time to the first step, and memory, of a plan over very many rows.
+    Samples per second on one core; time to the first step and memory of a plan over very many rows.
 
     Example: tim bench index --rows 100000000
     """
@@ -143,21 +145,21 @@ def index(
 
 @bench.command()
 def data(
-    pictures: Annotated[Path, typer.Argument(metavar="FOLDER", help="Whose JPEGs to read.")],
-    out: Annotated[Path, typer.Option(help="Folder for their shards and for the other loaders' environment; kept for the next time.")],
-    max_side: Annotated[int, typer.Option(min=32, help="Images are scaled down to so many pixels squared.")] = 256,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that decode.")] = 2,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long each is measured.")] = 10.0,
+    images: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of JPEGs to read.")],
+    out: Annotated[Path, typer.Option(help="Folder for shards and the other loaders' environment; reused by later calls.")],
+    max_side: Annotated[int, typer.Option(min=32, help="Images are scaled down to at most this many pixels squared.")] = 256,
+    workers: Annotated[int, typer.Option(min=1, help="Number of decoding processes.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Duration of each measurement.")] = 10.0,
     repeats: Repeats = 2,
     install: Annotated[
-        bool, typer.Option("--install", help="Install webdataset, mosaicml-streaming, litdata and megatron-energon there, to compare with.")
+        bool, typer.Option("--install", help="Install webdataset, mosaicml-streaming, litdata and megatron-energon there for comparison.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Images from shards to arrays of their target sizes.
+    """Benchmark loading: from shards to image arrays of their target sizes.
 
-    The loader beside others on the same shards, and beside processes that do nothing but decode; and reading alone.
+    Compares the loader with others on the same shards, and with processes that only decode. Also measures reading alone.
 
     Example: tim bench data photos --out bench --install
     """
@@ -166,7 +168,7 @@ def data(
         from launch.benchmarks.data import bench_data
 
         return bench_data(
-            pictures,
+            images,
             work=out,
             max_side=max_side,
             workers=workers,
@@ -181,18 +183,18 @@ def data(
 
 @bench.command()
 def prepare(
-    pictures: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images; below them nothing is looked for.")],
-    out: Annotated[Path, typer.Option(help="Folder for their copies and for the other tools' environments; kept for the next time.")],
-    copies: Annotated[int, typer.Option(min=1, help="How often each image is there.")] = 4,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of each tool.")] = 2,
-    repeats: Annotated[int, typer.Option(min=1, help="Times that each is measured; the fastest counts.")] = 1,
-    install: Annotated[bool, typer.Option("--install", help="Install img2dataset and Data-Juicer there, to compare with.")] = False,
+    images: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of images; subfolders are not searched.")],
+    out: Annotated[Path, typer.Option(help="Folder for image copies and the other tools' environments; reused by later calls.")],
+    copies: Annotated[int, typer.Option(min=1, help="Number of copies of each image.")] = 4,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes of each tool.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of measurements of each tool; the fastest counts.")] = 1,
+    install: Annotated[bool, typer.Option("--install", help="Install img2dataset and Data-Juicer there for comparison.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Raw images to a clean corpus.
+    """Benchmark preparation: from raw images to a clean corpus.
 
-    `tim prepare` beside img2dataset, datasets.map and Data-Juicer on the same files, and beside processes that do nothing but decode.
+    Compares `tim prepare` with img2dataset, datasets.map and Data-Juicer on the same files, and with processes that only decode.
 
     Example: tim bench prepare photos hires --out bench --install
     """
@@ -200,24 +202,24 @@ def prepare(
     def measure(report: Progress) -> Data:
         from launch.benchmarks.prepare import bench_prepare
 
-        return bench_prepare(pictures, work=out, copies=copies, workers=workers, repeats=repeats, install=install, progress=report)
+        return bench_prepare(images, work=out, copies=copies, workers=workers, repeats=repeats, install=install, progress=report)
 
     _report(measure, as_json=as_json, debug=debug)
 
 
 @bench.command()
 def plan(
-    pictures: Pictures = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Ranks to keep busy; must divide 128.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of 128 packs to plan of every mix of sizes.")] = 20,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the corpus that a plan is resumed over.")] = 1_000_000_000,
+    images: ImagePaths = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of ranks; must divide 128.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps, of 128 packs each, to plan for every mix of sizes.")] = 20,
+    rows: Annotated[int, typer.Option(min=1, help="Number of corpus rows for the resume benchmark.")] = 1_000_000_000,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """How busy the planner keeps many ranks.
+    """Benchmark the planner: utilisation of many ranks, and planning speed.
 
-    Simulated, for several mixes of image sizes up to 16,384 tokens, beside next fit, best fit decreasing and padded buckets; and how
-    fast it plans and resumes. Images that are given are one of the mixes.
+    A simulation for several mixes of image sizes up to 16,384 tokens, compared with next fit, best fit decreasing and padded buckets. Also
+    measures planning and resuming. Given images are an additional mix.
 
     Example: tim bench plan photos --ranks 64
     """
@@ -225,51 +227,51 @@ def plan(
     def measure(report: Progress) -> Data:
         from launch.benchmarks.plan import bench_plan
 
-        return bench_plan(pictures or [], ranks=ranks, steps=steps, rows=rows, progress=report)
+        return bench_plan(images or [], ranks=ranks, steps=steps, rows=rows, progress=report)
 
     _report(measure, as_json=as_json, debug=debug)
 
 
 @bench.command()
 def objective(
-    out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; a finished run is kept.")] = Path("objective"),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each.")] = 600,
-    pictures: Annotated[int, typer.Option(min=10, help="Images that are drawn of each, in each number of steps.")] = 200,
+    out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; finished runs are reused.")] = Path("objective"),
+    steps: Annotated[int, typer.Option(min=1, help="Number of training steps of each objective.")] = 600,
+    drawn: Annotated[int, typer.Option("--pictures", min=10, help="Number of images per objective and number of sampling steps.")] = 200,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What the transition objective is worth: the same network, data and updates, trained by each of its forms and as plain flow matching.
+    """Compare forms of the transition objective with flow matching: same network, data and number of updates.
 
     Example: tim bench objective --out objective
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.benchmarks.objective import compare_objectives, describe_comparison
 
-        data = compare_objectives(out, steps=steps, drawn=pictures, console=console)
+        data = compare_objectives(out, steps=steps, drawn=drawn, console=console)
         console.result(describe_comparison(data), data=data)
 
 
 def _run(
     measure: Callable[[list[Grid], Progress], Data],
-    pictures: list[Path] | None,
+    images: list[Path] | None,
     *,
     max_tokens: int,
     as_json: bool,
     debug: bool,
     describe: Callable[[Data], str] = describe_bench,
 ) -> None:
-    """Measure on the grids of some images, and print what came out."""
+    """Run a benchmark on the token grids of images, and print the result."""
 
     def on_grids(report: Progress) -> Data:
         from launch.benchmarks.network import grids_of  # torch is slow to import, and `--help` does not need it
 
-        return measure(grids_of(pictures or [], max_tokens=max_tokens), report)
+        return measure(grids_of(images or [], max_tokens=max_tokens), report)
 
     _report(on_grids, as_json=as_json, debug=debug, describe=describe)
 
 
 def _report(measure: Callable[[Progress], Data], *, as_json: bool, debug: bool, describe: Callable[[Data], str] = describe_bench) -> None:
-    """Measure, and print what came out."""
+    """Run a benchmark, and print the result."""
     with session(as_json=as_json, debug=debug) as console:
         with console.progress() as report:
             data = measure(report)

@@ -1,4 +1,4 @@
-"""The commands that make, check and describe a corpus: `tim prepare`, `index`, `encode`, `verify`, `report`, `score`, `annotate`."""
+"""Commands that create, check and describe a corpus: `tim prepare`, `index`, `encode`, `verify`, `report`, `score`, `annotate`."""
 
 from __future__ import annotations
 
@@ -22,46 +22,45 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    out: Annotated[
-        str, typer.Option(help="Folder or URL (s3://…) of the corpus: a new one, or one that an earlier run of the same command has begun.")
-    ],
+    out: Annotated[str, typer.Option(help="Folder or URL (s3://…) of the corpus: new, or started by an earlier run of the same command.")],
     sources: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[[NAME=]SOURCE] [KEY=VALUE]...",
             help="Paths or URLs of image folders, lists (.csv, .tsv, .jsonl, .parquet, .arrow), WebDataset shards and data sets (hf:NAME);"
-            " values of the config.",
+            " overrides of the config.",
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with other settings than the defaults.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings.")] = None,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus whose images count as duplicates; may be given often.")
+        list[str] | None, typer.Option(metavar="CORPUS", help="A prepared corpus; its images count as duplicates. May be repeated.")
     ] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add the inputs that the finished corpus does not have, in new shards.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add inputs that a finished corpus does not have, in new shards.")] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Read rejected inputs of the finished corpus once more; what is sound now is added.")
+        bool, typer.Option("--retry-failed", help="Retry rejected inputs of a finished corpus, and add those that are valid now.")
     ] = False,
     part: Annotated[
-        str | None, typer.Option(metavar="K/N", help="As task K of a job array of N: examine a part of the inputs, for --merge.")
+        str | None, typer.Option(metavar="K/N", help="Run as task K of a job array of N: examine one part of the inputs, for --merge.")
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Make the corpus of what all parts of a job array have examined.")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Create the corpus from all examined parts of a job array.")] = False,
     work: Annotated[
         Path | None, typer.Option(help="Folder for unfinished work. Default: OUT/.work; for a URL, a folder in ~/.cache/tim.")
     ] = None,
     executor: Annotated[
-        str, typer.Option(metavar="local|ray", help="Where workers run: here, or on a Ray cluster that sees the same files.")
+        str,
+        typer.Option(metavar="local|ray", help="Where workers run: on this machine, or on a Ray cluster with access to the same files."),
     ] = "local",
-    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="The Ray cluster. Default: the one that runs here.")] = None,
+    ray_address: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Address of the Ray cluster. Default: the local one.")] = None,
     worker_memory: Annotated[
-        float, typer.Option(min=0.5, metavar="GB", help="What a worker may take; an image that needs more is rejected as crashed.")
+        float, typer.Option(min=0.5, metavar="GB", help="Memory limit per worker; an image that needs more is rejected as crashed.")
     ] = 8.0,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Raw images and captions to clean shards.
+    """Prepare raw images and captions as clean shards.
 
-    Reads any common layout; every input is kept or rejected by name, and the account adds up. Columns are guessed and told.
+    Reads all common layouts. Every input is either kept or rejected with a reason. Detects columns, and prints which ones it uses.
 
     Example: tim prepare photos "more/{00000..00009}.tar" --out corpus filters.min_side=64
 
@@ -82,7 +81,7 @@ def prepare(
         if (append or retry_failed) and config is None:
             settings = with_own_settings(out, given=settings)
         if not positional and not settings.sources:
-            raise ValueError("no source: name image folders or shards, for example tim prepare photos --out corpus")
+            raise ValueError("no source: give image folders or shards, for example tim prepare photos --out corpus")
         _check_one_mode({"--append/--retry-failed": append or retry_failed, "--part": part is not None, "--merge": merge})
         pool = _pool(executor, workers=workers, memory=round(worker_memory * 1e9), ray_address=ray_address)
         with console.progress() as report:
@@ -114,14 +113,14 @@ def _show_prepared(console: Console, done: InputCounts | Examined, *, out: str, 
 
 def index(
     shards: Annotated[list[str], typer.Argument(metavar="SHARDS", help='WebDataset tars: "x/{00000..41407}.tar", "x/*.tar", URLs.')],
-    out: Annotated[Path, typer.Option(help="Folder of the corpus: a new one, or one that an earlier index has begun.")],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus: new, or started by an earlier run of the same command.")],
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Shards that others wrote, as a corpus.
+    """Index shards written by other tools as a corpus.
 
-    Planned, trained and verified from where they lie: nothing is copied or changed, and no image is decoded.
+    The tars are not modified or copied, and no image is decoded.
 
     Example: tim index "laion/{00000..41407}.tar" --out corpus
     """
@@ -139,28 +138,28 @@ def encode(
         list[str],
         typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="A corpus (folder or URL) and settings (dataprep/features/encoders.py)."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the features: a new one, or one that an earlier run of the same command has begun.")],
+    out: Annotated[Path, typer.Option(help="Folder of the features: new, or started by an earlier run of the same command.")],
     run: Annotated[
         str | None, typer.Option("--for", metavar="CONFIG", help="Take sizes, codec, text encoder and teacher from this training config.")
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(metavar="KIND[=PATH]", help="pixel, sd-vae, kl, dc-ae or tiny; the weights: a folder, or hf://OWNER/NAME.")
+        str | None,
+        typer.Option(metavar="KIND[=PATH]", help="pixel, sd-vae, kl, dc-ae or tiny; PATH of its weights: a folder, or hf://OWNER/NAME."),
     ] = None,
-    text: Annotated[str | None, typer.Option(metavar="KIND[=PATH]", help="lookup, open_clip or hf; the weights likewise.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="KIND[=PATH]", help="lookup, open_clip or hf; PATH as for --codec.")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="PATH", help="The folder of the text encoder's tokenizer. Default: with the text encoder.")
+        str | None, typer.Option(metavar="PATH", help="Folder of the text encoder's tokenizer. Default: that of the text encoder.")
     ] = None,
     processes: Annotated[
         int | None,
-        typer.Option(min=1, help="The result does not depend on their number. Default: one for each GPU, or for each core without one."),
+        typer.Option(min=1, help="Number of processes; does not affect the result. Default: one per GPU, or one per core without a GPU."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Latents and text features, once for all.
+    """Precompute latents and text features of a corpus.
 
-    What codec and text encoder make of a corpus, for training to read in place of images and captions. Resumable; says first how much
-    there will be.
+    Training reads them instead of images and captions. Resumable. Prints the expected size first.
 
     Example: tim encode corpus --codec sd-vae=weights/vae --text hf=weights/gemma --out features max_tokens=[256,1024] flip=true
 
@@ -186,9 +185,10 @@ def encode(
 
 
 def verify(
-    corpus: Annotated[Path, typer.Argument(help="Folder that `tim prepare` or `tim index` wrote.")],
+    corpus: Annotated[Path, typer.Argument(help="Corpus folder, written by `tim prepare` or `tim index`.")],
     repair: Annotated[
-        bool, typer.Option("--repair", help="First make again what can be: tables, index, lists, report, manifest; and say what is lost.")
+        bool,
+        typer.Option("--repair", help="First rebuild tables, index, lists, report and manifest where possible, and report what is lost."),
     ] = False,
     workers: Workers = None,
     as_json: Json = False,
@@ -196,7 +196,7 @@ def verify(
 ) -> None:
     """Check a corpus.
 
-    Digests, counts, keys, tables against tars, and that every image can be decoded. Exit code 1 if something is wrong.
+    Verifies digests, counts, keys, tables against tars, and that every image can be decoded. Exits with code 1 if there are problems.
 
     Example: tim verify corpus --repair
     """
@@ -222,19 +222,19 @@ def verify(
 
 
 def report(
-    corpus: Annotated[Path | None, typer.Argument(metavar="CORPUS", help="Folder that `tim prepare` or `tim index` wrote.")] = None,
-    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Two corpora side by side instead.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The page to write. Default: CORPUS/report.html, or compare.html.")] = None,
-    stride: Annotated[int, typer.Option(min=1, help="Pixels per token side of the plan.")] = 32,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an image at most.")] = 1024,
+    corpus: Annotated[Path | None, typer.Argument(metavar="CORPUS", help="Corpus folder, written by `tim prepare` or `tim index`.")] = None,
+    compare: Annotated[tuple[Path, Path] | None, typer.Option(metavar="A B", help="Compare two corpora side by side instead.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file. Default: CORPUS/report.html, or compare.html.")] = None,
+    stride: Annotated[int, typer.Option(min=1, help="Pixels per token side for the plan.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens per image.")] = 1024,
     workers: Workers = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What is in a corpus, in images.
+    """Write an HTML report on a corpus, with images.
 
-    InputCounts, sizes, tokens, captions, scores, examples of what was kept and rejected, duplicates side by side, and the fill that the
-    planner expects: one HTML file that needs no network.
+    Input counts, sizes, tokens, captions, scores, examples of kept and rejected images, duplicates side by side, and the planner's expected
+    fill, in one self-contained HTML file.
 
     Example: tim report corpus --stride 16
     """
@@ -256,13 +256,13 @@ def report(
 def score(
     arguments: Annotated[
         list[str],
-        typer.Argument(metavar="CORPUS|KEY=VALUE", help="Folder or URL of a corpus; values of the config: model, aesthetic, …"),
+        typer.Argument(metavar="CORPUS|KEY=VALUE", help="Folder or URL of a corpus, and overrides of the config: model, aesthetic, …"),
     ],
-    config: Annotated[Path | None, typer.Option(help="YAML file that says what to score, and with which model.")] = None,
-    name: Annotated[str, typer.Option(help="Of the sidecar table; an earlier one of this name is replaced.")] = "scores",
+    config: Annotated[Path | None, typer.Option(help="YAML file with the model and the scores to compute.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the sidecar table; an existing one is replaced.")] = "scores",
     against: Annotated[
         list[str] | None,
-        typer.Option(metavar="CORPUS", help="With duplicates=COSINE: a scored corpus to compare with; may be given often."),
+        typer.Option(metavar="CORPUS", help="With duplicates=COSINE: a scored corpus to compare with. May be repeated."),
     ] = None,
     workers: Workers = None,
     as_json: Json = False,
@@ -270,8 +270,8 @@ def score(
 ) -> None:
     """Score a corpus with an open_clip model.
 
-    Similarity of image and caption, an aesthetic head, zero-shot labels, semantic duplicates: columns beside the shards, which stay as
-    they are. Runs on a GPU if there is one; a run that was cut short goes on. Plans use the columns: where: "similarity >= 0.28".
+    Adds columns for similarity of image and caption, aesthetic score, zero-shot labels and semantic duplicates, in a sidecar table; the
+    shards do not change. Uses a GPU if there is one. Resumable. Use the columns to filter a plan: where: "similarity >= 0.28".
 
     Example: tim score corpus model=ViT-L-14 weights=openai aesthetic=sac+logos+ava1-l14-linearMSE.pth
     """
@@ -288,27 +288,34 @@ def score(
 
 
 def annotate(
-    corpus: Annotated[str, typer.Argument(help="Folder or URL that `tim prepare` or `tim index` wrote.")],
+    corpus: Annotated[str, typer.Argument(help="Folder or URL of a corpus, written by `tim prepare` or `tim index`.")],
     table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Columns to add (.parquet, .csv, .tsv, .jsonl); caption and captions are new captions."),
+        typer.Option(
+            metavar="FILE",
+            help="Table of columns to add (.parquet, .csv, .tsv, .jsonl); its columns caption and captions are new captions.",
+        ),
     ] = None,
-    on: Annotated[str | None, typer.Option(metavar="key|sha256|url", help="The column of both by which rows find their samples.")] = None,
-    name: Annotated[str | None, typer.Option(help="Of the sidecar table; one of this name is replaced. Default: the table's name.")] = None,
+    on: Annotated[str | None, typer.Option(metavar="key|sha256|url", help="Column that matches rows of the table to samples.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the sidecar table; an existing one is replaced. Default: the table's name.")
+    ] = None,
     captions: Annotated[
-        str, typer.Option(metavar="first|last|only", help="New captions come before the old ones, after them, or in their place.")
+        str, typer.Option(metavar="first|last|only", help="Put new captions before the existing ones, after them, or replace them.")
     ] = "first",
     mark: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Set this column to true for what the table names. What is marked takedown is not planned."),
+        typer.Option(
+            metavar="COLUMN", help="Set this column to true for the table's samples. Samples marked takedown are excluded from plans."
+        ),
     ] = None,
-    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Take this sidecar table away again, instead.")] = None,
+    remove: Annotated[str | None, typer.Option(metavar="NAME", help="Remove this sidecar table instead.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Add columns or captions to a corpus.
 
-    A recaptioning, a licence, a takedown: they go beside the shards, which stay as they are, and plans use them at once.
+    For example new captions, licences or takedowns. They are stored in a sidecar table and used by plans at once; the shards do not change.
 
     Example: tim annotate corpus --table recaptioned.parquet --on key
 
@@ -322,9 +329,9 @@ def annotate(
 
         if remove is not None:
             if any(given is not None for given in (table, on, name, mark)):
-                raise ValueError(f"--remove {remove}: adds nothing; leave --table, --on, --name and --mark out")
+                raise ValueError(f"--remove {remove}: cannot be combined with --table, --on, --name and --mark")
             remove_sidecar(corpus, name=remove)
-            console.result(f"{corpus}: has no sidecar '{remove}' any more", data={"corpus": corpus, "removed": remove})
+            console.result(f"{corpus}: removed sidecar '{remove}'", data={"corpus": corpus, "removed": remove})
             return
         if table is None or on is None:
             raise ValueError("give --table FILE and --on key|sha256|url, or --remove NAME")
@@ -342,7 +349,7 @@ def annotate(
 
 
 def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str | None) -> Pool:
-    """The workers of a preparation; `memory` in bytes for each."""
+    """Create the worker pool; `memory` in bytes per worker."""
     if executor == "ray":
         from dataprep.workers.ray_pool import RayPool
 
@@ -350,7 +357,7 @@ def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str |
     if executor != "local":
         raise ValueError(f"--executor {executor}: expected local or ray")
     if ray_address is not None:
-        raise ValueError(f"--ray-address {ray_address}: goes with --executor ray")
+        raise ValueError(f"--ray-address {ray_address}: requires --executor ray")
     from dataprep.workers.pool import LocalPool
 
     return LocalPool(workers or cores(), memory=memory)

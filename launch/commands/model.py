@@ -1,4 +1,4 @@
-"""The commands from a corpus to images: `tim demo`, `recipes`, `plan`, `train`, `launch`, `sample`, `export`."""
+"""Commands for training and sampling: `tim demo`, `recipes`, `plan`, `train`, `launch`, `sample`, `export`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Replan = Annotated[
     bool,
     typer.Option(
         "--replan",
-        help="Go on although corpora, batch or other inputs of the plan have changed: weights, averages, step and learning rate are kept, "
-        "the plan begins anew.",
+        help="Resume with a new plan if corpora, batch or other inputs of the plan have changed; keeps weights, averages, step and "
+        "learning rate.",
     ),
 ]
 Export = Annotated[
@@ -42,13 +42,15 @@ ExportAs = Annotated[
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the corpus, the run and the images.")] = Path("demo"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Updates. Fewer are quicker and draw worse. Default: the recipe's.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of training steps. Fewer are faster but give worse images. Default: the recipe's.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The whole way on an embedded corpus.
+    """Run the whole pipeline on an embedded corpus.
 
-    Prepares it, plans, trains, and samples at several sizes and numbers of steps.
+    Prepares, plans, trains, and samples at several sizes and numbers of steps.
 
     Example: tim demo --out demo
     """
@@ -59,14 +61,14 @@ def demo(
 
 
 def recipes(
-    action: Annotated[str, typer.Argument(metavar="list|show", help="List all recipes, or show the text of one.")] = "list",
+    action: Annotated[str, typer.Argument(metavar="list|show", help="List all recipes, or print one.")] = "list",
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to show.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The configs that come with tim.
+    """List or show the configs shipped with tim.
 
-    Where a command wants a CONFIG, a recipe's name will do.
+    Commands accept a recipe's name as CONFIG.
 
     Example: tim recipes show photos > mine.yaml
     """
@@ -86,21 +88,23 @@ def recipes(
 def plan(
     config: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a recipe's name, and values that replace its own."),
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A YAML file or a recipe, and overrides."),
     ] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="Processes that share the packs of a step.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Steps to look ahead.")] = 100,
+    ranks: Annotated[int, typer.Option(min=1, help="Number of processes that share the packs of a step.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps to plan.")] = 100,
     checkpoint: Annotated[
-        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Go on where this checkpoint, or a run's newest, stands.")
+        Path | None, typer.Option("--from", metavar="CHECKPOINT", help="Continue from this checkpoint, or from the newest one of a run.")
     ] = None,
     replan: Replan = False,
     sizes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Plan over the columns width and height of a parquet file instead of a CONFIG.")
+        Path | None, typer.Option(metavar="FILE", help="Plan over columns width and height of a parquet file, without a CONFIG.")
     ] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="With --sizes: pixels per token side. Default: 32.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="With --sizes: tokens of an image at most. Default: 1024.")] = None,
-    tokens_per_pack: Annotated[int | None, typer.Option(min=1, help="With --sizes: tokens of a pack at most. Default: 4096.")] = None,
-    packs_per_step: Annotated[int | None, typer.Option(min=1, help="With --sizes: packs of a step, all ranks. Default: 8.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="With --sizes: maximum number of tokens per image. Default: 1024.")] = None,
+    tokens_per_pack: Annotated[
+        int | None, typer.Option(min=1, help="With --sizes: maximum number of tokens per pack. Default: 4096.")
+    ] = None,
+    packs_per_step: Annotated[int | None, typer.Option(min=1, help="With --sizes: packs per step, all ranks. Default: 8.")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="With --sizes: width of the network. Default: 1152.")] = None,
     gamma: Annotated[float | None, typer.Option(min=0, help="With --sizes: weight of attention in the cost. Default: 1.")] = None,
     export_file: Export = None,
@@ -108,9 +112,9 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What training steps will hold.
+    """Show the plan of training steps.
 
-    Fill, balance over ranks, sizes, what is left out and why. No image is read.
+    Fill, balance over ranks, sizes, and excluded samples with reasons. Does not read images.
 
     Example: tim plan photos corpus=corpus --ranks 8
     """
@@ -143,17 +147,17 @@ def plan(
 
 
 def _planner(config: list[str], *, checkpoint: Path | None, replan: bool, sizes: Path | None, given: dict[str, Any]) -> Planner:
-    """The planner that `tim plan` was asked for. `given` are options that go with --sizes. Raises ValueError for options that do not."""
+    """The planner of `tim plan`. given: options that require --sizes. Raises ValueError for a wrong combination of options."""
     from launch.training.planning import plan_from_checkpoint, plan_from_config, plan_from_sizes
 
     if replan and checkpoint is None:
-        raise ValueError("--replan: goes with --from CHECKPOINT, whose plan it lets end there")
+        raise ValueError("--replan: requires --from CHECKPOINT")
     if sizes is not None:
         if config or checkpoint:
-            raise ValueError(f"--sizes {sizes}: stands for itself, leave out {'--from' if checkpoint else ' '.join(config)}")
+            raise ValueError(f"--sizes {sizes}: cannot be combined with {'--from' if checkpoint else ' '.join(config)}")
         return plan_from_sizes(sizes, **given)
     if given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: goes with --sizes only, a CONFIG says it otherwise")
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')}: requires --sizes; with a CONFIG, use its keys")
     if checkpoint is not None:
         return plan_from_checkpoint(checkpoint, arguments=config, replan=replan)
     if not config:
@@ -176,8 +180,8 @@ def _export_plan(planner: Planner, file: Path, *, format: str, steps: int, ranks
 def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False, debug: Debug = False) -> None:
     """Train in this process.
 
-    A run that run_dir holds already is continued, with however many processes it was begun. A new one begins with random weights, or with
-    those of train.init=PATH: a model folder, another run, or published weights (train.init_strict=false loads what fits).
+    Resumes an existing run in run_dir, whatever its number of processes was. A new run starts from random weights, or from train.init=PATH:
+    a model folder, another run, or published weights (train.init_strict=false loads the matching tensors).
 
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
@@ -188,25 +192,25 @@ def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False,
 
         source, overrides = one_config(config)
         done = train_run(load_config(source, overrides=overrides), replan=replan)
-        if torchrun.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` says it
-            _say_trained(console, done.run_dir, steps=done.steps)
+        if torchrun.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` prints it
+            _print_result(console, done.run_dir, steps=done.steps)
 
 
 def launch(
     config: ConfigArgument,
-    nproc_per_node: Annotated[int, typer.Option(min=1, help="Training processes on this machine: one for each GPU.")],
-    nnodes: Annotated[int, typer.Option(min=1, help="Machines; run the command on each of them.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of the machines this is, from 0.")] = 0,
-    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command that would be run, and stop.")] = False,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="Number of training processes on this machine: one per GPU.")],
+    nnodes: Annotated[int, typer.Option(min=1, help="Number of machines; run the command on each of them.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Index of this machine, from 0.")] = 0,
+    rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address of machine 0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command without running it.")] = False,
     replan: Replan = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train with several processes.
 
-    They run under torchrun and end with this command, however it ends. A run that run_dir holds already is continued, also by more or fewer
-    processes than before: the samples and draws of every step stay the same.
+    The processes run under torchrun and never outlive this command. Resumes an existing run in run_dir, also with a different number of
+    processes: samples and random draws of each step stay the same.
 
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """
@@ -232,49 +236,51 @@ def launch(
             return
         code = torchrun.launch(source, **layout)
         if code == 0:
-            _say_trained(console, run_dir, steps=settings.train.steps)
+            _print_result(console, run_dir, steps=settings.train.steps)
         elif code == STOPPED:
-            console.result(f"{run_dir}: stopped by a signal, and saved", data={"run": run_dir, "exit": code})
+            console.result(f"{run_dir}: stopped by a signal, checkpoint saved", data={"run": run_dir, "exit": code})
         else:
-            console.failure(f"training ended with exit code {code}: the lines above say why", code=code)
+            console.failure(f"training ended with exit code {code}: see the lines above", code=code)
         raise SystemExit(code)
 
 
 def sample(
     model: Annotated[
-        Path, typer.Argument(help="A model folder, the run_dir of a training run, what tim export --official wrote, or a file of weights.")
+        Path, typer.Argument(help="A model folder, the run_dir of a training run, an export of tim export --official, or a weight file.")
     ],
     size: Annotated[
-        str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to what the model can draw.")
+        str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to multiples of the model's stride.")
     ],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to draw; may be given several times.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be repeated.")] = None,
     classes: Annotated[
-        list[int] | None, typer.Option("--class", min=0, metavar="ID", help="The same for a model of classes: which one to draw.")
+        list[int] | None, typer.Option("--class", min=0, metavar="ID", help="Class to sample, for a class model; may be repeated.")
     ] = None,
     steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none. Default: the model's.")] = None,
-    negative: Annotated[str | None, typer.Option(help="What guidance leads away from. Default: nothing in particular.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: no guidance. Default: the model's.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt. Default: the unconditional input.")] = None,
     interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="When guidance acts: shares of the noisiest time, ends included.")
+        str | None, typer.Option(metavar="LOW,HIGH", help="Times at which guidance acts, as shares of the noisiest time, ends included.")
     ] = None,
     times: Annotated[
-        str | None, typer.Option(metavar="T,T[,T]...", help="Times to step through instead of --steps: 1 (noise) to 0 for ot_fm.")
+        str | None, typer.Option(metavar="T,T[,T]...", help="Sampling times instead of --steps: 1 (noise) to 0 for ot_fm.")
     ] = None,
-    stochasticity: Annotated[float, typer.Option(min=0, help="New noise in every step but the first and the last; ot_fm only.")] = 0.0,
+    stochasticity: Annotated[
+        float, typer.Option(min=0, help="Amount of new noise in all steps except the first and the last; ot_fm only.")
+    ] = 0.0,
     recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With a file of weights: the recipe or YAML file of its network, e.g. t2i-xl-1.")
+        str | None, typer.Option(metavar="NAME", help="With a weight file: the recipe or YAML file of its network, e.g. t2i-xl-1.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the codec is, in place of the model's own path.")] = None,
-    text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Where the text encoder is, likewise.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Where its tokenizer is. Default: with the text encoder.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed draws the same images.")] = 0,
+    codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the codec, instead of the model's.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the text encoder, instead of the model's.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Path of the tokenizer. Default: that of the text encoder.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal images.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw images at any size.
+    """Sample images at any size.
 
-    One PNG for every prompt or class, size and number of steps, and all of them in grid.png.
+    Writes one PNG per prompt or class, size and number of steps, and a grid of all images, grid.png.
 
     Example: tim sample runs/first --prompt "a red fox" --size 512x128,256x256 --steps 1,4,8 --out samples
     """
@@ -299,9 +305,9 @@ def sample(
             interval=guided,
             stochasticity=stochasticity,
         )
-        places = Replacements(codec=codec, text=text, tokenizer=tokenizer)
+        replacements = Replacements(codec=codec, text=text, tokenizer=tokenizer)
         drawings, grid = draw(
-            model, prompts=prompts, sizes=sizes, settings=settings, out=out, recipe=recipe, replacements=places, console=console
+            model, prompts=prompts, sizes=sizes, settings=settings, out=out, recipe=recipe, replacements=replacements, console=console
         )
         listed = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(listed, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
@@ -310,18 +316,20 @@ def sample(
 def export(
     run: Annotated[Path, typer.Argument(help="The run_dir of a training run.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
-    step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint. Default: the newest.")] = None,
-    ema: Annotated[bool, typer.Option(help="The averaged weights, or those of the last update.")] = True,
-    official: Annotated[bool, typer.Option("--official", help="Write what the published TiM code reads: network.yaml, weights.")] = False,
+    step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint. Default: the newest.")] = None,
+    ema: Annotated[bool, typer.Option(help="Export the averaged weights, or the latest ones.")] = True,
+    official: Annotated[
+        bool, typer.Option("--official", help="Write the format of the published TiM code: network.yaml and weights.")
+    ] = False,
     with_models: Annotated[
-        bool, typer.Option("--with-models", help="Copy the codec, the text encoder and its tokenizer into the folder, too.")
+        bool, typer.Option("--with-models", help="Also copy codec, text encoder and tokenizer into the folder.")
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the model of a run.
+    """Export a run's model.
 
-    The model folder holds config.json and model.safetensors, and with --with-models all that sampling needs.
+    Writes a model folder with config.json and model.safetensors. With --with-models it has all files needed for sampling.
 
     Example: tim export runs/first --out models/first
     """
@@ -336,7 +344,7 @@ def export(
         console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})
 
 
-def _say_trained(console: Console, run_dir: Path, *, steps: int) -> None:
+def _print_result(console: Console, run_dir: Path, *, steps: int) -> None:
     from launch.training.metrics import read_rows
 
     model = run_dir / "model"

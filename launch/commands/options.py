@@ -1,4 +1,4 @@
-"""Options that many commands have."""
+"""Shared command-line options."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else, on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and all warnings of other libraries.")]
-ConfigArgument = Annotated[
-    list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="A YAML file or a recipe's name, and values that replace its own.")
-]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes; the result does not depend on their number. Default: one for each core.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print only one JSON object on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors and all warnings of other libraries.")]
+ConfigArgument = Annotated[list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="A YAML file or a recipe, and overrides.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes; does not affect the result. Default: one per core.")]

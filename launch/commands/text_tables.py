@@ -1,4 +1,4 @@
-"""Outcomes as text for people: the account of a preparation, a verification, a plan."""
+"""Format results of commands as text tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BAR_WIDTH = 32
 
 
 def describe_input_counts(out: str | Path, facts: Mapping[str, Any]) -> str:
-    """inputs = kept + Σ rejected, a line for each reason."""
+    """Numbers of kept and rejected inputs, one line per reason."""
     lines = [f"{out}: {facts['kept']} of {facts['inputs']} inputs kept, in {count(facts['shards'], 'shard')}"]
     rejected = sorted(facts["rejected"].items(), key=lambda item: (-item[1], item[0]))
     if rejected:
@@ -19,23 +19,21 @@ def describe_input_counts(out: str | Path, facts: Mapping[str, Any]) -> str:
 
 
 def describe_features(out: Path, facts: Mapping[str, Any]) -> str:
-    """What is in a folder of features, and a line for each reason why something is not."""
+    """Contents of a features folder, and one line per rejection reason."""
     captions = f" with {count(facts['captions'], 'caption')}" if facts["captions"] else ""
     what = f"{count(facts['samples'], 'sample')}{captions} in {count(facts['shards'], 'shard')}, {facts['bytes'] / 1e6:.1f} MB"
     lines = [f"{out}: {what}"]
     if facts.get("cut"):
-        lines.append(
-            f"{facts['cut']} of {count(facts['captions'], 'caption')} are longer than text.max_tokens: what is beyond it was not read"
-        )
+        lines.append(f"{facts['cut']} of {count(facts['captions'], 'caption')} are longer than text.max_tokens and were truncated")
     if facts["rejected"]:
         lines += ["could not be encoded:", *_columns({reason: str(number) for reason, number in facts["rejected"].items()})]
     return "\n".join(lines)
 
 
 def describe_scores(corpus: str, facts: Mapping[str, Any]) -> str:
-    """How many samples `tim score` scored, and their mean scores."""
-    known = facts["samples"] - facts["computed"]
-    lines = [f"{corpus}: {count(facts['samples'], 'sample')} scored{f', {known} of them before' if known else ''}"]
+    """Number of scored samples, and mean scores."""
+    earlier = facts["samples"] - facts["computed"]
+    lines = [f"{corpus}: {count(facts['samples'], 'sample')} scored{f', {earlier} of them earlier' if earlier else ''}"]
     if facts["unreadable"]:
         lines.append(f"note: {facts['unreadable']} could not be read and have no scores")
     if facts["duplicates"] is not None:
@@ -44,7 +42,7 @@ def describe_scores(corpus: str, facts: Mapping[str, Any]) -> str:
 
 
 def describe_annotation(corpus: str, table: Path, facts: Mapping[str, Any], *, on: str) -> str:
-    """How many samples a table names, and what of it could not be used, with examples."""
+    """Number of samples matched by a table, and unused rows with examples."""
     new = ", ".join(facts["columns"])
     lines = [f"{corpus}: {facts['matched']:,} of {count(facts['samples'], 'sample')} in {table}; new: {new}"]
     for number, examples, what in (
@@ -58,40 +56,41 @@ def describe_annotation(corpus: str, table: Path, facts: Mapping[str, Any], *, o
 
 
 def describe_recipes(texts: Mapping[str, str]) -> str:
-    """Each recipe's name and the first line of its opening comment."""
+    """Name of each recipe and the first line of its comment."""
     about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}
     return "\n".join(_columns(about))
 
 
 def describe_plan(summary: Mapping[str, Any]) -> str:
-    """What `pipeline.planning.summary.plan_summary` found, on one screen."""
+    """Format a summary of `pipeline.planning.summary.plan_summary`."""
     input_counts = summary["account"]
     steps, ranks = len(summary["steps"]), summary["ranks"]
     left_out = sum(input_counts["left_out"].values())
     facts = {
-        "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens a step",
+        "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens per step",
         "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
-        + (f" ({summary['utilisation_lockstep']:.1%} if they wait in every pack: ZeRO-2 and 3)" if ranks > 1 else ""),
+        + (f" ({summary['utilisation_lockstep']:.1%} if they synchronise in every pack: ZeRO-2 and 3)" if ranks > 1 else ""),
         "cost": f"(n + {summary['gamma']:g} · n²/6·{summary['width']}) · "
         + ", ".join(f"{factor:.3g} ({kind})" for kind, factor in summary["cost_factors"].items()),
-        "images a step": f"{summary['samples_per_step']:.1f}",
+        "images per step": f"{summary['samples_per_step']:.1f}",
         "planned": f"{summary['samples']} images in {count(steps, 'step')} from step {summary['steps'][0]['index']}, "
         f"{summary['epochs']:.2f} epochs",
         "samples": f"{input_counts['samples']} of {input_counts['rows']} in the corpus",
         "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in input_counts["left_out"].items())]),
-        "scaled down": f"{input_counts['downscaled']} (none is scaled up); the crop to multiples of {summary['stride']} pixels cuts off "
+        "scaled down": f"{input_counts['downscaled']} (none is scaled up); cropping to multiples of {summary['stride']} pixels removes "
         f"{input_counts['cropped_pixels']:.1%}",
     }
     if captions := summary.get("captions"):
         share = f"{captions['cut']} of {captions['sampled']} in a sample"
         facts["captions cut"] = f"{share}, at text.max_tokens {captions['max_tokens']}; the longest has {captions['longest']} tokens"
     if summary["groups"] > 1:
-        facts["shards"] = f"in {summary['groups']} groups; a rank reads 1/{summary['groups_apart']} of them"
+        facts["shards"] = f"in {summary['groups']} groups; each rank reads 1/{summary['groups_apart']} of them"
     lines = _columns(facts)
     if summary["added_packs"]:
-        lines.append(f"note: {ranks} ranks do not divide {summary['packs_per_step']} packs: {summary['added_packs']} more a step")
+        added = count(summary["added_packs"], "empty pack")
+        lines.append(f"note: {summary['packs_per_step']} packs are not a multiple of {ranks} ranks: {added} added per step")
     if summary["smaller_than_a_step"]:
-        lines.append("note: the corpus is smaller than a step, so that samples are repeated within one")
+        lines.append("note: the corpus is smaller than a step, so samples repeat within a step")
     if len(summary["corpora"]) > 1:
         lines += ["", "corpora", *_columns({corpus["name"]: _describe_corpus(corpus) for corpus in summary["corpora"]})]
     if len(summary["schedule"]) > 1:
@@ -112,11 +111,11 @@ def _describe_corpus(corpus: Mapping[str, Any]) -> str:
 def _describe_stage(stage: Mapping[str, Any]) -> str:
     shares = ", ".join(f"{name} {share:.1%}" for name, share in stage["shares"].items())
     kinds = f"r = t in {stage['diffusion_share']:.0%} and r = 0 in {stage['consistency_share']:.0%} of the images"
-    return f"{stage['max_tokens']} tokens an image at most, {count(stage['packs_per_step'], 'pack')} a step; {shares}; {kinds}"
+    return f"at most {stage['max_tokens']} tokens per image, {count(stage['packs_per_step'], 'pack')} per step; {shares}; {kinds}"
 
 
 def describe_bench(data: Mapping[str, Any]) -> str:
-    """A measurement: one line for each figure, indented where figures belong together."""
+    """Format benchmark results, one line per figure; groups are indented."""
     lines = []
     for name, value in data.items():
         if isinstance(value, Mapping):
@@ -130,11 +129,11 @@ def describe_bench(data: Mapping[str, Any]) -> str:
 
 
 def describe_fit(data: Mapping[str, Any]) -> str:
-    """What `tim bench attention --fit` found, as lines for a config."""
+    """Format the fitted cost model as lines for a config."""
     factors = ", ".join(f"{factor:.3f}" for factor in data["cost_factors"])
     return "\n".join(
         [
-            f"# {data['device']}, {data['precision']}, width {data['width']}: off by {data['largest_error']:.1%} at most",
+            f"# {data['device']}, {data['precision']}, width {data['width']}: largest error {data['largest_error']:.1%}",
             "plan:",
             f"  gamma: {data['gamma']:.3f}",
             f"  cost_factors: [{factors}] # r = t, r = 0, r < t",

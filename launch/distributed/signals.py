@@ -18,7 +18,7 @@ class Signals:
 
 
 @contextmanager
-def listening() -> Iterator[Signals]:
+def catch_signals() -> Iterator[Signals]:
     """Record SIGTERM, SIGINT and SIGHUP instead of exiting, so that the loop can save first. A second SIGINT interrupts at once.
 
     Loader processes, which inherit the handlers, ignore the signals: the loader ends them.

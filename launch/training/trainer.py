@@ -23,7 +23,7 @@ from launch.checkpoints.resuming import restore_plan, trainer_state
 from launch.config.schema import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
 from launch.distributed.ranks import Ranks, process_group
-from launch.distributed.signals import listening
+from launch.distributed.signals import catch_signals
 from launch.distributed.torchrun import die_with_launcher
 from launch.training import guidance_network
 from launch.training.build import Parts, build, make_network
@@ -67,7 +67,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
     with ExitStack() as cleanup:
         # processes
-        signals = cleanup.enter_context(listening())
+        signals = cleanup.enter_context(catch_signals())
         ranks = cleanup.enter_context(process_group())
 
         # plan and run folder

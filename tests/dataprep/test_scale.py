@@ -60,7 +60,7 @@ def test_what_the_command_line_refuses(many: Path, tmp_path: Path, capsys: pytes
     assert "--part 3/2: expected K/N with K from 1 to N" in refused("--part", "3/2")
     assert "--part and --merge: give one of them" in refused("--part", "1/2", "--merge")
     assert "--executor slurm: expected local or ray" in refused("--executor", "slurm")
-    assert "--ray-address x: goes with --executor ray" in refused("--ray-address", "x")
+    assert "--ray-address x: requires --executor ray" in refused("--ray-address", "x")
     assert "http://x/C: nothing can be written over HTTP" in refused("--out", "http://x/C")
     assert not (tmp_path / "C").exists()
 

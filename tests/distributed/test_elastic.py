@@ -51,7 +51,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     train(load_config(config, overrides=[f"train.steps={killed + 3}"]))
     said = capfd.readouterr().err
     assert f"continuing from {found.folder}, written by 2 processes: samples and random draws of each step stay the same" in said
-    assert "do not divide" not in said
+    assert "are not a multiple of" not in said
 
     more = [f"train.steps={killed + 6}", "train.zero=3"]
     jobs.run_ranks("launch.cli", "train", str(config), *more, log=log)

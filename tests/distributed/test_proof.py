@@ -38,7 +38,7 @@ def test_the_mean_of_all_images_of_a_prompt_has_the_colours_but_no_speckles() ->
 
     many = [views() for _ in range(24)]
     means = [Image.fromarray(np.mean([np.asarray(view[i]) for view in many], axis=0).astype(np.uint8)) for i in range(len(asked))]
-    real, mean = scores(many[0], real=many[1], asked=asked), scores(means, real=many[1], asked=asked)
+    real, mean = scores(many[0], real=many[1], requested=asked), scores(means, real=many[1], requested=asked)
     assert real["colours"] > 0.95
     assert real["speckled"] == 1
     assert abs(real["ground"]) < 0.02

@@ -253,7 +253,7 @@ def test_plan_over_bare_sizes(tmp_path: Path, tim: Tim) -> None:
     pq.write_table(pa.table({"width": [1, None]}), tmp_path / "no.parquet")
     refused(tim("plan", "--sizes", tmp_path / "no.parquet"), "columns width and height")
     refused(tim("plan", "--sizes", tmp_path / "sizes.parquet", "demo"), "leave out demo")
-    refused(tim("plan", "demo", "--stride", "32"), "--stride: goes with --sizes only")
+    refused(tim("plan", "demo", "--stride", "32"), "--stride: requires --sizes")
 
 
 def test_plan_goes_on_where_a_checkpoint_stands(corpus: Path, config: Path, tmp_path: Path, tim: Tim) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from launch.checkpoints.export import export, spec_of
 from launch.config.load import load_config
 from launch.distributed.ranks import Ranks
-from launch.sampling.model_source import Replacements, generator_of, open_model
+from launch.sampling.model_source import Replacements, make_generator, open_model
 from tests.launch.checkpoints.test_export import save_checkpoint
 from tests.launch.test_cli import Done, Tim, tim
 from tests.tim.models import autoencoder, bert
@@ -57,7 +57,7 @@ def latents(tmp_path: Path, alone: Ranks) -> Path:
 
 def opened(path: Path, *, recipe: str | None = None, **replacements: str) -> Generator:
     network, spec = open_model(path, recipe=recipe, replacements=Replacements(**replacements), log=lambda line: None)
-    return generator_of(network, spec, device=torch.device("cpu"))
+    return make_generator(network, spec, device=torch.device("cpu"))
 
 
 def refused_after_remarks(done: Done, pattern: str) -> None:
@@ -91,14 +91,14 @@ def test_the_published_files_with_a_recipe(latents: Path, tmp_path: Path) -> Non
         assert torch.equal(network.to_official()["final_layer.linear.bias"], weights["final_layer.linear.bias"])
         assert opened(tmp_path / name, recipe=str(recipe), **models)("a", **SIZE)[0].size == (32, 32)
     for given, said in (
-        ({"recipe": None}, r"do not say of which network they are: give --recipe NAME"),
+        ({"recipe": None}, r"a weight file does not describe its network: give --recipe NAME"),
         ({"recipe": str(recipe), "text": models["text"]}, r"codec sd-vae needs its weights.*\(--codec, --text and --tokenizer say where"),
         ({"recipe": str(recipe), "codec": models["codec"]}, r"text encoder hf needs its weights.*\(--codec, --text and --tokenizer say"),
         ({"recipe": "demo"}, "these weights do not fit this network"),
     ):
         with pytest.raises(ValueError, match=said):
             opened(tmp_path / "t2i.bin", **given)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"--recipe demo: .* says itself what its network is"):
+    with pytest.raises(ValueError, match=r"--recipe demo: .* already describes its network"):
         opened(latents, recipe="demo")
 
 
@@ -113,9 +113,9 @@ def test_a_published_description_asks_for_what_it_does_not_say(tmp_path: Path) -
     codec, encoder = autoencoder(tmp_path / "vae", "sd-vae"), bert(tmp_path / "bert")
     with pytest.raises(ValueError, match=r"do not say which codec made their 4 channels: give --codec KIND=PATH"):
         opened(tmp_path)
-    with pytest.raises(ValueError, match=r"which text encoder they were trained with: give --text KIND=PATH"):
+    with pytest.raises(ValueError, match=r"the text encoder of the weights is unknown: give --text KIND=PATH"):
         opened(tmp_path, codec=f"sd-vae={codec}")
-    with pytest.raises(ValueError, match=r"--codec .*vae: say of which kind it is, --codec KIND=.*vae, with one of pixel, sd-vae"):
+    with pytest.raises(ValueError, match=r"--codec .*vae: give its kind, --codec KIND=.*vae; KIND is one of pixel, sd-vae"):
         opened(tmp_path, codec=str(codec))
     generator = opened(tmp_path, codec=f"sd-vae={codec}", text=f"hf={encoder}")
     assert (generator.spec.rope, generator.spec.text and generator.spec.text["max_tokens"]) == ("legacy", 256)
@@ -153,7 +153,9 @@ def test_models_in_other_places_are_named(latents: Path, tim: Tim, tmp_path: Pat
     export(latents, out=latents / "model")
     shutil.move(tmp_path / "models", tmp_path / "others")
     sample = ["sample", latents, "--prompt", "a red image", "--size", "32x32", "--steps", 1, "--out", tmp_path / "s"]
-    refused_after_remarks(tim(*sample), r"models/vae: no such folder.*\(--codec, --text and --tokenizer say where these models are\)")
+    refused_after_remarks(
+        tim(*sample), r"models/vae: no such folder.*\(give the paths of these models with --codec, --text and --tokenizer\)"
+    )
     assert not (tmp_path / "s").exists()
     refused_after_remarks(tim(*sample, "--codec", tmp_path / "others" / "vae"), r"models/bert: no such folder.*--text and --tokenizer")
     typed = ["--codec", tmp_path / "others" / "vae", "--text", f"hf={tmp_path / 'others' / 'bert'}"]

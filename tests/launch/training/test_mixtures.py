@@ -63,7 +63,7 @@ def test_a_plan_says_of_each_corpus_what_it_gives_and_of_the_schedule_what_chang
     text = describe_plan(summary)
     assert "epochs of 38 samples; left out: where 3, exclude 2 of 43" in text
     assert (
-        "from step 20  256 tokens an image at most, 4 packs a step; photos 50.0%, art 50.0%; r = t in 50% and r = 0 in 10% of the images"
+        "from step 20  at most 256 tokens per image, 4 packs per step; photos 50.0%, art 50.0%; r = t in 50% and r = 0 in 10% of the images"
         in text
     )
 

@@ -122,7 +122,7 @@ def test_replanning_as_it_is_typed(begun: Path, capsys: pytest.CaptureFixture[st
     assert json.loads(capsys.readouterr().out)["samples_per_step"] > 0
     with pytest.raises(SystemExit, match="2"):
         main(["plan", str(begun / "run.yaml"), *changed[1:], "--replan"])
-    assert "--replan: goes with --from CHECKPOINT" in capsys.readouterr().err
+    assert "--replan: requires --from CHECKPOINT" in capsys.readouterr().err
     assert main(["launch", str(begun / "run.yaml"), *changed, "--nproc-per-node", "2", "--replan", "--dry-run"]) == 0
     assert "--replan" in shlex.split(capsys.readouterr().out)
 
