@@ -61,9 +61,9 @@ def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
         assert isinstance(body, ast.ClassDef)
         for field, below in zip(body.body, body.body[1:], strict=False):
-            is_field = isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            if is_field and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str):
-                found[ast.unparse(field.target)] = inspect.cleandoc(below.value.value)
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            if isinstance(field, ast.AnnAssign) and isinstance(text, str):
+                found[ast.unparse(field.target)] = inspect.cleandoc(text)
     return {**found, **{name: field.description for name, field in model.model_fields.items() if field.description}}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -23,13 +24,13 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 from dataprep.job import PrepareConfig
-from docs import make_configuration, make_module_tables
 from launch.cli import app, main
 from launch.config.schema import Config
 from tests import REPOSITORY
 from tests.dataprep.helpers import photo, photo_folder, table_rows, write_folder, write_tar
 
 PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((REPOSITORY / "docs").glob("*.md"))
+CONFIGURATION, MODULE_TABLES = (runpy.run_path(str(REPOSITORY / "docs" / f"make_{what}.py")) for what in ("configuration", "module_tables"))
 MAX_README_LINES = 150
 FENCE = re.compile(r"^```(\w+)?(.*)$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -137,16 +138,16 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 def test_generated_parts_are_current() -> None:
     remedy = "run `python docs/make_configuration.py` and `python docs/make_module_tables.py`"
-    assert make_configuration.PAGE.read_text(encoding="utf-8") == make_configuration.page(), remedy
-    text = make_module_tables.PAGE.read_text(encoding="utf-8")
-    assert text == make_module_tables.page(text), remedy
+    assert CONFIGURATION["PAGE"].read_text(encoding="utf-8") == CONFIGURATION["page"](), remedy
+    text = MODULE_TABLES["PAGE"].read_text(encoding="utf-8")
+    assert text == MODULE_TABLES["page"](text), remedy
 
 
 def test_every_setting_of_a_run_is_explained_under_its_name() -> None:
-    page = make_configuration.page()
+    page = CONFIGURATION["page"]()
     for key in Config.model_fields:
         assert f"| `{key}` |" in page
-    assert make_configuration.field_docstrings(Documented) == {"first": "Two lines\nof text.", "second": "Inherited."}
+    assert CONFIGURATION["field_docstrings"](Documented) == {"first": "Two lines\nof text.", "second": "Inherited."}
 
 
 class Base(BaseModel):
@@ -240,8 +241,22 @@ def run(program: str, *arguments: str, launches: bool = False) -> None:
     assert code == 0, shlex.join([program, *typed])
 
 
-@pytest.mark.parametrize("launches", [False, pytest.param(True, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("page", with_blocks("sh", runs=True), ids=name)
+def launching() -> list[Path]:
+    """Pages that start several processes."""
+    typed = {
+        page: [words[:2] for block in blocks(page) if block.language == "sh" and block.runs for words in block.commands()]
+        for page in with_blocks("sh", runs=True)
+    }
+    return [page for page, commands in typed.items() if ["tim", "launch"] in commands]
+
+
+@pytest.mark.parametrize(
+    ("page", "launches"),
+    [
+        *(pytest.param(page, False, id=page.name) for page in with_blocks("sh", runs=True)),
+        *(pytest.param(page, True, id=f"{page.name}, launched", marks=pytest.mark.soak) for page in launching()),
+    ],
+)
 def test_commands_run(page: Path, launches: bool, prepared: Path, tmp_path: Path) -> None:
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder)
