@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 from dataprep.features.encoders import EncodeConfig
 from dataprep.job import PrepareConfig
 from dataprep.sidecars.score import ScoreConfig
-from launch.config.schema import Config, recipe_names, recipe_path
+from launch.config.recipes import recipe_names, recipe_path
+from launch.config.schema import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
 INTRODUCTION = """\
