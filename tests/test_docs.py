@@ -29,12 +29,13 @@ from launch.config.schema import Config
 from tests import REPOSITORY
 from tests.dataprep.helpers import photo, photo_folder, table_rows, write_folder, write_tar
 
-PAGES = [REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((REPOSITORY / "docs").glob("*.md"))
+FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
+PAGES = [*(REPOSITORY / page for page in FIRST_PAGES), *sorted((REPOSITORY / "docs").glob("*.md"))]
 CONFIGURATION, MODULE_TABLES = (runpy.run_path(str(REPOSITORY / "docs" / f"make_{what}.py")) for what in ("configuration", "module_tables"))
 MAX_README_LINES = 150
 FENCE = re.compile(r"^```(\w+)?(.*)$")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-NAMED = re.compile(r"`((?:configs|dataprep|docs|launch|pipeline|tests|tim)/[\w./-]+\.(?:py|md|yaml|png))`")
+NAMED = re.compile(r"`((?:configs|dataprep|docs|examples|launch|pipeline|tests|tim)/[\w./-]+\.(?:py|md|yaml|png))`")
 CORPUS = ("prepare", "images", "downloads/{00000..00001}.tar", "--out", "corpus")  # as README prepares it
 # What the test adds to a command, before the overrides that the page itself gives: small networks and plans, few steps, one process.
 SMALL_NETWORK = (
@@ -106,7 +107,7 @@ def with_blocks(language: str, *, runs: bool) -> list[Path]:
 
 
 def name(page: Path) -> str:
-    return page.name
+    return str(page.relative_to(REPOSITORY))
 
 
 def test_readme_is_short() -> None:
@@ -253,8 +254,8 @@ def launching() -> list[Path]:
 @pytest.mark.parametrize(
     ("page", "launches"),
     [
-        *(pytest.param(page, False, id=page.name) for page in with_blocks("sh", runs=True)),
-        *(pytest.param(page, True, id=f"{page.name}, launched", marks=pytest.mark.soak) for page in launching()),
+        *(pytest.param(page, False, id=name(page)) for page in with_blocks("sh", runs=True)),
+        *(pytest.param(page, True, id=f"{name(page)}, launched", marks=pytest.mark.soak) for page in launching()),
     ],
 )
 def test_commands_run(page: Path, launches: bool, prepared: Path, tmp_path: Path) -> None:
