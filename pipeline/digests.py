@@ -1,4 +1,4 @@
-"""Digests of files and of values, as manifests hold them."""
+"""Digests of files and values, as stored in manifests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def file_digest(path: Path) -> str:
 
 
 def stream_digest(stream: BinaryIO) -> str:
-    """sha256 in hexadecimal of all that is left of a stream."""
+    """sha256 in hexadecimal of the rest of a stream."""
     digest = hashlib.sha256()
     while block := stream.read(1 << 20):
         digest.update(block)
@@ -23,5 +23,5 @@ def stream_digest(stream: BinaryIO) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """sha256 in hexadecimal of a value's JSON, whatever the order of its keys."""
+    """sha256 in hexadecimal of a value's JSON, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

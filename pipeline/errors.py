@@ -1,4 +1,4 @@
-"""Errors in words."""
+"""Format exceptions as one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class DetailedError(RuntimeError):
-    """A failure with more to say than its message: `lines` for people, `data` for programs."""
+    """A failure with details besides its message: `lines` for people, `data` for programs."""
 
     def __init__(self, message: str, *, lines: tuple[str, ...], data: Mapping[str, Any]) -> None:
         super().__init__(message)
@@ -16,14 +16,14 @@ class DetailedError(RuntimeError):
 
 
 def one_line(error: BaseException, *, limit: int = 200) -> str:
-    """The message of an error in one line of at most `limit` characters; its class name if the message is empty."""
-    return _words(error)[:limit] or type(error).__name__
+    """The message as one line of at most `limit` characters, or the exception type if it has no message."""
+    return _message(error)[:limit] or type(error).__name__
 
 
 def kind_and_line(error: BaseException, *, limit: int = 300) -> str:
-    """The class name and the message of an error in one line of at most `limit` characters."""
-    return ": ".join(part for part in (type(error).__name__, _words(error)) if part)[:limit]
+    """Type and message as one line of at most `limit` characters, for exceptions whose message alone is not enough."""
+    return ": ".join(part for part in (type(error).__name__, _message(error)) if part)[:limit]
 
 
-def _words(error: BaseException) -> str:
+def _message(error: BaseException) -> str:
     return " ".join(str(error).split())

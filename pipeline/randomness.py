@@ -1,8 +1,7 @@
-"""Everything random: draw = hash(seed, purpose, visit, id), so that no number depends on a worker, a rank or on what was drawn before.
+"""All random draws: draw = hash(seed, purpose, visit, id), independent of workers, ranks and earlier draws.
 
-The id of a sample is its corpus's name, a slash and its key; `visit` counts how often it was planned before. Whole arrays of samples are
-drawn at once: ids are hashed to 64 bits once (BLAKE2b), the rest is SplitMix64's finaliser on arrays. Streams of numbers (noise) come
-from NumPy's Philox keyed with the draw.
+A sample's id is CORPUS/KEY; `visit` is the number of times it was planned before. Draws are vectorised: ids are hashed to 64 bits once
+(BLAKE2b), the rest is SplitMix64's finaliser on arrays. Streams of numbers (noise) come from NumPy's Philox, keyed with the draw.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _SHIFTS = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def mix(values: Hashes) -> Hashes:
-    """SplitMix64's step (Steele, Lea, Flood 2014): a bijection of 64 bits that looks random."""
+    """SplitMix64's step (Steele, Lea, Flood 2014): a pseudorandom bijection of 64-bit values."""
     mixed = values + _GOLDEN
     mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _MULTIPLIERS[0]
     mixed = (mixed ^ (mixed >> _SHIFTS[1])) * _MULTIPLIERS[1]
@@ -45,7 +44,7 @@ def uniforms(seed: int, purpose: str, *, visits: ArrayLike, ids: Hashes) -> NDAr
 
 
 def to_uniform(hashes: Hashes) -> NDArray[np.float64]:
-    """The upper 52 bits as the middle of one of 2⁵² equal parts of (0, 1): never 0, never 1."""
+    """The upper 52 bits as the midpoint of one of 2⁵² equal parts of (0, 1): never 0 or 1."""
     return ((hashes >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
@@ -60,14 +59,14 @@ def uniform(seed: int, purpose: str, visit: int, sample_id: str) -> float:
 
 
 def generators(seed: int, purpose: str, visits: Sequence[int], sample_ids: Sequence[str]) -> list[np.random.Generator]:
-    """A stream of numbers for each sample: Philox with the draw and the id's hash as its 128-bit key."""
+    """One generator per sample: Philox with the draw and the id's hash as its 128-bit key."""
     ids = hash_ids(sample_ids)
     keys = np.stack([draws(seed, purpose, visits=np.asarray(visits, dtype=np.int64), ids=ids), ids], axis=1)
     return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
 
 
 def generator(seed: int, purpose: str, visit: int, sample_id: str) -> np.random.Generator:
-    """The stream of one sample."""
+    """The generator of one sample."""
     return generators(seed, purpose, [visit], [sample_id])[0]
 
 

@@ -1,8 +1,8 @@
-"""The native-size rule: how large an image is trained, given its own size and the limits of the plan.
+"""The native-size rule: an image's training size, from its own size and the limits of the plan.
 
-Upright image → one scale for both sides, at most 1, so that pixels ≤ `max_pixels` and tokens ≤ `max_tokens` → each side cut down to a
-multiple of the stride. Nothing is enlarged or squashed, and less than one stride is cut from a side. `fit="squash"` reproduces the
-published recipe instead: the whole image is resized to the multiples, which changes its aspect a little.
+An upright image is scaled by at most 1, the same for both sides, so that pixels ≤ `max_pixels` and tokens ≤ `max_tokens`. Then each side
+is cropped to a multiple of the stride, by less than one stride. Nothing is upscaled or squashed. `fit="squash"` reproduces the published
+recipe instead: the whole image is resized to the multiples, which slightly changes its aspect.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude", 
 
 Fit = Literal["crop", "squash"]
 Crop = tuple[int, int, int, int]
-"""What an image is scaled to, and what is cut out of the middle of that: resize_height, resize_width, height, width."""
+"""Resized size and centre crop of an image: resize_height, resize_width, height, width."""
 
 
 @dataclass(frozen=True, slots=True)
 class SizeRule:
-    """Limits of the native-size rule; `stride` is pixels per token side, `max_aspect` is of the original image (long side / short)."""
+    """Limits of the native-size rule; `stride` is pixels per token side, `max_aspect` is long / short side of the original image."""
 
     stride: int
     max_tokens: int
@@ -38,8 +38,8 @@ class SizeRule:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the rule says of n images, each (n,) int64: `resize_*` to scale to, `height` and `width` to cut from the centre of that,
-    `tokens`, and `left_out`, the position in `LEFT_OUT_REASONS` (0 = kept)."""
+    """Result of the rule for n images, each (n,) int64: `resize_*` is the size to scale to, `height` and `width` the centre crop of that,
+    `left_out` a position in `LEFT_OUT_REASONS` (0 = kept)."""
 
     resize_height: Ints
     resize_width: Ints
@@ -56,7 +56,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What the rule says of one image; `left_out` is "" or the reason."""
+    """Result of the rule for one image; `left_out` is "" or the reason."""
 
     resize: tuple[int, int]
     height: int
@@ -66,7 +66,7 @@ class Target:
 
 
 def target_sizes(heights: ArrayLike, *, widths: ArrayLike, rule: SizeRule) -> Targets:
-    """Apply the rule to n upright images of `heights` × `widths` pixels, (n,) each; below 1 means that nobody knows."""
+    """Apply the rule to n upright images of `heights` × `widths` pixels, (n,) each; below 1 if unknown."""
     height, width = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
     area = np.maximum(height * width, 1).astype(np.float64)
     largest_area = float(rule.max_tokens * rule.stride**2)
@@ -74,7 +74,7 @@ def target_sizes(heights: ArrayLike, *, widths: ArrayLike, rule: SizeRule) -> Ta
         largest_area = min(largest_area, float(rule.max_pixels))
     scale = np.minimum(1.0, np.sqrt(largest_area / area))
     resize_height, resize_width = _rounded(height, scale=scale), _rounded(width, scale=scale)
-    too_large = resize_height * resize_width > largest_area  # rounding up can pass the limit by half a pixel a side
+    too_large = resize_height * resize_width > largest_area  # rounding up can exceed the limit by half a pixel per side
     resize_height = np.where(too_large, _floored(height, scale=scale), resize_height)
     resize_width = np.where(too_large, _floored(width, scale=scale), resize_width)
 
@@ -113,4 +113,4 @@ def _rounded(sides: Ints, *, scale: np.ndarray) -> Ints:
 
 
 def _floored(sides: Ints, *, scale: np.ndarray) -> Ints:
-    return np.floor(sides * scale * (1 + 1e-12)).astype(np.int64)  # a product that should be whole may come out just below
+    return np.floor(sides * scale * (1 + 1e-12)).astype(np.int64)  # an integer product may be rounded to just below

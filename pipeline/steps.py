@@ -1,7 +1,7 @@
-"""What a plan consists of: samples with their draws, packs of them, steps of packs.
+"""The parts of a plan: samples with their draws, packs of samples, steps of packs.
 
-A step keeps its samples as arrays and makes `PlannedSample` records only of the packs that are asked for: every rank plans the whole
-step, but reads no more than its own packs.
+A step stores its samples as arrays and creates `PlannedSample` records only for requested packs: every rank plans the whole step, but
+reads only its own packs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeline.randomness import Hashes
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """Where a file of a sample lies in its tar: byte offset and length of its payload; offset -1 if the sample has none."""
+    """Byte offset and length of a sample's file in its tar; offset -1 if the sample has no such file."""
 
     offset: int
     length: int
@@ -30,8 +30,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
-    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the path of the tar, of the file
-    that texts and JSON are read from, and of its features ("": it has none)."""
+    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, and the paths of the tar, of the
+    file with texts and JSON, and of the features ("" if there are none)."""
 
     corpus: int
     shard: int
@@ -43,7 +43,7 @@ class ShardRef:
 
 @dataclass(frozen=True, slots=True)
 class PlannedSample:
-    """One image of a step with everything that was drawn for it. Sizes are (height, width) in pixels, costs as in `pipeline.cost`."""
+    """One image of a step with all its draws. Sizes are (height, width) in pixels, costs as in `pipeline.cost`."""
 
     id: str  # corpus name / key
     corpus: int  # position in the planner's list of corpora
@@ -51,21 +51,21 @@ class PlannedSample:
     row: int  # position in the shard
     key: str
     tar: str  # path of the shard
-    texts: str  # path of the file that `text` and `json` lie in: the shard, or captions that came later
+    texts: str  # path of the file with `text` and `json`: the shard, or captions of a sidecar
     image: Member
     text: Member
     json: Member
     features_tar: str  # path of the shard's features, "" without
     features: Member
-    label: int  # class, -1 without classes and where the condition is dropped
+    label: int  # class, -1 without classes or if the condition is dropped
     resize: tuple[int, int]
     height: int
     width: int
     tokens: int
     kind: int
-    caption: int  # which of the captions, -1 if the condition is dropped
+    caption: int  # index of the caption, -1 if the condition is dropped
     flip: bool
-    visit: int  # how often this sample was planned before
+    visit: int  # number of times this sample was planned before
     cost: float
 
 
@@ -73,12 +73,12 @@ class PlannedSample:
 class SampleTable:
     """n samples that the size rule keeps, with their draws, as arrays of length n.
 
-    `place` is the shard counted over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 8): offset and length of
-    image, text, json and features, offset −1 where a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1
-    if the condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
+    `shard` is the shard's index over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 8): offset and length of
+    image, text, json and features, offset −1 if a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1 if
+    the condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
     """
 
-    place: Ints
+    shard: Ints
     row: Ints
     visit: Ints
     key: NDArray[np.object_]
@@ -104,7 +104,7 @@ class SampleTable:
 
     @staticmethod
     def join(parts: Sequence[SampleTable]) -> SampleTable:
-        """One after the other; there must be at least one part."""
+        """Concatenate tables, at least one."""
         if len(parts) == 1:
             return parts[0]
         return SampleTable(*[np.concatenate([getattr(part, name) for part in parts]) for name in _FIELDS])
@@ -115,15 +115,15 @@ _FIELDS = tuple(field.name for field in fields(SampleTable))
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
-    """The samples of a step with their kinds and costs, and the shards that they lie in."""
+    """The samples of a step with their kinds, costs and shards."""
 
     columns: SampleTable
     kinds: Ints
     costs: Floats
-    places: Sequence[ShardRef]
+    shards: Sequence[ShardRef]
 
     def split(self, assigned: Ints, *, packs: int, rows: Ints | None = None) -> tuple[Pack, ...]:
-        """The samples, or those at `rows`, as packs; `assigned` (n,) is the pack of each."""
+        """Split the samples, or those at `rows`, into packs; `assigned` (n,) is the pack of each."""
         by_pack = np.argsort(assigned, kind="stable")
         if rows is not None:
             by_pack = rows[by_pack]
@@ -137,26 +137,26 @@ class StepTable:
         return self.columns.key[rows].tolist()
 
     def ids(self, rows: Ints) -> list[str]:
-        names = [self.places[place].name for place in self.columns.place[rows].tolist()]
+        names = [self.shards[shard].name for shard in self.columns.shard[rows].tolist()]
         return [f"{name}/{key}" for name, key in zip(names, self.keys(rows), strict=True)]
 
     def sample(self, row: int, *, id: str) -> PlannedSample:
         columns = self.columns
-        place = self.places[columns.place[row]]
+        shard = self.shards[columns.shard[row]]
         offsets = columns.members[row].tolist()
         caption = int(columns.caption[row])
         return PlannedSample(
             id=id,
-            corpus=place.corpus,
-            shard=place.shard,
+            corpus=shard.corpus,
+            shard=shard.shard,
             row=int(columns.row[row]),
             key=columns.key[row],
-            tar=place.tar,
-            texts=place.texts,
+            tar=shard.tar,
+            texts=shard.texts,
             image=Member(offset=offsets[0], length=offsets[1]),
             text=Member(offset=offsets[2], length=offsets[3]),
             json=Member(offset=offsets[4], length=offsets[5]),
-            features_tar=place.features_tar,
+            features_tar=shard.features_tar,
             features=Member(offset=offsets[6], length=offsets[7]),
             label=-1 if caption < 0 else int(columns.label[row]),
             resize=(int(columns.resize_height[row]), int(columns.resize_width[row])),
@@ -173,7 +173,7 @@ class StepTable:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Samples that one rank runs together, without padding: some `rows` of a step's table, with their tokens and cost in all."""
+    """Samples that run together on one rank, without padding: `rows` of a step's table, with their total tokens and cost."""
 
     rows: Ints
     tokens: int
@@ -198,11 +198,11 @@ class Pack:
     @property
     def corpora(self) -> list[int]:
         """Positions in the planner's list of sources."""
-        return [] if self.table is None else [self.table.places[place].corpus for place in self.table.columns.place[self.rows].tolist()]
+        return [] if self.table is None else [self.table.shards[shard].corpus for shard in self.table.columns.shard[self.rows].tolist()]
 
     @property
     def samples(self) -> tuple[PlannedSample, ...]:
-        """Made anew by every call."""
+        """Created on every access."""
         if self.table is None:
             return ()
         return tuple(self.table.sample(row, id=id) for row, id in zip(self.rows.tolist(), self.ids, strict=True))
@@ -210,9 +210,9 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The packs of one optimizer step, all ranks together, and the table of their samples; `tokens_per_pack` is the limit of each.
+    """The packs of one optimizer step over all ranks, and the table of their samples. `tokens_per_pack` is the limit of each pack.
 
-    Its packs are those of `groups` groups of shards, one group after the other, each with as many.
+    The packs are ordered by shard group, with the same number for each of the `groups`.
     """
 
     index: int
@@ -235,10 +235,10 @@ class Step:
 
     @property
     def fill(self) -> float:
-        """The share of token room that is used."""
+        """Used share of the token capacity."""
         return self.tokens / (len(self.packs) * self.tokens_per_pack)
 
     @property
     def ids(self) -> tuple[str, ...]:
-        """Ids of all samples in planned order: pack by pack."""
+        """Ids of all samples in planned order, pack by pack."""
         return tuple(id for pack in self.packs for id in pack.ids)

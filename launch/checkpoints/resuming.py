@@ -79,4 +79,4 @@ def restore_plan(
 def _describe_change(change: PlanChange, *, config: Config) -> str:
     """Describe a change of the plan by its config key."""
     dropout = "text.caption_dropout" if config.condition == "text" else "network.params.class_dropout_prob"
-    return f"{ {**_CONFIG_KEYS, 'caption_dropout': dropout}.get(change.key, change.key) } {change.said}"
+    return f"{ {**_CONFIG_KEYS, 'caption_dropout': dropout}.get(change.key, change.key) } {change.description}"

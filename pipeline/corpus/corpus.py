@@ -1,7 +1,7 @@
-"""A corpus as training sees it: its manifest, and the tables of its kept samples, read one shard at a time.
+"""A corpus for training: its manifest, and the tables of its kept samples, read one shard at a time.
 
-Columns and files are those that `tim prepare` and `tim index` write (docs/formats.md). Every shard has its own table, so memory stays
-bounded by the shards that a plan has open, however many there are.
+`tim prepare` and `tim index` write the files (docs/formats.md). Every shard has its own table, so that memory is bounded by the shards
+that a plan has open.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class CorpusShard:
-    """One tar of a corpus: path or URL, number of samples, bytes, its sha256 ("" if unknown), the name of its table and its sha256.
+    """One tar of a corpus: path or URL, number of samples, bytes, sha256 ("" if unknown), name of its table and the table's sha256.
 
-    Where a sidecar has new captions, `texts` is the path or URL of the file that has them, with its size and sha256, and `digest`, by which
-    features know what they were made of, is another one.
+    If a sidecar has new captions, `texts` is the path or URL of its file, with size and sha256, and they are included in `digest`, which
+    identifies the source of features.
     """
 
     path: str
@@ -52,10 +52,9 @@ class CorpusShard:
 
 
 class Corpus:
-    """A corpus of shards and their tables. Make one with `Corpus.open`.
+    """A corpus of shards and their tables. Create one with `Corpus.open`.
 
-    `features` are read in place of its images and captions, if there are any. Columns and captions of its `sidecars` are as good as its
-    own, and take their place where they have the same name.
+    `features`, if any, replace its images and captions. Columns and captions of its `sidecars` override its own of the same name.
     """
 
     def __init__(
@@ -91,13 +90,12 @@ class Corpus:
         without: str | None = None,
         partial: bool = False,
     ) -> Corpus:
-        """Open the corpus at `path`, a folder or a URL (s3://…), under the `name` of its manifest unless another is given, with the
-        `features` of a folder joined to it.
+        """Open the corpus at `path`, a folder or a URL (s3://…). `name` defaults to that of the manifest; `features` is a features folder.
 
-        With `check_shards`, local shards must be there in their full size; remote ones are looked at when they are first read. `without`
-        names a sidecar to leave out. With `partial`, sidecars may lack shards, of which they then say nothing.
+        With `check_shards`, local shards must exist and have the right size; remote shards are checked at their first read. `without` names
+        a sidecar to ignore. With `partial`, sidecars may lack shards.
 
-        Raises ValueError, in one line, if it is no corpus, is of an unknown format, or lacks or mismatches one of its files.
+        Raises ValueError, in one line, if it is not a corpus, has an unknown format, or a file is missing or does not match.
         """
         folder = str(path).rstrip("/") if is_remote(path) else os.fspath(path)
         manifest = read_manifest(folder)
@@ -124,7 +122,7 @@ class Corpus:
         sidecars: tuple[Sidecar, ...] = (),
         partial: bool = False,
     ) -> Corpus:
-        """The same of a manifest that may not have been written yet."""
+        """Open a corpus from a manifest, which need not be written yet."""
         try:
             shards = tuple(_shard(folder, entry, check=check_shards) for entry in manifest["shards"])
             contents = {key: [shard[key] for shard in manifest["shards"]] for key in ("table", "count", "bytes", "sha256", "table_sha256")}
@@ -157,39 +155,39 @@ class Corpus:
         return Path(self.folder)
 
     def read(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
-        """The kept rows of one shard, in the order of the tar. Raises ValueError if its table is missing, damaged or lacks a column.
+        """The kept rows of one shard, in tar order. Raises ValueError if its table is missing, damaged or lacks a column.
 
-        Where keys of different shards may be equal, the shard's number stands before them: `000012/KEY`.
+        If different shards may have equal keys, the shard number is prepended: `000012/KEY`.
         """
         path = os.path.join(self.folder, self.shards[shard].table)
         sidecars = [each for each in self.sidecars if not self._partial or self.shards[shard].table in each.shards]
-        providers = {name: beside for name in columns if (beside := provider(sidecars, name)) is not None}
+        providers = {name: sidecar for name in columns if (sidecar := provider(sidecars, name)) is not None}
         own = [name for name in columns if name not in providers]
-        table = self._completed(self._read_table(self.shards[shard].table, columns=own), columns=own, path=path)
+        table = self._with_missing_columns(self._read_table(self.shards[shard].table, columns=own), columns=own, path=path)
         keys = table.column("key")
         if keys.null_count:  # rejected inputs
             table = table.filter(keys.is_valid())
         if table.num_rows != self.shards[shard].count:
             raise ValueError(
-                f"{path} has {table.num_rows} samples, manifest.json says {self.shards[shard].count}: they are not of one corpus, "
-                "make it again"
+                f"{path} has {table.num_rows} samples, manifest.json says {self.shards[shard].count}: they do not belong together, "
+                "make the corpus again"
             )
         if self._qualified:
             keys = pc.call_function("binary_join_element_wise", [pa.scalar(f"{shard:06d}"), table.column("key"), pa.scalar("/")])
             table = table.set_column(table.column_names.index("key"), "key", keys)
         for sidecar in sidecars:
-            names = [name for name, beside in providers.items() if beside is sidecar]
+            names = [name for name, source in providers.items() if source is sidecar]
             if names:
-                table = self._beside(shard, table, sidecar=sidecar, columns=names)
+                table = self._with_sidecar(shard, table, sidecar=sidecar, columns=names)
         return table.select(columns)
 
     def read_rejected(self, shard: int, *, columns: Sequence[str]) -> pa.Table:
-        """The rejected rows of one shard, with those of the columns that its table has. Raises ValueError as `read` does."""
+        """The rejected rows of one shard, with the given columns if its table has them. Raises ValueError like `read`."""
         table = self._read_table(self.shards[shard].table, columns=columns)
         return table.filter(table.column("key").is_null())
 
     def _read_table(self, name: str, *, columns: Sequence[str]) -> pa.Table:
-        """All rows of a table, with those of the columns that it has, and its keys."""
+        """All rows of a table with `key` and the given columns, if it has them."""
         path = os.path.join(self.folder, name)
         try:
             source = io.BytesIO(read_file(path)) if is_remote(path) else path
@@ -199,31 +197,31 @@ class Corpus:
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
 
-    def _beside(self, shard: int, table: pa.Table, *, sidecar: Sidecar, columns: Sequence[str]) -> pa.Table:
-        """The kept rows of a shard with columns of a sidecar's table."""
-        beside = sidecar.of(self.shards[shard].table, digest=self.shards[shard].table_digest, folder=self.folder)
-        found = self._read_table(beside.table, columns=columns)
-        if not found.column("key").equals(table.column("key")):
-            raise ValueError(f"corpus {self.folder}: {beside.table} has other samples than {self.shards[shard].table}: make it again")
+    def _with_sidecar(self, shard: int, table: pa.Table, *, sidecar: Sidecar, columns: Sequence[str]) -> pa.Table:
+        """Append columns of a sidecar's table to the kept rows of a shard."""
+        entry = sidecar.of(self.shards[shard].table, digest=self.shards[shard].table_digest, folder=self.folder)
+        added = self._read_table(entry.table, columns=columns)
+        if not added.column("key").equals(table.column("key")):
+            raise ValueError(f"corpus {self.folder}: {entry.table} has other samples than {self.shards[shard].table}: make it again")
         for name in columns:
-            table = table.append_column(found.schema.field(name), found.column(name))
+            table = table.append_column(added.schema.field(name), added.column(name))
         return table
 
     def features_tar(self, shard: int) -> str:
-        """Path of a shard's features, "" where the corpus has none."""
+        """Path of a shard's features, "" if the corpus has none."""
         return self.features.shards[shard].tar if self.features else ""
 
     def texts(self, shard: int) -> str:
-        """Path or URL of the file that `text_offset` and `json_offset` of a shard are of: its tar, or a sidecar's captions."""
+        """Path or URL of the file that `text_offset` and `json_offset` of a shard refer to: its tar, or a sidecar's captions."""
         return self.shards[shard].texts or self.shards[shard].path
 
     def check_features(self, *, rules: Sequence[SizeRule], flips: bool) -> None:
-        """Refuse a plan that the features are not for (`Features.check`). Raises ValueError."""
+        """Check that the features fit a plan (`Features.check`). Raises ValueError."""
         if self.features is not None:
             self.features.check(of=[shard.digest for shard in self.shards], corpus=self.name, rules=rules, flips=flips)
 
     def locate_features(self, shard: int, *, table: pa.Table, crops: Ints) -> Ints:
-        """Where the features of samples of a shard lie, (n, 2): offset and length in the features' tar. Only with features.
+        """Offset and length of samples' features in the features' tar, (n, 2). Only with features.
 
         `table` has the n samples' columns key and captions, `crops` is (n, 4), `Targets.crops`. Raises ValueError (`Features.join`).
         """
@@ -233,29 +231,29 @@ class Corpus:
         return self.features.join(shard, keys=keys, crops=crops, captions=captions)
 
     def bare_keys(self, shard: int, keys: Sequence[str]) -> list[str]:
-        """Keys as the shard's own tar has them: without the shard's number, which `read` puts before those that may repeat."""
+        """Keys as in the shard's tar: without the shard number that `read` prepends to keys that may repeat."""
         return [key.removeprefix(f"{shard:06d}/") for key in keys] if self._qualified else list(keys)
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """Names and types of the tables' columns, as the first shard with samples has them, and of its sidecars'.
+        """Names and types of the columns in the first shard with samples, and in its sidecars.
 
-        Raises ValueError if one of its tables is damaged.
+        Raises ValueError if a table is damaged.
         """
         first = next((shard for shard in self.shards if shard.count), self.shards[0])
-        beside = [(each.of(first.table, digest=first.table_digest, folder=self.folder).table, each) for each in self.sidecars]
+        sidecar_tables = [(each.of(first.table, digest=first.table_digest, folder=self.folder).table, each) for each in self.sidecars]
         fields: dict[str, pa.Field] = {}
-        for name, sidecar in [(first.table, None), *beside]:
+        for name, sidecar in [(first.table, None), *sidecar_tables]:
             path = os.path.join(self.folder, name)
             try:
-                found = pq.read_schema(io.BytesIO(read_file(path)) if is_remote(path) else path)
+                schema = pq.read_schema(io.BytesIO(read_file(path)) if is_remote(path) else path)
             except (OSError, pa.ArrowException) as error:
                 raise ValueError(f"{path} cannot be read ({one_line(error)}): run `tim verify` on the corpus") from error
-            fields |= {field.name: field for field in found if sidecar is None or field.name in sidecar.columns}
+            fields |= {field.name: field for field in schema if sidecar is None or field.name in sidecar.columns}
         return pa.schema(list(fields.values()))
 
-    def _completed(self, table: pa.Table, *, columns: Sequence[str], path: str) -> pa.Table:
-        """With the columns that other shards have and this one has not, as nulls: each tar of an index says what it likes."""
+    def _with_missing_columns(self, table: pa.Table, *, columns: Sequence[str], path: str) -> pa.Table:
+        """Add columns that only other shards have, as nulls: the tars of an index may have different columns."""
         for name in columns:
             if name not in table.column_names and name not in self.schema.names:
                 raise ValueError(f"{path} has no column '{name}': make the corpus again with this version")
@@ -264,12 +262,12 @@ class Corpus:
             if kind is None:
                 table = table.append_column(name, pa.nulls(table.num_rows, wanted))
             elif kind != wanted and _is_number(kind) != _is_number(wanted):
-                raise ValueError(f"{path}: column '{name}' is {kind}, and {wanted} in the corpus's first shard: leave it out of the config")
+                raise ValueError(f"{path}: column '{name}' is {kind}, but {wanted} in the corpus's first shard: remove it from the config")
         return table
 
 
 def read_manifest(corpus: str | Path) -> dict[str, Any]:
-    """The manifest of the corpus in a folder or at a URL. Raises ValueError, in one line, for anything else."""
+    """The manifest of the corpus in a folder or at a URL. Raises ValueError, in one line, if there is none."""
     folder = str(corpus)
     file = os.path.join(folder, "manifest.json")
     if not is_remote(folder) and not os.path.isdir(folder):
@@ -284,9 +282,9 @@ def read_manifest(corpus: str | Path) -> dict[str, Any]:
         manifest = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}): run `tim prepare` again") from error
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != FORMAT:
-        raise ValueError(f"{file} is of format {found!r}, this version of tim reads format {FORMAT}: use the version that wrote it")
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT:
+        raise ValueError(f"{file} has format {version!r}, this version of tim reads format {FORMAT}: use the version that wrote it")
     return manifest
 
 
@@ -295,14 +293,14 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> CorpusShard:
-    """A shard lies in the corpus's folder, or at the absolute path or URL that `tim index` was given; its table in the folder."""
+    """A shard is in the corpus's folder, or at the absolute path or URL given to `tim index`; its table is in the folder."""
     name, table = entry["name"], entry["table"]
     is_foreign = name.startswith("/") or is_remote(name)
-    for inside in (table,) if is_foreign else (name, table):
-        if "/" in inside or inside in ("", ".", ".."):
-            raise ValueError(f"corpus {folder}: manifest.json names {inside!r}, which leads out of the folder: do not use this corpus")
+    for file in (table,) if is_foreign else (name, table):
+        if "/" in file or file in ("", ".", ".."):
+            raise ValueError(f"corpus {folder}: manifest.json names {file!r}, which is outside the folder: do not use this corpus")
     path = name if is_foreign else os.path.join(folder, name)
-    if check and not is_remote(path) and entry["count"]:  # what an index could not read has no samples
+    if check and not is_remote(path) and entry["count"]:  # an unreadable tar of an index has no samples
         _expect_size(path, size=entry["bytes"])
     return CorpusShard(
         path=path,
@@ -317,21 +315,21 @@ def _shard(folder: str, entry: dict[str, Any], *, check: bool) -> CorpusShard:
 
 def _with_texts(shard: CorpusShard, sidecar: Sidecar, *, folder: str) -> CorpusShard:
     """A shard with the captions of a sidecar."""
-    beside = sidecar.of(shard.table, digest=shard.table_digest, folder=folder)
+    entry = sidecar.of(shard.table, digest=shard.table_digest, folder=folder)
     return replace(
         shard,
-        digest=hashlib.sha256(f"{shard.table_digest} {beside.texts_sha256}".encode()).hexdigest(),
-        texts=os.path.join(folder, beside.texts),
-        texts_bytes=beside.texts_bytes,
-        texts_sha256=beside.texts_sha256,
+        digest=hashlib.sha256(f"{shard.table_digest} {entry.texts_sha256}".encode()).hexdigest(),
+        texts=os.path.join(folder, entry.texts),
+        texts_bytes=entry.texts_bytes,
+        texts_sha256=entry.texts_sha256,
     )
 
 
 def _expect_size(path: str, *, size: int) -> None:
     try:
-        found = os.stat(path).st_size
+        actual = os.stat(path).st_size
     except FileNotFoundError as error:
         folder, name = os.path.split(path)
         raise ValueError(f"corpus {folder} lacks the shard {name}: restore the file, or make the corpus again") from error
-    if found != size:
-        raise ValueError(f"shard {path} has {found} bytes, manifest.json says {size}: restore the file, or make the corpus again")
+    if actual != size:
+        raise ValueError(f"shard {path} has {actual} bytes, manifest.json says {size}: restore the file, or make the corpus again")

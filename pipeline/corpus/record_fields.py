@@ -1,4 +1,4 @@
-"""What a row of metadata or a JSON file beside an image says about it, and which files of a sample say something."""
+"""Fields of metadata rows and JSON files of images, and the image extensions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ IMAGE_EXTENSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What a metadata row or a JSON member says about an image, sorted by what it is good for."""
+    """Content of a metadata row or a JSON member of an image, by use."""
 
     captions: tuple[str, ...]
     label: int | None
@@ -42,10 +42,10 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class ColumnMapping:
-    """Which columns of a record say what: captions in order of preference; the class, of which the first usable one counts; the image.
+    """Columns of a record: captions in order of preference; classes, of which the first usable one is taken; the image.
 
     A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value` for all elements of the list.
-    `encoding`: of texts without a byte order mark, UTF-8 if empty.
+    `encoding`: for texts without a byte order mark, UTF-8 if empty.
     """
 
     captions: tuple[str, ...] = ("text", "caption", "captions")
@@ -55,11 +55,11 @@ class ColumnMapping:
 
 
 STANDARD = ColumnMapping()
-CLASS_NAME = "class_name"  # the further column that names a sample's class
-# Columns that state what preparation finds out by itself: a source's own values would only contradict it.
+CLASS_NAME = "class_name"  # extra column with the name of a sample's class
+# Columns that preparation computes itself: a source's values are ignored.
 RECOMPUTED = {"file_name", "key", "status", "error_message", "width", "height", "original_width", "original_height", "sha256"}
 _LEAST, _GREATEST = -(2**63), 2**63 - 1
-# Columns that our tables use in another sense: the source's are kept under `source_NAME`.
+# Columns with another meaning in our tables: the source's are kept as `source_NAME`.
 TAKEN = {
     "source",
     "source_tags",
@@ -77,7 +77,7 @@ TAKEN = {
 
 
 def read_fields(record: Mapping[str, Value], *, columns: ColumnMapping = STANDARD) -> Fields:
-    """Captions and an integer class from the columns that hold them; all further columns as they are."""
+    """Captions and an integer class from their columns; all other columns unchanged."""
     captions: list[str] = []
     for name in columns.captions:
         for value in values_at(record, name):
@@ -97,7 +97,7 @@ def read_fields(record: Mapping[str, Value], *, columns: ColumnMapping = STANDAR
 
 
 def values_at(record: Mapping[str, Value], name: str) -> Iterator[Value]:
-    """The values of a column, or of the parts of a nested column that a dotted name stands for. Missing values are left out."""
+    """The values of a column, or of the parts of a nested column with a dotted name. Missing values are omitted."""
     if name in record:
         yield record[name]
         return
@@ -107,7 +107,7 @@ def values_at(record: Mapping[str, Value], name: str) -> Iterator[Value]:
 
 
 def names_column(name: str, *, among: Collection[str]) -> bool:
-    """Whether a name is that of a column, or a dotted name of a part of one."""
+    """Whether a name is a column, or a dotted name of a part of one."""
     return name in among or any(root in among for root in _roots(name))
 
 
@@ -131,7 +131,7 @@ def _parts(value: Value, path: list[str]) -> Iterator[Value]:
 
 
 def _as_captions(value: Value) -> list[str]:
-    """A text, a list of texts, or a text that holds such a list as JSON or Python writes it."""
+    """Captions from a text, a list of texts, or a text with such a list in JSON or Python syntax."""
     if isinstance(value, list):
         return [one for one in value if isinstance(one, str)]
     if not isinstance(value, str):
@@ -140,16 +140,16 @@ def _as_captions(value: Value) -> list[str]:
     if text.startswith(('["', "['", "[ ")) and text.endswith("]"):
         for parse in (json.loads, ast.literal_eval):
             try:
-                found = parse(text)
+                parsed = parse(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
-            if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
-                return found
+            if isinstance(parsed, list) and parsed and all(isinstance(one, str) for one in parsed):
+                return parsed
     return [value]
 
 
 def _storable(value: Value) -> Value:
-    """Numbers that no table or JSON file can hold: not finite → missing, beyond 64 bits → text."""
+    """Replace numbers that tables and JSON files cannot store: not finite → missing, beyond 64 bits → text."""
     if isinstance(value, str):
         return value
     if isinstance(value, float) and not math.isfinite(value):
@@ -160,7 +160,7 @@ def _storable(value: Value) -> Value:
 
 
 def as_label(value: Value) -> int | None:
-    """A class as a number from 0 on, None for any other value."""
+    """A class id, 0 or greater, or None for any other value."""
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():  # a column of integers with gaps, as pandas writes it

@@ -1,8 +1,8 @@
-"""`where: 'clip >= 0.28 and width*height > 5e5'`: which rows of a table are meant, in a small part of Python's language.
+"""Row filters such as `where: 'clip >= 0.28 and width*height > 5e5'`, in a small subset of Python.
 
-Columns, numbers, 'texts', True and False; + - * /; < <= > >= == !=, in chains too; `in` for one of a list, or for a text within a column;
-`is None`; and, or, not. Python's parser reads it and pyarrow computes it: nothing of it is ever run. As in SQL, what is computed with a
-missing value is unknown, and a row for which the whole is unknown is not meant. Numbers are compared as float64.
+Columns, numbers, 'texts', True and False; + - * /; < <= > >= == !=, also chained; `in` for membership in a list, or for a substring of a
+column; `is None`; and, or, not. Python's parser reads the expression and pyarrow evaluates it: no code is executed. As in SQL, operations
+with a missing value give unknown, and rows with an unknown result are not selected. Numbers are compared as float64.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-Computation = Callable[[pa.Table], Any]  # gives a column, or a scalar where no column is named
+Computation = Callable[[pa.Table], Any]  # returns a column, or a scalar if no column is used
 
-_LANGUAGE = "there are columns, numbers, 'texts', + - * /, comparisons, in, is None, and, or, not"
-_LONGEST = 5_000
+_LANGUAGE = "supported are columns, numbers, 'texts', + - * /, comparisons, in, is None, and, or, not"
+_MAX_CHARACTERS = 5_000
 _UNARY = {ast.Not: "invert", ast.USub: "negate"}
 _ARITHMETIC = {ast.Add: "add", ast.Sub: "subtract", ast.Mult: "multiply", ast.Div: "divide"}
 _JUNCTIONS = {ast.And: "and_kleene", ast.Or: "or_kleene"}
@@ -36,20 +36,20 @@ _COMPARISONS = {
 
 
 class Where:
-    """An expression over a table's columns. Raises ValueError, in one line, if `text` is none; so do its methods.
+    """An expression over a table's columns. Raises ValueError, in one line, if `text` is invalid; so do its methods.
 
-    `columns` are those that it names, `optional` those of them of which it asks whether they are missing (`is None`).
+    `columns` are the columns it uses, `optional` those that it tests with `is None`.
     """
 
     def __init__(self, text: str) -> None:
         self.text = text
         try:
-            if len(text) > _LONGEST:
-                raise ValueError(f"it has more than {_LONGEST:,} characters")
+            if len(text) > _MAX_CHARACTERS:
+                raise ValueError(f"it has more than {_MAX_CHARACTERS:,} characters")
             tree = ast.parse(text.strip(), mode="eval").body
             self._compute = _compile(tree)
         except SyntaxError as error:
-            raise ValueError(f"where {_short(text)} is no expression: {error.msg}") from None
+            raise ValueError(f"where {_short(text)} is not an expression: {error.msg}") from None
         except (RecursionError, MemoryError, OverflowError) as error:
             raise ValueError(f"where {_short(text)}: {error or 'it is nested too deeply'}") from None
         except ValueError as error:
@@ -61,33 +61,33 @@ class Where:
         self.optional = frozenset(left.id for left in asking if isinstance(left, ast.Name))
 
     def check(self, schema: pa.Schema) -> None:
-        """Raises ValueError if tables of this schema lack a column, naming the nearest, or have one of a type that does not fit."""
-        strange = unknown_column(self.columns, names=schema.names)
-        if strange:
-            raise ValueError(f"where {_short(self.text)}: there is no column {strange}")
+        """Raise ValueError if a schema lacks a column, suggesting a similar one, or has a column of an unsuitable type."""
+        unknown = unknown_column(self.columns, names=schema.names)
+        if unknown:
+            raise ValueError(f"where {_short(self.text)}: there is no column {unknown}")
         self.rows(schema.empty_table())
 
     def rows(self, table: pa.Table) -> NDArray[np.bool_]:
-        """Whether each of the table's n rows is meant: (n,)."""
+        """Whether each of the table's n rows is selected: (n,)."""
         try:
-            meant = self._compute(table)
-            if not pa.types.is_boolean(meant.type):
-                raise ValueError("it is neither true nor false: compare it with something")
+            selected = self._compute(table)
+            if not pa.types.is_boolean(selected.type):
+                raise ValueError("it is not a boolean: add a comparison")
         except ValueError as error:
             raise ValueError(f"where {_short(self.text)}: {error}") from None
-        return pc.fill_null(meant, False).to_numpy()
+        return pc.fill_null(selected, False).to_numpy()
 
 
 def unknown_column(columns: Iterable[str], *, names: Collection[str]) -> str:
-    """The first of the columns that is none of `names`, and the nearest of these, or all; "" if there is none."""
+    """The first column not in `names`, with the most similar name, or all names; "" if there is none."""
     column = next((column for column in columns if column not in names), "")
     close = difflib.get_close_matches(column, names, n=1)
-    there = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names) or 'none'}"
-    return column and f"{column}; {there}"
+    hint = f"did you mean {close[0]}?" if close else f"there are: {', '.join(names) or 'none'}"
+    return column and f"{column}; {hint}"
 
 
 def _compile(node: ast.expr) -> Computation:
-    """Raises ValueError for what is Python, but not of this language."""
+    """Compile an expression. Raises ValueError for unsupported Python."""
     match node:
         case ast.Name(id=name):
             return lambda table: _as_float(table.column(name))
@@ -103,26 +103,26 @@ def _compile(node: ast.expr) -> Computation:
         case ast.Compare(left=left, ops=ops, comparators=rights):
             comparisons = map(_compile_comparison, [left, *rights], ops, rights)
             return reduce(lambda one, other: _call("and_kleene", one, other, of=node), comparisons)
-    raise ValueError(f"{_short(ast.unparse(node))} is not of its language: {_LANGUAGE}")
+    raise ValueError(f"{_short(ast.unparse(node))} is not supported: {_LANGUAGE}")
 
 
 def _compile_comparison(left: ast.expr, op: ast.cmpop, right: ast.expr) -> Computation:
-    said = ast.Compare(left=left, ops=[op], comparators=[right])
+    comparison = ast.Compare(left=left, ops=[op], comparators=[right])
     match op, left, right:
         case ast.Is(), _, ast.Constant(value=None):
-            return _call("is_null", _compile(left), of=said)
+            return _call("is_null", _compile(left), of=comparison)
         case ast.IsNot(), _, ast.Constant(value=None):
-            return _call("is_valid", _compile(left), of=said)
+            return _call("is_valid", _compile(left), of=comparison)
         case ast.In(), ast.Constant(value=str() as text), ast.Name():
-            return _call("match_substring", _compile(right), of=said, options=pc.MatchSubstringOptions(text))
+            return _call("match_substring", _compile(right), of=comparison, options=pc.MatchSubstringOptions(text))
         case ast.In(), _, ast.Tuple(elts=[_, *_] as items) | ast.List(elts=[_, *_] as items):
             equal = [_compile_comparison(left, ast.Eq(), item) for item in items]
-            return reduce(lambda one, other: _call("or_kleene", one, other, of=said), equal)
+            return reduce(lambda one, other: _call("or_kleene", one, other, of=comparison), equal)
         case ast.NotIn(), _, _:
-            return _call("invert", _compile_comparison(left, ast.In(), right), of=said)
+            return _call("invert", _compile_comparison(left, ast.In(), right), of=comparison)
     if type(op) in _COMPARISONS:
-        return _call(_COMPARISONS[type(op)], _compile(left), _compile(right), of=said)
-    raise ValueError(f"{_short(ast.unparse(said))} is not of its language: `in` wants a list or a column of texts, `is` wants None")
+        return _call(_COMPARISONS[type(op)], _compile(left), _compile(right), of=comparison)
+    raise ValueError(f"{_short(ast.unparse(comparison))} is not supported: `in` needs a list or a column of texts, `is` needs None")
 
 
 def _call(function: str, *parts: Computation, of: ast.expr, options: pc.FunctionOptions | None = None) -> Computation:
@@ -132,13 +132,13 @@ def _call(function: str, *parts: Computation, of: ast.expr, options: pc.Function
             return pc.call_function(function, values, options)
         except pa.ArrowException:
             types = " and ".join(str(value.type) for value in values)
-            raise ValueError(f"{_short(ast.unparse(of))} cannot be computed of {types}") from None
+            raise ValueError(f"{_short(ast.unparse(of))} cannot be computed with {types}") from None
 
     return compute
 
 
 def _as_float(value: Any) -> Any:
-    """Numbers as float64, so that none overflows; all else as it is."""
+    """Numbers as float64, to avoid overflow; other values unchanged."""
     is_number = pa.types.is_integer(value.type) or pa.types.is_floating(value.type) or pa.types.is_decimal(value.type)
     return pc.cast(value, pa.float64(), safe=False) if is_number else value
 

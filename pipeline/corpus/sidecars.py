@@ -1,8 +1,8 @@
-"""Sidecar tables: columns and captions that a finished corpus got later (`tim score`, `tim annotate`), beside its shards.
+"""Sidecar tables: columns and captions added to a finished corpus (`tim score`, `tim annotate`).
 
-`000000.NAME.parquet` has a row for every kept row of `000000.parquet`, in its order: `key` and the new columns. A recaptioning also has
-`000000.NAME.jsonl`, a line {"captions": […]} a sample, which training reads by offset in place of the tar's texts. `sidecars.json`, written
-last, lists them in the order in which they came: where two have the same column, the later one counts.
+`000000.NAME.parquet` has a row for every kept row of `000000.parquet`, in the same order: `key` and the new columns. New captions also have
+`000000.NAME.jsonl`, a line {"captions": […]} per sample, which training reads by offset instead of the tar's texts. `sidecars.json`,
+written last, lists the sidecars in the order of creation: if two have the same column, the later one is used.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pipeline.storage.remote import is_remote, read_file
 
 FORMAT = 1
 SIDECARS = "sidecars.json"
-TAKEDOWN = "takedown"  # a column of truth values: what is marked is never planned
+TAKEDOWN = "takedown"  # a boolean column: marked samples are never planned
 TEXT_COLUMNS = ("caption", "captions", "text_offset", "text_length", "json_offset", "json_length")
 
 
 @dataclass(frozen=True, slots=True)
 class SidecarShard:
-    """One shard's table: its name and sha256, the sha256 of the shard's own table that it was made `of`; and its file of captions."""
+    """One shard's sidecar table: name and sha256, `of`: sha256 of the shard's own table, and the file of captions."""
 
     table: str
     sha256: str
@@ -37,7 +37,7 @@ class SidecarShard:
 
 @dataclass(frozen=True, slots=True)
 class Sidecar:
-    """The sidecar tables of one name, by the name of the shard's own table, and the columns that all of them have besides `key`."""
+    """The sidecar tables of one name, by the name of the shard's own table, and their columns besides `key`."""
 
     name: str
     columns: tuple[str, ...]
@@ -45,20 +45,20 @@ class Sidecar:
 
     @property
     def digest(self) -> str:
-        """Of all its tables."""
+        """Digest of all its tables."""
         return hashlib.sha256(json.dumps([[name, shard.sha256] for name, shard in self.shards.items()]).encode()).hexdigest()
 
     def of(self, table: str, *, digest: str, folder: str) -> SidecarShard:
-        """The one beside the shard with this table. Raises ValueError if there is none, or if it was made for another."""
+        """The entry of the shard with this table. Raises ValueError if there is none, or if it was made for another table."""
         shard = self.shards.get(table)
         if shard is None or shard.of != digest:
-            what = "has nothing for" if shard is None else "was made for another"
-            raise ValueError(f"corpus {folder}: its sidecar '{self.name}' {what} {table}: run the command that made the sidecar again")
+            problem = "has nothing for" if shard is None else "was made for another"
+            raise ValueError(f"corpus {folder}: its sidecar '{self.name}' {problem} {table}: run the command that made the sidecar again")
         return shard
 
 
 def read_sidecars(folder: str) -> tuple[Sidecar, ...]:
-    """All sidecars of a corpus, in the order in which they came. Raises ValueError, in one line, if the list of them is damaged."""
+    """All sidecars of a corpus, in the order of creation. Raises ValueError, in one line, if their list is damaged."""
     file = os.path.join(folder, SIDECARS)
     try:
         text = read_file(file) if is_remote(file) else Path(file).read_bytes()
@@ -69,14 +69,14 @@ def read_sidecars(folder: str) -> tuple[Sidecar, ...]:
     try:
         listed = json.loads(text)
         if listed["format"] != FORMAT:
-            raise ValueError(f"it is of format {listed['format']!r}, this version of tim reads format {FORMAT}")
+            raise ValueError(f"it has format {listed['format']!r}, this version of tim reads format {FORMAT}")
         return tuple(_sidecar(entry) for entry in listed["sidecars"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is damaged ({error}): delete it, and run the commands that made the sidecars again") from error
 
 
 def provider(sidecars: Sequence[Sidecar], column: str) -> Sidecar | None:
-    """The sidecar that a column is read from, None where it is the corpus's own."""
+    """The sidecar with a column, None if the column is the corpus's own."""
     return next((sidecar for sidecar in reversed(sidecars) if column in sidecar.columns), None)
 
 
@@ -84,5 +84,5 @@ def _sidecar(entry: dict[str, Any]) -> Sidecar:
     shards = {of: SidecarShard(**shard) for of, shard in entry["shards"].items()}
     for shard in shards.values():
         if any("/" in name or name in (".", "..") for name in (shard.table, shard.texts)):
-            raise ValueError(f"it names {shard.table!r}, which leads out of the folder")
+            raise ValueError(f"it names {shard.table!r}, which is outside the folder")
     return Sidecar(name=entry["name"], columns=tuple(entry["columns"]), shards=shards)

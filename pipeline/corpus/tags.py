@@ -1,4 +1,4 @@
-"""Captions that are lists of tags: their order says nothing, so it is drawn anew every time."""
+"""Shuffle captions that are lists of tags, differently on every visit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class TagShuffle:
-    """Which captions are shuffled and how: a `share` of them, at the `separator`, the first `keep` tags staying where they are."""
+    """Shuffle a `share` of the captions, split at `separator`; the first `keep` tags stay in place."""
 
     share: float = 1.0
     separator: str = ", "
     keep: int = 0
 
     def apply(self, caption: str, *, generator: np.random.Generator) -> str:
-        """The caption with its tags in another order; blanks around them do not count, and empty ones are dropped."""
+        """The caption with shuffled tags, stripped of blanks and without empty ones."""
         drawn = generator.integers(0, 2**64, 1 + len(caption), dtype=np.uint64)
         if drawn[0] >= self.share * 2.0**64:
             return caption

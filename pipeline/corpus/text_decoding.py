@@ -1,4 +1,4 @@
-"""Decoding of texts that other tools wrote: byte order marks, a stated encoding, otherwise UTF-8; never a replacement character."""
+"""Decode texts written by other tools: byte order mark, stated encoding, or UTF-8; never a replacement character."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from pipeline.corpus.captions import MAX_TEXT_BYTES
 
-_MARKS = (  # the four bytes of UTF-32 first: their beginning is the mark of UTF-16
+_MARKS = (  # UTF-32 first: its mark starts with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32-le"),
     (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF8, "utf-8"),
@@ -22,11 +22,11 @@ _HANDLER = "tim-escape"
 
 
 class UndecodableText(ValueError):
-    """Text in another encoding than stated. The message gives the first offending byte and its position, counted from 0."""
+    """Text that is not in the expected encoding. The message gives the first offending byte and its position, from 0."""
 
 
 def check_encoding(name: str) -> str:
-    """The name of a text encoding that Python knows. Raises ValueError for any other name."""
+    """Return the name of a text encoding. Raises ValueError if Python does not know it."""
     try:
         "".encode(name)
         b"".decode(name)
@@ -38,7 +38,7 @@ def check_encoding(name: str) -> str:
 def decode_text(payload: bytes | memoryview, *, encoding: str = "") -> str:
     """Decode a small text file.
 
-    A byte order mark (UTF-8, UTF-16, UTF-32) decides and is removed; without one the text is in `encoding`, or else in UTF-8. A payload of
+    A byte order mark (UTF-8, UTF-16, UTF-32) takes precedence and is removed; otherwise the text is in `encoding`, or UTF-8. A payload of
     `MAX_TEXT_BYTES` or more may end within a character. Raises UndecodableText.
     """
     payload = bytes(payload)
@@ -50,9 +50,9 @@ def decode_text(payload: bytes | memoryview, *, encoding: str = "") -> str:
 
 
 def open_text(stream: BinaryIO, *, encoding: str = "") -> tuple[io.TextIOWrapper, str]:
-    """Decode a stream by the rule of `decode_text`: (the text, the codec). Line ends (`\\n`, `\\r\\n`, `\\r`) are kept as they are.
+    """Decode a stream like `decode_text`. Returns the text stream and the codec. Line ends (`\\n`, `\\r\\n`, `\\r`) are kept.
 
-    Nothing is raised for bytes that cannot be decoded: `find_undecodable` finds them in each line.
+    Undecodable bytes raise no error: `find_undecodable` finds them in each line.
     """
     head = stream.read(4)
     codec, mark = _codec(head, encoding=encoding)
@@ -60,16 +60,16 @@ def open_text(stream: BinaryIO, *, encoding: str = "") -> tuple[io.TextIOWrapper
 
 
 def find_undecodable(text: str, *, codec: str, is_stated: bool) -> str:
-    """The message about the first byte of a text from `open_text` that could not be decoded, "" if there is none."""
-    found = None if text.isascii() else _ESCAPED.search(text)
-    if found is None:
+    """The error message for the first undecodable byte in a text from `open_text`, "" if there is none."""
+    match = None if text.isascii() else _ESCAPED.search(text)
+    if match is None:
         return ""
-    position = len(text[: found.start()].encode(codec))
-    return str(_undecodable(codec, byte=ord(found[0]) - _ESCAPE, position=position, is_stated=is_stated))
+    position = len(text[: match.start()].encode(codec))
+    return str(_undecodable(codec, byte=ord(match[0]) - _ESCAPE, position=position, is_stated=is_stated))
 
 
 class _Prefixed(io.RawIOBase):
-    """A stream of which some bytes have been read already."""
+    """A stream with bytes that were already read put back in front."""
 
     def __init__(self, prefix: bytes, stream: BinaryIO) -> None:
         self._prefix = prefix
@@ -87,12 +87,12 @@ class _Prefixed(io.RawIOBase):
 
 def _codec(head: bytes, *, encoding: str) -> tuple[str, int]:
     """(codec, bytes of the byte order mark)"""
-    found = next(((codec, len(mark)) for mark, codec in _MARKS if head.startswith(mark)), None)
-    return found or (encoding or "utf-8", 0)
+    marked = next(((codec, len(mark)) for mark, codec in _MARKS if head.startswith(mark)), None)
+    return marked or (encoding or "utf-8", 0)
 
 
 def _undecodable(codec: str, *, byte: int, position: int, is_stated: bool) -> UndecodableText:
-    remedy = "" if is_stated else "; if it has another encoding, name it: tim prepare … columns.encoding=cp1252"
+    remedy = "" if is_stated else "; for another encoding: tim prepare … columns.encoding=cp1252"
     return UndecodableText(f"not {codec.upper()} at byte {position} (0x{byte:02x}){remedy}")
 
 

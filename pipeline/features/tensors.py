@@ -1,4 +1,4 @@
-"""What a member of a feature shard is: a safetensors file, compressed or not, with tensors named by the sizes that they were made at."""
+"""Members of a feature shard: safetensors files, optionally compressed, with tensors named by their sizes."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 EXTENSION = "features.safetensors"
-_ZSTD = b"\x28\xb5\x2f\xfd"  # how zstd's frames begin; as the length of a safetensors header it would be 4 GB
+_ZSTD = b"\x28\xb5\x2f\xfd"  # magic of a zstd frame; as the length of a safetensors header it would be 4 GB
 _ZSTD_LEVEL = 3
 
 
 def latent_name(crop: Sequence[int], *, flipped: bool = False, deviation: bool = False) -> str:
-    """The tensor of an image at one size: (C, h/factor, w/factor). With `deviation`, of what the codec draws with.
+    """Name of an image's latent at one size: (C, h/factor, w/factor). With `deviation`, of its standard deviation.
 
-    `crop` is resize_height, resize_width, height, width in pixels: two sizes are one latent only if all four are the same.
+    `crop` is resize_height, resize_width, height, width in pixels: latents are the same only if all four are.
     """
     return f"latent{'_std' if deviation else ''}.{_crop_name(crop, flipped=flipped)}"
 
 
 def tokens_name(crop: Sequence[int], *, flipped: bool = False) -> str:
-    """The tensor of what the alignment teacher sees of an image at one size: (N, D)."""
+    """Name of the alignment teacher's tokens of an image at one size: (N, D)."""
     return f"teacher.{_crop_name(crop, flipped=flipped)}"
 
 
 def text_name(caption: int) -> str:
-    """The tensor of a caption's features: (M, F)."""
+    """Name of a caption's features: (M, F)."""
     return f"text.{caption}"
 
 
 def pack(tensors: Mapping[str, Tensor], *, zstd: bool = False) -> bytes:
-    """Tensors of a sample as they lie in a tar."""
+    """Serialise the tensors of a sample as a tar member."""
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     if not zstd:
         return data
@@ -41,7 +41,7 @@ def pack(tensors: Mapping[str, Tensor], *, zstd: bool = False) -> bytes:
 
 
 def unpack(data: memoryview) -> dict[str, Tensor]:
-    """The tensors that `pack` was given, compressed or not. Raises whatever safetensors and zstd make of damage."""
+    """The inverse of `pack`, compressed or not. Raises safetensors' and zstd's errors for damaged data."""
     if data[:4] != _ZSTD:
         return load(bytes(data))
     import zstandard

@@ -17,11 +17,11 @@ from pipeline.features.manifest import EMPTY, FORMAT, KIND, TABLE
 from pipeline.features.tensors import EXTENSION, pack
 from pipeline.size_rule import Crop, SizeRule
 
-_LONGEST_NAME = 80  # bytes; a key that is longer is named by its digest in the tar, the table has it whole
+_LONGEST_NAME = 80  # bytes; a longer key is replaced by its digest in the tar, but not in the table
 
 
 class FeatureWriter:
-    """One shard: members go to a tar, rows to its table. Samples may come in any order."""
+    """Writes the tar and the table of one shard. Samples may come in any order."""
 
     def __init__(self, stream: BinaryIO, *, zstd: bool = False) -> None:
         self._tar = tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
@@ -29,7 +29,7 @@ class FeatureWriter:
         self._rows: dict[str, tuple[Any, ...]] = {}
 
     def add(self, key: str, tensors: Mapping[str, Tensor], *, crops: Sequence[Crop], captions: int) -> None:
-        """A sample that was encoded at the sizes `crops`, with so many captions. Tensors are on the CPU, in the dtype to store."""
+        """Add a sample encoded at the sizes `crops`, with `captions` captions. Tensors are on the CPU, in the dtype to store."""
         payload = pack(tensors, zstd=self._zstd)
         name = key if len(key.encode()) <= _LONGEST_NAME else hashlib.sha256(key.encode()).hexdigest()
         info = tarfile.TarInfo(f"{name}.{EXTENSION}{'.zst' if self._zstd else ''}")
@@ -39,11 +39,11 @@ class FeatureWriter:
         self._rows[key] = (key, offset, len(payload), *_columns(crops), captions, "")
 
     def leave_out(self, key: str, *, reason: str, crops: Sequence[Crop], captions: int) -> None:
-        """A sample that cannot be encoded."""
+        """Record a sample that cannot be encoded."""
         self._rows[key] = (key, 0, 0, *_columns(crops), captions, reason)
 
     def finish(self, keys: Sequence[str]) -> bytes:
-        """End the tar; gives the bytes of the table, with a row for each of `keys`, in this order."""
+        """Finish the tar. Returns the bytes of the table, with a row for each of `keys`, in this order."""
         self._tar.close()
         columns = [*zip(*(self._rows[key] for key in keys), strict=True)] or [()] * len(TABLE)
         table = pa.table([pa.array(values, type=field.type) for values, field in zip(columns, TABLE, strict=True)], schema=TABLE)
@@ -62,7 +62,7 @@ def features_manifest(
     flipped: bool,
     rules: Sequence[SizeRule],
 ) -> dict[str, Any]:
-    """What a folder's manifest says of how it was made; `shards`, `totals` and `rejected` are still to come."""
+    """The manifest of a folder, except `shards`, `totals` and `rejected`."""
     return {
         "format": FORMAT,
         "kind": KIND,

@@ -1,8 +1,8 @@
-"""Bytes → upright 8-bit sRGB pixels, or a named rejection: the one normaliser of the project.
+"""Bytes → upright 8-bit sRGB pixels, or a rejection with its reason. The only image decoder of the project.
 
-`read_image` decodes every pixel, which is how corpora are prepared; `load_image` decodes no more than its target size needs, which is
-how training reads them. The header of every file is checked before a decoder sees it. JPEG goes through libjpeg-turbo without Pillow's
-copies (simplejpeg), all else through Pillow; resizing is torch's.
+`read_image` decodes every pixel, for preparing corpora; `load_image` decodes only as much as the target size needs, for training. Every
+header is checked before a decoder sees it. JPEG is decoded by libjpeg-turbo without Pillow's copies (simplejpeg), other formats by
+Pillow; torch resizes.
 """
 
 from pipeline.images.decode import WHITE, DecodedImage, read_image

@@ -1,4 +1,4 @@
-"""Any colour mode and profile to RGB in sRGB."""
+"""Convert any colour mode and profile to sRGB."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _SRGB_TOLERANCE = 3  # levels of 255 by which a profile may differ from sRGB and
 
 
 def to_rgb(image: Image.Image, *, profile: bytes, encoding: Encoding | None) -> tuple[Image.Image, Image.Image | None, list[str]]:
-    """Any mode → RGB in sRGB, and the alpha channel if there is one: image, alpha, names of the changes made.
+    """Convert any mode to sRGB. Returns the image, its alpha channel if it has one, and the names of the changes.
 
-    `encoding` counts where there is no profile. Raises `Rejection`.
+    `encoding` is used if there is no profile. Raises `Rejection`.
     """
     image, alpha, changes = _split(image)
     if image.mode == "LAB":
@@ -43,9 +43,9 @@ def to_rgb(image: Image.Image, *, profile: bytes, encoding: Encoding | None) -> 
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[str]]:
-    """An image of a mode without alpha, its alpha, and names of the changes made. Gray stays gray, for its profile's sake."""
+    """Split into an image without alpha, its alpha, and the names of the changes. Gray stays gray, because its profile needs it."""
     if image.mode == "F":
-        raise unsupported("its levels are floating-point numbers, which say nothing of black and white")
+        raise unsupported("its levels are floating-point numbers without a defined black and white")
     if image.mode.startswith("I"):
         gray, alpha = _from_sixteen_bits(image)
         return gray, alpha, ["16-bit"]
@@ -68,20 +68,20 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None, list[st
 
 
 def _alpha_of(levels: np.ndarray, transparent: int | tuple[int, ...]) -> Image.Image:
-    """(H, W) or (H, W, 3) levels of which one is transparent → alpha."""
-    hit = levels == np.asarray(transparent)
-    return Image.fromarray(np.where(hit if hit.ndim == 2 else hit.all(axis=-1), 0, 255).astype(np.uint8))
+    """Alpha from (H, W) or (H, W, 3) levels and the transparent level."""
+    matches = levels == np.asarray(transparent)
+    return Image.fromarray(np.where(matches if matches.ndim == 2 else matches.all(axis=-1), 0, 255).astype(np.uint8))
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")  # Pillow would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy it
 
 
 def _from_sixteen_bits(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """16-bit gray → 8-bit gray by v / 257, rounded; the one transparent level of a PNG → alpha. (16-bit RGB arrives as its high bytes.)"""
+    """16-bit gray → 8-bit gray by v / 257, rounded, and alpha from a PNG's transparent level. (16-bit RGB arrives as its high bytes.)"""
     levels = np.asarray(image).astype(np.int64)
     if levels.min() < 0 or levels.max() > 65535:
-        raise unsupported(f"its levels go from {levels.min()} to {levels.max()}, which is no image's range")
+        raise unsupported(f"its levels range from {levels.min()} to {levels.max()}, outside 0 to 65535")
     scaled = (levels * 255 + 32895) >> 16
     transparent = image.info.get("transparency")
     return Image.fromarray(scaled.astype(np.uint8)), _alpha_of(levels, transparent) if isinstance(transparent, int) else None
@@ -99,7 +99,7 @@ def _apply_profile(image: Image.Image, *, profile: bytes) -> tuple[Image.Image, 
 
 @lru_cache(maxsize=64)
 def to_srgb(profile: bytes, *, mode: str) -> ImageCms.ImageCmsTransform | Literal["srgb", "unusable"]:
-    """The transform of a profile to sRGB; "srgb" if it would change nothing that counts; "unusable" if it is broken or not for `mode`."""
+    """The transform from a profile to sRGB; "srgb" if the difference is negligible; "unusable" if it is broken or does not fit `mode`."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
@@ -108,8 +108,8 @@ def to_srgb(profile: bytes, *, mode: str) -> ImageCms.ImageCmsTransform | Litera
     if mode == "RGB":
         steps = np.linspace(0, 255, 9).round().astype(np.uint8)
         grid = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(27, 27, 3)
-        seen = np.asarray(transform.apply(Image.fromarray(grid)))
-        if np.abs(seen.astype(int) - grid.astype(int)).max() <= _SRGB_TOLERANCE:
+        converted = np.asarray(transform.apply(Image.fromarray(grid)))
+        if np.abs(converted.astype(int) - grid.astype(int)).max() <= _SRGB_TOLERANCE:
             return "srgb"
     return transform
 

@@ -1,4 +1,4 @@
-"""Decode an image in full and normalise it: upright 8-bit sRGB pixels, or a named rejection."""
+"""Decode an image in full and normalise it: upright 8-bit sRGB pixels, or a rejection with its reason."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ENDS_EARLY = ("GIF", "BMP", "PPM")  # formats whose decoder may stop before the last pixel without a word
-# Of what libtiff says; its warnings are of images that are whole.
+_ENDS_EARLY = ("GIF", "BMP", "PPM")  # formats whose decoder may stop before the last pixel without an error
+# In libtiff's messages; its warnings concern intact images.
 _FAX_DAMAGE = re.compile(rb"^Fax\w+: (?!Warning)(.*?) of ", re.MULTILINE)
-_MAX_HEARD = 1 << 16  # bytes
+_MAX_MESSAGES = 1 << 16  # bytes
 
 
 @dataclass(frozen=True, slots=True)
 class DecodedImage:
-    """A decoded image: `pixels` is (H, W, 3) uint8, upright, sRGB; `changes` names what was done to get there.
+    """A decoded image: `pixels` is (H, W, 3) uint8, upright, sRGB; `changes` names the conversions.
 
-    `clean` says that the bytes are a JPEG which every reader shows as `pixels`, so that they may be kept as they are.
-    `original_height` and `original_width` are those of the stored image, before it was turned upright.
+    `clean`: the file is a JPEG that every reader shows as `pixels`, so its bytes can be kept.
+    `original_height` and `original_width`: size as stored, before rotation.
     """
 
     pixels: Pixels
@@ -52,7 +52,7 @@ class DecodedImage:
 
 
 def read_image(data: bytes, *, max_decode_pixels: int = MAX_DECODE_PIXELS, background: tuple[int, int, int] = WHITE) -> DecodedImage:
-    """Decode an image in full and normalise it, what is transparent on the sRGB colour `background`.
+    """Decode an image in full and normalise it; transparency is composited on the sRGB colour `background`.
 
     Raises `Rejection`; the pixel limit is checked before anything is decoded.
     """
@@ -90,7 +90,7 @@ def _finished(image: Image.Image, *, is_clean: bool, format: str, size: tuple[in
 
 
 def _normalised(decoded: Image.Image, *, opened: Opened, changes: list[str], background: tuple[int, int, int]) -> Image.Image:
-    """RGB in sRGB, what is transparent on the background, the part that is shown; `changes` grows."""
+    """Convert to sRGB, composite on the background, crop to the clean aperture. Appends to `changes`."""
     prepared = opened.prepared
     profile = b"" if prepared.overrides_profile else opened.image.info.get("icc_profile") or b""
     decoded, alpha, colour_changes = to_rgb(decoded, profile=profile, encoding=prepared.encoding)
@@ -108,20 +108,20 @@ def _normalised(decoded: Image.Image, *, opened: Opened, changes: list[str], bac
 
 
 def _decode_jpeg(opened: Opened) -> tuple[Image.Image, bool]:
-    """The image as stored, and whether the file is sound as it is."""
+    """The image as stored, and whether the file has no defects."""
     assert opened.jpeg is not None
     pixels, is_sound = decode_whole_jpeg(opened.prepared.data, header=opened.jpeg)
-    if opened.jpeg.components == 4:  # libjpeg-turbo has found it sound; Pillow knows when its inks are inverted
+    if opened.jpeg.components == 4:  # checked by libjpeg-turbo; Pillow handles inverted inks
         opened.image.load()
         return opened.image, is_sound
     return Image.fromarray(pixels[..., 0] if opened.jpeg.components == 1 else pixels), is_sound and not opened.jpeg.has_junk
 
 
 def _decode(opened: Opened) -> Image.Image:
-    """Decode once. Where a decoder may stop early, a second decode onto another ground shows which pixels it left out."""
+    """Decode. If the decoder may stop early, a second decode onto another background shows whether pixels are missing."""
     image = opened.image
     if image.format not in _ENDS_EARLY:
-        with _libtiff_heard() if image.format == "TIFF" else nullcontext():
+        with _libtiff_messages() if image.format == "TIFF" else nullcontext():
             image.load()
         return image
     extents = image.tile[0][1] if image.tile else None
@@ -134,32 +134,34 @@ def _decode(opened: Opened) -> Image.Image:
 
 
 @contextmanager
-def _libtiff_heard() -> Iterator[None]:
-    """libtiff writes what it finds wrong to the standard error of the process, where nobody can act on it. Of most damage Pillow raises an
-    error as well, but a fax it shows as far as it can be read. Raises `Rejection` for that."""
+def _libtiff_messages() -> Iterator[None]:
+    """Capture libtiff's messages on standard error, and raise `Rejection` for damaged fax data.
+
+    Pillow raises errors for most other damage, but shows a damaged fax as far as it can be read.
+    """
     try:
-        kept = os.dup(2)
-    except OSError:  # there is none
+        stderr = os.dup(2)
+    except OSError:  # the process has no standard error
         yield
         return
     try:
-        with tempfile.TemporaryFile() as said:
+        with tempfile.TemporaryFile() as messages:
             sys.stderr.flush()
-            os.dup2(said.fileno(), 2)
+            os.dup2(messages.fileno(), 2)
             try:
                 yield
             finally:
-                os.dup2(kept, 2)
-            said.seek(0)
-            complaint = _FAX_DAMAGE.search(said.read(_MAX_HEARD))
+                os.dup2(stderr, 2)
+            messages.seek(0)
+            damage = _FAX_DAMAGE.search(messages.read(_MAX_MESSAGES))
     finally:
-        os.close(kept)
-    if complaint:
-        raise damaged(f"fax compression: {complaint[1].decode(errors='replace')}")
+        os.close(stderr)
+    if damage:
+        raise damaged(f"fax compression: {damage[1].decode(errors='replace')}")
 
 
 def _load_onto(image: ImageFile.ImageFile, *, level: int) -> None:
-    """Decode onto a ground of one level instead of 0 or, in a GIF, of its transparent one."""
+    """Decode onto a background of `level` instead of 0 or, in a GIF, instead of the transparent index."""
     if getattr(image, "_frame_transparency", None) is not None:
         vars(image)["_frame_transparency"] ^= 0xFF
     else:
@@ -168,7 +170,7 @@ def _load_onto(image: ImageFile.ImageFile, *, level: int) -> None:
 
 
 def _sixteen_bit_alpha(opened: Opened, *, transparent: tuple[int, int, int]) -> Image.Image:
-    """Of a 16-bit RGB PNG: Pillow gives the high bytes, and the low ones if it is told that they come first."""
+    """Alpha of a 16-bit RGB PNG. Pillow gives the high bytes; read as little-endian, it gives the low ones."""
     low = open_again(opened.prepared.data, format="PNG")
     low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
     low.load()
@@ -177,7 +179,7 @@ def _sixteen_bit_alpha(opened: Opened, *, transparent: tuple[int, int, int]) -> 
 
 
 def is_clean_jpeg(opened: Opened) -> bool:
-    """Three components, upright, sRGB, nothing odd in its header: every reader shows what the decoder gives."""
+    """Three components, upright, sRGB, a regular header: every reader shows the same pixels."""
     header, image = opened.jpeg, opened.image
     if header is None or not header.is_plain or header.components != 3 or header.has_junk or exif_orientation(image) in UPRIGHT:
         return False

@@ -1,4 +1,4 @@
-"""Pixels to the bytes of an image file."""
+"""Encode pixels as an image file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ImageFormat = Literal["jpg", "png", "webp"]
 
 
 def encode_image(pixels: Pixels, *, format: ImageFormat) -> bytes:
-    """(H, W, 3) uint8 → file bytes: `jpg` at quality 95 without chroma subsampling, `png` and `webp` without loss."""
+    """(H, W, 3) uint8 → file bytes: `jpg` at quality 95 without chroma subsampling, `png` and `webp` lossless."""
     if format == "jpg":
         return simplejpeg.encode_jpeg(np.ascontiguousarray(pixels), quality=95, colorspace="RGB", colorsubsampling="444")
     buffer = io.BytesIO()

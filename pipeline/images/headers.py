@@ -1,7 +1,7 @@
-"""How large an image is when it stands upright, from the head of its file: nothing is decoded.
+"""Upright image sizes from the start of a file, without decoding.
 
-`quick_size` knows plain JPEG, PNG and WebP by their bytes alone. Where EXIF or XMP may turn the image, or the format is another,
-`careful_size` asks Pillow. Both say what `read_image` would give, or None and a `Rejection` for what they cannot tell.
+`quick_size` parses plain JPEG, PNG and WebP. If EXIF or XMP may rotate the image, or for other formats, `careful_size` uses Pillow. Both
+agree with `read_image`; otherwise `quick_size` returns None, and `careful_size` raises a `Rejection`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,20 @@ Peek = Callable[[int, int], bytes]
 Size = tuple[int, int]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_TURNING = (b"eXIf", b"XML:com.adobe.xmp", b"Raw profile type exif", b"cICP")  # where a PNG may keep an orientation, or HDR colours
-_TAIL = 1 << 16  # bytes of a PNG that are searched for them from its end
+_ROTATING = (
+    b"eXIf",
+    b"XML:com.adobe.xmp",
+    b"Raw profile type exif",
+    b"cICP",
+)  # in a PNG: orientation, HDR colours
+_TAIL = 1 << 16  # bytes searched for them at the end of a PNG
 _LARGEST_FILE = 1 << 30
-_SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, of a frame, bits, height, width
-_MAX_SEGMENTS = 1000  # of a header: one with more is left to Pillow
+_SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, in a frame, bits, height, width
+_MAX_SEGMENTS = 1000  # in a header; one with more is left to Pillow
 
 
 def quick_size(peek: Peek, *, length: int) -> Size | None:
-    """(height, width) of a plain JPEG, PNG or WebP that nothing turns; None for everything else. Raises `Rejection` if it is too large."""
+    """(height, width) of a plain JPEG, PNG or WebP without rotation; None for other files. Raises `Rejection` if it is too large."""
     head = peek(0, 2048)
     size = None
     if head.startswith(b"\xff\xd8\xff"):
@@ -59,7 +64,7 @@ def careful_size(peek: Peek, *, length: int) -> Size:
 
 
 def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | None]:
-    """Size as stored, whether no application segment could turn it, and where the pixels begin; None for what was not found."""
+    """Stored size, whether no segment can rotate it, and offset of the pixel data; None for what was not found."""
     size, is_plain, position = None, True, 2
     for _ in range(_MAX_SEGMENTS):
         if position + _SEGMENT.size <= len(head):
@@ -82,13 +87,13 @@ def _png_size(peek: Peek, *, head: bytes, length: int) -> Size | None:
     position = len(_PNG)
     for _ in range(_MAX_SEGMENTS):
         chunk = head[position : position + 40] if position + 40 <= len(head) else peek(position, 40)
-        if len(chunk) < 12 or chunk.startswith(_TURNING, 4) or chunk.startswith(_TURNING, 8):
+        if len(chunk) < 12 or chunk.startswith(_ROTATING, 4) or chunk.startswith(_ROTATING, 8):
             return None
         if chunk[4:8] == b"IDAT":
             break
         position += 12 + int.from_bytes(chunk[:4], "big")
     start = max(position, length - _TAIL)
     tail = peek(start, length - start)
-    if head[12:16] != b"IHDR" or any(name in tail for name in _TURNING):
+    if head[12:16] != b"IHDR" or any(name in tail for name in _ROTATING):
         return None
     return int.from_bytes(head[20:24], "big"), int.from_bytes(head[16:20], "big")

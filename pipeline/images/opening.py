@@ -1,4 +1,4 @@
-"""Open an image: its header is checked, its size within the limit, and nothing of its pixels decoded."""
+"""Open an image: check its header and size without decoding pixels."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from pipeline.images.formats.prepared import Prepared
 from pipeline.images.formats.tiff import TIFF_MAGIC, prepare_tiff
 from pipeline.images.rejection import Rejection, check_claim, check_size, damage_rejected, damaged, unsupported
 
-# Only formats whose readers are memory-safe libraries: Pillow's EPS reader, for one, would start Ghostscript.
+# Only formats with safe readers: Pillow's EPS reader, for example, would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-_OPEN_BRANDS = (b"mif1", b"msf1", b"miaf")  # of AVIF and HEIF alike
+_OPEN_BRANDS = (b"mif1", b"msf1", b"miaf")  # used by both AVIF and HEIF
 _PPM_MAGIC = (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"PF")
 _ORIENTATION_TAG = 0x0112
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # each process decodes images of its own
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # there are many decoding processes
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An image whose header Pillow has read; what else is known of it; and its header, if it is a JPEG."""
+    """An image whose header Pillow has read, the result of the header check, and the JPEG header if it is one."""
 
     image: ImageFile.ImageFile
     prepared: Prepared
@@ -56,9 +56,9 @@ class Opened:
 
 
 def open_image(data: bytes | memoryview, *, max_decode_pixels: int, length: int | None = None) -> Opened:
-    """Read the header only, and check the size that it claims before anything is allocated. Raises `Rejection`.
+    """Read only the header, and check its size before anything is allocated. Raises `Rejection`.
 
-    `data` may be no more than the header of a JPEG whose file has `length` bytes.
+    `data` may be only the header of a JPEG file of `length` bytes.
     """
     if not data:
         raise Rejection("empty", detail="0 bytes")
@@ -82,7 +82,7 @@ def open_image(data: bytes | memoryview, *, max_decode_pixels: int, length: int 
 
 
 def _kind(data: bytes) -> tuple[tuple[str, ...], Any, bool]:
-    """By its first bytes: the formats that Pillow may take it for, what checks it, and whether it is certainly one of them."""
+    """From the first bytes: candidate formats for Pillow, the function that checks the header, and whether the format is certain."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if data.startswith(PNG_MAGIC):
         return ("PNG",), prepare_png, True
@@ -96,7 +96,7 @@ def _kind(data: bytes) -> tuple[tuple[str, ...], Any, bool]:
         return ("JPEG2000",), prepare_jp2, True
     if data.startswith(JXL_MAGIC):
         return ("JXL",), prepare_jxl, True
-    is_heif = brand in _HEIF_BRANDS or (brand in _OPEN_BRANDS and not _says_avif(data))
+    is_heif = brand in _HEIF_BRANDS or (brand in _OPEN_BRANDS and not _has_avif_brand(data))
     if is_heif:
         return ("HEIF",), _prepare_heif, True
     if brand in _AVIF_BRANDS or brand in _OPEN_BRANDS:
@@ -105,23 +105,23 @@ def _kind(data: bytes) -> tuple[tuple[str, ...], Any, bool]:
         return ("BMP",), prepare_bmp, True
     if data.startswith(_PPM_MAGIC):
         return ("PPM",), prepare_ppm, False
-    return _FORMATS, _prepare_nothing, False
+    return _FORMATS, _prepare_any, False
 
 
-def _says_avif(data: bytes) -> bool:
-    """Whether the compatible brands of an ISO media file name AVIF."""
+def _has_avif_brand(data: bytes) -> bool:
+    """Whether the compatible brands of an ISO media file include AVIF."""
     brands = data[16 : min(int.from_bytes(data[:4], "big"), 1024)]
-    return any(brands[place : place + 4] in _AVIF_BRANDS for place in range(0, len(brands), 4))
+    return any(brands[start : start + 4] in _AVIF_BRANDS for start in range(0, len(brands), 4))
 
 
-def _prepare_nothing(data: bytes, *, max_decode_pixels: int) -> Prepared:
+def _prepare_any(data: bytes, *, max_decode_pixels: int) -> Prepared:
     del max_decode_pixels
     return Prepared(data=data)
 
 
 def _prepare_heif(data: bytes, *, max_decode_pixels: int) -> Prepared:
     if not _heif_plugin():
-        raise unsupported('HEIF is read where pillow-heif is installed: pip install ".[heif]"')
+        raise unsupported('reading HEIF needs pillow-heif: pip install ".[heif]"')
     return prepare_media(data, max_decode_pixels=max_decode_pixels, decoder_crops=True)
 
 
@@ -132,7 +132,7 @@ def _open_jpeg(data: bytes, *, length: int, max_decode_pixels: int) -> Opened:
     prepared = Prepared(data=tidy_jpeg(data, header=header) if header.has_junk else data)
     image = _open(prepared.data, formats=("JPEG",), is_known=True, refusal="")
     if (image.height, image.width) != (header.height, header.width):
-        raise damaged("its readers disagree about its size")
+        raise damaged("JPEG readers disagree about its size")
     return Opened(image=image, prepared=prepared, jpeg=header)
 
 
@@ -143,23 +143,23 @@ def _open(data: bytes | memoryview, *, formats: tuple[str, ...], is_known: bool,
             return Image.open(io.BytesIO(data), formats=formats)
     except MemoryError as error:
         raise Rejection("too-large", detail="not enough memory to open it") from error
-    except Exception as error:  # Pillow's readers raise whatever a broken header leads them into
+    except Exception as error:  # Pillow's readers raise many types for a broken header
         if refusal:
             raise unsupported(refusal) from error
         if is_known:
             raise damaged("its header cannot be read") from error
-        detail = "no image format begins like this" if isinstance(error, UnidentifiedImageError) else one_line(error)
+        detail = "no known image format starts like this" if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise Rejection("not-an-image", detail=detail) from error
 
 
 def open_again(data: bytes | memoryview, *, format: str) -> ImageFile.ImageFile:
-    """Open what has been opened before: an image object is never decoded twice."""
+    """Open an image a second time, because an image object can be decoded only once."""
     return _open(data, formats=(format,), is_known=True, refusal="")
 
 
 @contextmanager
 def _no_pillow_limit() -> Iterator[None]:
-    """Pillow's own bomb limit (a process-wide constant) would overrule ours; it is lifted only while one header is read."""
+    """Lift Pillow's own decompression-bomb limit, a process-wide constant, while a header is read: ours applies."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         yield
@@ -169,7 +169,7 @@ def _no_pillow_limit() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _heif_plugin() -> bool:
-    """Whether Pillow reads HEIF from now on: only if its plugin is installed."""
+    """Register Pillow's HEIF plugin. Returns whether it is installed."""
     try:
         from pillow_heif import options, register_heif_opener
     except ImportError:
@@ -180,23 +180,23 @@ def _heif_plugin() -> bool:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """How EXIF says that an image has to be turned: 1 for not at all, 5 to 8 where width and height change places.
+    """The EXIF orientation: 1 for upright, 5 to 8 if width and height are swapped.
 
-    Of a PNG that Pillow opened by itself this decodes the pixels: decode first.
+    For a PNG opened by Pillow itself this decodes the pixels: decode first.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # broken EXIF of any kind says nothing about the orientation; the pixels are fine
+    except Exception:  # broken EXIF: treat as upright, the pixels are fine
         return 1
 
 
 def animated(opened: Opened) -> bool:
-    """Whether the file has further frames."""
+    """Whether the file has more than one frame."""
     if opened.prepared.animated is not None:
         return opened.prepared.animated
     try:
         return bool(getattr(opened.image, "is_animated", False))
-    except Exception:  # a second frame that cannot be read: the first one is all that is used
+    except Exception:  # an unreadable second frame; only the first one is used
         return True

@@ -1,4 +1,4 @@
-"""Why an image cannot be used: the closed vocabulary, and the checks that need no decoder."""
+"""Reasons for rejecting an image, and the checks that need no decoder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.errors import one_line
 
 REASONS: tuple[str, ...] = ("empty", "not-an-image", "damaged", "unsupported", "too-large")
 MAX_DECODE_PIXELS = 180_000_000
-# No image of this size is drawn with so few bytes; a claim to be one costs seconds of work a byte. Smaller ones cost little anyway.
+# No real image of this size is stored in so few bytes, and decoding one costs seconds per byte. Smaller images are cheap anyway.
 _BOMB_PIXELS, _BOMB_PIXELS_PER_BYTE = 4096 * 4096, 2000
 
 
 class Rejection(ValueError):
-    """An image that cannot be used: `reason` is one of `REASONS`, `detail` says more for people."""
+    """An image that cannot be used. `reason` is one of `REASONS`, `detail` is for people."""
 
     def __init__(self, reason: str, *, detail: str = "") -> None:
         assert reason in REASONS, reason
@@ -29,12 +29,12 @@ def damaged(detail: str) -> Rejection:
 
 
 def unsupported(detail: str) -> Rejection:
-    """Of an intact image that no decoder here can read."""
+    """An intact image that no available decoder can read."""
     return Rejection("unsupported", detail=detail)
 
 
 def check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
-    """Raises `Rejection` where the image has no pixels, or more than the limit."""
+    """Raise `Rejection` if the image has no pixels, or more than the limit."""
     if height <= 0 or width <= 0:
         raise damaged(f"its header says {width}x{height} pixels")
     if height * width > max_decode_pixels:
@@ -42,14 +42,14 @@ def check_size(height: int, width: int, *, max_decode_pixels: int) -> None:
 
 
 def check_claim(height: int, width: int, *, length: int) -> None:
-    """Raises `Rejection` where a file of `length` bytes cannot hold an image of this size."""
+    """Raise `Rejection` if an image of this size cannot fit in `length` bytes."""
     if height * width > max(_BOMB_PIXELS, length * _BOMB_PIXELS_PER_BYTE):
         raise Rejection("too-large", detail=f"{length} bytes claim to be {width}x{height} pixels")
 
 
 @contextmanager
 def damage_rejected() -> Iterator[None]:
-    """Whatever a decoder raises once the header was fine: the file is cut off or damaged."""
+    """Turn any decoder exception after a valid header into a `Rejection`: the file is truncated or damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Decode an image no further than its target size needs, which is how training reads it."""
+"""Decode an image only as far as its target size needs, for training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pipeline.images.formats.jpeg import JPEG_MAGIC, decode_jpeg, plain_jpeg_siz
 from pipeline.images.opening import open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, check_size
 
-# At how many eighths of its size the decoder may scale a JPEG if that leaves so many times the target size for the final resampling:
-# measured over photographs as the least that keeps every one within 38 dB of a full decode. The other eighths are no faster.
+# (eighths, margin): the decoder may scale a JPEG to these eighths if the result is at least margin × the target size. The margins are the
+# smallest that kept every measured photograph within 38 dB of a full decode. Other eighths are not faster.
 _SHRINKS = ((1, 2.0), (2, 2.0), (3, 1.6), (4, 1.6), (5, 1.2))
 
 
 def load_image(data: bytes | memoryview, *, resize: tuple[int, int], crop: tuple[int, int], flip: bool = False) -> Pixels:
-    """Decode, scale to `resize` = (height, width) with antialiasing, and cut the central `crop` = (height, width): (h, w, 3) uint8 sRGB.
+    """Decode, scale to `resize` = (height, width) with antialiasing, and centre-crop to `crop` = (height, width): (h, w, 3) uint8 sRGB.
 
-    A JPEG is decoded at a fraction of its size as far as that keeps it within 38 dB of a full decode (`_SHRINKS`), which is up to three
-    times faster. How the array lies in memory is not said: whoever keeps it copies it anyway. Raises `Rejection`.
+    A JPEG is decoded at a fraction of its size if that stays within 38 dB of a full decode (`_SHRINKS`), which is up to three times
+    faster. The memory layout of the array is unspecified. Raises `Rejection`.
     """
     stored = _clean_jpeg_size(data)
     if stored is None:
@@ -49,7 +49,7 @@ def resize_and_crop(
 
 
 def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JPEG which every reader shows as the decoder gives it; None for all else. Raises `Rejection`."""
+    """(height, width) of a JPEG that needs no normalisation; None for any other file. Raises `Rejection`."""
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
     size = plain_jpeg_size(data)
@@ -61,29 +61,29 @@ def _clean_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def _decode_shrunk(data: bytes | memoryview, *, stored: tuple[int, int], target: tuple[int, int]) -> tuple[Pixels, tuple[float, float]]:
-    """Decode a clean JPEG at a fraction of its size, if it is large enough for that: pixels, and height and width of the image in them.
+    """Decode a clean JPEG at a fraction of its size if it is large enough. Returns pixels, and height and width of the image in them.
 
-    The last row and column may lie partly outside of the image.
+    The last row and column may be partly outside the image.
     """
     for eighths, margin in _SHRINKS:
         height, width = stored[0] * eighths / 8, stored[1] * eighths / 8
         if height >= margin * target[0] and width >= margin * target[1]:
-            least = {"min_height": math.ceil(height), "min_width": math.ceil(width), "min_factor": 8 / eighths}
+            minimum = {"min_height": math.ceil(height), "min_width": math.ceil(width), "min_factor": 8 / eighths}
             try:
-                return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least), (height, width)
+                return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **minimum), (height, width)
             except ValueError:
                 break
     return decode_jpeg(data), stored
 
 
 def _resize(pixels: Pixels, *, size: tuple[int, int], covered: tuple[float, float]) -> Pixels:
-    """(H, W, 3) → (h, w, 3) of `size` by Lanczos' antialiased window of three lobes: what Pillow computes, vectorised.
+    """(H, W, 3) → (h, w, 3) of `size` by antialiased Lanczos-3, as Pillow does, but vectorised.
 
-    `covered` says how many rows and columns, from the first on, hold the image.
+    `covered`: number of rows and columns, from the first, that contain the image.
     """
-    import torch  # preparing a corpus never resizes, and starts without it
+    import torch  # preparing a corpus does not need it
 
-    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]  # Pillow's are not
-    scales = tuple((wanted + 1e-6) / there for wanted, there in zip(size, covered, strict=True))  # its size is rounded down
+    source = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]  # Pillow's arrays are read-only
+    scales = tuple((target + 1e-6) / source_side for target, source_side in zip(size, covered, strict=True))  # torch rounds down
     resized = torch.nn.functional.interpolate(source, scale_factor=scales, mode="lanczos", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()

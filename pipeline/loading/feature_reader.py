@@ -1,6 +1,6 @@
-"""Read cached features of samples: latents instead of images, text features instead of captions, a teacher's tokens.
+"""Read cached features: latents instead of images, text features instead of captions, and a teacher's tokens.
 
-Like `pipeline.loading.pack_reader` a pure function of the plan with the same draws: images and features give the same steps.
+A pure function of the plan with the same draws as `pipeline.loading.pack_reader`: images and features give the same steps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.steps import PlannedSample
 
 
 class SampleFeatures(NamedTuple):
-    """Latent (C, h, w), caption's features (M, F) and teacher's tokens (N, D) of a sample, float32; None for what is not read."""
+    """Latent (C, h, w), caption features (M, F) and teacher tokens (N, D) of a sample, float32; None for parts that are not read."""
 
     latent: Tensor | None
     text: Tensor | None
@@ -29,14 +29,14 @@ class SampleFeatures(NamedTuple):
 
 
 class FeatureDecoder:
-    """Bytes of a sample's features → what is wanted of them.
+    """Decode the bytes of a sample's features.
 
     Args:
-        seed: of what a codec draws.
-        stride: pixels per token side; channels: of a latent; factor: pixels per latent cell.
-        latents: whether latents are read from features.
-        empty: file of the empty caption's features; None where captions are not read from features.
-        teacher: width of the teacher's tokens; None where they are not read.
+        seed: of a stochastic codec's draws.
+        stride: pixels per token side; channels: latent channels; factor: pixels per latent cell.
+        latents: whether to read latents.
+        empty: file with the empty caption's features; None if captions are not read from features.
+        teacher: width of the teacher's tokens; None if they are not read.
     """
 
     def __init__(
@@ -51,35 +51,35 @@ class FeatureDecoder:
         self._teacher = teacher
 
     def blank(self) -> SampleFeatures:
-        """What stands in the place of a sample that is none or cannot be read: one token."""
+        """Features of one token, for an unreadable sample or an empty pack."""
         cells = self._stride // self._factor
         latent = torch.zeros(self._channels, cells, cells) if self._latents else None
         return SampleFeatures(latent, self._empty, None if self._teacher is None else torch.zeros(1, self._teacher))
 
     def decode(self, sample: PlannedSample, data: memoryview | OSError) -> SampleFeatures:
-        """Raises whatever is wrong: the error in place of the bytes, KeyError and ValueError, safetensors' own."""
+        """Decode a sample. Raises `data` if it is an error, KeyError, ValueError, and safetensors' errors."""
         if isinstance(data, OSError):
             raise data
         if not len(data):
-            raise ValueError("it could not be encoded, its row in the features' table says why")
+            raise ValueError("it could not be encoded, see the reason in its row of the features table")
         tensors = unpack(data)
         crop = (*sample.resize, sample.height, sample.width)
         latent = self._latent(tensors, sample, crop) if self._latents else None
         tokens = None if self._teacher is None else tensors[tokens_name(crop, flipped=sample.flip)].float()
         count = sample.height * sample.width // self._stride**2
         if tokens is not None and tokens.shape != (count, self._teacher):
-            raise ValueError(f"its teacher's tokens are of shape {tuple(tokens.shape)}, not {(count, self._teacher)}")
+            raise ValueError(f"its teacher tokens have shape {tuple(tokens.shape)}, not {(count, self._teacher)}")
         return SampleFeatures(latent, None if self._empty is None else self._text(tensors, sample), tokens)
 
     def _latent(self, tensors: Mapping[str, Tensor], sample: PlannedSample, crop: tuple[int, int, int, int]) -> Tensor:
         latent = tensors[latent_name(crop, flipped=sample.flip)].float()
         expected = (self._channels, sample.height // self._factor, sample.width // self._factor)
         if latent.shape != expected:
-            raise ValueError(f"its latent is of shape {tuple(latent.shape)}, not {expected}")
+            raise ValueError(f"its latent has shape {tuple(latent.shape)}, not {expected}")
         deviation = tensors.get(latent_name(crop, flipped=sample.flip, deviation=True))
         if deviation is not None:
-            drawn = generator(self._seed, "codec", sample.visit, sample.id).standard_normal(expected, dtype=np.float32)
-            latent = latent + deviation.float() * torch.from_numpy(drawn)
+            noise = generator(self._seed, "codec", sample.visit, sample.id).standard_normal(expected, dtype=np.float32)
+            latent = latent + deviation.float() * torch.from_numpy(noise)
         return latent
 
     def _text(self, tensors: Mapping[str, Tensor], sample: PlannedSample) -> Tensor:
@@ -90,7 +90,7 @@ class FeatureDecoder:
 
 
 def empty_text(path: str | Path) -> Tensor:
-    """Features of the empty caption: float32 (M, F). Raises ValueError if the file is none of them."""
+    """Features of the empty caption: float32 (M, F). Raises ValueError if the file does not have them."""
     try:
         return load_file(path)[text_name(0)].float()
     except Exception as error:  # safetensors' own, a missing file or tensor

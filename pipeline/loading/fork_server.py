@@ -1,4 +1,4 @@
-"""What the fork server of the readers imports, with the warnings of other libraries hidden first: the readers inherit both."""
+"""Imports of the readers' fork server. Hides warnings of other libraries first; the readers inherit both."""
 
 from pipeline.foreign_warnings import hide_if_asked
 

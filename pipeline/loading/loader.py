@@ -243,7 +243,7 @@ class Loader:
         if not os.path.isdir(_SHARED_MEMORY):
             return self._prefetch
         stride, cells = self._planner.stride, self._planner.stride // self._factor
-        packs = -(-self._planner.plan.most_packs // self._world_size)
+        packs = -(-self._planner.plan.max_packs_per_step // self._world_size)
         step_bytes = packs * self._planner.plan.tokens_per_pack * (3 * stride**2 + 4 * self._channels * cells**2)
         filesystem = os.statvfs(_SHARED_MEMORY)
         free = filesystem.f_bavail * filesystem.f_frsize

@@ -1,6 +1,6 @@
-"""What a worker process does: planned samples → their bytes → pixels, captions, time draws and noise. A pure function of the plan.
+"""The work of a reader process: planned samples → bytes → pixels, captions, time draws and noise. A pure function of the plan.
 
-Kept free of pyarrow, pydantic and the planner, because every worker process imports it.
+Does not import pyarrow, pydantic or the planner, because every worker process imports it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.storage.shard_reader import BadShard, ByteRange, ShardReader
 
 
 class Failure(NamedTuple):
-    """A sample that could not be read: its position in the pack, why, and whether because its whole shard cannot."""
+    """An unreadable sample: its position in the pack, the reason, and whether its whole shard is unusable."""
 
     position: int
     reason: str
@@ -36,9 +36,9 @@ class Failure(NamedTuple):
 
 
 class FetchedPack(NamedTuple):
-    """The bytes of a pack: for every sample those of its image, text and json file, and of its features, or why they cannot be read.
+    """The bytes of a pack: image, text, json and features of every sample, or the error of reading them.
 
-    What a sample does not have or need is empty.
+    Empty for parts that a sample does not have or need.
     """
 
     samples: Sequence[PlannedSample]
@@ -49,12 +49,12 @@ class FetchedPack(NamedTuple):
 
 
 class ReadPack(NamedTuple):
-    """A pack as it travels between processes: few large tensors, because each costs a file descriptor.
+    """A decoded pack, for transfer between processes: few large tensors, because each costs a file descriptor.
 
-    `pixels` is uint8, all images one after the other, (h, w, 3) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are
-    (h, w) in pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. Where a codec draws latents, `codec_noise` is
-    like `noise`. From features come `latents`, float32 like `noise`, zero for a failed one; `texts`, float32 (M, F) each of
-    `text_lengths` M; and `teacher`, float32 (T, D). None is what is not read.
+    `pixels` is uint8, all images concatenated, (h, w, 3) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are (h, w) in
+    pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. For a stochastic codec, `codec_noise` is like `noise`.
+    Features give `latents`, float32 like `noise`, zero for a failed sample; `texts`, float32 (M, F) with M in `text_lengths`; and
+    `teacher`, float32 (T, D). Parts that are not read are None.
     """
 
     pixels: Tensor | None
@@ -71,16 +71,17 @@ class ReadPack(NamedTuple):
 
 
 class PackReader:
-    """Reads packs. Belongs to one process from its first read on; one thread may fetch a pack while another decodes one.
+    """Fetch and decode packs. Belongs to one process after its first read. Different threads may fetch and decode at the same time.
 
     Args:
-        seed: of times, noise, tags and what a codec draws.
+        seed: of times, noise, tags and codec noise.
         stride: pixels per token side.
-        channels: of a latent.
+        channels: latent channels.
         factor: pixels per latent cell.
-        shards: where bytes come from.
-        pixels, captions: whether images and captions are read; from `features` comes what is not.
-        codec_draws: whether the codec that encodes the images draws its latents.
+        shards: reads the bytes.
+        pixels, captions: whether to read images and captions; otherwise they come from `features`.
+        features: decodes cached features; None if there are none.
+        stochastic_codec: whether the codec for the images samples its latents.
         shuffle_tags: for captions that are lists of tags.
     """
 
@@ -106,31 +107,31 @@ class PackReader:
         self._pixels = pixels
         self._captions = captions
         self._features = features
-        self._codec_draws = stochastic_codec
+        self._stochastic_codec = stochastic_codec
         self._shuffle_tags = shuffle_tags
 
     def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
-        """The bytes of a pack, from all its shards at once."""
-        wanted: list[list[ByteRange]] = [[], [], [], []]
+        """Read the bytes of a pack, from all its shards at once."""
+        ranges: list[list[ByteRange]] = [[], [], [], []]
         for sample in samples:
             if self._pixels:
-                wanted[0].append(ByteRange(sample.tar, sample.image.offset, sample.image.length))
+                ranges[0].append(ByteRange(sample.tar, sample.image.offset, sample.image.length))
             if self._captions:
-                wanted[1].append(_text_part(sample, sample.text))
-                wanted[2].append(_text_part(sample, sample.json))
+                ranges[1].append(_text_range(sample, sample.text))
+                ranges[2].append(_text_range(sample, sample.json))
             if self._features:
-                wanted[3].append(ByteRange(sample.features_tar, sample.features.offset, sample.features.length))
-        found = iter(self._shards.read_parts([part for parts in wanted for part in parts]))
-        nothing: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
-        return FetchedPack(samples, *([next(found) for _ in parts] or nothing for parts in wanted))
+                ranges[3].append(ByteRange(sample.features_tar, sample.features.offset, sample.features.length))
+        contents = iter(self._shards.read_parts([part for parts in ranges for part in parts]))
+        empty: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
+        return FetchedPack(samples, *([next(contents) for _ in parts] or empty for parts in ranges))
 
     def decode(
         self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
     ) -> ReadPack:
-        """Everything of a pack; what cannot be read is among its `failures`. An empty pack becomes one dummy of one stride.
+        """Decode a pack. Unreadable samples are listed in `failures`. An empty pack becomes one dummy of one stride.
 
-        `begin` is told the position of every sample before its bytes are looked at, and −1 after the last. Samples at positions in `lost`
-        are not looked at: they fail for the reasons given.
+        `begin` is called with the position of each sample before it is decoded, and with −1 after the last. Samples at positions in `lost`
+        are not decoded: they fail with the given reasons.
         """
         samples = fetched.samples
         area = sum(sample.height * sample.width for sample in samples) or self._stride**2
@@ -148,19 +149,19 @@ class PackReader:
                 begin(position)
                 image = _decode_image(sample, data) if self._pixels else None
                 caption = self._caption(sample, text, record) if self._captions else ""
-                found = self._features.decode(sample, encoded) if self._features else None
+                encoded_parts = self._features.decode(sample, encoded) if self._features else None
                 size = sample.height, sample.width
-            except Exception as error:  # a shard cut off, a broken image or caption file, what safetensors makes of one that is damaged
+            except Exception as error:  # a truncated shard, a damaged image, caption or safetensors file
                 reason = lost[position] if position in lost else kind_and_line(error)
                 failures.append(Failure(position=position, reason=reason, bad_shard=isinstance(error, BadShard)))
-                image, caption, found, size = None, "", blank, (self._stride, self._stride)
+                image, caption, encoded_parts, size = None, "", blank, (self._stride, self._stride)
             if image is not None:
                 pixels[filled : filled + image.size].reshape(*size, 3)[:] = image
             filled += 3 * size[0] * size[1]
             sizes.append(size)
             captions.append(caption)
-            if found is not None:
-                features.append(found)
+            if encoded_parts is not None:
+                features.append(encoded_parts)
         begin(-1)
         if not samples:
             filled, sizes, captions, features = 3 * area, [(self._stride, self._stride)], [""], [blank] if blank else []
@@ -172,11 +173,11 @@ class PackReader:
             captions=captions,
             uniforms=time_draws(self._seed, samples) if samples else np.full((1, 2), 0.5),
             failures=failures,
-            codec_noise=self._noise("codec", samples, sizes=sizes) if self._codec_draws else None,
-            latents=_joined([each.latent.reshape(-1) for each in features if each.latent is not None]),
-            texts=_joined(texts),
+            codec_noise=self._noise("codec", samples, sizes=sizes) if self._stochastic_codec else None,
+            latents=_concatenated([each.latent.reshape(-1) for each in features if each.latent is not None]),
+            texts=_concatenated(texts),
             text_lengths=tuple(map(len, texts)),
-            teacher=_joined([each.teacher for each in features if each.teacher is not None]),
+            teacher=_concatenated([each.teacher for each in features if each.teacher is not None]),
         )
 
     def _caption(self, sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
@@ -186,7 +187,7 @@ class PackReader:
         return self._shuffle_tags.apply(caption, generator=generator(self._seed, "tags", sample.visit, sample.id))
 
     def _noise(self, purpose: str, samples: Sequence[PlannedSample], *, sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """Of all samples, one after the other; zero for the dummy of an empty pack."""
+        """Noise of all samples, concatenated; zero for the dummy of an empty pack."""
         shapes = [(self._channels, height // self._factor, width // self._factor) for height, width in sizes]
         if not samples:
             return torch.zeros(shapes[0]).reshape(-1)
@@ -196,9 +197,10 @@ class PackReader:
 
 
 def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
-    """The drawn caption: the text file is the first one, the json file has the others; "" if dropped or if there is none.
+    """The drawn caption: the first is in the text file, the others in the json file; "" if dropped or missing.
 
-    Raises UndecodableText."""
+    Raises UndecodableText.
+    """
     if sample.caption < 0:
         return ""
     first = decode_text(_bytes(text))
@@ -210,19 +212,19 @@ def decode_caption(sample: PlannedSample, text: memoryview | OSError, record: me
 
 
 def time_draws(seed: int, samples: Sequence[PlannedSample]) -> NDArray[np.float64]:
-    """(B, 2): the two numbers in (0, 1) that the times of each sample follow from on this visit."""
+    """(B, 2): the two uniform draws in (0, 1) for the times of each sample on this visit."""
     streams = generators(seed, "times", [sample.visit for sample in samples], [sample.id for sample in samples])
     return to_uniform(np.stack([stream.integers(0, 2**64, 2, dtype=np.uint64) for stream in streams]))
 
 
-def _text_part(sample: PlannedSample, member: Member) -> ByteRange:
-    """Where a text stands, as far as anybody reads it; next to the image where there is none, or where the caption is dropped."""
+def _text_range(sample: PlannedSample, member: Member) -> ByteRange:
+    """The byte range of a text, up to the limit; an empty range at the image if there is none or the caption is dropped."""
     if sample.caption < 0 or not member.exists:
         return ByteRange(sample.tar, sample.image.offset, 0)
     return ByteRange(sample.texts, member.offset, min(member.length, MAX_TEXT_BYTES))
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor | None:
+def _concatenated(parts: Sequence[Tensor]) -> Tensor | None:
     return torch.cat(list(parts)) if parts else None
 
 
@@ -230,7 +232,7 @@ def _decode_image(sample: PlannedSample, data: memoryview | OSError) -> NDArray[
     return load_image(_bytes(data), resize=sample.resize, crop=(sample.height, sample.width), flip=sample.flip)
 
 
-def _bytes(found: memoryview | OSError) -> memoryview:
-    if isinstance(found, OSError):
-        raise found
-    return found
+def _bytes(data: memoryview | OSError) -> memoryview:
+    if isinstance(data, OSError):
+        raise data
+    return data

@@ -1,18 +1,18 @@
-"""A few processes that fetch and then decode one item after the other, and give the results back in order.
+"""Processes that fetch and decode items, and return the results in order.
 
-In each, one thread fetches an item while another decodes the one before it, so that waiting for storage costs no time.
+In each process, one thread fetches an item while another decodes the previous one, so that waiting for storage costs no time.
 
-They come from a fork server that has imported torch and the readers, and nothing else. Forking the training process itself would be
-lighter still, but it is full of threads by then (gloo, DeepSpeed, the progress display, CUDA), and a lock that one of them holds at that
-moment stays locked in the child for ever; rich's console, which a warning is enough to meet, is one. Spawned processes would import
-torch anew, 300 MB each; those of a fork server share its pages and own 20 to 60 MB.
+Workers come from a fork server that has imported only torch and the readers. Forking the training process would use less memory, but by
+then it has many threads (gloo, DeepSpeed, the progress display, CUDA), and a lock held by one of them during the fork stays locked in the
+child forever, for example that of rich's console, which any warning may use. Spawned processes would each import torch, 300 MB each;
+those of a fork server share its pages and own 20 to 60 MB.
 
-torch's DataLoader is not used, because it relies on SIGCHLD, which goes to the fork server: it would see a dead worker only at its
-timeout, and its workers would outlive a training process that is killed. Here every worker has a pipe of its own, whose end tells both:
-the worker's end closes when it dies, ours when the training process does. Nothing depends on the fork server once workers run.
+torch's DataLoader is not used, because it relies on SIGCHLD, which goes to the fork server: it would notice a dead worker only at its
+timeout, and its workers would outlive a killed training process. Here every worker has its own pipe: the worker's end closes when it
+dies, ours when the training process dies. Running workers do not depend on the fork server.
 
-A native decoder that is fed untrusted bytes may take its process down. A worker notes in shared memory which part of which item it is
-at, so that the part can be named, and given up, when that has happened twice.
+A native decoder may crash its process on untrusted bytes. A worker records in shared memory which part of which item it decodes, so that
+the part can be named, and skipped after the second crash.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ Result = TypeVar("Result")
 Result_co = TypeVar("Result_co", covariant=True)
 
 _CLOSING_SECONDS = 5.0
-_GLANCE_SECONDS = 1.0
-_STRIKES = 2  # one death may come from outside; the second at the same part of the same item is that part's
-_MAX_DEATHS = 4  # in a row, without an answer and without a part to blame
+_POLL_SECONDS = 1.0
+_STRIKES = 2  # one death may have an external cause; a second at the same part is caused by the part
+_MAX_DEATHS = 4  # in a row, without a result and without a part as the cause
 _NO_PART = -1
 
 
 class Decode(Protocol[Fetched_contra, Result_co]):
-    """Makes a result of what was fetched, part by part.
+    """Decode a fetched item, part by part.
 
-    `begin` is to be called with a part's number before the part is looked at, and with −1 after the last one. Parts in `lost` are not to
-    be looked at, for the reasons given.
+    It must call `begin` with a part's number before decoding the part, and with −1 after the last one. It must skip the parts in `lost`,
+    which maps them to reasons.
     """
 
     def __call__(self, fetched: Fetched_contra, /, *, begin: Callable[[int], None] = ..., lost: Mapping[int, str] = ...) -> Result_co: ...
@@ -64,7 +64,7 @@ class Decode(Protocol[Fetched_contra, Result_co]):
 
 @dataclass(slots=True)
 class _Task(Generic[Item]):
-    """An item without an answer yet: how often a worker died at each of its parts, and those that are given up."""
+    """An item without a result yet: worker deaths by part, and the parts to skip with their reasons."""
 
     number: int
     item: Item
@@ -74,34 +74,36 @@ class _Task(Generic[Item]):
 
 @dataclass(slots=True)
 class _Worker:
-    """A process, its pipe, and memory that it shares: the number of its task, the part of it that is being decoded, and how many parts
-    it has begun. `tasks` have no answer yet, the oldest first; the last `held` of them were not sent. The first
-    `careful` were a dead process's and are sent one at a time."""
+    """A process, its pipe, and `marks` in shared memory: number of its task, part being decoded, number of parts begun.
+
+    `tasks` have no result yet, oldest first; the last `unsent` of them were not sent. The first `retried` were a dead process's and are
+    sent one at a time.
+    """
 
     process: BaseProcess
     pipe: Connection
     marks: Any
     tasks: deque[_Task[Any]] = field(default_factory=deque)
-    held: int = 0
-    careful: int = 0
+    unsent: int = 0
+    retried: int = 0
     deaths: int = 0  # since the last progress
 
 
 def start_fork_server() -> None:
-    """Have the fork server import what workers need. It takes a second or two, so call this early; a second call does nothing."""
+    """Start the fork server with the imports of the workers. Takes a second or two, so call it early; a second call has no effect."""
     multiprocessing.set_forkserver_preload(["pipeline.loading.fork_server"])
     forkserver.ensure_running()
 
 
 class WorkerPool(Generic[Item, Result]):
-    """`workers` processes that apply `fetch`, then `decode`, both picklable, to items. Tensors come back through shared memory.
+    """`workers` processes that apply `fetch`, then `decode`, both picklable, to items. Tensors are returned through shared memory.
 
-    A worker that dies is replaced, and its items are done again, one at a time. Where a worker dies twice at the same part of an item, or
-    is stuck there for `timeout` seconds twice, the part is lost: `decode` is told to leave it out. Which parts are lost depends on the
-    items alone, not on the number of workers. `name` tells what a part of an item is called, for the log.
+    A dead worker is replaced, and its items are retried one at a time. If a worker dies twice at the same part of an item, or hangs there
+    twice for `timeout` seconds, the part is lost: `decode` has to skip it. Which parts are lost depends only on the items, not on the
+    number of workers. `name` gives the name of a part of an item, for the log.
 
-    `get` and `put` raise RuntimeError if workers die again and again without a part to blame, and `get` if nothing is fetched for
-    `timeout` seconds. `close()` ends all workers, also those that are stuck; so does the end of the pool or of this process.
+    `get` raises RuntimeError if workers keep dying without a part as the cause, or if nothing is fetched for `timeout` seconds. `close()`
+    ends all workers, also hanging ones; so does the end of the pool or of this process.
     """
 
     def __init__(
@@ -120,38 +122,38 @@ class WorkerPool(Generic[Item, Result]):
         self._tasks = 0
         self._order: deque[_Worker] = deque()
         self._workers: list[_Worker] = []
-        # At exit multiprocessing waits for its processes without closing their pipes: ours have to end before, or never would.
+        # At exit multiprocessing joins its processes without closing their pipes, so ours must be ended before.
         self.close = weakref.finalize(self, _end, self._workers)
         atexit.register(self.close)
         for number in range(workers):
             self._workers.append(_Worker(*self._start(f"reader-{number}")))
 
     def put(self, item: Item) -> None:
-        """Hand an item to the worker with the least to do."""
+        """Give an item to the worker with the fewest tasks."""
         worker = min(self._workers, key=lambda each: len(each.tasks))
         task = _Task(self._tasks, item)
         self._tasks += 1
         worker.tasks.append(task)
         self._order.append(worker)
-        worker.held += 1
-        if worker.held == 1 and not worker.careful:
-            _send_held(worker, most=1)
+        worker.unsent += 1
+        if worker.unsent == 1 and not worker.retried:
+            _send_unsent(worker, limit=1)
 
     def get(self) -> Result:
-        """The result of the oldest item that has none yet; an exception in the worker is raised as a RuntimeError that quotes it."""
+        """The result of the oldest pending item. An exception in the worker is raised as a RuntimeError with its traceback."""
         worker = self._order.popleft()
         while True:
-            death = self._stuck(worker)
+            death = self._wait(worker)
             if death is None:
                 answer = _receive(worker)
                 if answer is not None:
                     break
                 death = _death(worker)
-            self._revive(worker, death=death)
+            self._replace(worker, death=death)
         worker.tasks.popleft()
         worker.deaths = 0
-        worker.careful = max(0, worker.careful - 1)
-        _send_held(worker, most=1 if worker.careful else worker.held)
+        worker.retried = max(0, worker.retried - 1)
+        _send_unsent(worker, limit=1 if worker.retried else worker.unsent)
         succeeded, result = answer
         if not succeeded:
             raise RuntimeError(f"{worker.process.name} failed: {result}")
@@ -167,13 +169,13 @@ class WorkerPool(Generic[Item, Result]):
         theirs.close()
         return process, ours, marks
 
-    def _stuck(self, worker: _Worker) -> str | None:
-        """Wait for the worker's answer or its end. Returns how it ended if it was stuck in a part, and kills it.
+    def _wait(self, worker: _Worker) -> str | None:
+        """Wait for the worker's result or its end. If it hangs in a part, kill it and return a description.
 
-        Raises RuntimeError if it is stuck anywhere else: in storage.
+        Raises RuntimeError if it hangs elsewhere, that is in storage.
         """
         begun, since = worker.marks[2], time.monotonic()
-        while not worker.pipe.poll(min(_GLANCE_SECONDS, self._timeout)):
+        while not worker.pipe.poll(min(_POLL_SECONDS, self._timeout)):
             if worker.marks[2] != begun:
                 begun, since = worker.marks[2], time.monotonic()
             if time.monotonic() - since < self._timeout:
@@ -186,10 +188,10 @@ class WorkerPool(Generic[Item, Result]):
             return f"was {stuck}"
         return None
 
-    def _revive(self, worker: _Worker, *, death: str) -> None:
-        """Put a new process in the place of a dead one, which does its tasks again, one at a time.
+    def _replace(self, worker: _Worker, *, death: str) -> None:
+        """Replace a dead process; the new one retries its tasks, one at a time.
 
-        Raises RuntimeError if that does not help.
+        Raises RuntimeError after too many deaths.
         """
         number, part, _ = worker.marks
         task = next((each for each in worker.tasks if each.number == number and part != _NO_PART), None)
@@ -200,45 +202,45 @@ class WorkerPool(Generic[Item, Result]):
             at = f" at {self._name(task.item, part)}"
             task.strikes[part] = task.strikes.get(part, 0) + 1
             if task.strikes[part] == _STRIKES:
-                task.lost[part] = f"crashed: the process that decoded it {death}, after another one had ended there, too"
+                task.lost[part] = f"crashed: the process that decoded it {death}, like another one before"
                 worker.deaths = 0
         if worker.deaths > _MAX_DEATHS:
-            remedy = "after signal 9 memory may be short, try fewer loader.workers"
+            remedy = "after signal 9, memory may be short: try fewer loader.workers"
             raise RuntimeError(f"{name} died {worker.deaths} times in a row, the last time (pid {pid}) it {death}{at}: {remedy}")
-        logger.warning("%s (pid %d) %s%s: a new one does its work again", name, pid, death, at)
+        logger.warning("%s (pid %d) %s%s: a new process retries its work", name, pid, death, at)
         worker.pipe.close()
         worker.process, worker.pipe, worker.marks = self._start(name)
-        worker.held = worker.careful = len(worker.tasks)
-        _send_held(worker, most=1)
+        worker.unsent = worker.retried = len(worker.tasks)
+        _send_unsent(worker, limit=1)
 
 
-def _send_held(worker: _Worker, *, most: int) -> None:
-    """Send the first of the tasks that are held; where the worker is dead they stay so, until `get` finds that out."""
-    for _ in range(most):
-        task = worker.tasks[-worker.held]
+def _send_unsent(worker: _Worker, *, limit: int) -> None:
+    """Send up to `limit` unsent tasks. If the worker is dead they stay unsent until `get` notices."""
+    for _ in range(limit):
+        task = worker.tasks[-worker.unsent]
         try:
             worker.pipe.send((task.number, task.item, task.lost))
         except OSError:
             return
-        worker.held -= 1
+        worker.unsent -= 1
 
 
 def _receive(worker: _Worker) -> tuple[bool, Any] | None:
-    """The worker's answer, None if it died before, while it sent this, or before we could open what it sent.
+    """The worker's result; None if it died before its result was received and opened.
 
-    Raises RuntimeError if it lives, and this process could not open it.
+    Raises RuntimeError if it is alive but this process could not open the result.
     """
     try:
         return worker.pipe.recv()
     except (EOFError, OSError) as error:
         worker.process.join(timeout=_CLOSING_SECONDS)
         if worker.process.is_alive():
-            raise RuntimeError(f"what {worker.process.name} (pid {worker.process.pid}) has read cannot be taken over: {error}") from error
+            raise RuntimeError(f"cannot receive the result of {worker.process.name} (pid {worker.process.pid}): {error}") from error
         return None
 
 
 def _end(workers: list[_Worker]) -> None:
-    """End all workers, also those that are stuck."""
+    """End all workers, also hanging ones."""
     for worker in workers:
         worker.pipe.close()
     for worker in workers:
@@ -262,10 +264,10 @@ def _signal_name(number: int) -> str:
 
 
 def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Decode[Any, Any], marks: Any, environment: dict[str, str]) -> None:
-    """The life of a worker, until its pipe closes. A thread empties the pipe, so that neither side waits for the other."""
-    os.environ.clear()  # the fork server's is older than credentials, proxies and limits that were set since
+    """Main loop of a worker, until its pipe closes. A thread drains the pipe, so that neither side blocks the other."""
+    os.environ.clear()  # the fork server's environment may be outdated: credentials, proxies, limits
     os.environ.update(environment)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all of a job; the training process obeys
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # sent to all processes of a job; the training process handles them
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -275,7 +277,7 @@ def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Decode[Any, An
 
     tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
     fetched: queue.Queue[tuple[int, Mapping[int, str], bool, Any]] = queue.Queue(maxsize=1)
-    threading.Thread(target=_take_off, args=(pipe, tasks), daemon=True).start()
+    threading.Thread(target=_receive_tasks, args=(pipe, tasks), daemon=True).start()
     threading.Thread(target=_fetch_ahead, args=(fetch, tasks, fetched), daemon=True).start()
     while True:
         task, lost, *answer = fetched.get()
@@ -289,7 +291,7 @@ def _serve(pipe: Connection, fetch: Callable[[Any], Any], decode: Decode[Any, An
             os._exit(0)
 
 
-def _take_off(pipe: Connection, tasks: queue.SimpleQueue[Any]) -> None:
+def _receive_tasks(pipe: Connection, tasks: queue.SimpleQueue[Any]) -> None:
     try:
         while True:
             tasks.put(pipe.recv())
@@ -304,7 +306,7 @@ def _fetch_ahead(fetch: Callable[[Any], Any], tasks: queue.SimpleQueue[Any], fet
 
 
 def _attempt(function: Callable[[Any], Any], argument: Any) -> tuple[bool, Any]:
-    """Whether it succeeded, and its result or what went wrong."""
+    """(True, result) or (False, traceback)."""
     try:
         return True, function(argument)
     except Exception:

@@ -1,1 +1,1 @@
-"""Which samples share a pack, and which rank runs it."""
+"""Assign samples to packs, and packs to ranks."""

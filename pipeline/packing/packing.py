@@ -1,11 +1,11 @@
-"""Which image goes into which pack: token room is a limit, equal cost is the aim.
+"""Assign images to packs: a limit of tokens per pack, and equal cost as the objective.
 
 Packs with equal numbers of tokens do not take equal time, because attention is quadratic and images with r < t cost more. Images in
-descending cost go to the cheapest pack with room for them (longest processing time first), which keeps the dearest pack within a few
-per cent of the mean. What finds no room is tried again after moving one image between packs, and left to the next step otherwise.
+descending order of cost go to the cheapest pack with room for them (longest processing time first), which keeps the most expensive pack
+within a few per cent of the mean. An image without room is tried again after moving one image between packs, or left to the next step.
 
-One image can cost more than a whole pack on average. What is balanced can therefore be ranks of several packs, so that such an image
-meets a light second pack; and ranks can have a head start, so that some end dearer than others.
+One image can cost more than the average pack. Therefore ranks of several packs can be balanced instead, so that a light pack follows an
+expensive one; and ranks can start with different costs, so that they end with different totals.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import numpy as np
 from pipeline.cost import Floats, Ints
 
 NO_ROOM = -1
-_PARTNERS = 8  # cheapest packs that the dearest one swaps with
+_PARTNERS = 8  # number of cheapest packs to swap with
 _ROUNDS_PER_PACK = 4
-_EVEN_ENOUGH = 0.01  # by which the dearest pack may exceed the mean
-_WORTH_A_SWAP = 0.001  # of the dearest pack's cost
+_EVEN_ENOUGH = 0.01  # allowed excess of the most expensive pack over the mean
+_WORTH_A_SWAP = 0.001  # minimum gain, as a share of the most expensive pack's cost
 
 
 def assign_to_packs(
@@ -36,20 +36,20 @@ def assign_to_packs(
     packs_per_rank: int = 1,
     head_starts: Floats | None = None,
 ) -> Ints:
-    """The pack of each image, (n,), `NO_ROOM` where it fits into none.
+    """The pack of each image, (n,); `NO_ROOM` if it does not fit.
 
     Args:
         tokens: (n,) tokens of each image.
-        costs: (n,) what each costs; ranks are balanced by it.
-        urgency: (n,) the most urgent choose their room first, whatever they cost.
+        costs: (n,) cost of each image, by which ranks are balanced.
+        urgency: (n,) images with higher urgency are placed first, regardless of cost.
         packs: number of packs.
         tokens_per_pack: the limit of every pack.
-        packs_per_rank: so many consecutive packs are one rank's. By default every pack stands for itself.
-        head_starts: (ranks,) what each rank is taken to cost before its first image.
+        packs_per_rank: number of consecutive packs per rank; by default packs are balanced individually.
+        head_starts: (ranks,) initial cost of each rank.
     """
     ranks = packs // packs_per_rank
     rooms = [[tokens_per_pack] * packs_per_rank for _ in range(ranks)]
-    # Two heaps: ranks by cost, then by number, and ranks that lacked room when it was their turn, the roomiest first.
+    # Two heaps: ranks by cost, then number; and ranks that were too full for an image, the one with most room first.
     open_ranks = (
         [(0.0, rank) for rank in range(ranks)] if head_starts is None else list(zip(head_starts.tolist(), range(ranks), strict=True))
     )
@@ -79,12 +79,12 @@ def assign_to_packs(
 
 
 def _tightest(rooms: Sequence[int], *, needed: int) -> int:
-    """Position of the smallest room that is large enough."""
+    """Position of the smallest sufficient room."""
     return 0 if len(rooms) == 1 else min((room, slot) for slot, room in enumerate(rooms) if room >= needed)[1]
 
 
 def fill_holes(tokens: Ints, *, room: Ints) -> Ints:
-    """Best fit, largest first: the pack of each image whose room of (packs,) tokens it uses up best, `NO_ROOM` where it fits into none."""
+    """Best fit, largest image first: the pack of each image, `NO_ROOM` if it does not fit. `room` is (packs,) free tokens."""
     assigned = np.full(len(tokens), NO_ROOM, dtype=np.int64)
     holes = sorted((left, pack) for pack, left in enumerate(room.tolist()))
     for image in np.argsort(-tokens, kind="stable").tolist():
@@ -98,7 +98,7 @@ def fill_holes(tokens: Ints, *, room: Ints) -> Ints:
 
 
 def even_out(assigned: Ints, *, tokens: Ints, costs: Floats, packs: int, tokens_per_pack: int) -> Ints:
-    """Lower the cost of the dearest pack by moving one of its images, or swapping it for a cheaper one, while that helps: the new packs."""
+    """Repeatedly move an image of the most expensive pack to another, or swap it for a cheaper one. Returns the new packs."""
     assigned = assigned.copy()
     used = np.bincount(assigned, weights=tokens, minlength=packs)
     total = np.bincount(assigned, weights=costs, minlength=packs)
@@ -111,15 +111,15 @@ def even_out(assigned: Ints, *, tokens: Ints, costs: Floats, packs: int, tokens_
         is_partner = np.zeros(packs, dtype=bool)
         is_partner[partners] = True
         here, there = np.flatnonzero(assigned == most_expensive), np.flatnonzero(is_partner[assigned])
-        # The last columns stand for "nothing in return", one for each partner.
+        # The last columns are moves without a swap, one for each partner.
         other = np.concatenate([assigned[there], partners])
         moved_cost = costs[here, None] - np.concatenate([costs[there], np.zeros(len(partners))])
         moved_tokens = tokens[here, None] - np.concatenate([tokens[there], np.zeros(len(partners), dtype=np.int64)])
         fits = (used[most_expensive] - moved_tokens <= tokens_per_pack) & (used[other] + moved_tokens <= tokens_per_pack)
-        dearer = np.where(fits, np.maximum(total[most_expensive] - moved_cost, total[other] + moved_cost), np.inf)
-        if not dearer.size or dearer.min() >= total[most_expensive] * (1 - _WORTH_A_SWAP):
+        new_max = np.where(fits, np.maximum(total[most_expensive] - moved_cost, total[other] + moved_cost), np.inf)
+        if not new_max.size or new_max.min() >= total[most_expensive] * (1 - _WORTH_A_SWAP):
             break
-        row, column = np.unravel_index(dearer.argmin(), dearer.shape)
+        row, column = np.unravel_index(new_max.argmin(), new_max.shape)
         for pack, sign in ((most_expensive, -1), (int(other[column]), 1)):
             used[pack] += sign * moved_tokens[row, column]
             total[pack] += sign * moved_cost[row, column]
@@ -130,20 +130,20 @@ def even_out(assigned: Ints, *, tokens: Ints, costs: Floats, packs: int, tokens_
 
 
 def _make_room(images: Sequence[int], *, tokens: Ints, assigned: Ints, room: list[int]) -> None:
-    """Place images that fit nowhere by moving one other image to the pack that it fills best. Changes `assigned` and `room`."""
+    """Place images that do not fit by moving one other image to another pack. Modifies `assigned` and `room`."""
     members: list[list[int]] = [[] for _ in room]
     for image in np.flatnonzero(assigned != NO_ROOM).tolist():
         members[assigned[image]].append(image)
     sizes: list[int] = tokens.tolist()
-    hopeless = sys.maxsize  # what needs as much finds no room either, until something moves
+    too_large = sys.maxsize  # images of this size or more do not fit until another image moves
     for image in images:
-        if sizes[image] >= hopeless:
+        if sizes[image] >= too_large:
             continue
         move = _cheapest_move(sizes[image], sizes=sizes, members=members, room=room)
         if move is None:
-            hopeless = sizes[image]
+            too_large = sizes[image]
             continue
-        hopeless = sys.maxsize
+        too_large = sys.maxsize
         moved, source, target = move
         if moved is not None:
             members[source].remove(moved)
@@ -159,7 +159,7 @@ def _make_room(images: Sequence[int], *, tokens: Ints, assigned: Ints, room: lis
 def _cheapest_move(
     needed: int, *, sizes: Sequence[int], members: Sequence[Sequence[int]], room: Sequence[int]
 ) -> tuple[int | None, int, int] | None:
-    """(image to move or None, its pack, where to) such that its pack then has `needed` tokens of room and least is left over."""
+    """(image to move or None, its pack, target pack) so that its pack then has `needed` free tokens, with the least left over."""
     by_room = sorted(range(len(room)), key=lambda pack: (room[pack], pack))
     roomiest, second = by_room[-1], by_room[-2] if len(by_room) > 1 else by_room[-1]
     best: tuple[int, int, int, int] | None = None

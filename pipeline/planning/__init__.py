@@ -1,1 +1,1 @@
-"""Steps of packs from metadata alone: configuration, planner, state and summary."""
+"""Plan steps of packs from metadata: configuration, planner, state and summary."""

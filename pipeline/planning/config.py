@@ -1,4 +1,4 @@
-"""The `plan` section of a config: what a step holds, and the schedule by which that changes."""
+"""The `plan` section of a config: the content of a step, and its schedule."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-_CHANGES = ("max_tokens", "packs_per_step", "weights", "diffusion_share", "consistency_share")  # what a stage can change
+_CHANGES = ("max_tokens", "packs_per_step", "weights", "diffusion_share", "consistency_share")  # keys of a stage
 
 
 class Stage(BaseModel):
-    """From optimizer step `step` on (the first is step 0) what is named here holds; what is not stays as it was before.
+    """Changes of the plan from optimizer step `step` on (the first is step 0). Omitted keys keep their previous values.
 
-    `weights` are those of all corpora, by their names; 0 lets a corpus rest. `diffusion_share` and `consistency_share` are the shares of
-    images with r = t and with r = 0, which `objective` gives for the first step.
+    `weights` maps all corpus names to weights; 0 pauses a corpus. `diffusion_share` and `consistency_share` are the shares of images with
+    r = t and with r = 0; their initial values are in `objective`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,12 +37,12 @@ class Stage(BaseModel):
         if all(getattr(self, key) is None for key in _CHANGES):
             raise ValueError(f"step {self.step} changes nothing: give {', '.join(_CHANGES[:-1])} or {_CHANGES[-1]}")
         if self.weights is not None and not any(self.weights.values()):
-            raise ValueError("weights are all 0: one corpus at least must weigh something")
+            raise ValueError("weights are all 0: at least one must be above 0")
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused_shares(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Shares that are not given are left out, so that the plan of a run without them keeps its hash."""
+        """Omit unset shares, so that the hash of a plan without them does not change."""
         return {key: value for key, value in serialize(self).items() if value is not None or not key.endswith("_share")}
 
 
@@ -64,11 +64,10 @@ class SizeLimits(BaseModel):
 class PlanConfig(SizeLimits):
     """The `plan` section of a config. `stride` (pixels per token side) follows from the codec and the network; lengths are in tokens.
 
-    `window` shards are shuffled together. `groups` splits the shards, and the packs of a step, into so many groups, so that the nodes of a
-    cluster share the fetching: ranks read only their own group's shards, as far as their number and that of the groups have a common
-    divisor. `gamma` weighs the quadratic part of an image's cost, `cost_factors` say what images with r = t, r = 0 and r < t cost beside
-    each other (`tim bench attention --fit` times both on a device); `flip` is the share of mirrored images; `schedule` says what changes
-    at which step.
+    `window` shards are shuffled together. `groups` is the number of groups that the shards and the packs of a step are split into, so that
+    cluster nodes share the downloads: ranks read only the shards of their part, and there are gcd(groups, ranks) parts. `gamma` weights the
+    quadratic part of an image's cost, `cost_factors` are the relative costs of images with r = t, r = 0 and r < t (`tim bench attention
+    --fit` measures both on a device); `flip` is the share of mirrored images; `schedule` lists changes by step.
     """
 
     stride: int | None = Field(default=None, ge=1)
@@ -88,26 +87,28 @@ class PlanConfig(SizeLimits):
         packs = {"plan.packs_per_step": self.packs_per_step}
         for number, (stage, before) in enumerate(zip(self.schedule, (None, *self.schedule), strict=False)):
             if before is not None and stage.step <= before.step:
-                raise ValueError(f"plan.schedule: step {stage.step} comes after step {before.step}: give the stages in their order")
+                raise ValueError(f"plan.schedule: step {stage.step} comes after step {before.step}: sort the stages by step")
             if stage.max_tokens is not None:
                 limits[f"plan.schedule.{number}.max_tokens"] = stage.max_tokens
             if stage.packs_per_step is not None:
                 packs[f"plan.schedule.{number}.packs_per_step"] = stage.packs_per_step
         for key, count in packs.items():
             if count % self.groups:
-                raise ValueError(f"{key} {count} is no multiple of plan.groups {self.groups}: every group has as many packs")
+                raise ValueError(
+                    f"{key} {count} is not a multiple of plan.groups {self.groups}: every group needs the same number of packs"
+                )
         for key, max_tokens in limits.items():
             if max_tokens > self.tokens_per_pack:
                 raise ValueError(
                     f"{key} {max_tokens} is more than plan.tokens_per_pack {self.tokens_per_pack}: the largest image must fit into a pack, "
-                    "lower the one or raise the other"
+                    "lower the first or raise the second"
                 )
             if self.min_tokens > max_tokens:
                 raise ValueError(f"plan.min_tokens {self.min_tokens} is more than {key} {max_tokens}: no image could be trained")
         return self
 
     def at(self, step: int) -> PlanConfig:
-        """The plan as it stands in an optimizer step."""
+        """The plan in an optimizer step."""
         changed = {}
         for stage in self.schedule:
             if stage.step <= step:
@@ -115,12 +116,12 @@ class PlanConfig(SizeLimits):
         return self.model_copy(update=changed)
 
     def weights_at(self, step: int) -> dict[str, float] | None:
-        """The corpora's weights in an optimizer step by name, None before the schedule says any."""
-        said = [stage.weights for stage in self.schedule if stage.step <= step and stage.weights is not None]
-        return said[-1] if said else None
+        """Weights by corpus name in an optimizer step, None before the schedule sets any."""
+        scheduled = [stage.weights for stage in self.schedule if stage.step <= step and stage.weights is not None]
+        return scheduled[-1] if scheduled else None
 
     def kind_shares_at(self, step: int, *, first: tuple[float, float]) -> tuple[float, float]:
-        """Shares of images with r = t and with r = 0 in an optimizer step; `first` holds until the schedule says another."""
+        """Shares of images with r = t and with r = 0 in an optimizer step; `first` are the initial shares."""
         diffusion, consistency = first
         for stage in self.schedule:
             if stage.step <= step:
@@ -129,8 +130,8 @@ class PlanConfig(SizeLimits):
         return diffusion, consistency
 
     @property
-    def most_packs(self) -> int:
-        """The largest `packs_per_step` that the schedule says."""
+    def max_packs_per_step(self) -> int:
+        """The largest `packs_per_step` of all stages."""
         return max([self.packs_per_step, *[stage.packs_per_step or 0 for stage in self.schedule]])
 
     @property

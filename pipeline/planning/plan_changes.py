@@ -1,4 +1,4 @@
-"""What differs between the inputs of a plan and those of a saved one, in words."""
+"""Differences between the inputs of a plan and those of a saved plan."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from pipeline.streams.corpus_view import CorpusView
 
 @dataclass(frozen=True, slots=True)
 class PlanChange:
-    """One difference: the input (`plan.max_tokens`, `corpus photos`), and what it was and is."""
+    """One difference: the input (`plan.max_tokens`, `corpus photos`), and a description of the change."""
 
     key: str
-    said: str
+    description: str
 
     def __str__(self) -> str:
-        return f"{self.key} {self.said}"
+        return f"{self.key} {self.description}"
 
 
 class PlanChangedError(ValueError):
-    """A saved plan has other inputs than this one. `changes` says which."""
+    """A saved plan has different inputs. `changes` lists them."""
 
     def __init__(self, changes: Sequence[PlanChange]) -> None:
         self.changes = tuple(changes)
         listed = ", ".join(map(str, changes))
-        super().__init__(f"the saved state is of another plan: {listed}; resume with the saved settings, or replan from here")
+        super().__init__(f"the saved state is of another plan: {listed}; restore the saved settings, or replan from this step")
 
 
 def counts_of(sources: Sequence[CorpusView]) -> dict[str, dict[str, int]]:
-    """Of each corpus, the numbers that a later plan's changes are told by: samples, and excluded keys. Kept in a plan's state."""
+    """Samples and excluded keys of each corpus. Stored in a plan's state to describe later changes."""
     return {source.name: {"samples": source.corpus.count, "excluded": source.excluded} for source in sources}
 
 
 def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources: Sequence[CorpusView]) -> list[PlanChange]:
-    """How `inputs`, those of a plan over `sources`, differ from those in the state of another plan.
+    """Differences between `inputs`, those of a plan over `sources`, and the inputs in a saved state.
 
-    Raises ValueError if a corpus's tables have to be read for it and cannot be.
+    Raises ValueError if a corpus's table is needed and cannot be read.
     """
     saved = state["inputs"]
     changes = []
     for key in sorted({*saved, *inputs} - {"corpora"}):
         before, after = saved.get(key), inputs.get(key)
         if before != after:
-            changes.append(PlanChange(key, f"was {_shown(before)} and is {_shown(after)}"))
+            changes.append(PlanChange(key, f"was {_format(before)} and is {_format(after)}"))
     if saved.get("corpora") != inputs["corpora"]:
         changes += _corpus_changes(saved.get("corpora", []), counts=state.get("counts", {}), sources=sources)
     return changes
@@ -53,48 +53,48 @@ def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources
 def _corpus_changes(saved: Sequence[Any], *, counts: Mapping[str, Any], sources: Sequence[CorpusView]) -> list[PlanChange]:
     before = {identity[0]: identity for identity in saved}
     names = [source.name for source in sources]
-    changes = [PlanChange(f"corpus {name}:", "was trained on and is not given") for name in before if name not in names]
+    changes = [PlanChange(f"corpus {name}:", "was in the saved plan and is missing") for name in before if name not in names]
     for source in sources:
         if source.name not in before:
             changes.append(PlanChange(f"corpus {source.name}:", f"is new, {source.corpus.count} samples"))
         elif before[source.name] != source.identity:
-            told = _told(before[source.name], counts=counts.get(source.name, {}), source=source)
-            changes += [PlanChange(f"corpus {source.name}:", each) for each in told]
+            differences = _differences(before[source.name], counts=counts.get(source.name, {}), source=source)
+            changes += [PlanChange(f"corpus {source.name}:", each) for each in differences]
     if not changes:
         changes.append(PlanChange("corpus:", f"their order was {', '.join(before)} and is {', '.join(names)}"))
     return changes
 
 
-def _told(identity: Sequence[Any], *, counts: Mapping[str, int], source: CorpusView) -> list[str]:
-    """How a corpus differs from the one of this name and `identity`, of which `counts` are known."""
-    told = []
+def _differences(identity: Sequence[Any], *, counts: Mapping[str, int], source: CorpusView) -> list[str]:
+    """Differences between a corpus and the saved one of the same name, with this `identity` and these `counts`."""
+    differences = []
     if identity[1] != source.identity[1]:
-        told.append(_content(counts.get("samples"), after=source.corpus.count))
+        differences.append(_content_change(counts.get("samples"), after=source.corpus.count))
     before, after = (each[2] if len(each) > 2 else {} for each in (identity, source.identity))
     settings = [key for key in ("weight", "repeats", "cap", "where") if before.get(key) != after.get(key)]
-    told += [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in settings]
+    differences += [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in settings]
     if before.get("exclude") != after.get("exclude"):
-        told.append(f"exclude had {counts.get('excluded', 'other') if 'exclude' in before else 'no'} keys and has {source.excluded}")
+        differences.append(f"exclude had {counts.get('excluded', 'other') if 'exclude' in before else 'no'} keys and has {source.excluded}")
     old, new = (each.get("sidecars") or {} for each in (before, after))
     marks = source.takedown_sidecar
     if marks is not None and old.get(marks) != new.get(marks):
-        told.append(f"samples were taken down, {source.count_takedowns()} are marked now")
+        differences.append(f"takedowns changed, {source.count_takedowns()} samples are marked now")
     other = [name for name in sorted({*old, *new} - {marks}) if old.get(name) != new.get(name)]
     if other:
-        told.append(f"sidecar {', '.join(other)} has other values, is new, or is gone")
-    return told
+        differences.append(f"sidecar {', '.join(other)} has changed, is new, or was removed")
+    return differences
 
 
-def _content(before: int | None, *, after: int) -> str:
+def _content_change(before: int | None, *, after: int) -> str:
     if before is None or before == after:
-        return f"its shards or captions are others ({after} samples)"
+        return f"its shards or captions differ ({after} samples)"
     return f"had {before} samples and has {after}, {abs(after - before)} {'added' if after > before else 'fewer'}"
 
 
-def _shown(value: Any) -> str:
-    """As a config says it, without keys that say nothing."""
+def _format(value: Any) -> str:
+    """A value as written in a config, without null keys."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return f"[{', '.join(map(_shown, value))}]"
+        return f"[{', '.join(map(_format, value))}]"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_shown(each)}' for key, each in value.items() if each is not None)}}}"
+        return f"{{{', '.join(f'{key}: {_format(each)}' for key, each in value.items() if each is not None)}}}"
     return repr(value)

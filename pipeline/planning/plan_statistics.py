@@ -1,4 +1,4 @@
-"""What a plan makes of its corpora: how many samples are trained at which sizes, and how many are left out for which reason."""
+"""Statistics of a plan's samples: how many are used at which sizes, and how many are left out for which reason."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ASPECT_NAMES = ("< 1:3", "1:3", "1:2", "3:4", "1:1", "10:9", "4:3", "2:1", "> 3
 
 
 def count_samples(sources: Sequence[CorpusView], *, rule: SizeRule) -> dict[str, Any]:
-    """Count over all samples, one shard in memory at a time. Raises ValueError naming a sample that the features of its corpus lack.
+    """Count over all samples, with one shard in memory at a time. Raises ValueError naming a sample without features.
 
-    Returns `rows` (samples in the corpora) = `samples` (trained in an epoch) + Σ `left_out` (by reason), the same of each source in
-    `corpora`, and `tokens_per_epoch`; and of those that pass the rules, before caps take their part of them at random: `downscaled`,
-    `cropped_pixels` (share of resized pixels that the crop cuts off), `tokens` (a histogram: "64" counts images of 64 to 127 tokens)
-    and `aspects` (a histogram of width : height; "4:3" counts those from there up to the next).
+    Returns `rows` (samples in the corpora) = `samples` (used per epoch) + Σ `left_out` (by reason), the same per source in `corpora`, and
+    `tokens_per_epoch`; and over the samples that pass the rules, before caps: `downscaled`, `cropped_pixels` (share of resized pixels
+    removed by the crop), `tokens` (a histogram: "64" counts images of 64 to 127 tokens) and `aspects` (a histogram of width : height;
+    "4:3" counts images from 4:3 up to the next class).
     """
     by_size = np.zeros(64, dtype=np.int64)
     by_aspect = np.zeros(len(_ASPECT_NAMES), dtype=np.int64)
@@ -49,8 +49,8 @@ def count_samples(sources: Sequence[CorpusView], *, rule: SizeRule) -> dict[str,
             )
         passed = int(reasons[0])
         samples = passed if source.cap is None else min(passed, source.cap)
-        reasons_why = [*zip(LEFT_OUT_REASONS[1:], reasons[1:].tolist(), strict=True), ("cap", passed - samples)]
-        left_out = {reason: count for reason, count in reasons_why if count}
+        counts_by_reason = [*zip(LEFT_OUT_REASONS[1:], reasons[1:].tolist(), strict=True), ("cap", passed - samples)]
+        left_out = {reason: count for reason, count in counts_by_reason if count}
         tokens_per_epoch += tokens * samples // max(passed, 1)
         corpora.append({"name": source.name, "rows": int(reasons.sum()), "samples": samples, "left_out": left_out})
     return {

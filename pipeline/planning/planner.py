@@ -1,7 +1,7 @@
-"""Corpora to steps of packs, from metadata alone: checks a plan, follows its schedule and keeps its state.
+"""Plan steps of packs from the metadata of corpora: checks a plan, follows its schedule and keeps its state.
 
-`pipeline.planning.shard_group` selects and packs the images of a step, from all shards or, with `plan.groups`, from each part of them.
-Nothing here depends on ranks: `pipeline.packing.rank_assignment` assigns packs to ranks afterwards.
+`pipeline.planning.shard_group` selects and packs the images of a step, from all shards or, with `plan.groups`, from each group of shards.
+The plan does not depend on ranks: `pipeline.packing.rank_assignment` assigns packs to ranks afterwards.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMAT = 3
 
 
 class _Stage(NamedTuple):
-    """What holds from a step on. shares: of the corpora, whole numbers; kind_shares: of images with r = t and with r = 0."""
+    """Settings from a step on. shares: of the corpora, integers; kind_shares: of images with r = t and with r = 0."""
 
     plan: PlanConfig
     shares: tuple[int, ...]
@@ -42,16 +42,16 @@ class Planner:
     """The endless, seeded, resumable sequence of steps over one or more corpora.
 
     Args:
-        corpora: what to train on; what a corpus has of further settings (weight, repeats, cap, where, exclude) stands in a `CorpusView`.
+        corpora: the training data; a `CorpusView` adds weight, repeats, cap, where and exclude to a corpus.
         plan: the plan section, with its stride.
-        seed: every draw of the plan follows from it.
+        seed: determines every draw of the plan.
         width: the network's width, for the cost of attention.
-        diffusion_share, consistency_share: shares of images with r = t and with r = 0, until the schedule changes them; the rest has r < t.
+        diffusion_share, consistency_share: initial shares of images with r = t and with r = 0; the rest has r < t.
         caption_dropout: share of images whose caption or class is dropped.
-        caption_weights: relative weights of a sample's 1st, 2nd, … caption; further ones weigh as much as the last.
-        shuffle_tags: how captions are shuffled that are lists of tags.
+        caption_weights: relative weights of a sample's 1st, 2nd, … caption; the last weight applies to all further captions.
+        shuffle_tags: how to shuffle captions that are lists of tags.
 
-    Raises ValueError for an impossible plan, in one line.
+    Raises ValueError, in one line, for an invalid plan.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Planner:
         _check_corpora(self.corpora, shuffle_tags=shuffle_tags)
         _check_groups(self.sources, groups=plan.groups)
         if plan.stride is None:
-            raise ValueError("plan.stride is not known: it is the codec's pixels per latent cell times the network's patch size")
+            raise ValueError("plan.stride is not set: it is the codec's pixels per latent cell times the network's patch size")
         draw_rule = DrawRule(seed=seed, caption_dropout=caption_dropout, caption_weights=tuple(caption_weights), flip=plan.flip)
         _check_draws(draw_rule)
         self.plan = plan
@@ -87,9 +87,9 @@ class Planner:
         for corpus in self.corpora:
             corpus.check_features(rules=[stage.plan.size_rule for stage in self._stages.values()], flips=plan.flip > 0)
 
-        self._now = self._stages[0].plan
+        self._plan = self._stages[0].plan
         self._groups = [self._group(number, stage=self._stages[0], draw_rule=draw_rule) for number in range(plan.groups)]
-        self.places = self._groups[0].places
+        self.shards = self._groups[0].shards
         self._step = 0
 
         self._inputs: dict[str, Any] = {
@@ -106,16 +106,16 @@ class Planner:
         self.plan_hash = json_digest([FORMAT, self._inputs])
 
     def next_step(self) -> Step:
-        """Plan one step more. Raises ValueError if a table cannot be read, or if the plan leaves every sample of a corpus out."""
+        """Plan the next step. Raises ValueError if a table cannot be read, or if the plan leaves out every sample of a corpus."""
         if self._step in self._stages and self._step:
             self._enter(self._step)
         packed = [group.next_packs() for group in self._groups]
-        packs = self._now.packs_per_step
+        packs = self._plan.packs_per_step
         table = StepTable(
             columns=SampleTable.join([each.samples for each in packed]),
             kinds=np.concatenate([each.kinds for each in packed]),
             costs=np.concatenate([each.costs for each in packed]),
-            places=self.places,
+            shards=self.shards,
         )
         assigned = np.concatenate([each.packs + number * packs // len(packed) for number, each in enumerate(packed)])
         step = Step(
@@ -129,7 +129,7 @@ class Planner:
         return step
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the plan stands, before its next step: JSON-able, small, the same on every rank."""
+        """State before the next step: JSON-serialisable, small, the same on every rank."""
         return {
             "format": FORMAT,
             "plan_hash": self.plan_hash,
@@ -140,7 +140,7 @@ class Planner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken. Raises PlanChangedError, a ValueError, naming what differs if it is of another plan."""
+        """Continue from `state`. Raises PlanChangedError, a ValueError, listing the differences if it is of another plan."""
         changes = self.changes_since(state)
         if changes:
             raise PlanChangedError(changes)
@@ -150,11 +150,10 @@ class Planner:
             group.load_state_dict(saved)
 
     def replan(self, state: dict[str, Any]) -> None:
-        """Begin this plan at the step at which `state` of another one was taken: a function of that state and of this plan's inputs.
+        """Start this plan at the step of another plan's `state`. Depends only on that state and this plan's inputs.
 
-        Every corpus starts a new epoch, and visits count on from above the largest that the other plan has reached: no draw of it
-        (hash of seed, purpose, visit, id) comes again. What it carried over is planned as any other sample. Raises ValueError if
-        `state` is of another format.
+        Every corpus starts a new epoch, with visits above the largest of the other plan, so that none of its draws (hash of seed, purpose,
+        visit, id) is repeated. Samples that it carried over are planned like any other. Raises ValueError if `state` has another format.
         """
         self._check_format(state)
         epoch = 1 + max(source["epoch"] for group in state["groups"] for source in group["sources"])
@@ -164,7 +163,7 @@ class Planner:
         self._enter(max(self._step - 1, 0))
 
     def changes_since(self, state: dict[str, Any]) -> list[PlanChange]:
-        """How this plan's inputs differ from those of a saved plan. Raises ValueError if `state` is of another format."""
+        """Differences between this plan's inputs and those of a saved plan. Raises ValueError if `state` has another format."""
         self._check_format(state)
         if state["plan_hash"] == self.plan_hash:
             return []
@@ -173,11 +172,11 @@ class Planner:
     @staticmethod
     def _check_format(state: dict[str, Any]) -> None:
         if state.get("format") != FORMAT:
-            raise ValueError(f"the saved plan is of format {state.get('format')!r}, this version of tim reads format {FORMAT}")
+            raise ValueError(f"the saved plan has format {state.get('format')!r}, this version of tim reads format {FORMAT}")
 
     @property
     def stages(self) -> list[dict[str, Any]]:
-        """The schedule: from which step on which limits hold, and the shares of corpora and of kinds (r = t, r = 0) of the images."""
+        """The schedule: first step, limits, and shares of corpora and of kinds (r = t, r = 0) of each stage."""
         return [
             {
                 "step": first,
@@ -192,8 +191,8 @@ class Planner:
 
     @property
     def sample_counts(self) -> dict[str, Any]:
-        """Counts over all samples in the present stage (`pipeline.planning.plan_statistics`). Reads all sizes of the corpora once."""
-        return self._count_samples(self._now)
+        """Counts over all samples in the current stage (`pipeline.planning.plan_statistics`). Reads all sizes of the corpora once."""
+        return self._count_samples(self._plan)
 
     def _count_samples(self, plan: PlanConfig) -> dict[str, Any]:
         if plan.max_tokens not in self._counts:
@@ -226,10 +225,10 @@ class Planner:
         return ShardGroup(mixture, plan=stage.plan, width=self.width, kind_shares=stage.kind_shares)
 
     def _enter(self, step: int) -> None:
-        """Plan as the schedule says for `step`."""
-        self._now, shares, kind_shares = self._stages[max(first for first in self._stages if first <= step)]
+        """Switch to the stage of `step`."""
+        self._plan, shares, kind_shares = self._stages[max(first for first in self._stages if first <= step)]
         for group in self._groups:
-            group.enter(self._now, shares=shares, kind_shares=kind_shares)
+            group.enter(self._plan, shares=shares, kind_shares=kind_shares)
 
 
 def _check_groups(sources: Sequence[CorpusView], *, groups: int) -> None:
@@ -244,34 +243,34 @@ def _check_draws(rule: DrawRule) -> None:
     if not 0 <= rule.caption_dropout <= 1:
         raise ValueError(f"caption_dropout {rule.caption_dropout} is not a share between 0 and 1")
     if not rule.caption_weights or min(rule.caption_weights) < 0 or max(rule.caption_weights) == 0:
-        raise ValueError(f"caption_weights {list(rule.caption_weights)} must be at least 0, and one of them above")
+        raise ValueError(f"caption_weights {list(rule.caption_weights)} must be at least 0, and at least one above 0")
 
 
 def _check_kinds(stages: Mapping[int, _Stage]) -> None:
-    """Raises ValueError for shares of kinds that cannot be."""
+    """Raise ValueError for invalid shares of kinds."""
     for first, (_, _, (diffusion, consistency)) in stages.items():
         if min(diffusion, consistency) < 0 or diffusion + consistency > 1 + 1e-9:
-            where = f"plan.schedule: from step {first} on " if first else ""
+            prefix = f"plan.schedule: from step {first} on " if first else ""
             raise ValueError(
-                f"{where}diffusion_share {diffusion:g} and consistency_share {consistency:g} must be at least 0 and at most 1 together"
+                f"{prefix}diffusion_share {diffusion:g} and consistency_share {consistency:g} must be at least 0, and their sum at most 1"
             )
 
 
 def _check_corpora(corpora: Sequence[Corpus], *, shuffle_tags: TagShuffle | None) -> None:
-    """Raises ValueError for corpora that cannot be planned together."""
+    """Raise ValueError for corpora that cannot be combined."""
     names = [corpus.name for corpus in corpora]
     if not any(corpus.count for corpus in corpora):
         raise ValueError("there is nothing to plan: " + (f"corpus {names[0]} has no samples" if names else "no corpus is given"))
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two corpora are named '{twice}': give one of them another name, ids of samples begin with it")
+        raise ValueError(f"two corpora are named '{twice}': rename one, because sample ids start with the name")
     parts = {corpus.name: () if corpus.features is None else corpus.features.parts for corpus in corpora}
     without_features = next((corpus.name for corpus in corpora if corpus.features is None), None)
     if without_features is not None and any(corpus.features is not None for corpus in corpora):
-        raise ValueError(f"corpus {without_features} has no features and another has: give them for all corpora or for none")
-    unlike = next((name for name in names if parts[name] != parts[names[0]]), None)
-    if unlike is not None:
-        said = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], unlike))
-        raise ValueError(f"features of different kinds: {said}; encode the same of both")
+        raise ValueError(f"corpus {without_features} has no features and another has: give features for all corpora or for none")
+    different = next((name for name in names if parts[name] != parts[names[0]]), None)
+    if different is not None:
+        contents = " and ".join(f"those of corpus {name} have {', '.join(parts[name])}" for name in (names[0], different))
+        raise ValueError(f"features of different kinds: {contents}; encode the same parts for both")
     if shuffle_tags is not None and "captions" in parts[names[0]]:
-        raise ValueError("text.shuffle_tags: the captions in the corpus's features are encoded as they are: leave one of them out")
+        raise ValueError("text.shuffle_tags: cached caption features cannot be shuffled: remove shuffle_tags or the features")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name on the same file system, fsync, rename."""
+"""Atomic file writes: temporary name on the same file system, fsync, rename. Locked work folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORK, JOB, LOCK = ".work", "job.json", "lock"
 
 @contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
-    """Write to the stream; the file takes its name when the block ends well, and nothing of it stays when it does not."""
+    """Write a file atomically: it appears when the block succeeds, and is removed when it raises."""
     temporary = path.with_name(f"{path.name}.{process_name()}{TEMPORARY_SUFFIX}")
     try:
         with open(temporary, "wb") as stream:
@@ -36,44 +36,43 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def process_name() -> str:
-    """A name that no other process has, on any machine that shares a file system with this one."""
+    """A name unique to this process over all machines that share the file system."""
     return f"{socket.gethostname()}-{os.getpid()}"
 
 
 @contextmanager
 def exclusive_lock(out: Path) -> Iterator[Path]:
-    """OUT/.work, locked against a second run, without the litter of a killed run there and in OUT. Raises RuntimeError where another run
-    writes."""
+    """Lock OUT/.work and remove temporary files of a killed run there and in OUT. Raises RuntimeError if another run has the lock."""
     with locked_work_folder(out / WORK, place=str(out), folder=out) as work:
         yield work
 
 
 @contextmanager
 def locked_work_folder(work: Path, *, place: str, folder: Path | None, part: str = "") -> Iterator[Path]:
-    """A folder for unfinished work on `place`, locked against a second run; litter of a killed run is removed from it and from `folder`.
+    """Lock a work folder for `place`, and remove temporary files of a killed run from it and from `folder`.
 
-    Any number of `part`s of different names may work at once, and nobody else meanwhile. Raises RuntimeError where another run writes.
+    Several `part`s of different names may run at once, but no other run. Raises RuntimeError if another run has the lock.
     """
     work.mkdir(parents=True, exist_ok=True)
-    with open(work / LOCK, "w") as lock, open(work / f"{LOCK}-{part}", "w") if part else nullcontext() as own:
+    with open(work / LOCK, "w") as lock, open(work / f"{LOCK}-{part}", "w") if part else nullcontext() as part_lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if part else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            if own:
-                fcntl.flock(own, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if part_lock:
+                fcntl.flock(part_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RuntimeError(f"{place}: another run is writing here") from error
         folders = [] if part else [work, *([folder] if folder else [])]
         try:
-            _sweep(folders)
+            _remove_temporary_files(folders)
             yield work
         finally:
-            _sweep(folders)
+            _remove_temporary_files(folders)
 
 
-def _sweep(folders: list[Path]) -> None:
+def _remove_temporary_files(folders: list[Path]) -> None:
     for folder in folders:
-        for litter in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            litter.unlink(missing_ok=True)
+        for file in folder.glob(f"*{TEMPORARY_SUFFIX}"):
+            file.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -1,11 +1,11 @@
-"""Whole remote shards on a local disk, within a limit of bytes, shared by all processes that name the same folder.
+"""Cache of whole remote shards on a local disk, with a size limit, shared by all processes that use the same folder.
 
-A shard is downloaded once, by the first process that wants it, while the others wait; it appears under its digest when it is whole
-and the digest is right. When room is needed, those go first that were read the longest time ago; one that is being read stays.
+A shard is downloaded once, by the first process that needs it, while the others wait; it appears under its digest when it is complete and
+the digest matches. The least recently read shards are evicted first; a shard that is being read stays.
 
-All of it rests on `flock`, whose locks end with the process that holds them, however it ends:
-`locks/NAME` is held by the one that downloads NAME, `locks/room` by the one that makes room, a whole shard (shared) by those that read it.
-What a killed process, or a download that failed, leaves behind is a file `NAME.part` whose lock is free: who needs room removes it.
+The cache uses `flock`, whose locks end with their process. `locks/NAME` is held while downloading NAME, `locks/room` while evicting, and a
+complete shard is locked (shared) while it is read. A killed process or a failed download leaves a file `NAME.part` with a free lock, which
+the next eviction removes.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _CHUNK_BYTES, _CHUNKS_AT_ONCE = 8 << 20, 4
 
 
 class ShardFacts(NamedTuple):
-    """What a manifest says of a shard: bytes, and sha256 in hexadecimal, "" if unknown."""
+    """Size in bytes and sha256 in hexadecimal ("" if unknown) of a shard, from a manifest."""
 
     bytes: int
     sha256: str
 
 
 class BadShard(OSError):
-    """A shard that is missing, is cut off or is not what its manifest says."""
+    """A shard that is missing, truncated or does not match its manifest."""
 
 
 class ShardCache:
@@ -43,26 +43,26 @@ class ShardCache:
         self._limit = limit
 
     def open(self, url: str, *, facts: ShardFacts) -> int | None:
-        """A descriptor of the whole shard, which stays in the cache until it is closed; None if there is no room for it.
+        """A file descriptor of the whole shard, which stays cached until it is closed; None if there is no room for it.
 
-        Raises BadShard if the digest is wrong, and OSError if the shard cannot be had.
+        Raises BadShard if the digest is wrong, and OSError if the download fails.
         """
         (self._folder / "locks").mkdir(parents=True, exist_ok=True)
         name = facts.sha256 or hashlib.sha256(f"{url} {facts.bytes}".encode()).hexdigest()
-        found = self._open_whole(name, facts=facts)
-        if found is not None:
-            return found
+        descriptor = self._open_whole(name, facts=facts)
+        if descriptor is not None:
+            return descriptor
         with _locked(self._folder / "locks" / name):
-            found = self._open_whole(name, facts=facts)  # another process was faster
-            if found is not None:
-                return found
+            descriptor = self._open_whole(name, facts=facts)  # another process may have downloaded it
+            if descriptor is not None:
+                return descriptor
             part = self._folder / (name + _PART)
             if not self._reserve(part, facts.bytes):
                 return None
             self._download(url, part, facts=facts)
             descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.flock(descriptor, fcntl.LOCK_SH)  # before it can be found, so that it cannot go at once
-            with self._making_room():
+            fcntl.flock(descriptor, fcntl.LOCK_SH)  # before it gets its name, so that it cannot be evicted
+            with self._eviction_lock():
                 os.replace(part, self._folder / (name + _WHOLE))
             return descriptor
 
@@ -73,16 +73,16 @@ class ShardCache:
         except FileNotFoundError:
             return None
         fcntl.flock(descriptor, fcntl.LOCK_SH)
-        found = os.fstat(descriptor)
-        if not found.st_nlink or found.st_size != facts.bytes:  # it went before we had the lock, or somebody cut it
+        status = os.fstat(descriptor)
+        if not status.st_nlink or status.st_size != facts.bytes:  # evicted before we had the lock, or truncated
             os.close(descriptor)
             return None
         os.utime(path)
         return descriptor
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Make a file of the size that a download will have, and room for it."""
-        with self._making_room():
+        """Evict shards to make room for a download, and create its file with the final size."""
+        with self._eviction_lock():
             part.unlink(missing_ok=True)
             files = [(file.stat(), file) for file in self._folder.iterdir() if file.suffix in (_WHOLE, _PART)]
             excess = sum(stat.st_size for stat, _ in files) + size - self._limit
@@ -97,8 +97,8 @@ class ShardCache:
                 stream.truncate(size)
             return True
 
-    def _making_room(self) -> AbstractContextManager[None]:
-        """No file gets another name or goes away meanwhile."""
+    def _eviction_lock(self) -> AbstractContextManager[None]:
+        """Lock against renaming and removing files."""
         return _locked(self._folder / "locks" / "room")
 
     def _remove_unused(self, file: Path) -> bool:

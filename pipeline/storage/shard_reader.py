@@ -1,7 +1,7 @@
-"""Reading parts of shards by offset: the one place that knows where shards lie. A tar is never parsed in training.
+"""Read byte ranges of local and remote shards. A tar is never parsed in training.
 
-Parts of one shard that lie close together are read as one, in the order of their offsets. Local shards are read by `pread`; remote ones
-by ranges, all at once, or whole into a cache on a local disk (`pipeline.storage.shard_cache`), whose files are local shards.
+Nearby ranges of a shard are read as one, in the order of their offsets. Local shards are read with `pread`; remote ones by concurrent
+range requests, or downloaded whole into a local cache (`pipeline.storage.shard_cache`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pipeline.storage.shard_cache import BadShard, ShardCache, ShardFacts
 
 __all__ = ["BadShard", "ByteRange", "ShardCache", "ShardFacts", "ShardReader"]
 
-_LOCAL_GAP, _REMOTE_GAP = 16 << 10, 256 << 10  # bytes between two parts that are read along rather than asked for separately
-_SPAN_BYTES = 64 << 20  # no more is joined
+_LOCAL_GAP, _REMOTE_GAP = 16 << 10, 256 << 10  # maximum bytes between two ranges that are read as one
+_SPAN_BYTES = 64 << 20  # maximum of merged ranges
 _REMEDY = "restore the file, or set loader.on_bad_shard=skip"
 
 
 class ByteRange(NamedTuple):
-    """`length` bytes from byte `offset` on of the shard at `path`, a file or a URL."""
+    """`length` bytes at byte `offset` of the shard at `path`, a file or a URL."""
 
     path: str
     offset: int
@@ -32,7 +32,7 @@ class ByteRange(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Bytes of a shard that are read at once, and which of the parts that were asked for lie in them."""
+    """Bytes of a shard that are read at once, and the indices of the requested ranges in them."""
 
     start: int
     end: int
@@ -40,12 +40,12 @@ class _Span(NamedTuple):
 
 
 class ShardReader:
-    """Reads from shards with a bounded number of open files. Belongs to one process; opens nothing before the first read.
+    """Read from shards with a bounded number of open files. Belongs to one process; opens nothing before the first read.
 
     Args:
-        facts: what the manifests say of shards, by path; of others nothing is checked.
-        cache: where remote shards are kept; without one they are read by ranges.
-        verify: compare a local shard with its digest before anything is read from it.
+        facts: sizes and digests of shards from the manifests, by path; other shards are not checked.
+        cache: cache of remote shards; without one they are read by range requests.
+        verify: check the digest of a local shard before its first read.
     """
 
     def __init__(
@@ -64,20 +64,20 @@ class ShardReader:
         self._verified: set[str] = set()
 
     def read(self, path: str, *, offset: int, length: int) -> bytes:
-        """`length` bytes at `offset`. Raises BadShard where the shard lacks them, and OSError."""
-        found = self.read_parts([ByteRange(path, offset, length)])[0]
-        if isinstance(found, OSError):
-            raise found
-        return bytes(found)
+        """`length` bytes at `offset`. Raises BadShard if the shard is too short, and OSError."""
+        data = self.read_parts([ByteRange(path, offset, length)])[0]
+        if isinstance(data, OSError):
+            raise data
+        return bytes(data)
 
     def read_parts(self, parts: Sequence[ByteRange]) -> list[memoryview | OSError]:
-        """For each part its bytes, or why it cannot be read: BadShard if its whole shard is unusable, another OSError if only it is."""
+        """Bytes or an error for each range: BadShard if its whole shard is unusable, another OSError otherwise."""
         results: list[memoryview | OSError] = [memoryview(b"")] * len(parts)
         by_path: dict[str, list[int]] = defaultdict(list)
         for i, part in enumerate(parts):
             by_path[part.path].append(i)
         by_range: list[tuple[str, _Span]] = []
-        for path in random.sample(list(by_path), len(by_path)):  # processes that begin together download different shards first
+        for path in random.sample(list(by_path), len(by_path)):  # so that processes that start together download different shards first
             wanted = by_path[path]
             try:
                 if is_remote(path):
@@ -89,25 +89,25 @@ class ShardReader:
                     results[i] = error
         answers = read_ranges([(path, span.start, span.end) for path, span in by_range])
         for (_, span), answer in zip(by_range, answers, strict=True):
-            _hand_out(answer, span=span, parts=parts, results=results)
+            _distribute(answer, span=span, parts=parts, results=results)
         return results
 
     def close(self) -> None:
-        """Close all files; a later read opens them again."""
+        """Close all files; a later read reopens them."""
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
     def _read_remote(
         self, path: str, parts: Sequence[ByteRange], *, wanted: Sequence[int], results: list[memoryview | OSError]
     ) -> Iterator[_Span]:
-        """Read from the cache; what it has no room for is given back."""
+        """Read from the cache, or yield the spans to request if the shard is not cached."""
         if self._cache is not None and path in self._facts:
             descriptor = self._cache.open(path, facts=self._facts[path])
             if descriptor is not None:
                 try:
                     self._read_spans(descriptor, parts, wanted=wanted, results=results)
                 finally:
-                    os.close(descriptor)  # what nobody reads may leave the cache
+                    os.close(descriptor)  # allows eviction from the cache
                 return
         self._check_remote_size(path)
         yield from _spans(parts, wanted=wanted, gap=_REMOTE_GAP)
@@ -120,7 +120,7 @@ class ShardReader:
                 answer = _pread(descriptor, start=span.start, end=span.end, path=parts[span.parts[0]].path)
             except OSError as error:
                 answer = error
-            _hand_out(answer, span=span, parts=parts, results=results)
+            _distribute(answer, span=span, parts=parts, results=results)
 
     def _open(self, path: str) -> int:
         descriptor = self._descriptors.get(path)
@@ -145,7 +145,7 @@ class ShardReader:
         facts = self._facts.get(path)
         if facts is None or path in self._verified:
             return
-        _check_size(path, found=os.fstat(descriptor).st_size, facts=facts)
+        _check_size(path, size=os.fstat(descriptor).st_size, facts=facts)
         if self._verify and facts.sha256:
             with open(descriptor, "rb", closefd=False) as stream:
                 digest = stream_digest(stream)
@@ -158,21 +158,21 @@ class ShardReader:
         if facts is None or path in self._verified:
             return
         try:
-            found = size_of(path)
+            size = size_of(path)
         except FileNotFoundError as error:
             raise BadShard(f"{path} is missing: {_REMEDY}") from error
-        if found is not None:
-            _check_size(path, found=found, facts=facts)
+        if size is not None:
+            _check_size(path, size=size, facts=facts)
         self._verified.add(path)
 
 
-def _check_size(path: str, *, found: int, facts: ShardFacts) -> None:
-    if found != facts.bytes:
-        raise BadShard(f"{path} has {found} bytes, the manifest says {facts.bytes}: {_REMEDY}")
+def _check_size(path: str, *, size: int, facts: ShardFacts) -> None:
+    if size != facts.bytes:
+        raise BadShard(f"{path} has {size} bytes, the manifest says {facts.bytes}: {_REMEDY}")
 
 
 def _spans(parts: Sequence[ByteRange], *, wanted: Sequence[int], gap: int) -> Iterator[_Span]:
-    """Parts of one shard, joined where no more than `gap` bytes lie between them, in the order of their offsets."""
+    """Ranges of one shard in the order of their offsets, merged if at most `gap` bytes are between them."""
     span = None
     for i in sorted(wanted, key=lambda i: parts[i].offset):
         start, end = parts[i].offset, parts[i].offset + parts[i].length
@@ -187,7 +187,7 @@ def _spans(parts: Sequence[ByteRange], *, wanted: Sequence[int], gap: int) -> It
         yield span
 
 
-def _hand_out(answer: bytes | OSError, *, span: _Span, parts: Sequence[ByteRange], results: list[memoryview | OSError]) -> None:
+def _distribute(answer: bytes | OSError, *, span: _Span, parts: Sequence[ByteRange], results: list[memoryview | OSError]) -> None:
     for i in span.parts:
         if isinstance(answer, OSError):
             results[i] = answer
@@ -202,7 +202,7 @@ def _pread(descriptor: int, *, start: int, end: int, path: str) -> bytes:
     while at < end:
         piece = os.pread(descriptor, end - at, at)  # returns at most 2 GiB, or fewer bytes after a signal
         if not piece:
-            raise BadShard(f"{path} ends before byte {end}, it is cut off: {_REMEDY}")
+            raise BadShard(f"{path} ends before byte {end}, it is truncated: {_REMEDY}")
         pieces.append(piece)
         at += len(piece)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -1,7 +1,7 @@
-"""The members of a tar, found by reading its headers and seeking over what lies between them: USTAR, PAX and GNU, at any size.
+"""List the members of a tar by reading only its headers: USTAR, PAX and GNU, at any size.
 
-tarfile finds the same, but five times slower, and takes a damaged header for the end of the archive. Here whatever makes a member or the
-rest of a tar unusable is a named problem, and nothing that a name or a number in a header says is believed before it is checked.
+tarfile does the same, but five times slower, and treats a damaged header as the end of the archive. Here every defect that makes a member
+or the rest of a tar unusable is reported as a problem, and all names and numbers in headers are validated.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
-_NOTHING = bytes(BLOCK)
+_ZERO_BLOCK = bytes(BLOCK)
 _FIELDS = struct.Struct("100s24x12s12x8sc100x8s80x155s12x")  # name, size, checksum, type, magic, prefix
 _FILES = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")
-_LARGEST_EXTENSION = 1 << 20  # bytes of a PAX or GNU header that only says more about the next one
+_MAX_EXTENSION = 1 << 20  # bytes of a PAX or GNU extended header
 _MAX_DIGITS = 20  # of a size
 _ADLER_MODULUS = 65521
 
 
 class Member(NamedTuple):
-    """One file in a tar: where its payload lies, and the (reason, detail) that makes it unusable, if any.
+    """One file in a tar: offset and length of its payload, and the (reason, detail) that makes it unusable, if any.
 
-    `key` and `extension` follow webdataset's rule: the key goes up to the first dot of the base name, the rest is the extension.
-    A member that only tells where a tar breaks off may have no name.
+    `key` and `extension` follow webdataset's rule: the key ends at the first dot of the base name, the rest is the extension.
+    A member that only reports the end of a damaged tar may have no name.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Member(NamedTuple):
 
 
 class BlockReader:
-    """A file read in blocks: what lies close to what was read last costs no further read.
+    """Read a file in blocks: nearby reads are served from the last block.
 
     Args:
         read: (offset, length) → that many bytes, or fewer where the file ends.
@@ -62,16 +62,16 @@ class BlockReader:
 
 
 def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
-    """All files of a tar in their order. Where it breaks off or cannot be read, a last member says so in its `problem`.
+    """All files of a tar, in order. If the tar is truncated or damaged, a last member reports it in its `problem`.
 
-    `tar` is what problems call it. Raises OSError where the file cannot be read.
+    `tar` is the name in problems. Raises OSError if the file cannot be read.
     """
     position = 0
-    name, length = "", -1  # what an extended header said about the next member
+    name, length = "", -1  # from an extended header, for the next member
     sparse = False
     while True:
         header = file.at(position, BLOCK)
-        if header == _NOTHING or (position and not header):
+        if header == _ZERO_BLOCK or (position and not header):
             return
         if not header:
             yield broken(tar, reason="bad-record", detail="not a tar: an empty file")
@@ -85,39 +85,39 @@ def members(file: BlockReader, *, tar: str) -> Iterator[Member]:
             _check(header, stated=_number(sum_field))
             stated = _number(size_field)
         except ValueError:
-            what = f"the header at byte {position} is damaged; what follows it is not read" if position else "not a tar"
-            yield broken(tar, reason="bad-record", detail=what)
+            detail = f"the header at byte {position} is damaged; what follows it is not read" if position else "not a tar"
+            yield broken(tar, reason="bad-record", detail=detail)
             return
         payload = position + BLOCK
         if kind in b"xXgLK":
-            if stated > _LARGEST_EXTENSION:
+            if stated > _MAX_EXTENSION:
                 yield broken(tar, reason="bad-record", detail=f"the header at byte {position} says {stated} bytes about the next one")
                 return
             extension = file.at(payload, stated)
             if kind == b"L":
                 name = _text(extension)
             elif kind in b"xX" and (b"path=" in extension or b"size=" in extension or b"GNU.sparse" in extension):
-                said = _pax(extension)
-                name = said.get("path", name)
-                size = said.get("size", "")
+                records = _pax(extension)
+                name = records.get("path", name)
+                size = records.get("size", "")
                 length = int(size) if size.isdecimal() and len(size) <= _MAX_DIGITS else length
-                sparse = any(key.startswith("GNU.sparse") for key in said)
+                sparse = any(key.startswith("GNU.sparse") for key in records)
             position = payload + _padded(stated)
             continue
         if kind == b"S":
             sparse, more = True, header[482]
-            while more:  # GNU's map of holes goes on in blocks of its own
+            while more:  # GNU's map of holes continues in further blocks
                 extension = file.at(payload, BLOCK)
                 payload += BLOCK
                 more = len(extension) == BLOCK and extension[504]
         if not name:
             name = _text(name_field)
-            if prefix[0] and magic.startswith(b"ustar\0"):  # GNU keeps other things there
+            if prefix[0] and magic.startswith(b"ustar\0"):  # GNU uses this field differently
                 name = f"{_text(prefix)}/{name}"
         if length < 0:
             length = stated
         position = payload + (0 if kind in _WITHOUT_PAYLOAD else _padded(length))
-        if kind not in b"5V" and not (kind == b"\0" and name.endswith("/")):  # directories and labels are no files
+        if kind not in b"5V" and not (kind == b"\0" and name.endswith("/")):  # directories and labels are not files
             key, extension_name = split_name(name)
             problem = _problem(name, kind=kind, sparse=sparse, is_cut=position > file.size, tar=tar)
             yield Member(name, key, extension_name, payload, length, problem)
@@ -134,7 +134,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def broken(tar: str, *, reason: str, detail: str, name: str = "") -> Member:
-    """The member that tells where a tar breaks off, or that it cannot be read."""
+    """The member that reports a damaged tar or its truncated end."""
     key = split_name(name)[0] if name else f"broken:{tar}"
     return Member(name, key, "", 0, 0, (reason, f"{tar}: {detail}"))
 
@@ -144,13 +144,13 @@ def _problem(name: str, *, kind: bytes, sparse: bool, is_cut: bool, tar: str) ->
         return "bad-record", "the member's name leads out of the tar"
     if kind not in _FILES or sparse:
         return "bad-record", "the member is a link, a device or a sparse file"
-    if is_cut:  # even if only padding is lost: nobody knows which members the sample would have had
+    if is_cut:  # even if only padding is lost: further members of the sample may be missing
         return "damaged", f"{tar} is cut off in {name}"
     return None
 
 
 def _check(header: bytes, *, stated: int) -> None:
-    """Raises ValueError if the checksum is another than stated: the sum of all bytes, its own field taken as spaces.
+    """Raise ValueError if the checksum differs from the stated one: the sum of all bytes, with its own field as spaces.
 
     Adler-32's lower half is such a sum (modulo 65521, plus 1), and a hundred times faster than Python's.
     """
@@ -160,7 +160,7 @@ def _check(header: bytes, *, stated: int) -> None:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or GNU's big-endian binary for what they cannot hold. Raises ValueError."""
+    """A number in octal digits, or in GNU's big-endian binary for large values. Raises ValueError."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     number = int(field.split(b"\0", 1)[0] or b"0", 8)
@@ -174,8 +174,8 @@ def _text(field: bytes) -> str:
 
 
 def _pax(payload: bytes) -> dict[str, str]:
-    """Records `LENGTH KEY=VALUE\\n`; reading stops where one is not."""
-    said: dict[str, str] = {}
+    """Parse records `LENGTH KEY=VALUE\\n`, up to the first invalid one."""
+    records: dict[str, str] = {}
     position = 0
     while position < len(payload):
         digits = payload[position : position + 20].split(b" ", 1)[0]
@@ -184,9 +184,9 @@ def _pax(payload: bytes) -> dict[str, str]:
         if not length or position + length > len(payload) or b"=" not in record:
             break
         key, _, value = record.partition(b"=")
-        said[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
+        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         position += length
-    return said
+    return records
 
 
 def _padded(length: int) -> int:

@@ -1,1 +1,1 @@
-"""Samples in seeded order, from one corpus or many."""
+"""Samples in seeded random order, from one or several corpora."""

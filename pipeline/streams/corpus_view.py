@@ -1,4 +1,4 @@
-"""A corpus as a plan uses it: which of its rows (`where`, `exclude`, the size rule), and how much of them (`weight`, `repeats`, `cap`)."""
+"""A corpus in a plan: selected rows (`where`, `exclude`, the size rule), and their share (`weight`, `repeats`, `cap`)."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pipeline.size_rule import LEFT_OUT_REASONS, SizeRule, Targets, target_sizes
 
 
 class CorpusView:
-    """A corpus of a plan.
+    """A corpus in a plan.
 
     Args:
         corpus: its tables.
-        weight: its share of all images, relative to the weights of the other sources; None: as many as it has, times `repeats`.
-        repeats: how often it is gone through while a source with repeats 1 is gone through once.
-        cap: at most so many of its samples are used in an epoch of it, other ones in every epoch.
-        where: only rows of which this is true (`pipeline.corpus.row_filter`).
-        exclude: a parquet file; rows whose key is in its column `key` are left out.
+        weight: its share of all images, relative to the weights of the other sources; None: its number of samples times `repeats`.
+        repeats: number of passes for each pass over a source with repeats 1.
+        cap: at most this many samples per epoch, a different subset each time.
+        where: use only rows that match this expression (`pipeline.corpus.row_filter`).
+        exclude: a parquet file; rows with a key in its column `key` are left out.
 
-    What a sidecar marks as taken down is left out, too. Raises ValueError, in one line, if `where` does not fit the corpus's columns, or if
-    `exclude` is no such file.
+    Samples that a sidecar marks as taken down are left out, too. Raises ValueError, in one line, if `where` does not fit the corpus's
+    columns, or if `exclude` is not such a file.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class CorpusView:
         exclude: Path | None = None,
     ) -> None:
         if weight is not None and repeats != 1:
-            raise ValueError(f"corpus {corpus.name}: weight and repeats both say how much of it is seen: give one of them")
+            raise ValueError(f"corpus {corpus.name}: weight and repeats both set how much of it is used: give one of them")
         self.corpus = corpus
         self.name = corpus.name
         self.weight = weight
@@ -65,57 +65,57 @@ class CorpusView:
             self._columns += self._where.columns
         marks = provider(corpus.sidecars, TAKEDOWN)
         self.takedown_sidecar = None if marks is None else marks.name
-        self._heeds_takedowns = marks is not None
-        self._columns += (TAKEDOWN,) * self._heeds_takedowns
+        self._has_takedowns = marks is not None
+        self._columns += (TAKEDOWN,) * self._has_takedowns
         settings: dict[str, Any] = {"weight": weight, "repeats": None if repeats == 1 else repeats, "cap": cap, "where": where}
         if self._excluded is not None:
             settings["exclude"] = hashlib.sha256(self._excluded.tobytes()).hexdigest()
         self.identity: list[Any] = [corpus.name, corpus.digest]
-        """What a plan depends on, JSON-able."""
-        used_sidecars = {found.name: found.digest for name in self._columns if (found := provider(corpus.sidecars, name)) is not None}
+        """Everything that a plan depends on, JSON-serialisable."""
+        used_sidecars = {sidecar.name: sidecar.digest for name in self._columns if (sidecar := provider(corpus.sidecars, name)) is not None}
         settings["sidecars"] = used_sidecars or None
         if used := {key: value for key, value in settings.items() if value is not None}:
             self.identity.append(used)
 
     @property
     def excluded(self) -> int:
-        """How many keys its `exclude` file has."""
+        """Number of keys in its `exclude` file."""
         return 0 if self._excluded is None else len(self._excluded)
 
     def count_takedowns(self) -> int:
-        """How many of its samples are marked as taken down. Reads the marks of all shards. Raises ValueError if a table cannot be read."""
-        if not self._heeds_takedowns:
+        """Number of samples marked as taken down. Reads the marks of all shards. Raises ValueError if a table cannot be read."""
+        if not self._has_takedowns:
             return 0
         marks = (self.corpus.read(shard, columns=("key", TAKEDOWN)).column(TAKEDOWN) for shard in range(len(self.corpus.shards)))
         return sum(pc.call_function("sum", [column]).as_py() or 0 for column in marks)
 
     def select(self, shard: int, *, rule: SizeRule, columns: Sequence[str] = ()) -> tuple[pa.Table, Targets]:
-        """All rows of a shard with these `columns`, `width` and `height`, and what becomes of them: `left_out` says why one is not used."""
+        """All rows of a shard with these `columns`, `width` and `height`, and their target sizes; `left_out` is why a row is not used."""
         table = self.corpus.read(shard, columns=tuple(dict.fromkeys(("width", "height", *columns, *self._columns))))
         targets = target_sizes(integers(table, "height"), widths=integers(table, "width"), rule=rule)
         left_out = targets.left_out
         if self._where is not None:
             left_out = np.where(self._where.rows(table), left_out, LEFT_OUT_REASONS.index("where"))
         if self._excluded is not None:
-            found = np.isin(self.hashes(table.column("key").to_pylist()), self._excluded)
-            left_out = np.where(found, LEFT_OUT_REASONS.index("exclude"), left_out)
-        if self._heeds_takedowns:
+            is_excluded = np.isin(self.hashes(table.column("key").to_pylist()), self._excluded)
+            left_out = np.where(is_excluded, LEFT_OUT_REASONS.index("exclude"), left_out)
+        if self._has_takedowns:
             marked = pc.fill_null(table.column(TAKEDOWN), False).to_numpy()
             left_out = np.where(marked, LEFT_OUT_REASONS.index("takedown"), left_out)
         return table, replace(targets, left_out=left_out)
 
     def hashes(self, keys: Sequence[str]) -> Hashes:
-        """Of the ids of samples with these keys."""
+        """Hashes of the ids of samples with these keys."""
         return hash_ids([f"{self.name}/{key}" for key in keys])
 
 
 def integers(table: pa.Table, column: str) -> Ints:
-    """A column as int64, −1 where it has no value."""
+    """A column as int64, −1 for null."""
     return pc.fill_null(table.column(column), -1).to_numpy().astype(np.int64)
 
 
 def _read_excluded(file: Path, *, name: str) -> Hashes:
-    """The sorted hashes of the ids of excluded samples: 8 bytes each, however many there are."""
+    """Sorted hashes of the ids of excluded samples, 8 bytes each."""
     if not file.is_file():
         raise ValueError(f"corpus {name}: exclude {file}: there is no such file")
     try:

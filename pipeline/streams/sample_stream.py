@@ -1,7 +1,7 @@
-"""The endless, seeded stream of one corpus: shards in random order, samples in random order within a window of shards, epoch after epoch.
+"""The endless, seeded stream of one corpus: in every epoch, shards in random order, and samples in random order within a window of shards.
 
-Only the tables of one window are in memory, or those of 16 shards. A position in the stream is (epoch, window, position), so that
-resuming reads one window.
+Memory holds the tables of one window, or of 16 shards. A position in the stream is (epoch, window, position), so that resuming reads one
+window.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pipeline.streams.corpus_view import CorpusView, integers
 from pipeline.streams.shuffle import shard_order, window_order
 
 _MEMBERS = ("image_offset", "image_length", "text_offset", "text_length", "json_offset", "json_length")
-_SHARDS_KEPT = 16  # at least: a small corpus is read once
+_SHARDS_KEPT = 16  # at least, so that a small corpus is read once
 _COLUMNS = ("key", "label", "captions", *_MEMBERS)
 
 
 @dataclass(frozen=True, slots=True)
 class DrawRule:
-    """How samples are drawn: from `seed`; the shares of those whose condition is dropped and of those that are mirrored; and the relative
-    weights of a sample's 1st, 2nd, … caption, of which the last holds for all further ones."""
+    """Draws of samples: `seed`, the shares with dropped condition and of mirrored images, and the relative weights of a sample's 1st,
+    2nd, … caption; the last weight applies to all further captions."""
 
     seed: int
     caption_dropout: float = 0.0
@@ -43,23 +43,23 @@ _Index = TypeVar("_Index", int, Ints)
 
 @dataclass(frozen=True, slots=True)
 class ShardSubset:
-    """Every `of`-th thing, from thing `number` on."""
+    """Every `of`-th item, from item `number` on."""
 
     number: int = 0
     of: int = 1
 
     def size(self, count: int) -> int:
-        """How many of `count` things are in the part."""
+        """Number of selected items out of `count`."""
         return len(range(self.number, count, self.of))
 
     def member(self, index: _Index) -> _Index:
-        """Which thing the part's `index`-th one is; of an array, those of all its elements."""
+        """The item number of the subset's `index`-th item, elementwise for an array."""
         return index * self.of + self.number
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a stream stands: after `position` rows of window `window` of epoch `epoch`, of which `taken` samples were taken so far."""
+    """Position in a stream: after `position` rows of window `window` of epoch `epoch`, with `taken` samples taken in the epoch."""
 
     epoch: int = 0
     window: int = 0
@@ -69,7 +69,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """The samples of a window in their order, and the position of each among all its rows, those left out included."""
+    """The samples of a window in order, and the position of each among all rows of the window, left-out rows included."""
 
     epoch: int
     window: int
@@ -80,18 +80,18 @@ class _Window:
 class SampleStream:
     """The samples of a source, each once per epoch, or `source.cap` of them. `window` shards are shuffled together.
 
-    `first_place` is the number of its first shard among those of all sources; the stream has a `part` of them, the same in every epoch.
+    `first_shard` is the index of its first shard over all sources. `part` selects its shards, the same in every epoch.
     """
 
     def __init__(
-        self, source: CorpusView, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_place: int, part: ShardSubset
+        self, source: CorpusView, *, rule: SizeRule, draw_rule: DrawRule, window: int, first_shard: int, part: ShardSubset
     ) -> None:
         self.position = Position()
         self._source = source
         self._rule = rule
         self._draw_rule = draw_rule
         self._shards_per_window = window
-        self._first_place = first_place
+        self._first_shard = first_shard
         self._part = part
         self._shards = part.size(len(source.corpus.shards))
         self._cap = None if source.cap is None else part.size(source.cap)
@@ -99,22 +99,22 @@ class SampleStream:
         self._open_shards: dict[int, tuple[SampleTable, int]] = {}
         self._open_window: _Window | None = None
 
-    def resize(self, rule: SizeRule) -> None:
-        """Go on under another size rule, from the same position."""
+    def change_size_rule(self, rule: SizeRule) -> None:
+        """Change the size rule, keeping the position."""
         if rule != self._rule:
             self._rule = rule
             self._open_shards = {}
             self._open_window = None
 
     def take(self, count: int) -> tuple[SampleTable, Ints]:
-        """The next `count` samples, and where the stream stands after each of them: (count, 4), the fields of `Position`.
+        """The next `count` samples, and the position after each of them: (count, 4), the fields of `Position`.
 
-        Raises ValueError if an epoch goes by in which every sample is left out.
+        Raises ValueError if every sample of an epoch is left out.
         """
         assert count > 0, count
         parts: list[SampleTable] = []
         positions: list[Ints] = []
-        windows_without = 0
+        empty_windows = 0
         while count > 0:
             window, at = self._window_at_position(), self.position
             start = int(np.searchsorted(window.positions, at.position))
@@ -122,15 +122,15 @@ class SampleStream:
             if self._cap is not None:
                 left = min(left, self._cap - at.taken)
             if left <= 0:
-                windows_without += 1
-                if windows_without > 2 * self._windows:  # the rest of this epoch, and all of the next
+                empty_windows += 1
+                if empty_windows > 2 * self._windows:  # the rest of this epoch, and all of the next
                     raise ValueError(
-                        f"the plan leaves out every sample of corpus {self._source.name}: see `tim plan`, loosen plan.min_tokens, "
-                        "plan.max_aspect or what its `where` and `exclude` ask for"
+                        f"the plan leaves out every sample of corpus {self._source.name}: see `tim plan`, and relax plan.min_tokens, "
+                        "plan.max_aspect, or the corpus's `where` and `exclude`"
                     )
                 self._next_window()
                 continue
-            windows_without = 0
+            empty_windows = 0
             end = start + min(count, left)
             after = np.empty((end - start, 4), dtype=np.int64)
             after[:, 0], after[:, 1], after[:, 2] = at.epoch, at.window, window.positions[start:end] + 1
@@ -142,11 +142,11 @@ class SampleStream:
         return SampleTable.join(parts), np.concatenate(positions)
 
     def find(self, shard: int, *, rows: Ints, visits: Ints) -> tuple[SampleTable, NDArray[np.bool_]]:
-        """Those of the samples at `rows` of a shard that the size rule keeps, and which those are: (n,)."""
+        """The samples at `rows` of a shard that the size rule keeps, and a mask of them: (n,)."""
         samples, _ = self._shard(shard)
         index = np.searchsorted(samples.row, rows)
-        found = np.append(samples.row, -1)[index] == rows
-        return self._draw(samples.take(index[found]), visits=visits[found]), found
+        kept = np.append(samples.row, -1)[index] == rows
+        return self._draw(samples.take(index[kept]), visits=visits[kept]), kept
 
     def _next_window(self) -> None:
         at = self.position
@@ -161,8 +161,8 @@ class SampleStream:
             return self._open_window
         first = window * self._shards_per_window
         positions = np.arange(first, min(first + self._shards_per_window, self._shards))
-        turn = self._part.member(epoch)  # of all parts, every one with an order of its own
-        shards = self._part.member(shard_order(positions, count=self._shards, seed=seed, epoch=turn)).tolist()
+        part_epoch = self._part.member(epoch)  # gives every part its own shard order
+        shards = self._part.member(shard_order(positions, count=self._shards, seed=seed, epoch=part_epoch)).tolist()
         for shard in shards:
             self._open_shards[shard] = self._open_shards.pop(shard, None) or self._shard(shard)
         for shard in list(self._open_shards)[: -max(self._shards_per_window, _SHARDS_KEPT)]:
@@ -178,7 +178,7 @@ class SampleStream:
         return self._open_window
 
     def _shard(self, shard: int) -> tuple[SampleTable, int]:
-        """The samples of a shard that are kept, in the order of the tar and not yet drawn for a visit; and how many rows it has."""
+        """The kept samples of a shard in tar order, without draws; and the number of rows."""
         if shard in self._open_shards:
             return self._open_shards[shard]
         table, targets = self._source.select(shard, rule=self._rule, columns=_COLUMNS)
@@ -187,11 +187,11 @@ class SampleStream:
         members = np.stack([*(integers(table, member) for member in _MEMBERS), *np.full((2, table.num_rows), -1)], axis=1)[kept]
         if self._source.corpus.features is not None:
             members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
-        nothing_drawn = np.zeros(len(kept), dtype=np.int64)
+        zeros = np.zeros(len(kept), dtype=np.int64)
         samples = SampleTable(
-            place=np.full(len(kept), self._first_place + shard),
+            shard=np.full(len(kept), self._first_shard + shard),
             row=kept,
-            visit=nothing_drawn,
+            visit=zeros,
             key=keys,
             id_hash=self._source.hashes(keys.tolist()),
             label=integers(table, "label")[kept],
@@ -202,9 +202,9 @@ class SampleStream:
             height=targets.height[kept],
             width=targets.width[kept],
             tokens=targets.tokens[kept],
-            kind_draw=nothing_drawn.astype(np.uint64),
-            caption=nothing_drawn,
-            flip=nothing_drawn.astype(bool),
+            kind_draw=zeros.astype(np.uint64),
+            caption=zeros,
+            flip=zeros.astype(bool),
         )
         return samples, table.num_rows
 
@@ -222,11 +222,11 @@ class SampleStream:
 
 
 def _choose(uniform: NDArray[np.float64], *, among: Ints, weights: Sequence[float]) -> Ints:
-    """One of `among` things each, (n,), in proportion to their `weights`; the first one where all of them weigh nothing."""
-    most = int(among.max(initial=1))
-    up_to = np.cumsum([*weights[:most], *[weights[-1]] * (most - len(weights))])
-    chosen = np.searchsorted(up_to, uniform * up_to[among - 1], side="right")
-    return np.where(up_to[among - 1] > 0, np.minimum(chosen, among - 1), 0)
+    """Choose one of `among` items for each sample, (n,), in proportion to `weights`; the first if all weights are 0."""
+    count = int(among.max(initial=1))
+    cumulative = np.cumsum([*weights[:count], *[weights[-1]] * (count - len(weights))])
+    chosen = np.searchsorted(cumulative, uniform * cumulative[among - 1], side="right")
+    return np.where(cumulative[among - 1] > 0, np.minimum(chosen, among - 1), 0)
 
 
 def _lengths(table: pa.Table, column: str) -> Ints:

@@ -1,7 +1,7 @@
-"""A seeded random order of 0 … n−1 in which any position can be asked for alone: no array of n numbers exists anywhere.
+"""A seeded random permutation of 0 … n−1 with random access, without an array of n numbers.
 
-A Feistel network permutes the smallest power of two that holds n (at least 16); values beyond n are sent through it again until they
-fall below n (cycle walking, Black and Rogaway 2002), which leaves a permutation of 0 … n−1.
+A Feistel network permutes the smallest power of two that is at least n (and at least 16); values of n or more are permuted again until
+they are below n (cycle walking, Black and Rogaway 2002), which gives a permutation of 0 … n−1.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from pipeline.randomness import draw_key, mix
 
-_ROUNDS = 6  # even: the halves, which may differ by one bit, return to their places
+_ROUNDS = 6  # even, so that the halves, which may differ by one bit, are not swapped at the end
 
 
 def order(positions: ArrayLike, *, count: int, key: int) -> NDArray[np.int64]:
-    """Which of `count` things stand at `positions` of the order that `key` (64 bits) names. Shapes are kept."""
+    """The items out of `count` at `positions` of the permutation with this 64-bit `key`. Shapes are kept."""
     values = np.asarray(positions, dtype=np.uint64).copy()
     assert values.size == 0 or int(values.max()) < count, (values.max(), count)
     bits = max(4, (count - 1).bit_length())

@@ -1,6 +1,6 @@
-"""Bare image sizes as a corpus, to plan over before there are images: no captions, no classes, nothing to read.
+"""A corpus of image sizes only, for planning before there are images: no captions, no classes, no files.
 
-The sizes come from a table, or from a function that makes up those of any shard, so that a plan over a billion rows can be tried out.
+The sizes come from a table, or from a function that generates those of any shard, so that plans over a billion rows can be tested.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ class SizeCorpus(Corpus):
 
 
 def read_sizes(file: Path) -> SizeCorpus:
-    """The columns `width` and `height` of a parquet file. Raises ValueError if it is none, lacks one of them or has rows without."""
+    """Read the columns `width` and `height` of a parquet file. Raises ValueError if that fails or a value is null."""
     try:
         table = pq.read_table(file, columns=["height", "width"])
         heights, widths = (table.column(name).cast(pa.int64()).to_numpy() for name in ("height", "width"))
     except (OSError, KeyError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: no parquet file with whole numbers in columns width and height ({one_line(error)})") from error
+        raise ValueError(f"{file}: not a parquet file with integer columns width and height ({one_line(error)})") from error
     missing = sum(table.column(name).null_count for name in table.column_names)
     if missing:
-        raise ValueError(f"{file}: {missing} widths or heights are null: give every row both")
+        raise ValueError(f"{file}: {missing} widths or heights are null: every row needs both")
     digest = hashlib.sha256(heights.tobytes() + widths.tobytes()).hexdigest()
     return SizeCorpus(
         name=file.stem, digest=digest, count=len(heights), sizes=lambda first, last: (heights[first:last], widths[first:last])

@@ -46,7 +46,7 @@ def save_model(
 ) -> None:
     """Write a model folder atomically, replacing an older one.
 
-    Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved together.
+    Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved.
     With `copy_models`, codec, text encoder and tokenizer are copied into it. Raises ValueError if one of them is missing.
     """
     models: dict[str, Location] = {}

@@ -1,1 +1,1 @@
-"""Headers of image files, checked before a decoder sees them."""
+"""Header checks by image format, before decoding."""

@@ -1,4 +1,4 @@
-"""Boxes of ISO media files (AVIF, HEIF): what they say of colours, of the part that is shown, and of alpha."""
+"""Boxes of ISO media files (AVIF, HEIF): colours, clean aperture and alpha."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FULL = 4  # bytes of version and flags
 
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """Of a file's `meta` box: the primary item, properties in their order, and which of them each item has."""
+    """Content of a `meta` box: the primary item, the properties in order, and the property numbers of each item."""
 
     primary: int = 0
     properties: tuple[tuple[bytes, bytes], ...] = ()
@@ -29,7 +29,7 @@ class _Items:
 
 
 def boxes(data: bytes, *, start: int = 0, end: int | None = None) -> Iterator[tuple[bytes, int, int]]:
-    """(kind, first byte, behind the last) of the content of each box. Raises `Rejection` where one is not wholly there."""
+    """(kind, start, end) of the content of each box. Raises `Rejection` for a truncated box."""
     end = len(data) if end is None else end
     for _ in range(_MAX_BOXES):
         if start + 8 > end:
@@ -45,7 +45,7 @@ def boxes(data: bytes, *, start: int = 0, end: int | None = None) -> Iterator[tu
 
 
 def prepare_media(data: bytes, *, max_decode_pixels: int, decoder_crops: bool) -> Prepared:
-    """Read what the header of an AVIF or HEIF file says. `decoder_crops`: whether its decoder cuts the clean aperture out by itself."""
+    """Check the header of an AVIF or HEIF file. `decoder_crops`: whether the decoder applies the clean aperture itself."""
     meta, sequence = None, None
     for kind, start, end in boxes(data):
         if kind == b"meta" and meta is None:
@@ -64,16 +64,16 @@ def prepare_media(data: bytes, *, max_decode_pixels: int, decoder_crops: bool) -
     if size is not None:
         check_claim(*size, length=len(data))
     has_profile = any(kind == b"colr" and body[:4] in (b"prof", b"rICC") for kind, body in properties)
-    states = [body for kind, body in properties if kind == b"colr" and body[:4] == b"nclx"]
+    colour_boxes = [body for kind, body in properties if kind == b"colr" and body[:4] == b"nclx"]
     if meta is None and sequence is not None:
-        found = data.find(b"colrnclx", *sequence)
-        states = [data[found + 4 : found + 15]] if found >= 0 else []
+        offset = data.find(b"colrnclx", *sequence)
+        colour_boxes = [data[offset + 4 : offset + 15]] if offset >= 0 else []
     has_alpha = any(kind == b"auxC" and b"alpha" in body for kind, body in items.properties)
     return Prepared(
         data=data,
-        encoding=_encoding(states) if not has_profile else None,
+        encoding=_encoding(colour_boxes) if not has_profile else None,
         aperture=None if decoder_crops or size is None else _aperture(properties, size=size),
-        refusal="its alpha channel is stored in a way that its decoder does not take" if has_alpha else "",
+        refusal="its alpha channel is stored in a form that the decoder does not support" if has_alpha else "",
     )
 
 
@@ -115,15 +115,15 @@ def _image_size(properties: list[tuple[bytes, bytes]]) -> tuple[int, int] | None
     return None
 
 
-def _encoding(states: list[bytes]) -> Encoding | None:
-    if not states or len(states[0]) < 8:
+def _encoding(colour_boxes: list[bytes]) -> Encoding | None:
+    if not colour_boxes or len(colour_boxes[0]) < 8:
         return None
-    primaries, transfer = struct.unpack_from(">HH", states[0], 4)
+    primaries, transfer = struct.unpack_from(">HH", colour_boxes[0], 4)
     return cicp_encoding(primaries, transfer=transfer)
 
 
 def _aperture(properties: list[tuple[bytes, bytes]], *, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """(left, top, width, height) of the clean aperture (ISO/IEC 14496-12, 12.1.4); None where there is none, or no usable one."""
+    """(left, top, width, height) of the clean aperture (ISO/IEC 14496-12, 12.1.4); None if there is none, or no usable one."""
     for kind, body in properties:
         if kind != b"clap" or len(body) < 32:
             continue

@@ -1,4 +1,4 @@
-"""Code points of ITU-T H.273 (CICP), as AVIF and PNG state them, and the conversion of such colours to sRGB."""
+"""Code points of ITU-T H.273 (CICP), as used in AVIF and PNG, and the conversion of such colours to sRGB."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _PRIMARIES: dict[int, tuple[float, ...]] = {
     22: (0.630, 0.340, 0.295, 0.605, 0.155, 0.077, *_D65),
 }
 _UNSPECIFIED = 2
-# The curves of television cameras (1, 6, 14, 15) are shown as sRGB's by every viewer, which is what such images were made on.
+# Every viewer shows the television transfer curves (1, 6, 14, 15) as sRGB.
 _TRANSFERS: dict[int, float | str] = {1: "srgb", 4: 2.2, 5: 2.8, 6: "srgb", 8: 1.0, 13: "srgb", 14: "srgb", 15: "srgb"}
 _HDR = {16: "PQ", 18: "HLG"}
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
-_ROWS = 1 << 18  # pixels that are converted at a time
+_ROWS = 1 << 18  # pixels per conversion step
 
 
 def cicp_encoding(primaries: int, *, transfer: int) -> Encoding | None:
-    """The colours that two code points mean; None for sRGB and what is not specified. Raises `Rejection` for HDR and unknown ones."""
+    """The encoding of two code points; None for sRGB and unspecified. Raises `Rejection` for HDR and unknown ones."""
     if transfer in _HDR:
         raise unsupported(f"its levels are high dynamic range ({_HDR[transfer]})")
     curve = "srgb" if transfer == _UNSPECIFIED else _TRANSFERS.get(transfer)
@@ -46,7 +46,7 @@ def cicp_encoding(primaries: int, *, transfer: int) -> Encoding | None:
 
 
 def to_srgb_levels(pixels: NDArray[np.uint8], encoding: Encoding) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 in `encoding` → the same colours in sRGB; what sRGB cannot show is clipped."""
+    """(H, W, 3) uint8 in `encoding` → the same colours in sRGB; colours outside sRGB are clipped."""
     matrix, curve = _matrix(encoding.primaries).T, _linear(encoding.transfer)
     flat = pixels.reshape(-1, 3)
     out = np.empty_like(flat)
@@ -57,7 +57,7 @@ def to_srgb_levels(pixels: NDArray[np.uint8], encoding: Encoding) -> NDArray[np.
 
 
 def _linear(transfer: float | str) -> NDArray[np.float32]:
-    """(256,): the light of each level."""
+    """(256,): linear light of each level."""
     level = np.arange(256) / 255
     srgb = np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4)
     return (srgb if transfer == "srgb" else level ** float(transfer)).astype(np.float32)
@@ -69,7 +69,7 @@ def _srgb_level(light: NDArray[np.float32]) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=16)
 def _matrix(primaries: tuple[float, ...]) -> NDArray[np.float32]:
-    """(3, 3): linear RGB of some primaries → that of sRGB, its white to white (Bradford)."""
+    """(3, 3): linear RGB with these primaries → linear sRGB, white adapted by Bradford."""
     white, target = _xyz(*primaries[6:]), _xyz(*SRGB_PRIMARIES[6:])
     adapt = np.linalg.inv(_BRADFORD) @ np.diag((_BRADFORD @ target) / (_BRADFORD @ white)) @ _BRADFORD
     try:
@@ -79,7 +79,7 @@ def _matrix(primaries: tuple[float, ...]) -> NDArray[np.float32]:
 
 
 def _to_xyz(primaries: tuple[float, ...]) -> NDArray[np.float64]:
-    corners = np.stack([_xyz(*primaries[place : place + 2]) for place in (0, 2, 4)], axis=1)
+    corners = np.stack([_xyz(*primaries[start : start + 2]) for start in (0, 2, 4)], axis=1)
     return corners * np.linalg.solve(corners, _xyz(*primaries[6:]))
 
 

@@ -1,4 +1,4 @@
-"""The heads of the simpler formats: their size before anything is allocated, and what of them is read right."""
+"""Headers of the simpler formats: size before anything is allocated, and variants that are decoded correctly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ JP2_MAGIC, J2K_MAGIC = b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"
 _JP2_COLOURS = {16: "sRGB", 17: "gray"}
 _JP2_REFUSED = {12: "CMYK", 14: "CIELab", 18: "sYCC", 20: "e-sRGB", 21: "ROMM-RGB", 24: "e-sYCC"}
 
-_BMP_OS2_HEADERS = (12, 16)  # bytes; they name no compression
+_BMP_OS2_HEADERS = (12, 16)  # bytes; without a compression field
 _BMP_HEADERS = (*_BMP_OS2_HEADERS, 40, 52, 56, 64, 108, 124)
 _BMP_REFUSED = {2: "4-bit run lengths", 4: "JPEG data, or of OS/2's 24-bit run lengths", 5: "PNG data"}  # by compression
 
 
 def webp_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) that a WebP header claims, None for other files and for headers that are cut off."""
+    """(height, width) in a WebP header, None for other files and truncated headers."""
     if data[:4] != b"RIFF" or data[8:12] != b"WEBP" or len(data) < 30:
         return None
     kind = data[12:16]
@@ -43,7 +43,7 @@ def prepare_webp(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def prepare_gif(data: bytes, *, max_decode_pixels: int) -> Prepared:
-    """A frame may be larger than the screen: both count."""
+    """Check both the screen and the first frame, which may be larger."""
     if len(data) < 13:
         raise damaged("its header is cut off")
     width, height, flags = struct.unpack_from("<HHB", data, 6)
@@ -71,7 +71,7 @@ def prepare_gif(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def prepare_jp2(data: bytes, *, max_decode_pixels: int) -> Prepared:
-    """What openjpeg decodes and Pillow shows right: gray and RGB, with and without alpha, 8 or 16 bits, no palette, nothing subsampled."""
+    """Accept what openjpeg and Pillow decode correctly: gray and RGB, optional alpha, 8 or 16 bits, no palette, no subsampling."""
     stream, profile = 0, b""
     try:
         if data.startswith(JP2_MAGIC):
@@ -96,7 +96,7 @@ def prepare_jp2(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def _jp2_header(data: bytes) -> tuple[int, bytes]:
-    """Where the codestream begins, and the ICC profile. Raises `Rejection` for colours that are not shown right."""
+    """Offset of the codestream, and the ICC profile. Raises `Rejection` for colours that are not decoded correctly."""
     profile = b""
     for kind, start, end in boxes(data):
         if kind == b"jp2c":
@@ -122,15 +122,15 @@ def prepare_ppm(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def prepare_bmp(data: bytes, *, max_decode_pixels: int) -> Prepared:
-    """Refuse BMPs that Pillow reads wrongly or not at all: 4-bit run lengths come out garbled in Pillow 12."""
+    """Reject BMPs that Pillow reads wrongly or not at all: Pillow 12 garbles 4-bit run lengths."""
     compression = int.from_bytes(data[30:34], "little") if _bmp_header_size(data) not in _BMP_OS2_HEADERS else 0
     if compression in _BMP_REFUSED:
         raise unsupported(f"BMP of {_BMP_REFUSED[compression]}")
-    return Prepared(data=data, refusal="BMP of a layout that Pillow does not know")
+    return Prepared(data=data, refusal="BMP layout that Pillow does not support")
 
 
 def is_bmp(data: bytes) -> bool:
-    """Whether a file begins like a BMP: its two letters, and a header of a size that there is."""
+    """Whether a file starts like a BMP: its magic, and a header of a known size."""
     return data.startswith(b"BM") and _bmp_header_size(data) in _BMP_HEADERS
 
 

@@ -1,4 +1,4 @@
-"""JPEG through libjpeg-turbo, without Pillow's copies; its header is walked first, so that nothing else reaches a scaled decode."""
+"""Decode JPEG with libjpeg-turbo, without Pillow's copies. The header is parsed first, so that only valid files reach a scaled decode."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline.images.rejection import damage_rejected, damaged, unsupported
 
 JPEG_MAGIC = b"\xff\xd8\xff"
-_MAX_PLAIN_SEGMENTS = 64  # of a header that is worth the quick look
+_MAX_PLAIN_SEGMENTS = 64  # in a header for the quick check
 _MAX_SEGMENTS = 100_000
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded
 _CAREFUL_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded progressive"}
@@ -22,14 +22,14 @@ _REFUSED_FRAMES = {
     0xCB: "lossless arithmetic-coded",
     0xF7: "JPEG-LS",
 }
-_ODD_SCANS = "invalid sos parameters"  # of several scans: libjpeg says nothing of what else it finds
+_ODD_SCANS = "invalid sos parameters"  # in files of several scans, libjpeg reports nothing else after this
 _METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)
-_LACKING = ("subsampling", "unsupported color", "not supported", "not implemented", "not compiled")
+_UNSUPPORTED = ("subsampling", "unsupported color", "not supported", "not implemented", "not compiled")
 
 
 @dataclass(frozen=True, slots=True)
 class JpegHeader:
-    """What stands before the first scan. `segments`: (kind, first byte, behind the last) of each; `scan`: where the first scan begins."""
+    """The header before the first scan. `segments`: (kind, start, end) of each; `scan`: offset of the first scan."""
 
     height: int
     width: int
@@ -46,7 +46,7 @@ class JpegHeader:
 
 
 def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(height, width) of a JFIF file of three components without EXIF, profile or Adobe's marker, sparing it Pillow's slow opening."""
+    """(height, width) of a JFIF file with three components and no EXIF, profile or Adobe marker; avoids opening it with Pillow."""
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
     position, is_jfif = 2, False
@@ -67,9 +67,9 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
 
 
 def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
-    """Walk the segments up to the first scan as libjpeg does, which passes over what lies between them.
+    """Parse the segments up to the first scan like libjpeg, which skips junk between them.
 
-    Raises `Rejection` where there is no frame of a kind that can be decoded.
+    Raises `Rejection` if there is no frame of a supported kind.
     """
     data = bytes(data)
     segments: list[tuple[int, int, int]] = []
@@ -82,7 +82,7 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
         while data[start + 1 : start + 2] == b"\xff":
             start += 1
         kind = data[start + 1] if start + 1 < len(data) else 0xD9
-        if kind < 0xC0 or 0xD0 <= kind <= 0xD7:  # none that a header has
+        if kind < 0xC0 or 0xD0 <= kind <= 0xD7:  # not valid in a header
             has_junk, position = True, start + 2
             continue
         if kind in (0xD8, 0xD9):
@@ -114,7 +114,7 @@ def _checked(data: bytes, *, frame: tuple[int, int], segments: tuple[tuple[int, 
     if components not in (1, 3, 4):
         raise unsupported(f"JPEG of {components} components")
     if not height:
-        raise unsupported("its height stands behind its first scan (DNL)")
+        raise unsupported("its height follows its first scan (DNL)")
     return JpegHeader(height=height, width=width, frame=kind, components=components, segments=segments, has_junk=has_junk, scan=scan)
 
 
@@ -124,10 +124,10 @@ def decode_jpeg(data: bytes | memoryview) -> NDArray[np.uint8]:
 
 
 def decode_whole_jpeg(data: bytes | memoryview, *, header: JpegHeader | None) -> tuple[NDArray[np.uint8], bool]:
-    """(H, W, 3) RGB of a JPEG of three components, or (H, W, 1) of gray, or (H, W, 4) of CMYK as stored; and whether it is sound as it is.
+    """(H, W, 3) RGB, (H, W, 1) gray or (H, W, 4) CMYK as stored, by number of components; and whether the file has no defects.
 
-    What libjpeg warns of in a scan is damage; junk between header segments and odd values in them are not: the scan is then read behind
-    a header without them. Raises `Rejection`.
+    libjpeg warnings in a scan count as damage. Junk between header segments and odd values in them do not: the file is then decoded with a
+    cleaned header. Raises `Rejection`.
     """
     space = {1: "GRAY", 4: "CMYK"}.get(header.components, "RGB") if header else "RGB"
     with damage_rejected():
@@ -135,13 +135,13 @@ def decode_whole_jpeg(data: bytes | memoryview, *, header: JpegHeader | None) ->
             return simplejpeg.decode_jpeg(data, colorspace=space, strict=True), True
         except ValueError as error:
             first = error
-        if any(sign in str(first).lower() for sign in _LACKING):
+        if any(message in str(first).lower() for message in _UNSUPPORTED):
             return _decode_by_pillow(data, header=header), False
         tidy = tidy_jpeg(data, header=read_jpeg_header(data), keeps_metadata=False)
         try:
             return simplejpeg.decode_jpeg(tidy, colorspace=space, strict=True), False
         except ValueError as error:
-            if any(sign in str(error).lower() for sign in _LACKING):
+            if any(message in str(error).lower() for message in _UNSUPPORTED):
                 return _decode_by_pillow(tidy, header=header), False
             if _ODD_SCANS not in str(error).lower():
                 raise
@@ -149,7 +149,7 @@ def decode_whole_jpeg(data: bytes | memoryview, *, header: JpegHeader | None) ->
 
 
 def _decode_by_pillow(data: bytes | memoryview, *, header: JpegHeader | None) -> NDArray[np.uint8]:
-    """For what turbojpeg's own interface lacks, such as unusual subsampling. It is silent about damage that is not a cut."""
+    """Decode what turbojpeg's interface does not support, such as unusual subsampling. Detects only truncation."""
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         pixels = np.asarray(image)
     assert header is None or pixels.shape[:2] == (header.height, header.width)
@@ -157,9 +157,9 @@ def _decode_by_pillow(data: bytes | memoryview, *, header: JpegHeader | None) ->
 
 
 def tidy_jpeg(data: bytes | memoryview, *, header: JpegHeader, keeps_metadata: bool = True) -> bytes:
-    """The same image with nothing between its header segments, and with the values in them that libjpeg corrects while it warns.
+    """Remove junk between header segments, and correct the values that libjpeg corrects with a warning.
 
-    Metadata (all that is not needed for its pixels, such as a broken ICC profile) stays unless it is not wanted.
+    `keeps_metadata`: keep segments that are not needed for the pixels, such as an ICC profile.
     """
     data = bytes(data)
     parts = [data[:2]]
@@ -176,7 +176,7 @@ def tidy_jpeg(data: bytes | memoryview, *, header: JpegHeader, keeps_metadata: b
 
 
 def _tidy_scans(rest: bytes, *, is_sequential: bool) -> bytes:
-    """Sequential JPEG has no spectral selection: whatever its only scan says of it is corrected."""
+    """Sequential JPEG has no spectral selection: correct its values in the only scan."""
     if not is_sequential or rest.count(b"\xff\xda") > 1:
         return rest
     end = 2 + int.from_bytes(rest[2:4], "big")

@@ -1,4 +1,4 @@
-"""JPEG XL: read where Pillow's plugin for it is installed."""
+"""JPEG XL, with the Pillow plugin."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pipeline.images.formats.prepared import Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 JXL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
-_HEADER_BYTES = 12  # of a codestream, which say the size
+_HEADER_BYTES = 12  # of a codestream, enough for the size
 _SIDE_BITS = (9, 13, 18, 30)
 _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 7: (2, 1)}
 
@@ -17,23 +17,23 @@ _RATIOS = {1: (1, 1), 2: (12, 10), 3: (4, 3), 4: (3, 2), 5: (16, 9), 6: (5, 4), 
 def prepare_jxl(data: bytes, *, max_decode_pixels: int) -> Prepared:
     """Check the size before the plugin decodes everything as it opens the file. Raises `Rejection`."""
     if not jxl_plugin():
-        raise unsupported('JPEG XL is read where pillow-jxl-plugin is installed: pip install ".[jxl]"')
+        raise unsupported('reading JPEG XL needs pillow-jxl-plugin: pip install ".[jxl]"')
     height, width = jxl_size(data)
     check_size(height, width, max_decode_pixels=max_decode_pixels)
     check_claim(height, width, length=len(data))
-    # The codestream says its orientation, and libjxl has turned it: EXIF counts only for a JPEG inside (ISO/IEC 18181-2).
+    # libjxl applies the orientation of the codestream; EXIF is used only for a recompressed JPEG (ISO/IEC 18181-2).
     holds_jpeg = not data.startswith(JXL_MAGIC[0]) and any(kind == b"jbrd" for kind, _, _ in boxes(data))
     return Prepared(data=data, info={} if holds_jpeg else {"exif": None})
 
 
 @lru_cache(maxsize=1)
 def jxl_plugin() -> bool:
-    """Whether Pillow reads JPEG XL from now on."""
+    """Register Pillow's JPEG XL plugin. Returns whether it is installed."""
     try:
         from pillow_jxl import JpegXLImagePlugin
     except ImportError:
         return False
-    JpegXLImagePlugin.DECODE_THREADS = 0  # none but this one: each process decodes images of its own
+    JpegXLImagePlugin.DECODE_THREADS = 0  # no threads: there are many decoding processes
     return True
 
 
@@ -60,7 +60,7 @@ def jxl_size(data: bytes) -> tuple[int, int]:
 
 
 def _codestream(data: bytes) -> bytes:
-    """The codestream in a container, which may lie there in parts, as far as its size is said in it."""
+    """The start of the codestream in a container, possibly in parts, as far as needed for the size."""
     stream = b""
     for kind, start, end in boxes(data):
         if kind in (b"jxlc", b"jxlp"):

@@ -1,11 +1,10 @@
-"""PNG before Pillow sees it: every checksum and the length of the pixel data are checked, metadata that is not needed stays behind.
+"""Check a PNG before Pillow: all checksums and the length of the pixel data. Removes unneeded metadata.
 
-Pillow reads the pixels without their checksums, takes a stream that ends early for black rows, and refuses files for large texts.
+Pillow ignores checksums of pixel data, shows black rows for a truncated stream, and rejects files with large texts.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -18,16 +17,16 @@ from pipeline.images.rejection import check_claim, check_size, damaged, unsuppor
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
-_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, and their steps
+_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))  # x, y, x step, y step
 _MAX_METADATA = 16 << 20  # bytes of an ICC profile or EXIF, unpacked
 _BLOCK = 1 << 20
 _EXIF_TEXT, _XMP_TEXT = b"Raw profile type exif", b"XML:com.adobe.xmp"
-_GAMMA_TOLERANCE = 0.05  # below which libpng does not correct either
+_GAMMA_TOLERANCE = 0.05  # like libpng, ignore smaller differences
 _USUAL_GAMMA = 1 / 2.2
 
 
 def prepare_png(data: bytes, *, max_decode_pixels: int) -> Prepared:
-    """Check all of a PNG but its filters, and reduce it to what its pixels need. Raises `Rejection`."""
+    """Check a PNG, except filter types, and reduce it to the chunks that its pixels need. Raises `Rejection`."""
     chunks: dict[bytes, list[memoryview]] = {}
     for kind, body in _chunks(data):
         if not chunks and kind != b"IHDR":
@@ -43,7 +42,7 @@ def prepare_png(data: bytes, *, max_decode_pixels: int) -> Prepared:
         raise damaged("it has no palette")
     if b"IDAT" not in chunks:
         raise damaged("it has no pixel data")
-    _check_pixels(chunks[b"IDAT"], wanted=_raw_length(height, width, bits=depth * _SAMPLES[colour], interlace=interlace))
+    _check_pixels(chunks[b"IDAT"], expected=_raw_length(height, width, bits=depth * _SAMPLES[colour], interlace=interlace))
 
     info = _metadata(chunks)
     needed = [(b"IHDR", header)] + [(kind, bytes(chunks[kind][0])) for kind in (b"PLTE", b"tRNS") if kind in chunks]
@@ -63,7 +62,7 @@ def prepare_png(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, content) of every chunk before IEND, whose checksum is right; what follows IEND does not belong to the image."""
+    """(kind, content) of every chunk before IEND, with verified checksums. Data after IEND is ignored."""
     view, position = memoryview(data), len(PNG_MAGIC)
     while True:
         head = bytes(view[position : position + 8])
@@ -92,7 +91,7 @@ def _read_header(header: bytes) -> tuple[int, int, int, int, int]:
 
 
 def _raw_length(height: int, width: int, *, bits: int, interlace: int) -> int:
-    """Bytes of all rows with their filter types."""
+    """Bytes of all rows including filter types."""
     if not interlace:
         return height * (1 + (width * bits + 7) // 8)
     total = 0
@@ -102,19 +101,19 @@ def _raw_length(height: int, width: int, *, bits: int, interlace: int) -> int:
     return total
 
 
-def _check_pixels(parts: list[memoryview], *, wanted: int) -> None:
-    """Raises `Rejection` where the stream is broken or ends before the last row."""
-    stream, found = zlib.decompressobj(), 0
+def _check_pixels(parts: list[memoryview], *, expected: int) -> None:
+    """Raise `Rejection` if the stream is damaged or ends before the last row."""
+    stream, length = zlib.decompressobj(), 0
     try:
         for part in parts:
             rest: bytes | memoryview = part
-            while rest and found <= wanted + _BLOCK:
-                found += len(stream.decompress(rest, _BLOCK))
+            while rest and length <= expected + _BLOCK:
+                length += len(stream.decompress(rest, _BLOCK))
                 rest = stream.unconsumed_tail
     except zlib.error as error:
         raise damaged(f"its pixel data: {error}") from error
-    if found < wanted or not (stream.eof or found > wanted):
-        raise damaged(f"its pixel data ends after {found} of {wanted} bytes")
+    if length < expected or not (stream.eof or length > expected):
+        raise damaged(f"its pixel data ends after {length} of {expected} bytes")
 
 
 def _chunk(kind: bytes, body: bytes) -> bytes:
@@ -122,7 +121,7 @@ def _chunk(kind: bytes, body: bytes) -> bytes:
 
 
 def _metadata(chunks: dict[bytes, list[memoryview]]) -> dict[str, Any]:
-    """Profile and orientation, under the names that Pillow gives them. What is broken or too large is left out."""
+    """Profile and orientation with Pillow's keys. Omits damaged or too large ones."""
     info: dict[str, Any] = {}
     if b"iCCP" in chunks:
         _, _, packed = bytes(chunks[b"iCCP"][0]).partition(b"\0")
@@ -141,7 +140,7 @@ def _metadata(chunks: dict[bytes, list[memoryview]]) -> dict[str, Any]:
 
 
 def _international_text(rest: bytes) -> bytes:
-    """The text of an iTXt chunk behind its keyword."""
+    """The text of an iTXt chunk after its keyword."""
     is_packed = rest[:1] == b"\1"
     parts = rest[2:].split(b"\0", 2)
     text = parts[2] if len(parts) == 3 else b""
@@ -149,7 +148,7 @@ def _international_text(rest: bytes) -> bytes:
 
 
 def _unpacked(packed: bytes) -> bytes | None:
-    """None where it is broken or too large."""
+    """Decompress metadata; None if it is damaged or too large."""
     stream = zlib.decompressobj()
     try:
         text = stream.decompress(packed, _MAX_METADATA)
@@ -159,11 +158,11 @@ def _unpacked(packed: bytes) -> bytes | None:
 
 
 def _encoding(chunks: dict[bytes, list[memoryview]]) -> tuple[Encoding | None, bool]:
-    """The colour encoding, and whether it overrides a profile. cICP comes before a profile, gAMA and cHRM count only without sRGB."""
+    """The colour encoding, and whether it overrides a profile. cICP precedes a profile; gAMA and cHRM are used only without sRGB."""
     if b"cICP" in chunks and len(chunks[b"cICP"][0]) == 4:
         primaries, transfer, matrix, full_range = bytes(chunks[b"cICP"][0])
         if matrix or full_range != 1:
-            raise unsupported("its cICP chunk says narrow range, or no RGB")
+            raise unsupported("its cICP chunk specifies narrow range, or not RGB")
         return cicp_encoding(primaries, transfer=transfer), True
     if b"sRGB" in chunks or b"iCCP" in chunks:
         return None, False
@@ -178,7 +177,7 @@ def _encoding(chunks: dict[bytes, list[memoryview]]) -> tuple[Encoding | None, b
 
 
 def _transparent_level(body: bytes, *, depth: int, colour: int) -> dict[str, Any]:
-    """The transparent level or colour as Pillow's pixels show it; None where no pixel can have it."""
+    """The transparent level or colour in terms of Pillow's pixels; None if no pixel can have it."""
     if len(body) != (2 if colour == 0 else 6):
         return {"transparency": None}
     levels = struct.unpack(f">{len(body) // 2}H", body)
@@ -187,8 +186,3 @@ def _transparent_level(body: bytes, *, depth: int, colour: int) -> dict[str, Any
     if colour == 0:
         return {"transparency": levels[0] if depth == 16 else levels[0] * (255 // ((1 << depth) - 1))}
     return {"transparent_colour": levels} if depth == 16 else {"transparency": levels}
-
-
-def png_can_turn(head: bytes) -> bool:
-    """Whether some bytes of a PNG name a place of an orientation."""
-    return re.search(rb"eXIf|XML:com\.adobe\.xmp|Raw profile type exif", head) is not None

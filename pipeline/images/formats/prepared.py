@@ -1,4 +1,4 @@
-"""What the header of an image file says beyond what its decoder reports."""
+"""Results of a header check that the decoder does not report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How 8-bit RGB levels mean colours, where no ICC profile says it.
+    """Colour encoding of 8-bit RGB levels without an ICC profile.
 
     `primaries`: x and y of red, green, blue and white (CIE 1931). `transfer`: an exponent (linear light = level ** exponent), or "srgb".
     """
@@ -20,12 +20,12 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A file whose header has been checked.
+    """A file with a checked header.
 
-    `data` is what the decoder is given; `info` goes into Pillow's `info` once it is open; `encoding` is set where it is not sRGB;
-    `overrides_profile` says that it counts even where there is an ICC profile; `aperture` = (left, top, width, height) is the part of the
-    stored pixels that is shown; `animated` is set where the header says it; `size` = (height, width) as stored, where it is known already;
-    `refusal` says why a decoder may refuse it though it is intact.
+    `data` is the input of the decoder; `info` is added to Pillow's `info` after opening; `encoding` is set if it is not sRGB;
+    `overrides_profile`: it takes precedence over an ICC profile; `aperture` = (left, top, width, height) is the visible part of the stored
+    pixels; `animated` and `size` = (height, width) as stored are set if the header tells; `refusal` is the reason if a decoder rejects an
+    intact file.
     """
 
     data: bytes | memoryview

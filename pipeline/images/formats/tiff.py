@@ -1,7 +1,7 @@
-"""TIFF before Pillow sees it: which of its many ways are read right here, and whether all of its pixels are in the file.
+"""Check a TIFF before Pillow: whether Pillow reads its variant correctly, and whether all pixels are in the file.
 
-Pillow opens more than it reads right (12 bits unscaled, 16-bit planes as noise, 16-bit min-is-white inverted), and leaves black what has
-no strip. So this is a list of what is known to be right, and all else is `unsupported`.
+Pillow opens variants that it reads wrongly (12 bits unscaled, 16-bit planes as noise, 16-bit min-is-white inverted), and shows missing
+strips as black. This is a list of variants known to be correct; all others are `unsupported`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _PHOTOMETRICS = {0: "min-is-white", 1: "min-is-black", 2: "RGB", 3: "palette", 5
 _FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 4: "undefined", 5: "complex", 6: "complex floating-point"}
 _RAW, _OLD_JPEG, _JPEG, _CCITT = 1, 6, 7, (2, 3, 4)
 _COMPRESSIONS = {_RAW, 2, 3, 4, 5, _JPEG, 8, 32773, 32946, 34925, 50000}
-# (photometric, bits of a sample, kinds of extra samples) that Pillow shows as they are meant.
-_READ_RIGHT: set[tuple[int, int, tuple[int, ...]]] = {
+# (photometric, bits per sample, kinds of extra samples) that Pillow reads correctly.
+_SUPPORTED: set[tuple[int, int, tuple[int, ...]]] = {
     *((photometric, bits, ()) for photometric in (0, 1) for bits in (1, 2, 4, 8)),
     (1, 16, ()),
     (1, 8, (2,)),
@@ -39,12 +39,12 @@ _READ_RIGHT: set[tuple[int, int, tuple[int, ...]]] = {
     (6, 8, ()),
     (8, 8, ()),
 }
-_PLANES = ((2, ()), (2, (2,)), (5, ()))  # photometric and extra samples that Pillow reads right from separate planes
+_PLANES = ((2, ()), (2, (2,)), (5, ()))  # photometric and extra samples that Pillow reads correctly from separate planes
 
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """How the pixels of a page lie in the file: the tags that say it, with their defaults."""
+    """Pixel layout of a page: values of the tags, or their defaults."""
 
     height: int
     width: int
@@ -68,7 +68,7 @@ def prepare_tiff(data: bytes, *, max_decode_pixels: int) -> Prepared:
     check_claim(height, width, length=len(data))
     layout = _layout(tags)
     _check_kind(layout, tags=tags)
-    _check_places(layout, tags=tags, length=len(data))
+    _check_strips(layout, tags=tags, length=len(data))
     colour_map = tags.get(_COLOUR_MAP, ())
     if layout.photometric == 3 and len(colour_map) != 3 << layout.bits:
         raise damaged(f"its palette has {len(colour_map)} values, not {3 << layout.bits}")
@@ -77,10 +77,10 @@ def prepare_tiff(data: bytes, *, max_decode_pixels: int) -> Prepared:
 
 
 def _contiguous(data: bytes) -> bytes:
-    """The same page of one sample without the word that its samples lie in planes, which Pillow takes for another kind of pixel."""
+    """Clear the planar flag of a page with one sample, which Pillow misinterprets."""
     order, is_big = "<" if data[:2] == b"II" else ">", 43 in (data[2], data[3])
-    (place,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
-    position, entry = place + (8 if is_big else 2), 20 if is_big else 12
+    (directory,) = struct.unpack_from(order + ("Q" if is_big else "I"), data, 8 if is_big else 4)
+    position, entry = directory + (8 if is_big else 2), 20 if is_big else 12
     while struct.unpack_from(order + "H", data, position)[0] != _PLANAR:
         position += entry
     value = position + entry - (8 if is_big else 4)
@@ -88,14 +88,14 @@ def _contiguous(data: bytes) -> bytes:
 
 
 def _first_directory(data: bytes) -> dict[int, tuple[int, ...]]:
-    """Tag → values, of those tags that say how the pixels lie. Raises `Rejection`."""
+    """Values of the tags of the pixel layout. Raises `Rejection`."""
     order = "<" if data[:2] == b"II" else ">"
     is_big = 43 in (data[2], data[3])
     offset_type, count_type, entry, inline = ("Q", "Q", 20, 8) if is_big else ("I", "H", 12, 4)
     try:
-        place = struct.unpack_from(order + offset_type, data, 8 if is_big else 4)[0]
-        (count,) = struct.unpack_from(order + count_type, data, place)
-        start = place + struct.calcsize("<" + count_type)
+        directory = struct.unpack_from(order + offset_type, data, 8 if is_big else 4)[0]
+        (count,) = struct.unpack_from(order + count_type, data, directory)
+        start = directory + struct.calcsize("<" + count_type)
         if count * entry > len(data):
             raise damaged("its directory is cut off")
         tags: dict[int, tuple[int, ...]] = {}
@@ -110,7 +110,7 @@ def _first_directory(data: bytes) -> dict[int, tuple[int, ...]]:
             if values * struct.calcsize(letter) > inline:
                 (at,) = struct.unpack_from(order + offset_type, data, at)
             tags[tag] = struct.unpack_from(f"{order}{values}{letter}", data, at)
-    except (struct.error, OverflowError) as error:  # a place beyond the file, or beyond any
+    except (struct.error, OverflowError) as error:  # an offset outside the file or out of range
         raise damaged("its directory is cut off") from error
     return tags
 
@@ -126,7 +126,7 @@ def _layout(tags: dict[int, tuple[int, ...]]) -> _Layout:
     samples = one(_SAMPLES, 1)
     colours = {2: 3, 6: 3, 8: 3, 9: 3, 5: 4}.get(photometric, 1)
     if photometric == 2 and samples == 4 and not extra:
-        extra = (2,)  # Pillow's reading of what is not said
+        extra = (2,)  # Pillow's interpretation of an unspecified fourth sample
     if len(set(bits[:samples])) > 1 or len(bits) not in (1, samples) or samples != colours + len(extra):
         raise unsupported(f"TIFF of {samples} samples of {'/'.join(map(str, bits[:8]))} bits, {len(extra)} of them extra")
     formats = set(tags.get(_FORMAT) or (1,))
@@ -146,18 +146,18 @@ def _layout(tags: dict[int, tuple[int, ...]]) -> _Layout:
 
 
 def _check_kind(layout: _Layout, *, tags: dict[int, tuple[int, ...]]) -> None:
-    """Raises `Rejection` for what Pillow cannot read, or reads wrong."""
+    """Raise `Rejection` for variants that Pillow cannot read, or reads wrongly."""
     colour = _PHOTOMETRICS.get(layout.photometric, f"photometric {layout.photometric}")
     extra = f" with extra samples {layout.extra}" if layout.extra else ""
     kind = f"{_FORMATS.get(layout.format, 'unknown')} {layout.bits}-bit {colour} TIFF{extra}"
-    if layout.format != 1 or (layout.photometric, layout.bits, layout.extra) not in _READ_RIGHT:
+    if layout.format != 1 or (layout.photometric, layout.bits, layout.extra) not in _SUPPORTED:
         raise unsupported(kind)
     if layout.compression not in _COMPRESSIONS:
         raise unsupported(f"TIFF of compression {layout.compression}")
     if layout.planar and (layout.bits != 8 or (layout.photometric, layout.extra) not in _PLANES or layout.compression == _JPEG):
         raise unsupported(f"{kind} in separate planes")
     if layout.photometric == 6 and layout.compression == _RAW:
-        raise unsupported(f"{kind} without compression")  # before version 13, Pillow takes it for RGB
+        raise unsupported(f"{kind} without compression")  # before version 13, Pillow reads it as RGB
     if layout.photometric == 6 and layout.compression != _JPEG and tags.get(_SUBSAMPLING, (2, 2)) != (1, 1):
         raise unsupported(f"{kind} with subsampled colour and without JPEG compression")
     if tags.get(_FILL_ORDER, (1,))[0] != 1 and (layout.bits != 1 or layout.samples != 1):
@@ -166,8 +166,8 @@ def _check_kind(layout: _Layout, *, tags: dict[int, tuple[int, ...]]) -> None:
         raise damaged("fax compression of more than one bit a pixel")
 
 
-def _check_places(layout: _Layout, *, tags: dict[int, tuple[int, ...]], length: int) -> None:
-    """Raises `Rejection` where a strip or tile is missing or not wholly in the file."""
+def _check_strips(layout: _Layout, *, tags: dict[int, tuple[int, ...]], length: int) -> None:
+    """Raise `Rejection` if a strip or tile is missing or truncated."""
     is_tiled = _TILES[0] in tags and _STRIPS[0] not in tags
     offsets, counts = (tags.get(tag, ()) for tag in (_TILES if is_tiled else _STRIPS))
     if is_tiled:

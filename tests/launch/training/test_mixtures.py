@@ -76,7 +76,11 @@ def test_a_plan_says_of_each_corpus_what_it_gives_and_of_the_schedule_what_chang
             "widht >= 128 and",
             "corpus photos: where 'widht >= 128 and height >= 64': there is no column widht; did you mean width",
         ),
-        ("width >= 128 and", "width >== 128 and", "run.yaml:3: corpus.0.where: where 'width >== 128 and height >= 64' is no expression"),
+        (
+            "width >= 128 and",
+            "width >== 128 and",
+            "run.yaml:3: corpus.0.where: where 'width >== 128 and height >= 64' is not an expression",
+        ),
         ("cap: 20", "repeats: 2", "run.yaml:4: corpus.1.repeats: weight and repeats both set"),
         ("cap: 20", "caps: 20", "run.yaml:4: corpus.1.caps: unknown key; did you mean corpus.1.cap?"),
         ("weight: 1, ", "", "corpus art has no weight, others have one: give a weight to all corpora, or to none"),

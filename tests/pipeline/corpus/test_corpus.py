@@ -92,7 +92,7 @@ def test_rejected_rows_are_no_samples(corpus: Corpus) -> None:
 def test_no_name_leads_out_of_the_folder(corpus: Corpus, name: str, what: str) -> None:
     shards = json.loads((corpus.path / "manifest.json").read_text())["shards"]
     edit_manifest(corpus, shards=[{**shards[0], what: name}])
-    assert f"names {name!r}, which leads out of the folder" in error_of_opening(corpus.path)
+    assert f"names {name!r}, which is outside the folder" in error_of_opening(corpus.path)
 
 
 def test_shards_may_lie_where_the_manifest_says_in_full(corpus: Corpus, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_shards_of_an_index_need_not_agree_on_further_columns(tmp_path: Path) ->
         pq.write_table(pq.read_table(file).append_column("clip", pa.array(values)), file)
     assert corpus.schema.field("clip").type == pa.float64()
     assert [corpus.read(shard, columns=("clip",)).column("clip").to_pylist() for shard in range(3)] == [[], [0.5], [None]]
-    with pytest.raises(ValueError, match=r"000003\.parquet: column 'clip' is string, and double in the corpus's first shard"):
+    with pytest.raises(ValueError, match=r"000003\.parquet: column 'clip' is string, but double in the corpus's first shard"):
         corpus.read(3, columns=("clip",))
 
 

@@ -207,7 +207,7 @@ def test_images_of_phones_end_upright_and_on_white(format: str) -> None:
 
 def test_heif_without_its_plugin_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.images.opening._heif_plugin", lambda: False)
-    with pytest.raises(Rejection, match=r"unsupported: HEIF is read where pillow-heif is installed: pip install \"\.\[heif\]\""):
+    with pytest.raises(Rejection, match=r"unsupported: reading HEIF needs pillow-heif: pip install \"\.\[heif\]\""):
         read_image(b"\0\0\0\x18ftypheic" + bytes(100))
 
 

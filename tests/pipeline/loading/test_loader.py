@@ -313,7 +313,7 @@ def test_killed_workers_cost_nothing_but_time(corpus: Corpus, caplog: pytest.Log
     loader.close()
     assert_same(here, there)
     assert (loader.samples_seen, loader.samples_failed) == (sum(step.images for step in there), 0)
-    assert re.search(r"reader-\d \(pid \d+\) (was killed by signal 9 \(SIGKILL\)|ended with exit code 255).*: a new one", caplog.text)
+    assert re.search(r"reader-\d \(pid \d+\) (was killed by signal 9 \(SIGKILL\)|ended with exit code 255).*: a new process", caplog.text)
 
 
 class Dying:
@@ -355,7 +355,7 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_skipped(
             kept = [i for i, weight in enumerate(batch.weights) if weight]
             assert all(torch.equal(batch.images[i], same.images[i]) and torch.equal(batch.noise[i], same.noise[i]) for i in kept)
     how = "was stuck for 5 s" if number is None else f"was killed by signal {number:d} ({signal.Signals(number).name})"
-    assert re.search(rf"reader-\d \(pid \d+\) {re.escape(how)} at sample {victim} of .*\.tar: a new one does its work again", caplog.text)
+    assert re.search(rf"reader-\d \(pid \d+\) {re.escape(how)} at sample {victim} of .*\.tar: a new process retries its work", caplog.text)
     assert re.search(rf"skipped sample {victim} of .*\.tar: .*crashed: .* {re.escape(how)}", caplog.text)
 
 

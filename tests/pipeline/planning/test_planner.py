@@ -297,9 +297,9 @@ def test_groups_of_shards_keep_as_busy_and_each_has_its_own(tmp_path: Path) -> N
 
 def test_impossible_groups(tmp_path: Path) -> None:
     corpus = random_corpus(tmp_path, shards=3, samples=20)
-    with pytest.raises(ValueError, match=r"plan\.packs_per_step 6 is no multiple of plan\.groups 4"):
+    with pytest.raises(ValueError, match=r"plan\.packs_per_step 6 is not a multiple of plan\.groups 4"):
         small_plan(packs_per_step=6, groups=4)
-    with pytest.raises(ValueError, match=r"plan\.schedule\.0\.packs_per_step 6 is no multiple of plan\.groups 4"):
+    with pytest.raises(ValueError, match=r"plan\.schedule\.0\.packs_per_step 6 is not a multiple of plan\.groups 4"):
         small_plan(packs_per_step=8, groups=4, schedule=[{"step": 1, "packs_per_step": 6}])
     with pytest.raises(ValueError, match=r"corpus corpus has 3 shards, fewer than plan\.groups 4"):
         make_planner(corpus, groups=4)
@@ -324,7 +324,7 @@ def test_a_state_of_another_plan_is_refused_and_says_what_differs(tmp_path: Path
     grown, other = (random_corpus(tmp_path / name, shards=1, samples=count, name=name) for name, count in (("corpus", 23), ("other", 4)))
     with pytest.raises(PlanChangedError, match="corpus corpus: had 20 samples and has 23, 3 added; "):
         make_planner(grown).load_state_dict(state)
-    with pytest.raises(PlanChangedError, match="corpus corpus: was trained on and is not given, corpus other: is new, 4 samples; "):
+    with pytest.raises(PlanChangedError, match="corpus corpus: was in the saved plan and is missing, corpus other: is new, 4 samples; "):
         make_planner(other).load_state_dict(state)
     with pytest.raises(PlanChangedError, match="their order was corpus, other and is other, corpus; "):
         make_planner(other, corpus).load_state_dict(make_planner(corpus, other).state_dict())
@@ -369,7 +369,7 @@ def test_impossible_plans(tmp_path: Path) -> None:
         small_plan(min_tokens=65)
     with pytest.raises(ValueError, match="no corpus is given"):
         make_planner()
-    with pytest.raises(ValueError, match=r"plan\.stride is not known"):
+    with pytest.raises(ValueError, match=r"plan\.stride is not set"):
         make_planner(corpus, stride=None)
     with pytest.raises(ValueError, match="diffusion_share"):
         Planner([corpus], plan=small_plan(), seed=0, width=64, diffusion_share=0.8, consistency_share=0.3)

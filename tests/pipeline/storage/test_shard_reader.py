@@ -27,7 +27,7 @@ def test_a_file_that_ends_too_early_or_is_not_there(tmp_path: Path) -> None:
     file = tmp_path / "0.tar"
     file.write_bytes(b"12345")
     reader = ShardReader()
-    with pytest.raises(OSError, match=r"0\.tar ends before byte 6, it is cut off"):
+    with pytest.raises(OSError, match=r"0\.tar ends before byte 6, it is truncated"):
         reader.read(str(file), offset=3, length=3)
     with pytest.raises(BadShard, match=r"1\.tar is missing: restore the file"):
         reader.read(str(tmp_path / "1.tar"), offset=0, length=1)

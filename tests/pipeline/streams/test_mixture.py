@@ -155,7 +155,7 @@ def test_every_kept_sample_once_per_visit_and_each_source_has_its_quota(case: Ca
             mixed = np.array([source["mixed"] for source in state["sources"]])
             assert (np.abs(mixed - mixed.sum() * np.array(weights) / sum(weights)) < 1 + 1e-9).all()
             planned = Counter(corpus for (corpus, _), counted in seen.items() for _ in range(counted.total()))
-            planned.update(planner.places[place].corpus for place, *_ in state["carried"])
+            planned.update(planner.shards[shard].corpus for shard, *_ in state["carried"])
             assert [planned[i] for i in range(len(used))] == mixed.tolist()
         waiting = {visit for _, _, visit, _ in state["carried"]}
         for (corpus, visit), counted in seen.items():
