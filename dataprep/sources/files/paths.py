@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from dataprep.sources.files.file_listing import Listing
 from dataprep.sources.files.walk import Walk, is_hidden, is_hidden_image
@@ -35,7 +35,7 @@ def expand_braces(pattern: str) -> list[str]:
             raise ValueError(f"{pattern}: the range {{{low}..{high}}} must ascend and have at most {_MAX_RANGE:,} numbers")
     try:
         return list(braceexpand(pattern, escape=False))
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # braceexpand.UnbalancedBracesError, which its type stubs lack
         raise ValueError(f"{pattern}: its braces are not balanced") from error
 
 
