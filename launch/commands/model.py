@@ -264,9 +264,7 @@ def sample(
     times: Annotated[
         str | None, typer.Option(metavar="T,T[,T]...", help="Sampling times instead of --steps: 1 (noise) to 0 for ot_fm.")
     ] = None,
-    stochasticity: Annotated[
-        float, typer.Option(min=0, help="Amount of new noise in all steps except the first and the last; ot_fm only.")
-    ] = 0.0,
+    stochasticity: Annotated[float, typer.Option(min=0, help="Noise added in all but the first and the last step; ot_fm only.")] = 0.0,
     recipe: Annotated[
         str | None, typer.Option(metavar="NAME", help="With a weight file: the recipe or YAML file of its network, e.g. t2i-xl-1.")
     ] = None,

@@ -252,7 +252,7 @@ def test_plan_over_bare_sizes(tmp_path: Path, tim: Tim) -> None:
 
     pq.write_table(pa.table({"width": [1, None]}), tmp_path / "no.parquet")
     refused(tim("plan", "--sizes", tmp_path / "no.parquet"), "columns width and height")
-    refused(tim("plan", "--sizes", tmp_path / "sizes.parquet", "demo"), "leave out demo")
+    refused(tim("plan", "--sizes", tmp_path / "sizes.parquet", "demo"), "cannot be combined with demo")
     refused(tim("plan", "demo", "--stride", "32"), "--stride: requires --sizes")
 
 
@@ -367,7 +367,7 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     assert "prompt 1: this model takes text, not class ids" in tim("sample", model, "--size", "16x16", "--class", "1", "--out", out).err
     refused(sample(folder=tmp_path / "nowhere"), "no such folder")
     refused(sample(folder=tmp_path / "file"), "no such folder")
-    refused(sample(folder=tmp_path / "folder"), "neither a model folder")
+    refused(sample(folder=tmp_path / "folder"), "not a model folder or a run folder")
     refused(sample(steps="0"), "at least 1 step")
     refused(sample(steps="2,-1"), "at least 1 step")
     refused(sample(guidance="nan"), "finite")
@@ -376,7 +376,7 @@ def test_sample_refuses_nonsense(model: Path, tmp_path: Path, tim: Tim) -> None:
     refused(sample(size="16"), "WIDTHxHEIGHT")
     refused(sample("--seed", "-1"), "seed")
     refused(sample("--interval", "0.8,0.2"), "--interval 0.8,0.2")
-    refused(sample("--times", "0,1"), "each smaller than the one before")
+    refused(sample("--times", "0,1"), "expected two or more decreasing numbers")
     refused(sample("--times", "1,0"), "--steps 1 and --times 1,0: give one of them")
     assert tim("sample", model, "--prompt", "a fox", "--size", "16x16", "--times", "2,0", "--out", out).code == 2
     assert "8 pixels" in sample(size="16x4").err

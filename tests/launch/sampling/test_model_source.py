@@ -92,7 +92,10 @@ def test_the_published_files_with_a_recipe(latents: Path, tmp_path: Path) -> Non
         assert opened(tmp_path / name, recipe=str(recipe), **models)("a", **SIZE)[0].size == (32, 32)
     for given, said in (
         ({"recipe": None}, r"a weight file does not describe its network: give --recipe NAME"),
-        ({"recipe": str(recipe), "text": models["text"]}, r"codec sd-vae needs its weights.*\(--codec, --text and --tokenizer say where"),
+        (
+            {"recipe": str(recipe), "text": models["text"]},
+            r"codec sd-vae needs its weights.*\(give the paths of these models with --codec",
+        ),
         ({"recipe": str(recipe), "codec": models["codec"]}, r"text encoder hf needs its weights.*\(--codec, --text and --tokenizer say"),
         ({"recipe": "demo"}, "these weights do not fit this network"),
     ):
@@ -111,7 +114,7 @@ def test_a_published_description_asks_for_what_it_does_not_say(tmp_path: Path) -
     }
     (tmp_path / "network.yaml").write_text(yaml.safe_dump(content))
     codec, encoder = autoencoder(tmp_path / "vae", "sd-vae"), bert(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"do not say which codec made their 4 channels: give --codec KIND=PATH"):
+    with pytest.raises(ValueError, match=r"the codec of the weights \(4 channels\) is unknown: give --codec KIND=PATH"):
         opened(tmp_path)
     with pytest.raises(ValueError, match=r"the text encoder of the weights is unknown: give --text KIND=PATH"):
         opened(tmp_path, codec=f"sd-vae={codec}")
@@ -132,7 +135,7 @@ def test_a_model_folder_with_its_models_is_moved(latents: Path, tmp_path: Path) 
     assert opened(tmp_path / "elsewhere" / "m")("a red image", **SIZE)[0].tobytes() == before.tobytes()
     again = Generator.from_pretrained(tmp_path / "elsewhere" / "m")("a red image", **SIZE)[0]
     assert again.tobytes() == before.tobytes()
-    with pytest.raises(ValueError, match="--with-models: the published code takes"):
+    with pytest.raises(ValueError, match="--with-models: the published code does not read codec"):
         export(latents, out=tmp_path / "official", official=True, with_models=True)
 
 
