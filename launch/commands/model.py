@@ -284,23 +284,19 @@ def sample(
     """
     with session(as_json=as_json, debug=debug) as console:
         sizes = parse_sizes(size)
-        step_counts = parse_steps(steps) if steps is not None else None
-        scale = check_guidance(guidance) if guidance is not None else None
         prompts = check_prompts(prompt or [], classes=classes or [])
-        grid_times = parse_times(times) if times is not None else None
-        guided = parse_interval(interval) if interval is not None else None
         if steps is not None and times is not None:
             raise ValueError(f"--steps {steps} and --times {times}: give one of them")
         from launch.sampling.draw import DrawSettings, draw
         from launch.sampling.model_source import Replacements
 
         settings = DrawSettings(
-            steps=step_counts,
-            guidance=scale,
+            steps=None if steps is None else parse_steps(steps),
+            guidance=None if guidance is None else check_guidance(guidance),
             seed=seed,
             negative=negative,
-            times=grid_times,
-            interval=guided,
+            times=None if times is None else parse_times(times),
+            interval=None if interval is None else parse_interval(interval),
             stochasticity=stochasticity,
         )
         replacements = Replacements(codec=codec, text=text, tokenizer=tokenizer)

@@ -21,7 +21,7 @@ def make_step(tokens: Ints, *, costs: Floats, packs: int, limit: int = LIMIT) ->
     fits = assigned != NO_ROOM
     nothing = np.zeros(int(fits.sum()), dtype=np.int64)
     columns = SampleTable(**{**dict.fromkeys(SampleTable.__dataclass_fields__, nothing), "tokens": tokens[fits]})
-    table = StepTable(columns=columns, kinds=nothing, costs=costs[fits], places=[])
+    table = StepTable(columns=columns, kinds=nothing, costs=costs[fits], shards=[])
     return Step(index=0, packs=table.split(assigned[fits], packs=packs), table=table, tokens_per_pack=limit)
 
 
