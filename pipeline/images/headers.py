@@ -7,15 +7,13 @@ agree with `read_image`; otherwise `quick_size` returns None, and `careful_size`
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 
 from pipeline.images.decode import read_image
 from pipeline.images.formats.containers import webp_size
+from pipeline.images.formats.jpeg_segments import START_OF_SCAN, Peek, walk_segments
 from pipeline.images.opening import exif_orientation, open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_claim, check_size
 
-Peek = Callable[[int, int], bytes]
-"""(offset in the file, length) → that many bytes, or fewer where the file ends."""
 Size = tuple[int, int]
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +25,7 @@ _ROTATING = (
 )  # in a PNG: orientation, HDR colours
 _TAIL = 1 << 16  # bytes searched for them at the end of a PNG
 _LARGEST_FILE = 1 << 30
-_SEGMENT = struct.Struct(">BBHBHH")  # of a JPEG: 0xFF, kind, length; then, in a frame, bits, height, width
+_FRAME = struct.Struct(">BHH")  # of a JPEG: bits, height, width
 _MAX_SEGMENTS = 1000  # in a header; one with more is left to Pillow
 
 
@@ -65,21 +63,18 @@ def careful_size(peek: Peek, *, length: int) -> Size:
 
 def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | None]:
     """Stored size, whether no segment can rotate it, and offset of the pixel data; None for what was not found."""
-    size, is_plain, position = None, True, 2
-    for _ in range(_MAX_SEGMENTS):
-        if position + _SEGMENT.size <= len(head):
-            mark, kind, length, bits, height, width = _SEGMENT.unpack_from(head, position)
-        else:
-            mark, kind, length, bits, height, width = _SEGMENT.unpack(peek(position, _SEGMENT.size).ljust(_SEGMENT.size, b"\0"))
-        if mark != 0xFF or not 0xC0 <= kind <= 0xFE or 0xD0 <= kind <= 0xD9:
+    size, is_plain = None, True
+    for kind, start, end, is_adjacent, _ in walk_segments(head, peek=peek, limit=_MAX_SEGMENTS):
+        if not is_adjacent:
             break
-        position += 2 + length
         if kind in (0xC0, 0xC1, 0xC2) and size is None:
-            size, is_plain = (height, width), is_plain and bits == 8
+            frame = head[start + 4 : start + 9] if start + 9 <= len(head) else peek(start + 4, 5)
+            precision, height, width = _FRAME.unpack(frame.ljust(_FRAME.size, b"\0"))
+            size, is_plain = (height, width), is_plain and precision == 8
         elif kind == 0xE1 or (0xC3 <= kind <= 0xCF and kind not in (0xC4, 0xCC)):
             is_plain = False
-        elif kind == 0xDA:
-            return size, is_plain, position
+        elif kind == START_OF_SCAN:
+            return size, is_plain, end
     return size, False, None
 
 

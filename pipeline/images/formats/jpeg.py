@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +11,13 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.images.formats.jpeg_segments import START_OF_SCAN, walk_segments
 from pipeline.images.rejection import damage_rejected, damaged, unsupported
 
 JPEG_MAGIC = b"\xff\xd8\xff"
 _MAX_PLAIN_SEGMENTS = 64  # in a header for the quick check
 _MAX_SEGMENTS = 100_000
+_FRAME = struct.Struct(">BHHB")  # bits, height, width, components
 _PLAIN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive: Huffman-coded
 _CAREFUL_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded progressive"}
 _REFUSED_FRAMES = {
@@ -49,20 +52,16 @@ def plain_jpeg_size(data: bytes | memoryview) -> tuple[int, int] | None:
     """(height, width) of a JFIF file with three components and no EXIF, profile or Adobe marker; avoids opening it with Pillow."""
     if bytes(data[:3]) != JPEG_MAGIC:
         return None
-    position, is_jfif = 2, False
-    for _ in range(_MAX_PLAIN_SEGMENTS):
-        head = bytes(data[position : position + 10])
-        if len(head) < 10 or head[0] != 0xFF:
+    data, is_jfif = bytes(data), False
+    for kind, start, end, is_adjacent, _ in walk_segments(data, limit=_MAX_PLAIN_SEGMENTS):
+        if not is_adjacent or end > len(data):
             return None
-        kind = head[1]
         if kind in _PLAIN_FRAMES:
-            is_plain = is_jfif and head[4] == 8 and head[9] == 3
-            size = (head[5] << 8 | head[6], head[7] << 8 | head[8])
-            return size if is_plain and size[0] * size[1] else None
-        is_jfif = is_jfif or (kind == 0xE0 and head[4:8] == b"JFIF")
+            precision, height, width, components = _FRAME.unpack_from(data.ljust(start + 10, b"\0"), start + 4)
+            return (height, width) if is_jfif and precision == 8 and components == 3 and height * width else None
+        is_jfif = is_jfif or (kind == 0xE0 and data[start + 4 : start + 8] == b"JFIF")
         if kind in (0xE1, 0xE2, 0xEE) or not (kind in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE0 <= kind <= 0xEF):
             return None
-        position += 2 + (head[2] << 8 | head[3])
     return None
 
 
@@ -73,25 +72,13 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
     """
     data = bytes(data)
     segments: list[tuple[int, int, int]] = []
-    position, has_junk, frame = 2, False, None
-    for _ in range(_MAX_SEGMENTS):
-        start = data.find(b"\xff", position)
-        if start < 0:
-            break
-        has_junk = has_junk or start > position
-        while data[start + 1 : start + 2] == b"\xff":
-            start += 1
-        kind = data[start + 1] if start + 1 < len(data) else 0xD9
-        if kind < 0xC0 or 0xD0 <= kind <= 0xD7:  # not valid in a header
-            has_junk, position = True, start + 2
-            continue
-        if kind in (0xD8, 0xD9):
-            break
-        end = start + 2 + int.from_bytes(data[start + 2 : start + 4], "big")
-        if end < start + 4 or end > len(data):
+    has_junk, frame = False, None
+    for kind, start, end, _, follows_junk in walk_segments(data, limit=_MAX_SEGMENTS):
+        has_junk = has_junk or follows_junk
+        if end > len(data):
             break
         segments.append((kind, start, end))
-        if kind == 0xDA:
+        if kind == START_OF_SCAN:
             if frame is None:
                 break
             return _checked(data, frame=frame, segments=tuple(segments), has_junk=has_junk, scan=start)
@@ -99,14 +86,12 @@ def read_jpeg_header(data: bytes | memoryview) -> JpegHeader:
             if frame is not None:
                 raise damaged("it has two frames")
             frame = (kind, start)
-        position = end
     raise damaged("its header is cut off or broken")
 
 
 def _checked(data: bytes, *, frame: tuple[int, int], segments: tuple[tuple[int, int, int], ...], has_junk: bool, scan: int) -> JpegHeader:
     kind, start = frame
-    body = data[start + 4 : start + 10].ljust(6, b"\0")
-    precision, height, width, components = body[0], body[1] << 8 | body[2], body[3] << 8 | body[4], body[5]
+    precision, height, width, components = _FRAME.unpack(data[start + 4 : start + 10].ljust(_FRAME.size, b"\0"))
     if kind in _REFUSED_FRAMES:
         raise unsupported(f"{_REFUSED_FRAMES[kind]} JPEG")
     if precision != 8:
