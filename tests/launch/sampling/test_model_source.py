@@ -96,7 +96,7 @@ def test_the_published_files_with_a_recipe(latents: Path, tmp_path: Path) -> Non
             {"recipe": str(recipe), "text": models["text"]},
             r"codec sd-vae needs its weights.*\(give the paths of these models with --codec",
         ),
-        ({"recipe": str(recipe), "codec": models["codec"]}, r"text encoder hf needs its weights.*\(--codec, --text and --tokenizer say"),
+        ({"recipe": str(recipe), "codec": models["codec"]}, r"text encoder hf needs its weights.*\(give the paths of these models with"),
         ({"recipe": "demo"}, "these weights do not fit this network"),
     ):
         with pytest.raises(ValueError, match=said):
