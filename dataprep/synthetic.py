@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
+
+from pipeline.storage.atomic import publish_text
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -130,9 +131,7 @@ def write_corpus(
         name = f"{index:06d}.png"
         image.save(folder / name)
         lines.append(json.dumps({"file_name": name, "text": figure.caption}))
-    partial = folder / "metadata.jsonl.tmp"
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(partial, folder / "metadata.jsonl")
+    publish_text(folder / "metadata.jsonl", "\n".join(lines) + "\n")
 
 
 def read_figure(image: Image.Image, *, min_overlap: float = 0.6, max_distance: float = 90.0) -> Figure:

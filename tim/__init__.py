@@ -1,6 +1,6 @@
 """Transition Models at native resolution: packs, network, objective, sampler (arXiv 2509.04394).
 
-What is exported here is imported at its first use, so that `tim.kinds` can be read without importing torch.
+What is exported here is imported at its first use, so that `tim.model_kinds` can be read without importing torch.
 """
 
 from importlib import import_module

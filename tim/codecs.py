@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol, get_args
 import torch
 from torch import Tensor
 
-from tim.kinds import CodecKind
+from tim.model_kinds import CodecKind
 from tim.pretrained import weight_files
 from tim.pretrained.weight_files import Location, read_config
 

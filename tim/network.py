@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tim.kinds import NewCondition
 from tim.layers import (
     Block,
     CaptionEmbedding,
@@ -26,6 +25,7 @@ from tim.layers import (
     at_least_float32,
     plain_norm,
 )
+from tim.model_kinds import NewCondition
 from tim.packed import Condition, PackedText, PackedTokens
 from tim.pretrained.official import read_weights, unnested
 from tim.rope import LAYOUTS, rotations

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tim.kinds import Derivative, Precision, Weighting
+from tim.model_kinds import Derivative, Precision, Weighting
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 

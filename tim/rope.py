@@ -17,7 +17,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from tim.kinds import RopeLayout
+from tim.model_kinds import RopeLayout
 from tim.packed import PackedTokens
 
 LAYOUTS = get_args(RopeLayout)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from pipeline.planning.config import SizeLimits
 from pipeline.size_rule import Crop, SizeRule
-from tim.kinds import CodecKind, Precision, TeacherKind, TextKind
+from tim.model_kinds import CodecKind, Precision, TeacherKind, TextKind
 
 if TYPE_CHECKING:
     import torch

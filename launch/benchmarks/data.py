@@ -24,9 +24,9 @@ from pipeline.corpus.corpus import Corpus
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
 from pipeline.loading.loader import Loader
+from pipeline.planned_steps import PlannedSample
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
-from pipeline.steps import PlannedSample
 from pipeline.storage.shard_reader import ByteRange, ShardReader
 
 STRIDE = 32  # pixels per token side, and per latent cell, as with the codec of the published text-to-image network

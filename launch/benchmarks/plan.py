@@ -18,9 +18,9 @@ from launch.benchmarks.network import image_sizes
 from pipeline.cost import DIFFUSION, Floats, Ints, image_costs
 from pipeline.packing.packing import NO_ROOM, fill_holes
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
+from pipeline.planned_steps import Step
 from pipeline.planning.planner import PlanConfig, Planner
 from pipeline.progress import Progress
-from pipeline.steps import Step
 from pipeline.streams.size_only_corpus import SizeCorpus, Sizes
 
 PLAN = PlanConfig(stride=32, max_tokens=16_384, tokens_per_pack=32_768, packs_per_step=128)

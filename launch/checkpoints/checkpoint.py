@@ -17,7 +17,6 @@ A run can resume with any number of ranks. No file is written by DeepSpeed, and 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -31,6 +30,7 @@ from launch.checkpoints import tensor_fragments
 from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
 from launch.distributed.ranks import Ranks
 from pipeline.digests import file_digest
+from pipeline.storage.atomic import fsync_path, publish_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -170,15 +170,6 @@ def write_trainer_state(folder: Path, state: Mapping[str, Any]) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file atomically."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    partial.replace(path)
-    _sync(path.parent)
-
-
 def _metadata_or_problem(folder: Path) -> CheckpointMetadata | str:
     try:
         return check(folder)
@@ -199,14 +190,14 @@ def _publish(
     files = {name: entry for part in files_by_rank for name, entry in sorted(part.items())}
     written = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()}
     assert written == set(files), f"files that no rank reported: {written ^ set(files)}"
-    write_atomically(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
+    publish_text(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
-        _sync(folder)
+        fsync_path(folder)
     if final.exists():  # a damaged one that was skipped on resume
         _remove(final)
     partial.rename(final)
-    _sync(final.parent)
-    write_atomically(run_dir / "latest", final.name + "\n")
+    fsync_path(final.parent)
+    publish_text(run_dir / "latest", final.name + "\n")
     for old in _step_folders(run_dir)[:-keep_last]:
         _remove(old)
 
@@ -229,13 +220,5 @@ def _step(folder: Path) -> int:
 
 
 def _fsync_and_hash(path: Path) -> dict[str, Any]:
-    _sync(path)
+    fsync_path(path)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

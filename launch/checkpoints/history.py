@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.checkpoint import write_atomically
 from launch.config.schema import ConfigError
+from pipeline.storage.atomic import publish_text
 
 HISTORY = "history.json"
 MAX_NAMED = 10
@@ -97,4 +97,4 @@ def read(run_dir: Path) -> History:
 
 def write(run_dir: Path, history: History) -> None:
     if history != History() or (run_dir / HISTORY).exists():
-        write_atomically(run_dir / HISTORY, json.dumps(history.to_json(), indent=1, ensure_ascii=False))
+        publish_text(run_dir / HISTORY, json.dumps(history.to_json(), indent=1, ensure_ascii=False))

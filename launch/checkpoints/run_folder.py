@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from launch.checkpoints.checkpoint import write_atomically
 from launch.checkpoints.history import History, write
 from launch.config.schema import Config, ConfigError, to_yaml
+from pipeline.storage.atomic import publish_text, remove_temporary_files
 
 CONFIG = "config.yaml"
 LOCK = "lock"
@@ -50,6 +50,7 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(error.errno, f"the file system cannot lock {path}: {error.strerror}") from None
     try:
+        remove_temporary_files([run_dir])
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", "utf-8")
         yield
     finally:
@@ -80,7 +81,7 @@ def write_config(run_dir: Path, config: Config, *, history: History = History())
     """Write RUN/config.yaml, with the run's history as leading comments, and RUN/history.json."""
     write(run_dir, history)
     comments = "".join(f"# {line}\n" for line in history.lines())
-    write_atomically(run_dir / CONFIG, comments + to_yaml(config))
+    publish_text(run_dir / CONFIG, comments + to_yaml(config))
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

@@ -136,7 +136,7 @@ def index(
     """
 
     def measure(report: Progress) -> Data:
-        from launch.benchmarks.index import bench_index
+        from launch.benchmarks.tar_index import bench_index
 
         return bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
 

@@ -11,7 +11,7 @@ from launch.config.section import Section, Share
 from launch.config.yaml_file import ConfigConflict
 from pipeline.corpus.row_filter import Where
 from pipeline.planning.config import Weight
-from tim.kinds import CodecKind, Precision, TextKind
+from tim.model_kinds import CodecKind, Precision, TextKind
 
 
 class CorpusConfig(Section):

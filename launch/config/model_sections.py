@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from launch.config.section import Section, Share, check_interval
 from launch.config.yaml_file import ConfigConflict
-from tim.kinds import Derivative, NewCondition, Precision, RopeLayout, TeacherKind, TransportKind, Weighting
+from tim.model_kinds import Derivative, NewCondition, Precision, RopeLayout, TeacherKind, TransportKind, Weighting
 
 
 class NetworkParams(Section):

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.checkpoint import write_atomically
+from pipeline.storage.atomic import publish_text
 
 KINDS = ("diffusion", "consistency", "transition")
 FIRST_IDS = 4
@@ -144,7 +144,7 @@ class MetricsWriter:
 
         self._path = run_dir / "metrics.jsonl"
         kept = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= step]
-        write_atomically(self._path, "".join(kept))
+        publish_text(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageCms
 
+from pipeline.images.formats.checked_header import Encoding
 from pipeline.images.formats.cicp import to_srgb_levels
-from pipeline.images.formats.prepared import Encoding
 from pipeline.images.rejection import unsupported
 
 _SRGB_TOLERANCE = 3  # levels of 255 by which a profile may differ from sRGB and still count as sRGB

@@ -14,6 +14,7 @@ from PIL import AvifImagePlugin, Image, ImageFile, ImagePalette, UnidentifiedIma
 
 from pipeline.errors import one_line
 from pipeline.images.formats.boxes import prepare_media
+from pipeline.images.formats.checked_header import Prepared
 from pipeline.images.formats.containers import (
     GIF_MAGIC,
     J2K_MAGIC,
@@ -28,7 +29,6 @@ from pipeline.images.formats.containers import (
 from pipeline.images.formats.jpeg import JPEG_MAGIC, JpegHeader, read_jpeg_header, tidy_jpeg
 from pipeline.images.formats.jxl import JXL_MAGIC, prepare_jxl
 from pipeline.images.formats.png import PNG_MAGIC, prepare_png
-from pipeline.images.formats.prepared import Prepared
 from pipeline.images.formats.tiff import TIFF_MAGIC, prepare_tiff
 from pipeline.images.rejection import Rejection, check_claim, check_size, damage_rejected, damaged, unsupported
 

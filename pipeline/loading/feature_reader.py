@@ -16,8 +16,8 @@ from torch import Tensor
 
 from pipeline.errors import one_line
 from pipeline.features.tensors import latent_name, text_name, tokens_name, unpack
+from pipeline.planned_steps import PlannedSample
 from pipeline.randomness import generator
-from pipeline.steps import PlannedSample
 
 
 class SampleFeatures(NamedTuple):

@@ -18,7 +18,7 @@ from pipeline.loading.feature_reader import FeatureDecoder
 from pipeline.loading.pack_reader import Failure, PackReader, ReadPack
 from pipeline.loading.worker_pool import Decode, WorkerPool, start_fork_server
 from pipeline.packing.rank_assignment import assign_to_ranks
-from pipeline.steps import PlannedSample, Step
+from pipeline.planned_steps import PlannedSample, Step
 from pipeline.storage.shard_reader import ShardCache, ShardFacts, ShardReader
 
 if TYPE_CHECKING:

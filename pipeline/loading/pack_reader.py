@@ -22,8 +22,8 @@ from pipeline.corpus.text_decoding import decode_text
 from pipeline.errors import kind_and_line
 from pipeline.images import load_image
 from pipeline.loading.feature_reader import FeatureDecoder, SampleFeatures
+from pipeline.planned_steps import Member, PlannedSample
 from pipeline.randomness import generator, generators, to_uniform
-from pipeline.steps import Member, PlannedSample
 from pipeline.storage.shard_reader import BadShard, ByteRange, ShardReader
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from pipeline.cost import Floats, Ints
 from pipeline.packing.packing import NO_ROOM, assign_to_packs
-from pipeline.steps import Pack, Step
+from pipeline.planned_steps import Pack, Step
 
 RankPacks = list[list[Pack]]
 

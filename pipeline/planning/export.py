@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from pipeline.corpus.corpus import Corpus, read_manifest
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
 from pipeline.packing.rank_assignment import assign_to_ranks
+from pipeline.planned_steps import PlannedSample
 from pipeline.planning.planner import Planner
 from pipeline.progress import Progress, no_progress
 from pipeline.randomness import draws
-from pipeline.steps import PlannedSample
 from pipeline.storage.atomic import publish
 
 FORMAT = 1

@@ -16,11 +16,11 @@ from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.tags import TagShuffle
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
 from pipeline.digests import json_digest
+from pipeline.planned_steps import Pack, PlannedSample, SampleTable, Step, StepTable
 from pipeline.planning.config import PlanConfig
 from pipeline.planning.plan_changes import PlanChange, PlanChangedError, counts_of, plan_changes
 from pipeline.planning.plan_statistics import count_samples
 from pipeline.planning.shard_group import ShardGroup
-from pipeline.steps import Pack, PlannedSample, SampleTable, Step, StepTable
 from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.mixture import Mixture, mixture_shares
 from pipeline.streams.sample_stream import DrawRule, ShardSubset

@@ -14,9 +14,9 @@ import numpy as np
 
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION, Floats, Ints, image_costs
 from pipeline.packing.packing import NO_ROOM, assign_to_packs, even_out, fill_holes
+from pipeline.planned_steps import SampleTable
 from pipeline.planning.config import PlanConfig
 from pipeline.randomness import Hashes
-from pipeline.steps import SampleTable
 from pipeline.streams.mixture import Mixture
 
 _PATIENCE = 2  # samples carried over this often are packed before others, the longest waiting first

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +27,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    fsync_path(path.parent)
 
 
 def publish_text(path: Path, text: str) -> None:
@@ -63,20 +63,22 @@ def locked_work_folder(work: Path, *, place: str, folder: Path | None, part: str
             raise RuntimeError(f"{place}: another run is writing here") from error
         folders = [] if part else [work, *([folder] if folder else [])]
         try:
-            _remove_temporary_files(folders)
+            remove_temporary_files(folders)
             yield work
         finally:
-            _remove_temporary_files(folders)
+            remove_temporary_files(folders)
 
 
-def _remove_temporary_files(folders: list[Path]) -> None:
+def remove_temporary_files(folders: Sequence[Path]) -> None:
+    """Remove what `publish` left behind in a process that was killed. Only for the one process that writes there."""
     for folder in folders:
         for file in folder.glob(f"*{TEMPORARY_SUFFIX}"):
             file.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to its disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.cost import Ints
+from pipeline.planned_steps import SampleTable, ShardRef
 from pipeline.size_rule import SizeRule
-from pipeline.steps import SampleTable, ShardRef
 from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.sample_stream import DrawRule, Position, SampleStream, ShardSubset
 

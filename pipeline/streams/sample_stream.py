@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipeline.cost import Ints
+from pipeline.planned_steps import SampleTable
 from pipeline.randomness import draws, uniforms
 from pipeline.size_rule import SizeRule
-from pipeline.steps import SampleTable
 from pipeline.streams.corpus_view import CorpusView, integers
 from pipeline.streams.shuffle import shard_order, window_order
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol, get_args
 import torch
 from torch import Tensor
 
-from tim.kinds import TextKind
+from tim.model_kinds import TextKind
 from tim.pretrained import weight_files
 from tim.pretrained.weight_files import HUB, Location, one_line
 from tim.text.tokenizers import KEY, BytePairs, PretrainedTokenizer, Tokenizer, tokenizer_folder, transformers_library

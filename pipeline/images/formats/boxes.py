@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from math import floor
 
+from pipeline.images.formats.checked_header import Encoding, Prepared
 from pipeline.images.formats.cicp import cicp_encoding
-from pipeline.images.formats.prepared import Encoding, Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged
 
 _MAX_BOXES = 10_000

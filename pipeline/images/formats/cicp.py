@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.images.formats.prepared import Encoding
+from pipeline.images.formats.checked_header import Encoding
 from pipeline.images.rejection import unsupported
 
 SRGB_PRIMARIES = (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 
 from pipeline.images.formats.boxes import boxes
-from pipeline.images.formats.prepared import Prepared
+from pipeline.images.formats.checked_header import Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 GIF_MAGIC = (b"GIF87a", b"GIF89a")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from pipeline.images.formats.boxes import boxes
-from pipeline.images.formats.prepared import Prepared
+from pipeline.images.formats.checked_header import Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 JXL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")

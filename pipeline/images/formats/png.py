@@ -10,8 +10,8 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.images.formats.checked_header import Encoding, Prepared
 from pipeline.images.formats.cicp import SRGB_PRIMARIES, cicp_encoding
-from pipeline.images.formats.prepared import Encoding, Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"

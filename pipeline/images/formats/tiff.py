@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from pipeline.images.formats.prepared import Prepared
+from pipeline.images.formats.checked_header import Prepared
 from pipeline.images.rejection import check_claim, check_size, damaged, unsupported
 
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

@@ -18,7 +18,7 @@ from dataprep.sources.column_mapping import ColumnConfig
 from dataprep.sources.open import SourceConfig, open_sources
 from dataprep.sources.raw_sample import RawSample
 from pipeline.loading.pack_reader import decode_caption
-from pipeline.steps import Member, PlannedSample
+from pipeline.planned_steps import Member, PlannedSample
 from tests.dataprep.helpers import photo, table_rows, write_folder, write_tar
 
 CAPTION = "café"

@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.foreign_tar import ForeignShard, index_tar
 from pipeline.loading.pack_reader import PackReader, decode_caption
-from pipeline.steps import Member
+from pipeline.planned_steps import Member
 from pipeline.storage.shard_reader import ShardReader
 from pipeline.storage.tar import BlockReader
 from tests.pipeline.storage.test_tar import FORMATS, write

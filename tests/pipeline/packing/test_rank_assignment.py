@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline.cost import Floats, Ints, image_costs
 from pipeline.packing.packing import NO_ROOM, assign_to_packs
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
-from pipeline.steps import Pack, SampleTable, Step, StepTable
+from pipeline.planned_steps import Pack, SampleTable, Step, StepTable
 
 LIMIT = 100
 

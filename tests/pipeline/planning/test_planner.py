@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from pipeline.corpus.corpus import Corpus
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
+from pipeline.planned_steps import Pack, Step
 from pipeline.planning.plan_changes import PlanChangedError
 from pipeline.planning.planner import CONSISTENCY, DIFFUSION, TRANSITION, PlanConfig, Planner
 from pipeline.planning.summary import plan_summary
 from pipeline.size_rule import SizeRule, target_size
-from pipeline.steps import Pack, Step
 from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.size_only_corpus import SizeCorpus
 from tests.pipeline.conftest import Sample, write_corpus

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from pipeline.corpus.corpus import Corpus
 from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.planned_steps import Step
 from pipeline.planning.config import PlanConfig, Stage
 from pipeline.planning.planner import Planner
 from pipeline.size_rule import target_size
-from pipeline.steps import Step
 from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.mixture import mixture_shares, next_slots
 from tests.pipeline.conftest import Sample, write_corpus

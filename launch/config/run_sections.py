@@ -1,0 +1,74 @@
+"""Sections about a run: training, checkpoints, logging."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from launch.config.section import Section
+from launch.config.yaml_file import ConfigConflict
+from tim.model_kinds import AttentionChoice, Precision
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1)
+    """Total number of steps."""
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after the warm-up."""
+    warmup: int = Field(default=0, ge=0)
+    """Number of steps in which the learning rate rises linearly from 0."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or cosine decay to 0."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Requires ZeRO 1 or 2."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Weight decay of matrices; biases and gains do not decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """AdamW's coefficients for the running averages of the gradient and its square."""
+    precision: Precision = "fp32"
+    """bf16: autocast; weights and gradient accumulation stay in float32."""
+    zero: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage; a run can resume with another stage or another number of processes."""
+    clip: float = Field(default=1.0, ge=0)
+    """Gradient clipping: largest gradient norm of a step; 0: no clipping."""
+    ema: float = Field(default=0.9999, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights; the model folder holds the average."""
+    attention: AttentionChoice = "auto"
+    """Attention backend for training; auto: the fastest available on the device."""
+    checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
+    """Activation checkpointing of blocks: none, full (all), or every n-th. Saves memory for up to a third more time."""
+    compile: bool = False
+    """Compile the blocks' norms and MLPs with torch.compile, for GPUs. The first steps take minutes."""
+    init: str | None = None
+    """Initial weights of a new run: a model folder, a run (its EMA weights), a file of published weights, or hf://OWNER/NAME. Ignored
+    when a run is resumed."""
+    init_strict: bool = True
+    """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainConfig:
+        if self.warmup > self.steps:
+            raise ConfigConflict("warmup", f"{self.warmup} warm-up steps exceed the {self.steps} steps of the run")
+        if self.optimizer == "muon" and self.zero == 3:
+            raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 1 or 2, or adamw")
+        if self.compile and self.zero == 3:
+            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or compile=false")
+        return self
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether ranks synchronise in every pack: ZeRO-2 reduces gradients in every backward pass, ZeRO-3 gathers every layer."""
+        return self.zero >= 2
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=500, ge=1)
+    """Steps between checkpoints; another one is written at the end."""
+    keep_last: int = Field(default=2, ge=1)
+    """Number of checkpoints to keep."""
+
+
+class LogConfig(Section):
+    every: int = Field(default=10, ge=1)
+    """Steps between rows of metrics.jsonl."""
