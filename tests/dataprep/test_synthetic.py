@@ -70,7 +70,7 @@ def test_speckled_grounds_are_told_from_plain_ones_and_hide_few_figures() -> Non
     assert right >= 0.93 * 3 * len(figures())
     image, _ = random_image(seed=1, index=0, speckled=True)
     assert image.height % 4 == image.width % 4 == 0
-    with pytest.raises(ValueError, match="has no ground"):
+    with pytest.raises(ValueError, match="has no background that its figure leaves free"):
         read_speckles(Image.new("RGB", (8, 8)), ground="red")
 
 
@@ -81,8 +81,8 @@ def test_captions_name_the_figure() -> None:
 
 
 def test_the_corpus_is_an_image_folder(tmp_path: Path) -> None:
-    write_corpus(tmp_path / "pictures", count=12, seed=0)
+    write_corpus(tmp_path / "images", count=12, seed=0)
     rows = [json.loads(line) for line in (tmp_path / "images/metadata.jsonl").read_text().splitlines()]
     assert len(rows) == 12
     for row in rows:
-        assert read_figure(Image.open(tmp_path / "pictures" / row["file_name"])).caption == row["text"]
+        assert read_figure(Image.open(tmp_path / "images" / row["file_name"])).caption == row["text"]

@@ -65,7 +65,7 @@ AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "picture", "number", "of", "red", "small", "large", *"0123456789"]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "image", "number", "of", "red", "small", "large", *"0123456789"]
 
 
 def autoencoder(folder: Path, kind: str) -> Path:
