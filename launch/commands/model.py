@@ -285,6 +285,7 @@ def sample(
     with session(as_json=as_json, debug=debug) as console:
         sizes = parse_sizes(size)
         prompts = check_prompts(prompt or [], classes=classes or [])
+        stepped = None if times is None else parse_times(times)
         if steps is not None and times is not None:
             raise ValueError(f"--steps {steps} and --times {times}: give one of them")
         from launch.sampling.draw import DrawSettings, draw
@@ -295,7 +296,7 @@ def sample(
             guidance=None if guidance is None else check_guidance(guidance),
             seed=seed,
             negative=negative,
-            times=None if times is None else parse_times(times),
+            times=stepped,
             interval=None if interval is None else parse_interval(interval),
             stochasticity=stochasticity,
         )

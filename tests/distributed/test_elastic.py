@@ -55,7 +55,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
 
     more = [f"train.steps={killed + 6}", "train.zero=3"]
     jobs.run_ranks("launch.cli", "train", str(config), *more, log=log)
-    assert ", which 1 process wrote" in log.read_text()
+    assert ", written by 1 process" in log.read_text()
     assert "changed since: train.zero: 1 → 3" in log.read_text()
     planner = plan_from_checkpoint(broken, arguments=[])
 
@@ -76,5 +76,5 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
 
     manifest = ends[0].folder / checkpoint.MANIFEST
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 1}))
-    with pytest.raises(ConfigError, match=r"was written by an earlier version.*`tim export` reads its weights"):
+    with pytest.raises(ConfigError, match=r"was written by an earlier version.*`tim export` can read its weights"):
         train(load_config(config, overrides=[f"train.steps={last + 1}"]), quiet=True)

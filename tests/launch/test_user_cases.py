@@ -62,7 +62,7 @@ def test_captions_that_are_cut_are_named_everywhere(cases: Path, tim: Tim, tmp_p
     assert "6 of 6</td>" in (corpus / "report.html").read_text()
     typed = [config, f"corpus={corpus}", *TINY]
     planned = tim("plan", *typed, "--steps", 1)
-    assert "captions cut   6 of 6 in a sample, at text.max_tokens 16; the longest has 1092 tokens" in planned.out
+    assert "captions cut     6 of 6 in a sample, at text.max_tokens 16; the longest has 1092 tokens" in planned.out
     assert tim("plan", *typed, "--steps", 1, "--json").data["captions"]["cut"] == 6
     encoded = tim("encode", corpus, "--text", "lookup", "text.width=16", "--out", tmp_path / "f", "--processes", 1)
     assert "6 of 6 captions are longer than text.max_tokens" in encoded.out

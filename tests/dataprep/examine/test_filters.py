@@ -89,7 +89,11 @@ def test_scores_of_the_sources_are_filtered_by_name(extra: dict[str, Any], kept:
 
 @pytest.mark.parametrize(
     ("where", "wrong"),
-    [({"clip": "clip >="}, "no expression"), ({"min-bytes": "a > 1"}, "choose another"), ({"a b": "a > 1"}, "is not a name for a filter")],
+    [
+        ({"clip": "clip >="}, "is not an expression"),
+        ({"min-bytes": "a > 1"}, "choose another"),
+        ({"a b": "a > 1"}, "is not a name for a filter"),
+    ],
 )
 def test_impossible_expressions_are_refused_at_once(where: dict[str, str], wrong: str) -> None:
     with pytest.raises(ValidationError, match=wrong):

@@ -247,10 +247,10 @@ def test_folders_of_users(shared: Path, tmp_path: Path) -> None:
         pytest.skip(f"{users} is not there")
     for name, count in (("upper", 3), ("dbl", 3), ("gdl", 3)):
         assert [bool(sample.captions) for sample in samples_of(users / "07-sidecar-names" / name)] == [True] * count
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     (tmp_path / "images/linked").symlink_to(users / "08-linked-folder/elsewhere/x")
-    (tmp_path / "images/own").symlink_to(users / "08-linked-folder/images/own")
-    assert len(samples_of(tmp_path / "pictures")) == 5
+    (tmp_path / "images/own").symlink_to(users / "08-linked-folder/pictures/own")
+    assert len(samples_of(tmp_path / "images")) == 5
     unseen = users / "11-files-unseen"
     told = {}
     for name in ("jxl", "flick", "zipd"):
