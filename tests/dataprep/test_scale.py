@@ -137,7 +137,7 @@ def test_memory_is_limited() -> None:
         assert list(pool.map(square, [3])) == [9]
 
 
-def test_a_image_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
+def test_an_image_that_needs_too_much_memory_is_one_rejection(tmp_path: Path) -> None:
     blank = io.BytesIO()
     Image.new("1", (12_000, 12_000)).save(blank, "PNG", compress_level=0)
     files = {"large.png": blank.getvalue(), "a.jpg": photo(2), "b.jpg": photo(3)}

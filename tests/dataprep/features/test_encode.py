@@ -196,7 +196,7 @@ def test_other_settings_are_refused_with_what_differs(corpus: Corpus, models: di
             encoded(corpus, place, **settings)
 
 
-def test_a_image_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_counted_and_left_out(corpus: Corpus, tmp_path: Path) -> None:
     row = corpus.read(0, columns=("key", "image_offset", "image_length")).to_pylist()[2]
     with open(corpus.shards[0].path, "r+b") as tar:
         tar.seek(row["image_offset"])

@@ -224,7 +224,7 @@ def test_images_behind_urls_are_fetched_once(tmp_path: Path) -> None:
         assert (member(tmp_path / "C", row, "image"), row["url"]) == (photo(3), f"{server.url}/3.jpg")
 
 
-def test_a_image_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(
         tmp_path,
         {
