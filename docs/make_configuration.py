@@ -5,10 +5,8 @@ python docs/make_configuration.py            # from the repository's root
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType, UnionType
@@ -54,18 +52,8 @@ def page() -> str:
 
 
 def field_docstrings(model: type[BaseModel]) -> dict[str, str]:
-    """The docstrings under the fields of a model and of the classes that it inherits from, by field."""
-    found: dict[str, str] = {}
-    for cls in reversed(model.__mro__):
-        if not issubclass(cls, BaseModel) or cls is BaseModel:
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, below in zip(body.body, body.body[1:], strict=False):
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            if isinstance(field, ast.AnnAssign) and isinstance(text, str):
-                found[ast.unparse(field.target)] = inspect.cleandoc(text)
-    return {**found, **{name: field.description for name, field in model.model_fields.items() if field.description}}
+    """The docstrings under the fields of a model, by field; pydantic reads them with `use_attribute_docstrings`."""
+    return {name: field.description for name, field in model.model_fields.items() if field.description}
 
 
 def _part(title: str, use: str, model: type[BaseModel]) -> Iterator[str]:

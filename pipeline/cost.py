@@ -15,6 +15,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t
+KIND_NAMES = ("diffusion", "consistency", "transition")  # by code
 KIND_FACTORS = (1.0, 5 / 3, 5 / 3)  # from operation counts; `tim bench attention --fit` measures them
 
 

@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from accelerate import PartialState
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from typer.main import get_command
 
 from dataprep.job import PrepareConfig
@@ -28,6 +26,7 @@ from launch.cli import app, main
 from launch.config.schema import Config
 from tests import REPOSITORY
 from tests.dataprep.helpers import photo, photo_folder, table_rows, write_folder, write_tar
+from tests.isolation import isolated_process
 
 FIRST_PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")
 PAGES = [*(REPOSITORY / page for page in FIRST_PAGES), *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -152,6 +151,8 @@ def test_every_setting_of_a_run_is_explained_under_its_name() -> None:
 
 
 class Base(BaseModel):
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     second: int = 0
     """Inherited."""
 
@@ -223,11 +224,10 @@ def inside(folder: Path) -> Iterator[None]:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        with mock.patch.dict(os.environ):
+        with isolated_process():
             yield
     finally:
         os.chdir(before)
-        PartialState._reset_state()
 
 
 def run(program: str, *arguments: str, launches: bool = False) -> None:

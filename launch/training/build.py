@@ -54,6 +54,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     features = planner.corpora[0].features
     cached = () if features is None else features.parts
     params, device = config.network.params, ranks.device
+    geometry = codecs.geometry(config.codec.kind, config.codec.path)
 
     # frozen models
     codec = encoder = teacher = None
@@ -65,7 +66,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         teacher = ranks.run_on_all_ranks(lambda: make_teacher(chosen, width=params.z_dim, device=device, precision=config.train.precision))
 
     # data
-    loader = make_loader(config, planner, ranks=ranks, stochastic_codec=codec is not None and codec.is_stochastic)
+    loader = make_loader(config, planner, ranks=ranks, geometry=geometry, stochastic_codec=codec is not None and codec.is_stochastic)
     cleanup.callback(loader.close)
 
     # network and optimizer
@@ -91,7 +92,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         planner=planner,
         loader=loader,
         frozen=frozen,
-        objective=make_objective(config),
+        objective=make_objective(config, pixels_per_cell=geometry.factor),
         engine=engine,
         ema=ShardedEMA(engine.fragments(), decay=config.train.ema),
         parameters=parameters,
@@ -128,7 +129,7 @@ def make_teacher(section: AlignmentConfig, *, width: int, device: torch.device, 
     return teacher
 
 
-def make_objective(config: Config) -> TransitionObjective:
+def make_objective(config: Config, *, pixels_per_cell: int) -> TransitionObjective:
     section = config.objective
     return TransitionObjective(
         transports.make(section.transport, **section.transport_settings()),
@@ -138,14 +139,14 @@ def make_objective(config: Config) -> TransitionObjective:
         epsilon=section.epsilon,
         weighting=section.weighting,
         shift=section.shift,
-        pixels_per_cell=codecs.geometry(config.codec.kind, config.codec.path).factor,
+        pixels_per_cell=pixels_per_cell,
         alignment=section.alignment.weight if section.alignment else 1.0,
         equal_forwards=config.train.zero == 3,
     )
 
 
-def make_loader(config: Config, planner: Planner, *, ranks: Ranks, stochastic_codec: bool) -> Loader:
-    section, geometry = config.loader, codecs.geometry(config.codec.kind, config.codec.path)
+def make_loader(config: Config, planner: Planner, *, ranks: Ranks, geometry: codecs.Geometry, stochastic_codec: bool) -> Loader:
+    section = config.loader
     return Loader(
         planner,
         seed=config.seed,

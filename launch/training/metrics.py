@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
-KINDS = ("diffusion", "consistency", "transition")
 FIRST_IDS = 4
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -39,8 +39,8 @@ class Sums:
     fill: float = 0.0
     images: int = 0
     tokens: int = 0
-    raw: list[float] = field(default_factory=lambda: [0.0] * len(KINDS))
-    raw_images: list[int] = field(default_factory=lambda: [0] * len(KINDS))
+    raw: list[float] = field(default_factory=lambda: [0.0] * len(KIND_NAMES))
+    raw_images: list[int] = field(default_factory=lambda: [0] * len(KIND_NAMES))
     alignment: float | None = None
 
 
@@ -96,7 +96,7 @@ class Meter:
     def row(self, step: int, last: StepMeasure) -> dict[str, Any]:
         """Return the row for the steps since the last one, and start the next."""
         since, seconds = self._since, max(self._row_seconds, 1e-9)
-        kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KINDS, since.raw, since.raw_images, strict=True)}
+        kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KIND_NAMES, since.raw, since.raw_images, strict=True)}
         row = {
             "step": step,
             "loss": sum(since.raw) / max(1, sum(since.raw_images)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from launch.distributed.ranks import Ranks
-from launch.training.metrics import KINDS
+from pipeline.cost import KIND_NAMES
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
 
@@ -39,17 +39,17 @@ class StepLosses:
 
         Raises RuntimeError on all ranks, naming the samples, if a loss is not finite. No weight has changed then.
         """
-        total = torch.zeros(4 + 2 * len(KINDS), dtype=torch.float64)
+        total = torch.zeros(4 + 2 * len(KIND_NAMES), dtype=torch.float64)
         suspects: list[str] = []
         total[0] = stop
         for batch, losses in self.packs:
             real = batch.weights > 0
             errors, misaligned = losses.raw.cpu().double(), losses.alignment.cpu().double()
             total[1] += sum(name != "" for name in batch.ids) - int(real.sum())
-            for kind in range(len(KINDS)):
+            for kind in range(len(KIND_NAMES)):
                 chosen = real & (batch.kinds == kind)
                 total[4 + kind] += errors[chosen].sum()
-                total[4 + len(KINDS) + kind] += chosen.sum()
+                total[4 + len(KIND_NAMES) + kind] += chosen.sum()
             total[3] += misaligned[real].sum()
             if not torch.isfinite(losses.loss):
                 finite = torch.isfinite(errors + misaligned).tolist()
@@ -64,8 +64,8 @@ class StepLosses:
         return Sums(
             stop=values[0] > 0,
             failed=round(values[1]),
-            raw=tuple(values[4 : 4 + len(KINDS)]),
-            raw_images=tuple(round(count) for count in values[4 + len(KINDS) :]),
+            raw=tuple(values[4 : 4 + len(KIND_NAMES)]),
+            raw_images=tuple(round(count) for count in values[4 + len(KIND_NAMES) :]),
             alignment=values[3],
         )
 

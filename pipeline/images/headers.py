@@ -10,13 +10,14 @@ import struct
 
 from pipeline.images.decode import read_image
 from pipeline.images.formats.containers import webp_size
+from pipeline.images.formats.jpeg import JPEG_MAGIC
 from pipeline.images.formats.jpeg_segments import START_OF_SCAN, Peek, walk_segments
+from pipeline.images.formats.png import PNG_MAGIC
 from pipeline.images.opening import exif_orientation, open_image
 from pipeline.images.rejection import MAX_DECODE_PIXELS, Rejection, check_claim, check_size
 
 Size = tuple[int, int]
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _ROTATING = (
     b"eXIf",
     b"XML:com.adobe.xmp",
@@ -33,10 +34,10 @@ def quick_size(peek: Peek, *, length: int) -> Size | None:
     """(height, width) of a plain JPEG, PNG or WebP without rotation; None for other files. Raises `Rejection` if it is too large."""
     head = peek(0, 2048)
     size = None
-    if head.startswith(b"\xff\xd8\xff"):
+    if head.startswith(JPEG_MAGIC):
         size, is_plain, _ = _walk_jpeg(peek, head=head)
         size = size if is_plain else None
-    elif head.startswith(_PNG):
+    elif head.startswith(PNG_MAGIC):
         size = _png_size(peek, head=head, length=length)
     elif head[20:21] and not (head[12:16] == b"VP8X" and head[20] & 0b1100):  # flags: EXIF, XMP
         size = webp_size(head)
@@ -52,7 +53,7 @@ def careful_size(peek: Peek, *, length: int) -> Size:
     if length > _LARGEST_FILE:
         raise Rejection("too-large", detail=f"{length / 1e9:.1f} GB")
     head = peek(0, 2048)
-    end = _walk_jpeg(peek, head=head)[2] if head.startswith(b"\xff\xd8\xff") else None
+    end = _walk_jpeg(peek, head=head)[2] if head.startswith(JPEG_MAGIC) else None
     opened = open_image(peek(0, end or length), length=length, max_decode_pixels=MAX_DECODE_PIXELS)
     image = opened.image
     if opened.format not in ("JPEG", "PNG", "WEBP"):
@@ -79,7 +80,7 @@ def _walk_jpeg(peek: Peek, *, head: bytes) -> tuple[Size | None, bool, int | Non
 
 
 def _png_size(peek: Peek, *, head: bytes, length: int) -> Size | None:
-    position = len(_PNG)
+    position = len(PNG_MAGIC)
     for _ in range(_MAX_SEGMENTS):
         chunk = head[position : position + 40] if position + 40 <= len(head) else peek(position, 40)
         if len(chunk) < 12 or chunk.startswith(_ROTATING, 4) or chunk.startswith(_ROTATING, 8):

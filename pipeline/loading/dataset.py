@@ -87,7 +87,8 @@ class PackedDataset(IterableDataset[PackedBatch]):
         caption_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self._corpora = [corpora] if isinstance(corpora, Source) else list(corpora)
+        sources = [corpora] if isinstance(corpora, Source) else corpora
+        self._corpora = [Corpus.open(source) if isinstance(source, str | Path) else source for source in sources]
         self._plan: dict[str, Any] = {
             "plan": plan,
             "seed": seed,
@@ -154,8 +155,7 @@ class PackedDataset(IterableDataset[PackedBatch]):
         self._start = self._state = dict(state)
 
     def _open(self) -> Planner:
-        corpora = [Corpus.open(source) if isinstance(source, str | Path) else source for source in self._corpora]
-        return Planner(corpora, **self._plan)
+        return Planner(self._corpora, **self._plan)
 
     def _reader(self, planner: Planner) -> Loader:
         return Loader(planner, workers=0, **self._reading)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.corpus.corpus import Corpus, read_manifest
-from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
+from pipeline.cost import KIND_NAMES
 from pipeline.packing.rank_assignment import assign_to_ranks
 from pipeline.planned_steps import PlannedSample
 from pipeline.planning.planner import Planner
@@ -19,7 +19,6 @@ from pipeline.randomness import draws
 from pipeline.storage.atomic import publish
 
 FORMAT = 1
-KINDS = {DIFFUSION: "diffusion", CONSISTENCY: "consistency", TRANSITION: "transition"}
 DATA_INFO, BUCKET_SAMPLER = "data_info.jsonl", "bucket_sampler.json"
 _OFFICIAL_STRIDE = 32  # to which the official code rounds every bucket's sides down
 
@@ -68,7 +67,7 @@ def _sample(sample: PlannedSample) -> dict[str, Any]:
         "height": sample.height,
         "width": sample.width,
         "tokens": sample.tokens,
-        "kind": KINDS[sample.kind],
+        "kind": KIND_NAMES[sample.kind],
         "caption": sample.caption,
         "label": sample.label,
         "flip": sample.flip,

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from pipeline.cost import KIND_NAMES
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
 from pipeline.planning.planner import Planner, Step
 from pipeline.progress import Progress, no_progress
@@ -49,7 +50,7 @@ def plan_summary(planner: Planner, *, steps: int, ranks: int, progress: Progress
         "tokens_per_pack": planner.plan.tokens_per_pack,
         "width": planner.width,
         "gamma": planner.plan.gamma,
-        "cost_factors": dict(zip(("diffusion", "consistency", "transition"), planner.plan.cost_factors, strict=True)),
+        "cost_factors": dict(zip(KIND_NAMES, planner.plan.cost_factors, strict=True)),
         "added_packs": -packs_per_step % ranks,
         "groups": planner.plan.groups,
         "groups_apart": math.gcd(planner.plan.groups, ranks),

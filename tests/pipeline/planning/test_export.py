@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.corpus.corpus import Corpus
+from pipeline.cost import KIND_NAMES
 from pipeline.packing.rank_assignment import assign_to_ranks
 from pipeline.planning.config import PlanConfig, Stage
-from pipeline.planning.export import KINDS, export_buckets, export_steps
+from pipeline.planning.export import export_buckets, export_steps
 from pipeline.planning.planner import Planner
 from pipeline.streams.corpus_view import CorpusView
 from tests.pipeline.conftest import Sample, varied, write_corpus
@@ -55,7 +56,7 @@ def test_steps_are_those_that_training_takes(ranks: int, tmp_path: Path) -> None
         for sample, planned in zip(found["samples"], pack.samples, strict=True):
             assert (sample["key"], sample["id"], sample["tar"]) == (planned.key, f"corpus/{planned.key}", planned.tar)
             assert (sample["height"], sample["width"], sample["resize"]) == (planned.height, planned.width, list(planned.resize))
-            assert (sample["kind"], sample["tokens"]) == (KINDS[planned.kind], planned.tokens)
+            assert (sample["kind"], sample["tokens"]) == (KIND_NAMES[planned.kind], planned.tokens)
             assert (sample["caption"], sample["label"], sample["flip"]) == (planned.caption, planned.label, planned.flip)
     kinds = {sample["kind"] for pack in packs for sample in pack["samples"]}
     assert kinds == {"diffusion", "consistency", "transition"}
