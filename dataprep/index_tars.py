@@ -24,13 +24,14 @@ from dataprep.shards.manifest import MANIFEST, InputCounts, count_entries
 from dataprep.shards.writer import ShardEntry, shard_name
 from dataprep.sources.files.paths import is_pattern, named_files
 from dataprep.sources.webdataset import DOTTED_TAKEN, members_left_out, open_tar, sidecar_table
-from dataprep.workers.pool import LocalPool, WorkerDied
+from dataprep.workers.pool import LocalPool
 from pipeline.bounded_counter import MAX_NAMES, BoundedCounter
 from pipeline.corpus.corpus import FORMAT, read_manifest
 from pipeline.corpus.foreign_tar import ForeignShard, index_tar, unreadable
 from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import JOB, WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.remote import is_remote
+from pipeline.workers.pool import WorkerDied
 
 __all__ = ["index"]
 

@@ -14,8 +14,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from dataprep.workers import pool
-from tests import reused_workers
+from pipeline.workers.process import start_fork_server
 from tests.pipeline.storage.servers import s3_server
 
 
@@ -41,11 +40,9 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _reused_workers() -> Iterator[None]:
-    """Pools of preparations hand their workers on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "LocalWorker", reused_workers.take)
-        yield
+def _fork_server() -> None:
+    """A process has one: it imports what the workers of loaders and of preparations need."""
+    start_fork_server("pipeline.loading.pack_reader", "dataprep.examine.examine")
 
 
 @pytest.fixture(scope="session")

@@ -23,13 +23,14 @@ from dataprep.shards.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX
 from dataprep.shards.writer import number_of_file
 from dataprep.sidecars.writer import check_sidecars, sidecar_files
 from dataprep.sources.webdataset import open_tar
-from dataprep.workers.pool import LocalPool, WorkerDied
+from dataprep.workers.pool import LocalPool
 from pipeline.corpus.corpus import read_manifest
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
 from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import TEMPORARY_SUFFIX, WORK
+from pipeline.workers.pool import WorkerDied
 
 _MANY = 20  # problems listed per shard
 

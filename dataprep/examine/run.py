@@ -13,9 +13,10 @@ from typing import Any
 from dataprep.examine.examine import PIECE_BYTES, PIECE_SIZE, Piece, Rules, examine_piece
 from dataprep.examine.row_chunks import CHUNK_SIZE, chunk_path, write_chunk
 from dataprep.sources.raw_sample import RawSample
-from dataprep.workers.pool import Pool, WorkerDied
+from dataprep.workers.pool import Pool
 from pipeline.progress import Progress
 from pipeline.storage.atomic import publish_text
+from pipeline.workers.pool import WorkerDied
 
 _MARKER = re.compile(r"examined-(\d+)-of-(\d+)\.json")
 

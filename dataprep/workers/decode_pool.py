@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
 
 import numpy as np
 
 from pipeline.images import Pixels, Rejection, load_image
-from pipeline.loading.worker_pool import WorkerPool
 from pipeline.size_rule import Crop
+from pipeline.workers.pool import WorkerDied, WorkerPool
+from pipeline.workers.process import Report
 
 CRASHED = "crashed"
 _TIMEOUT = 600.0  # seconds that one image may take
+_STRIKES = 2  # one death may have an external cause; a second at the same image is caused by the image
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """The bytes of an image file, and the crops to decode."""
+    """The bytes of an image file, the crops to decode, and the number of workers that died at it."""
 
     data: bytes
     crops: Sequence[Crop]
+    crashes: int = 0
 
 
 Decoded = list[Pixels] | str
@@ -35,7 +38,7 @@ class Decoders:
 
     def __init__(self, workers: int) -> None:
         self._workers = workers
-        self._pool: WorkerPool[DecodeRequest, Decoded] | None = None
+        self._pool: WorkerPool | None = None
 
     def __enter__(self) -> Decoders:
         return self
@@ -49,16 +52,16 @@ class Decoders:
             return []
         pool = self._pool = self._pool or self._start()
         try:
-            return _map(pool, requests)
-        except RuntimeError:
+            return list(pool.map(decode_image, requests, retry=_after_crash))
+        except Exception:
             self._end()
             raise
 
-    def _start(self) -> WorkerPool[DecodeRequest, Decoded]:
+    def _start(self) -> WorkerPool:
         """Raises RuntimeError if a worker dies before it gets an image."""
-        pool = WorkerPool(_identity, decode_image, workers=self._workers, timeout=_TIMEOUT)
+        pool = WorkerPool(self._workers, timeout=_TIMEOUT, ahead=2)
         try:
-            _map(pool, [_EMPTY_REQUEST] * self._workers)
+            list(pool.map(decode_image, [_EMPTY_REQUEST] * self._workers))
         except RuntimeError as error:
             pool.close()
             raise RuntimeError(f"no processes can be started to decode images: {error}") from error
@@ -70,25 +73,17 @@ class Decoders:
             self._pool = None
 
 
-def decode_image(
-    image: DecodeRequest, /, *, begin: Callable[[int], None] = lambda _: None, lost: Mapping[int, str] = MappingProxyType({})
-) -> Decoded:
-    """Decode in this process. An image is one part (see `pipeline.loading.worker_pool.Decode`)."""
-    if lost:
+def decode_image(request: DecodeRequest, report: Report = lambda _: None) -> Decoded:
+    """Decode one image; a task function of a pool."""
+    if request.crashes == _STRIKES:
         return CRASHED
-    begin(0)
+    report(0)
     try:
-        found = [load_image(image.data, resize=crop[:2], crop=crop[2:]) for crop in image.crops]
+        found = [load_image(request.data, resize=crop[:2], crop=crop[2:]) for crop in request.crops]
         return [np.ascontiguousarray(pixels.transpose(2, 0, 1)) for pixels in found]
     except Rejection as rejection:
         return rejection.reason
 
 
-def _map(pool: WorkerPool[DecodeRequest, Decoded], requests: Sequence[DecodeRequest]) -> list[Decoded]:
-    for request in requests:
-        pool.put(request)
-    return [pool.get() for _ in requests]
-
-
-def _identity(image: DecodeRequest) -> DecodeRequest:
-    return image
+def _after_crash(request: DecodeRequest, death: WorkerDied) -> DecodeRequest:
+    return replace(request, crashes=request.crashes + 1)

@@ -1,21 +1,32 @@
 """Workers on a Ray cluster.
 
-Each is an actor with its own worker process, as on one machine (`dataprep.workers.process`): a crashed decoder can be distinguished from a
-lost node, and does not crash Ray. Sources and the work folder must be on storage that all nodes share.
+Each is an actor with a local pool of one process: a crashed decoder can be distinguished from a lost node, and does not crash Ray. Sources
+and the work folder must be on storage that all nodes share.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
+from typing import Any, TypeVar
 
-from dataprep.workers.pool import Pool
-from dataprep.workers.process import WORKER_MEMORY, LocalWorker, Report, WorkerDied
+from dataprep.workers.pool import WORKER_MEMORY, LocalPool
 from pipeline.errors import one_line
+from pipeline.workers.pool import Retry, WorkerDied
+from pipeline.workers.process import Report
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_ATTEMPTS = 3  # for a task whose nodes are lost
 
 
-class RayPool(Pool):
+class RayPool:
     """`workers` workers on the Ray cluster at `address`, by default one per CPU of the cluster. Without an address: the cluster running on
     this machine, or that of RAY_ADDRESS. Raises ValueError if there is no such cluster or it is too small."""
 
@@ -23,68 +34,92 @@ class RayPool(Pool):
         cores = _connect(address)
         if workers is not None and workers > cores:
             raise ValueError(f"{workers} workers: the Ray cluster has {cores} CPUs, give no more")
-        super().__init__(workers or cores, start=lambda: RayWorker(memory=memory))
+        self._workers = workers or cores
+        self._memory = memory
+        self._threads = ThreadPoolExecutor(self._workers)  # each has an actor
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._actors: list[Any] = []
+        self._is_open = True
 
+    def __enter__(self) -> RayPool:
+        return self
 
-class RayWorker:
-    """An actor in the cluster. Same interface as `LocalWorker`, but all items of a task are reported at its end."""
-
-    def __init__(self, *, memory: int) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         import ray
 
-        host: Any = ray.remote(num_cpus=1, max_restarts=0)(_Host)
-        self._actor: Any = host.remote(memory)
-        self._is_alive = True
+        with self._lock:
+            self._is_open = False
+        for actor in self._actors:
+            ray.kill(actor)
+        self._threads.shutdown(cancel_futures=True)
 
-    def run(self, work: Callable[..., Any], task: Any, *, report: Report) -> Any:
-        """Run `work` in the actor: its result or exception. Raises WorkerDied, also if the node is lost."""
+    def map(
+        self,
+        work: Callable[[Task, Report], Result],
+        tasks: Iterable[Task],
+        *,
+        retry: Retry[Task] | None = None,
+        on_items: Callable[[int], None] | None = None,
+    ) -> Iterator[Result]:
+        """As of a local pool, but items are counted at the end of their task. Raises WorkerDied also after three lost nodes."""
+        remaining, reported = iter(tasks), 0
+        waiting = deque(self._threads.submit(self._run, work, task, retry) for task in islice(remaining, 2 * self._workers))
+        while waiting:
+            result, items = waiting.popleft().result()
+            reported += items
+            if on_items:
+                on_items(reported)
+            waiting.extend(self._threads.submit(self._run, work, task, retry) for task in islice(remaining, 1))
+            yield result
+
+    def _run(self, work: Callable[..., Any], task: Any, retry: Retry[Any] | None) -> tuple[Any, int]:
+        """The result of a task and its number of reported items."""
         import ray
         from ray.exceptions import RayActorError
 
-        try:
-            kind, value, items = ray.get(self._actor.run.remote(work, task))
-        except RayActorError as error:
-            self._is_alive = False
-            raise WorkerDied(f"a worker on the Ray cluster was lost ({one_line(error)})", at=-1) from error
-        for item in items:
-            report(item)
-        if kind == "died":
-            raise WorkerDied(value, at=items[-1] if items else -1)
-        if kind == "error":
-            raise value
-        return value
+        lost: WorkerDied | None = None
+        for _ in range(_ATTEMPTS):
+            try:
+                value, items, failed = ray.get(self._actor().run.remote(work, task, retry))
+            except RayActorError as error:
+                self._own.actor = None
+                lost = WorkerDied("a worker on the Ray cluster", f"was lost ({one_line(error)})")
+                continue
+            if failed:
+                raise value
+            return value, items
+        assert lost
+        raise lost
 
-    def is_alive(self) -> bool:
-        return self._is_alive
-
-    def kill(self) -> None:
+    def _actor(self) -> Any:
+        """The actor of this thread."""
         import ray
 
-        self._is_alive = False
-        ray.kill(self._actor)
-
-    def close(self) -> None:
-        """A killed actor needs no clean-up."""
+        actor: Any = getattr(self._own, "actor", None)
+        if actor is None:
+            with self._lock:
+                if not self._is_open:
+                    raise RuntimeError("the pool is closed")
+                host: Any = ray.remote(num_cpus=1, max_restarts=0)(_Host)
+                actor = self._own.actor = host.remote(self._memory)
+                self._actors.append(actor)
+        return actor
 
 
 class _Host:
-    """The actor: runs tasks in its own worker process, and returns the outcome of each."""
+    """The actor: runs tasks in its own worker process."""
 
     def __init__(self, memory: int) -> None:
-        self._memory = memory
-        self._worker: LocalWorker | None = None
+        self._pool = LocalPool(1, memory=memory)
 
-    def run(self, work: Callable[..., Any], task: Any) -> tuple[str, Any, list[int]]:
-        """("result", value), ("error", exception) or ("died", message), each with the reported items."""
-        items: list[int] = []
-        if self._worker is None or not self._worker.is_alive():
-            self._worker = LocalWorker(memory=self._memory)
+    def run(self, work: Callable[..., Any], task: Any, retry: Retry[Any] | None) -> tuple[Any, int, bool]:
+        """Result or exception, number of reported items, and whether it is an exception."""
+        items = [0]
         try:
-            return "result", self._worker.run(work, task, report=items.append), items
-        except WorkerDied as death:
-            return "died", str(death), items
+            return next(self._pool.map(work, [task], retry=retry, on_items=items.append)), items[-1], False
         except Exception as error:
-            return "error", error, items
+            return error, items[-1], True
 
 
 def _connect(address: str | None) -> int:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.cost import DIFFUSION
 from pipeline.loading.feature_reader import FeatureDecoder
-from pipeline.loading.pack_reader import Failure, PackReader, ReadPack
-from pipeline.loading.worker_pool import Decode, WorkerPool, start_fork_server
+from pipeline.loading.pack_reader import DecodePack, Failure, PackReader, ReadPack
+from pipeline.loading.pack_workers import PackWorkers
 from pipeline.packing.rank_assignment import assign_to_ranks
 from pipeline.planned_steps import PlannedSample, Step
 from pipeline.storage.shard_reader import ShardCache, ShardFacts, ShardReader
@@ -145,9 +145,9 @@ class Loader:
             teacher=teacher,
         )
         self._fetch: Callable[[tuple[PlannedSample, ...]], Any] = reader.fetch
-        self._decode: Decode[Any, ReadPack] = reader.decode
+        self._decode: DecodePack = reader.decode
         self._workers, self._prefetch, self._timeout = workers, prefetch, timeout
-        self._pool: WorkerPool[tuple[PlannedSample, ...], ReadPack] | None = None
+        self._pool: PackWorkers | None = None
         self._ahead: deque[_Ahead] = deque()
         self._iterations = 0
 
@@ -156,7 +156,7 @@ class Loader:
         self._max_bad_fraction, self._on_bad_shard = max_bad_fraction, on_bad_shard
         self._bad_shards: set[str] = set()
         if workers:
-            start_fork_server()
+            PackWorkers.prepare()
 
     def __iter__(self) -> Iterator[LoadedStep]:
         """Iterate without end. A new iterator ends the previous one.
@@ -168,7 +168,7 @@ class Loader:
         self._planner.load_state_dict(self._state)
         if self._workers:
             steps_ahead = self._steps_ahead()
-            self._pool = WorkerPool(self._fetch, self._decode, workers=self._workers, timeout=self._timeout, name=_part_name)
+            self._pool = PackWorkers(self._fetch, self._decode, workers=self._workers, timeout=self._timeout)
         else:
             steps_ahead = 0
         iteration = self._iterations
@@ -234,7 +234,7 @@ class Loader:
             return [self._decode(self._fetch(samples)) for samples in packs]
         try:
             return [self._pool.get() for _ in packs]
-        except RuntimeError:
+        except Exception:
             self.close()
             raise
 
@@ -345,10 +345,6 @@ def _pack_reader(planner: Planner, shards: ShardReader, *, geometry: dict[str, i
         stochastic_codec=stochastic_codec and "latents" not in parts,
         shuffle_tags=planner.shuffle_tags,
     )
-
-
-def _part_name(samples: tuple[PlannedSample, ...], part: int) -> str:
-    return f"sample {samples[part].id} of {samples[part].features_tar or samples[part].tar}"
 
 
 def _facts(corpora: Sequence[Corpus]) -> dict[str, ShardFacts]:

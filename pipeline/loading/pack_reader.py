@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -68,6 +68,12 @@ class ReadPack(NamedTuple):
     texts: Tensor | None = None
     text_lengths: tuple[int, ...] = ()
     teacher: Tensor | None = None
+
+
+class DecodePack(Protocol):
+    """Decode a fetched pack; see `PackReader.decode`."""
+
+    def __call__(self, fetched: FetchedPack, /, *, begin: Callable[[int], None] = ..., lost: Mapping[int, str] = ...) -> ReadPack: ...
 
 
 class PackReader:

@@ -18,7 +18,10 @@ from PIL import Image
 from dataprep.checks.verify import verify
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report.rejections import NothingKept
+from dataprep.shards.manifest import read_input_counts
+from pipeline.corpus.corpus import read_manifest
 from pipeline.images import read_image
+from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, start_prepare, table_rows, write_folder, write_tar
 
 CONFIG = PrepareConfig()
@@ -265,11 +268,12 @@ def test_a_decoder_that_takes_its_process_down_costs_one_image(tmp_path: Path, m
         "decode = simplejpeg.decode_jpeg\n"
         "simplejpeg.decode_jpeg = lambda data, **options: os.abort() if data.endswith(b'BOOM') else decode(data, **options)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}:{REPOSITORY}")
     folder = photo_folder(tmp_path / "f", count=40)
     for name in ("00003.jpg", "00031.jpg"):
         (folder / name).write_bytes((folder / name).read_bytes() + b"BOOM")
-    counts = prepare([str(folder)], out=tmp_path / "C", config=CONFIG, workers=2)
+    assert start_prepare([folder], out=tmp_path / "C", config=CONFIG, workers=2).wait() == 0
+    counts = read_input_counts(read_manifest(tmp_path / "C"))
     assert (counts.kept, counts.rejected) == (38, {"crashed": 2})
     assert row_of(tmp_path / "C", "00031.jpg")["reason"] == "crashed"
 

@@ -14,11 +14,12 @@ from PIL import Image
 
 from dataprep.examine.run import JobPart
 from dataprep.prepare import AppendMode, PrepareConfig, prepare, prepare_part
-from dataprep.workers.pool import LocalPool, WorkerDied
+from dataprep.workers.pool import LocalPool
 from launch.cli import main
+from pipeline.workers.pool import WorkerDied
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, photo, photo_folder, row_of, start_prepare, write_folder
-from tests.dataprep.workers.test_pool import Job, square, walk
+from tests.pipeline.workers.test_pool import Job, square, walk
 
 CONFIG = PrepareConfig.model_validate({"shards": {"max_samples": 500}})
 
@@ -131,7 +132,7 @@ def hungry(number: int, report: Callable[[int], None]) -> int:
 def test_memory_is_limited() -> None:
     with LocalPool(1, memory=600_000_000) as pool:
         assert list(pool.map(hungry, [50_000_000])) == [50_000_000]
-        with pytest.raises(WorkerDied, match="it needed more memory than a worker may take") as death:
+        with pytest.raises(WorkerDied, match="needed more memory than a worker may take") as death:
             list(pool.map(hungry, [2_000_000_000]))
         assert death.value.at == 2_000_000_000
         assert list(pool.map(square, [3])) == [9]

@@ -25,13 +25,15 @@ from hypothesis import strategies as st
 from dataprep.append import AppendMode
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.report.rejections import NothingKept
+from dataprep.shards.manifest import read_input_counts
 from dataprep.sources.column_mapping import ColumnConfig
 from dataprep.sources.open import SourceConfig, open_sources
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.delimited import read_delimited
 from dataprep.sources.tabular.tables import Table, kind_of, kind_of_list, read_jsonl
+from pipeline.corpus.corpus import read_manifest
 from tests import REPOSITORY
-from tests.dataprep.helpers import digests, member, photo, row_of, table_rows, write_folder
+from tests.dataprep.helpers import digests, member, photo, row_of, start_prepare, table_rows, write_folder
 from tests.pipeline.storage.servers import range_server
 
 ROWS = [{"path": "a.jpg", "alt": "one", "score": 1}, {"path": "deep/b.jpg", "alt": "two", "score": 2}]
@@ -238,7 +240,8 @@ def test_an_image_that_takes_its_downloader_down_costs_itself_alone(tmp_path: Pa
     write_folder(tmp_path / "web", {name: photo(number) for number, name in enumerate(names)})
     with range_server(tmp_path / "web") as server:
         (tmp_path / "list.jsonl").write_bytes(jsonl_of([{"url": f"{server.url}/{name}", "text": name} for name in names]))
-        counts = prepare([str(tmp_path / "list.jsonl")], out=tmp_path / "C", config=PrepareConfig())
+        assert start_prepare([tmp_path / "list.jsonl"], out=tmp_path / "C", config=PrepareConfig()).wait() == 0
+    counts = read_input_counts(read_manifest(tmp_path / "C"))
     assert (counts.kept, counts.rejected) == (3, {"crashed": 1})
     assert [row["path"][-8:] for row in table_rows(tmp_path / "C") if row["reason"]] == ["boom.jpg"]
 

@@ -379,7 +379,7 @@ class DyingAtOnce:
 def test_workers_that_die_without_end_end_the_run(corpus: Corpus) -> None:
     loader = make_loader(corpus, workers=2)
     loader._decode = DyingAtOnce()
-    with pytest.raises(RuntimeError, match=r"reader-\d died 5 times in a row, the last time \(pid \d+\) it ended with exit code 3: "):
+    with pytest.raises(RuntimeError, match=r"reader-\d \(pid \d+\) ended with exit code 3, the 5th time that a worker died at this task: "):
         next(iter(loader))
     assert not workers_of_this_process()
 
