@@ -76,7 +76,7 @@ class Selection:
             elif self._mode.append:
                 yield sample
             else:
-                self._skipped[sample.source, "input(s) are new: --append takes them"] += 1
+                self._skipped[sample.source, "input(s) are new: append mode takes them"] += 1
 
     def notes(self) -> list[str]:
         """One sentence for each group of skipped inputs."""

@@ -203,8 +203,8 @@ def _plan_facts(plan: Mapping[str, Any]) -> dict[str, str]:
     return {
         "fill of the packs": f"{plan['fill']:.1%}",
         f"busy, of {plan['ranks']} ranks": f"{plan['utilisation']:.1%}",
-        "packs a step": f"{plan['packs_per_step']}",
-        "images a step": f"{plan['samples_per_step']:.1f}",
+        "packs per step": f"{plan['packs_per_step']}",
+        "images per step": f"{plan['samples_per_step']:.1f}",
         "tokens an epoch": f"{input_counts['tokens_per_epoch']:,}",
         "scaled down": f"{input_counts['downscaled']:,} (none is scaled up)",
         "cut off by the crop": f"{input_counts['cropped_pixels']:.1%} of the pixels",

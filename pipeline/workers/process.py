@@ -38,7 +38,7 @@ Result = TypeVar("Result")
 Report = Callable[[int], None]
 """A task function calls it with the number (≥ 0) of each item of its task before working on it, and may call it with `NO_ITEM` after."""
 NO_ITEM = -1
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1")
+ONE_THREAD: dict[str, str] = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS"), "1")
 """Environment of a worker: the pool uses the cores."""
 
 _STARTING, _IDLE = -2, -1  # in place of a task's number

@@ -86,7 +86,7 @@ def test_rejected_inputs_get_a_second_look(tmp_path: Path) -> None:
             (folder / "metadata.jsonl").write_text(metadata + '{"file_name": "new.jpg", "text": "new"}\n')
         counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=RETRY)
         assert (counts.inputs, counts.kept, counts.rejected) == (5, kept, rejected)
-        assert "f: 1 input(s) are new: --append takes them" in counts.notes
+        assert "f: 1 input(s) are new: append mode takes them" in counts.notes
         assert verify(out).problems == []
     assert [row["reason"] for row in table_rows(out) if row["path"] == "00001.jpg"] == ["missing", "missing", ""]
     counts = prepare([str(folder)], out=out, config=CONFIG, append_mode=RETRY)
