@@ -121,7 +121,7 @@ class LoaderConfig(Section):
     prefetch: int = Field(default=2, ge=1)
     """Number of steps loaded ahead."""
     max_bad_fraction: Share = 0.01
-    """Stop the run if more than this share of images cannot be loaded."""
+    """Stop the run if more than this share of images cannot be loaded, is in a skipped shard, or makes the loss non-finite."""
     on_bad_shard: Literal["error", "skip"] = "error"
     """A shard that is missing, truncated or does not match its digest stops the run (error), or its images are skipped (skip)."""
     verify: bool = False

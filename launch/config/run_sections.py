@@ -32,6 +32,13 @@ class TrainConfig(Section):
     """DeepSpeed ZeRO stage; a run can resume with another stage or another number of processes."""
     clip: float = Field(default=1.0, ge=0)
     """Gradient clipping: largest gradient norm of a step; 0: no clipping."""
+    max_skips: int = Field(default=10, ge=1)
+    """Steps in a row that may be skipped because their gradient is not finite, before the run stops."""
+    spike: Literal["warn", "rollback"] = "warn"
+    """What to do about a loss spike, three steps in a row far above the median: warn, or go back to the weights of the last checkpoint
+    and on with the next step, so that the spike's samples are not used again."""
+    max_rollbacks: int = Field(default=3, ge=0)
+    """Rollbacks of a run before a further loss spike stops it."""
     ema: float = Field(default=0.9999, ge=0, lt=1)
     """Decay of the exponential moving average of the weights; the model folder holds the average."""
     attention: AttentionChoice = "auto"

@@ -1,7 +1,7 @@
 """Start one training process per device with torchrun, and leave no orphan processes.
 
-The kernel kills workers when their launcher dies, even by `kill -9`. SIGTERM, SIGINT and SIGHUP are forwarded to the workers, which save
-and exit with code 75; the launcher waits for them without a timeout.
+The kernel kills workers when their launcher dies, even by `kill -9`. Signals are forwarded to the workers, which run in sessions of their
+own (`launch.distributed.signals` says what they do); the launcher waits for them without a timeout.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 LAUNCHER = "TIM_LAUNCHER_PID"
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
 
@@ -137,8 +137,8 @@ def _forwarded_signals() -> Iterator[None]:
     """Forward signals to the workers and keep waiting for them; torchrun itself would kill them after 30 seconds."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        for child in _children():
-            os.kill(child, signal.SIGTERM)
+        for worker in _workers():
+            os.kill(worker, number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -148,5 +148,14 @@ def _forwarded_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _children() -> list[int]:
-    return [int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
+def _workers() -> list[int]:
+    """Child processes that are ranks."""
+    children = [int(pid) for tasks in Path("/proc/self/task").glob("*/children") for pid in tasks.read_text().split()]
+    return [child for child in children if _is_rank(child)]
+
+
+def _is_rank(process: int) -> bool:
+    try:
+        return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
+    except OSError:  # it has just ended
+        return False

@@ -101,6 +101,11 @@ class Engine:
         self.updates += applied
         return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=applied)
 
+    def discard(self) -> None:
+        """Drop the accumulated gradients, which must not be finite."""
+        result = self.step(lr=0.0)
+        assert not result.applied, "only gradients that are not finite can be discarded"
+
     def fragments(self) -> dict[str, Fragment]:
         """Views of the float32 master weights owned by this rank. The fragments of all ranks cover the whole network."""
         return {name: share.of(share.weights) for name, share in self._shares.items()}
@@ -206,8 +211,8 @@ def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callabl
 
 
 def _is_relevant_to_users(record: logging.LogRecord) -> bool:
-    """Log filter: hide DeepSpeed's warning that it has not tested our Muon."""
-    return HIDDEN not in os.environ or "untested optimizer" not in record.getMessage()
+    """Log filter: hide DeepSpeed's warning that it has not tested our Muon, and that it skips a step, which the trainer says better."""
+    return HIDDEN not in os.environ or not any(text in record.getMessage() for text in ("untested optimizer", "OVERFLOW! Skipping step"))
 
 
 def _import_deepspeed() -> Any:

@@ -1,14 +1,15 @@
 """Training metrics: rows in metrics.jsonl, TensorBoard curves, and a progress line.
 
     {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
-     "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "fill": 0.97, "images_per_second": …,
-     "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
+     "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "bad_samples": 0, "loss_spikes": 0, "rollbacks": 0,
+     "fill": 0.97, "images_per_second": …, "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
 
 `loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind (null if there were none). The
 minimised loss is not logged: it is normalised by each image's own error, so its value is not informative. `loss_alignment` is the mean
 distance from the alignment teacher (null without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed`
-(images that could not be loaded) and `seconds` (training only) count from the start of the run. `ids_digest` chains the ids of all
-samples so far: two runs with equal digests saw the same samples in the same order.
+(images without weight, among them the `bad_samples` that made the loss non-finite), the other counts and `seconds` (training only) count
+from the start of the run. `ids_digest` chains the ids of all samples so far: two runs with equal digests saw the same samples in the same
+order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.storage.atomic import publish_text
 
 FIRST_IDS = 4
 SECONDS_BETWEEN_LINES = 10.0
+COUNTERS = ("images", "tokens", "failed", "skipped_steps", "bad_samples", "loss_spikes", "rollbacks")
 
 
 @dataclass(slots=True)
@@ -66,7 +68,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._since = Sums()
-        self._total = {"images": 0, "tokens": 0, "failed": 0, "skipped_steps": 0}
+        self._total = dict.fromkeys(COUNTERS, 0)
         self._seconds = 0.0
         self._digest = ""
         self._clock = time.monotonic()
@@ -92,6 +94,14 @@ class Meter:
         self._seconds += now - self._clock
         self._row_seconds += now - self._clock
         self._clock = now
+
+    def count(self, name: str, number: int) -> None:
+        """Count an event outside `add`."""
+        self._total[name] += number
+
+    def total(self, name: str) -> int:
+        """A counter since the start of the run."""
+        return self._total[name]
 
     def row(self, step: int, last: StepMeasure) -> dict[str, Any]:
         """Return the row for the steps since the last one, and start the next."""
@@ -131,7 +141,7 @@ class Meter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._since = Sums(**state["since"])
-        self._total = dict(state["total"])
+        self._total = {**dict.fromkeys(COUNTERS, 0), **state["total"]}
         self._seconds, self._row_seconds, self._digest = state["seconds"], state["row_seconds"], state["digest"]
         self.pause()
 

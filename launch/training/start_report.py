@@ -35,6 +35,8 @@ def start_report(
         yield f"continuing from {found.folder}{others}"
         for change in changes:
             yield f"changed since: {change}"
+        if step >= config.train.steps:
+            yield f"nothing to train: the run has {step} steps, and train.steps is {config.train.steps}; raise it to train on"
 
 
 def _processes(number: int) -> str:

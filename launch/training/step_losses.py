@@ -1,4 +1,4 @@
-"""Sum the losses of a step over packs and ranks: losses by kind, failed images, and detection of non-finite losses."""
+"""Sum the losses of a step over packs and ranks: losses by kind, failed images, and images whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from pipeline.cost import KIND_NAMES
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
 
-MAX_NAMED = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """Sums of a step over all ranks. raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher."""
+    """Sums of a step over all ranks, where every loss is finite.
+
+    failed: images without weight; raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher.
+    suspects: this rank's images whose loss is not finite, as pack and position; all_suspects: their number on all ranks.
+    """
 
     failed: int
-    stop: bool
     raw: tuple[float, ...]
     raw_images: tuple[int, ...]
     alignment: float
+    suspects: list[tuple[int, int]]
+    all_suspects: int
 
 
 @dataclass(slots=True)
@@ -34,43 +37,29 @@ class StepLosses:
     def add(self, batch: Batch, losses: Losses) -> None:
         self.packs.append((batch, losses._replace(loss=losses.loss.detach())))
 
-    def sums(self, ranks: Ranks, *, stop: bool) -> Sums:
-        """Sum over all ranks with one all-reduce. `stop` becomes true on all ranks if it is true on one.
-
-        Raises RuntimeError on all ranks, naming the samples, if a loss is not finite. No weight has changed then.
-        """
-        total = torch.zeros(4 + 2 * len(KIND_NAMES), dtype=torch.float64)
-        suspects: list[str] = []
-        total[0] = stop
-        for batch, losses in self.packs:
+    def sums(self, ranks: Ranks) -> Sums:
+        """Sum over all ranks with one all-reduce."""
+        total = torch.zeros(3 + 2 * len(KIND_NAMES), dtype=torch.float64)
+        suspects: list[tuple[int, int]] = []
+        for number, (batch, losses) in enumerate(self.packs):
             real = batch.weights > 0
             errors, misaligned = losses.raw.cpu().double(), losses.alignment.cpu().double()
-            total[1] += sum(name != "" for name in batch.ids) - int(real.sum())
+            total[0] += sum(name != "" for name in batch.ids) - int(real.sum())
             for kind in range(len(KIND_NAMES)):
                 chosen = real & (batch.kinds == kind)
-                total[4 + kind] += errors[chosen].sum()
-                total[4 + len(KIND_NAMES) + kind] += chosen.sum()
-            total[3] += misaligned[real].sum()
+                total[3 + kind] += errors[chosen].sum()
+                total[3 + len(KIND_NAMES) + kind] += chosen.sum()
+            total[2] += misaligned[real].sum()
             if not torch.isfinite(losses.loss):
-                finite = torch.isfinite(errors + misaligned).tolist()
-                bad = [name for name, is_finite in zip(batch.ids, finite, strict=False) if not is_finite]
-                suspects += bad or batch.ids
-        total[2] = len(suspects)
-        total = ranks.sum(total)
-        if total[2]:
-            named = [name for names in ranks.gather(suspects) for name in names]
-            ranks.run_on_rank0(lambda: _raise_not_finite(named))
-        values = total.tolist()
+                bad = ~torch.isfinite(errors + misaligned) & real
+                suspects += [(number, position) for position in (bad if bad.any() else real).nonzero()[:, 0].tolist()]
+        total[1] = len(suspects)
+        values = ranks.sum(total).tolist()
         return Sums(
-            stop=values[0] > 0,
-            failed=round(values[1]),
-            raw=tuple(values[4 : 4 + len(KIND_NAMES)]),
-            raw_images=tuple(round(count) for count in values[4 + len(KIND_NAMES) :]),
-            alignment=values[3],
+            failed=round(values[0]),
+            raw=tuple(values[3 : 3 + len(KIND_NAMES)]),
+            raw_images=tuple(round(count) for count in values[3 + len(KIND_NAMES) :]),
+            alignment=values[2],
+            suspects=suspects,
+            all_suspects=round(values[1]),
         )
-
-
-def _raise_not_finite(named: list[str]) -> None:
-    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    samples = ", ".join(named[:MAX_NAMED]) + more
-    raise RuntimeError(f"the loss is not finite for {samples}: the step was skipped; inspect these samples, or lower train.lr")

@@ -7,11 +7,11 @@ interrupted by a signal or a power cut therefore resumes exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,8 +23,11 @@ from launch.checkpoints.resuming import restore_plan, trainer_state
 from launch.config.schema import Config, ConfigError, TrainConfig, digest
 from launch.console import STOPPED
 from launch.distributed.ranks import Ranks, process_group
-from launch.distributed.signals import catch_signals
+from launch.distributed.signals import Signals, catch_signals
+from launch.distributed.slurm import requeue
 from launch.distributed.torchrun import die_with_launcher
+from launch.guards import bad_samples
+from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
 from launch.training.build import Parts, build, make_network
 from launch.training.checks import check_models
@@ -32,11 +35,9 @@ from launch.training.guidance_network import GuidanceNetwork
 from launch.training.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
 from launch.training.planning import make_planner
 from launch.training.start_report import start_report
-from launch.training.step_losses import StepLosses
+from launch.training.step_losses import StepLosses, Sums
 from pipeline.loading.loader import Batch, LoadedStep
 from tim.objective import Guide, Losses
-
-MAX_SKIPPED = 10  # consecutive steps with a gradient that is not finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,9 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
     Raises:
         ValueError: invalid configuration, corpus or checkpoint, or the run is in use.
-        RuntimeError: the loss is not finite, or too many images cannot be loaded.
+        RuntimeError: the gradient is not finite again and again, the loss keeps rising, or too many samples are bad.
         SystemExit: code 75, after a signal stopped the run and a checkpoint was saved.
+        KeyboardInterrupt: a second Ctrl-C; nothing is saved.
     """
     die_with_launcher()
     run_dir = config.run_dir
@@ -86,6 +88,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         if found is not None:
             notes = trainer.resume(found, recorded=recorded, replan=replan)
         ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
+        ranks.run_on_rank0(lambda: bad_samples.forget_after(run_dir, step=trainer.step))
 
         # report
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
@@ -98,26 +101,46 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
             progress.log(f"warning: {lengths}")
 
         # steps
-        row = None
-        while trainer.step < config.train.steps:
-            measure, stop = trainer.take_step(stop=signals.caught is not None)
-            last = trainer.step == config.train.steps
-            if last or trainer.step % config.log.every == 0:
-                row = trainer.meter.row(trainer.step, measure)
-                if writer:
-                    writer.write(row)
-            progress.show(trainer.step, row)
-            if last or stop or trainer.step % config.checkpoint.every == 0:
-                progress.log(f"saved {trainer.save(run_dir)}")
-            if stop and not last:
-                progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
-                raise SystemExit(STOPPED)
+        trainer.log = signals.log = progress.log
+        row = _take_steps(trainer, signals, writer=writer, progress=progress)
+        if trainer.step < config.train.steps:
+            progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
+            if ranks.is_main and signals.stop is not None:
+                requeue(signals.stop, log=progress.log)
+            raise SystemExit(STOPPED)
 
         # model folder
         model = run_dir / "model"
         ranks.run_on_rank0(lambda: export(run_dir, out=model))
         progress.log(f"model: {model}")
         return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
+
+
+def _take_steps(trainer: Trainer, signals: Signals, *, writer: MetricsWriter | None, progress: ProgressLine) -> dict[str, Any] | None:
+    """Take steps to the end of the run, or until a signal asks to stop; log and save. Returns the last row of the metrics."""
+    config, run_dir = trainer.config, trainer.config.run_dir
+    assert run_dir is not None
+    row, requests = None, trainer.agree(stop=signals.stop is not None)
+    while trainer.step < config.train.steps and not requests.stop:
+        signals.step = trainer.step + 1
+        measure = trainer.take_step()
+        requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
+        last = trainer.step == config.train.steps
+        if last or trainer.step % config.log.every == 0:
+            row = trainer.meter.row(trainer.step, measure)
+            if writer:
+                writer.write(row)
+        progress.show(trainer.step, row)
+        if last or requests.stop or requests.save or trainer.step % config.checkpoint.every == 0:
+            progress.log(f"saved {trainer.save(run_dir)}")
+    return row
+
+
+class Requests(NamedTuple):
+    """What signals ask of a run: to stop, or to save and go on."""
+
+    stop: bool
+    save: bool
 
 
 class Trainer:
@@ -130,12 +153,19 @@ class Trainer:
         self.history = parts.history
         self.guidance_network: GuidanceNetwork | None = None  # created at the first step with guidance
         self.meter = Meter()
+        self.spikes = SpikeDetector()
         self.step = 0
+        self.log: Callable[[str], None] = lambda line: None
         self._skipped = 0  # consecutive steps
         self._steps: Iterator[LoadedStep] | None = None
 
-    def take_step(self, *, stop: bool) -> tuple[StepMeasure, bool]:
-        """Update the weights once. Returns the measurements, and whether any rank received a stop signal."""
+    def agree(self, *, stop: bool, save: bool = False) -> Requests:
+        """What any rank asks for."""
+        asked = self.ranks.sum(torch.tensor([stop, save], dtype=torch.float32)).tolist()
+        return Requests(stop=asked[0] > 0, save=asked[1] > 0)
+
+    def take_step(self) -> StepMeasure:
+        """Update the weights once. Samples that make the loss non-finite are left out."""
         # data
         if self._steps is None:
             self._steps = iter(self.parts.loader)
@@ -144,10 +174,11 @@ class Trainer:
         self._refresh_guidance_network()
 
         # forward and backward, pack by pack
-        losses = StepLosses()
-        for index, batch in enumerate(loaded.batches):
-            losses.add(batch, self._accumulate(batch, count=loaded.images, last=index == len(loaded.batches) - 1))
-        sums = losses.sums(self.ranks, stop=stop)
+        sums = self._accumulate(loaded.batches, count=loaded.images)
+        if sums.all_suspects:
+            sums = self._leave_out_bad_samples(loaded, sums)
+        if loaded.images and not any(sums.raw_images):
+            self.ranks.run_on_rank0(lambda: _raise_all_failed(loaded.images, step=self.step + 1))
 
         # update
         lr = learning_rate(self.step, self.config.train)
@@ -155,10 +186,7 @@ class Trainer:
         result = engine.step(lr=lr)
         ema.update(engine.fragments(), updates=self.step)
         self.step += 1
-        self._skipped = 0 if result.applied else self._skipped + 1
-        if self._skipped == MAX_SKIPPED:
-            remedy = "lower train.lr, or use train.precision=fp32"
-            raise RuntimeError(f"the gradient was not finite in the {MAX_SKIPPED} steps up to {self.step}: {remedy}")
+        self._count_skipped(applied=result.applied, ids=loaded.ids)
 
         # metrics
         measure = StepMeasure(
@@ -175,12 +203,26 @@ class Trainer:
             alignment=sums.alignment if self.config.objective.alignment else None,
         )
         self.meter.add(measure)
-        return measure, sums.stop
 
-    def _accumulate(self, batch: Batch, *, count: int, last: bool) -> Losses:
-        """Forward and backward pass of one pack. count: images planned in the step on all ranks; last: last pack of this rank."""
+        # loss spike
+        spike = self.spikes.add(sums.raw, sums.raw_images)
+        if spike is not None:
+            self._handle_spike(spike)
+        return measure
+
+    def _accumulate(self, batches: Sequence[Batch], *, count: int) -> Sums:
+        """Forward and backward passes of this rank's packs. count: images planned in the step on all ranks."""
+        losses = StepLosses()
+        for index, batch in enumerate(batches):
+            of_pack = self._losses(batch)
+            self.parts.engine.accumulate(of_pack.loss, count=count, last=index == len(batches) - 1)
+            losses.add(batch, of_pack)
+        return losses.sums(self.ranks)
+
+    def _losses(self, batch: Batch) -> Losses:
+        """Forward pass of one pack."""
         parts = self.parts
-        losses = parts.objective(
+        return parts.objective(
             parts.engine,
             parts.frozen.latents(batch),
             parts.frozen.condition(batch),
@@ -192,8 +234,68 @@ class Trainer:
             guide=self._guide(len(batch.ids)),
             teacher=parts.frozen.teacher_tokens(batch),
         )
-        parts.engine.accumulate(losses.loss, count=count, last=last)
-        return losses
+
+    def _leave_out_bad_samples(self, loaded: LoadedStep, sums: Sums) -> Sums:
+        """Take the step again without the samples that make the loss non-finite by themselves.
+
+        Without such samples, or if all are, the network is to blame: the update will be skipped, because the gradient is not finite.
+        Raises RuntimeError if too many samples are bad.
+        """
+        if sums.all_suspects == sum(sums.raw_images):
+            return sums
+        patch_size = self.config.network.params.patch_size
+        bad = bad_samples.find(loaded.batches, sums.suspects, loss_of=self._losses, patch_size=patch_size, ranks=self.ranks)
+        found = [each for of_rank in self.ranks.gather(bad) for each in of_rank]
+        if not found:
+            return sums
+        self.parts.engine.discard()
+        run_dir, step = self.config.run_dir, self.step + 1
+        assert run_dir is not None
+        self.ranks.run_on_rank0(lambda: bad_samples.record(run_dir, found, step=step))
+        self.log(
+            f"warning: left out of step {step}: {bad_samples.named([each.id for each in found])}: {found[0].reason}; see {bad_samples.FILE}"
+        )
+        self.meter.count("bad_samples", len(found))
+        self.ranks.run_on_all_ranks(lambda: self.parts.loader.count_bad(len(bad)))
+        positions = [{each.position for each in bad if each.batch == number} for number in range(len(loaded.batches))]
+        batches = [bad_samples.blank(*each, patch_size=patch_size) for each in zip(loaded.batches, positions, strict=True)]
+        return self._accumulate(batches, count=loaded.images)
+
+    def _count_skipped(self, *, applied: bool, ids: Sequence[str]) -> None:
+        """Raises RuntimeError after `train.max_skips` skipped steps in a row."""
+        self._skipped = 0 if applied else self._skipped + 1
+        if applied:
+            return
+        self.log(f"warning: step {self.step} skipped, its gradient is not finite; its samples: {bad_samples.named(ids)}")
+        if self._skipped == self.config.train.max_skips:
+            remedy = "lower train.lr, use train.precision=fp32, or go back to an earlier checkpoint"
+            raise RuntimeError(f"the gradient was not finite in the {self._skipped} steps up to {self.step}: {remedy}")
+
+    def _handle_spike(self, spike: str) -> None:
+        """Warn, or go back to the weights of the last checkpoint. The plan goes on: the steps of the spike are not taken again.
+
+        Raises RuntimeError after `train.max_rollbacks`.
+        """
+        self.meter.count("loss_spikes", 1)
+        run_dir, train = self.config.run_dir, self.config.train
+        assert run_dir is not None
+        if train.spike == "warn":
+            self.log(f"warning: loss spike at step {self.step}: {spike}")
+            self.spikes.restart()
+            return
+        found = self.ranks.run_on_rank0(lambda: checkpoint.newest(run_dir))
+        if found is None:
+            self.log(f"warning: loss spike at step {self.step}: {spike}; there is no checkpoint to go back to")
+            self.spikes.restart()
+            return
+        if self.meter.total("rollbacks") == train.max_rollbacks:
+            remedy = "lower train.lr, or raise train.max_rollbacks"
+            raise RuntimeError(f"loss spike at step {self.step} after {train.max_rollbacks} rollbacks: {spike}: {remedy}")
+        state = self.ranks.run_on_all_ranks(lambda: trainer_state(found, config=self.config, shapes=self.parts.engine.shapes))
+        self._load_weights(found, updates=state["updates"])
+        self.meter.count("rollbacks", 1)
+        back = f"went back to the weights of step {found.metadata.step}; training goes on with step {self.step + 1}"
+        self.log(f"warning: loss spike at step {self.step}: {spike}; {back}")
 
     def _refresh_guidance_network(self) -> None:
         """Refresh the EMA copy used for guidance on scheduled steps. Depends only on the step number."""
@@ -232,14 +334,20 @@ class Trainer:
         Raises ValueError if its network, optimizer or plan differs.
         """
         state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._restore_state(found, recorded=recorded, replan=replan))
-        self.parts.engine.load(found.pieces, updates=state["updates"])
+        self._load_weights(found, updates=state["updates"])
+        self.meter.load_state_dict(state["meter"])
+        if "spikes" in state:  # not in older checkpoints
+            self.spikes.load_state_dict(state["spikes"])
+        self.step = found.metadata.step
+        return notes
+
+    def _load_weights(self, found: checkpoint.Checkpoint, *, updates: int) -> None:
+        """Load weights, moments and averages."""
+        self.parts.engine.load(found.pieces, updates=updates)
         found.pieces("ema").read_into(self.parts.ema.average)
         if (found.folder / guidance_network.FILE).is_file():
             self.guidance_network = self._new_guidance_network()
             self.guidance_network.load(found.folder)
-        self.meter.load_state_dict(state["meter"])
-        self.step = found.metadata.step
-        return notes
 
     def _restore_state(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
         """Restore the plan of a checkpoint. Returns its trainer state, the run's history, and log lines."""
@@ -268,6 +376,7 @@ class Trainer:
                 "optimizer": self.config.train.optimizer,
                 "data": self.parts.loader.state_dict(),
                 "meter": self.meter.state_dict(),
+                "spikes": self.spikes.state_dict(),
                 "history": self.history.to_json(),
             }
             written.append(checkpoint.write_trainer_state(folder, state))
@@ -284,3 +393,7 @@ def learning_rate(step: int, train: TrainConfig) -> float:
         return train.lr
     progress = (step - train.warmup) / max(1, train.steps - train.warmup)
     return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _raise_all_failed(images: int, *, step: int) -> None:
+    raise RuntimeError(f"none of the {images} images of step {step} could be used: see the warnings above")

@@ -94,7 +94,7 @@ class Loader:
         teacher: load the alignment teacher's tokens, or images for the teacher if no tokens are cached.
         workers: number of reader processes; 0 reads in this process, which a crashing decoder then ends.
         prefetch: number of steps to read ahead.
-        max_bad_fraction: share of samples that may fail before reading stops with RuntimeError.
+        max_bad_fraction: share of samples that may fail or be skipped before reading stops with RuntimeError.
         on_bad_shard: whether a shard that is missing, truncated or does not match its digest stops reading with RuntimeError, or its
             samples are skipped and counted in `samples_skipped`.
         verify: check the digest of each local shard before its first read.
@@ -195,6 +195,11 @@ class Loader:
         batch = self._batch(self._decode(self._fetch(samples)), samples=samples)
         self._stop_if_too_many_failed()
         return batch
+
+    def count_bad(self, samples: int) -> None:
+        """Count samples of this rank that were read but cannot be trained on. Raises RuntimeError if too many samples failed."""
+        self.samples_failed += samples
+        self._stop_if_too_many_failed()
 
     def state_dict(self) -> dict[str, Any]:
         """The plan's state after the last yielded step; prefetched steps do not count."""
@@ -310,11 +315,11 @@ class Loader:
 
     def _stop_if_too_many_failed(self) -> None:
         """Raise RuntimeError if too many samples failed. Applies once enough were seen to allow at least one failure."""
-        failed, allowed = self.samples_failed, self._max_bad_fraction * self.samples_seen
+        failed, allowed = self.samples_failed + self.samples_skipped, self._max_bad_fraction * self.samples_seen
         if failed > allowed and (allowed >= 1 or self._max_bad_fraction == 0):
             self.close()
             raise RuntimeError(
-                f"{failed} of {self.samples_seen} samples could not be read, more than max_bad_fraction {self._max_bad_fraction:g} "
+                f"{failed} of {self.samples_seen} samples could not be used, more than max_bad_fraction {self._max_bad_fraction:g} "
                 "allows: see the warnings above; `tim verify` on the corpus lists all of them"
             )
 

@@ -86,6 +86,17 @@ def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankPr
     raise AssertionError(f"no step {step} in {PATIENCE} s: {log.read_text()}")
 
 
+def wait_for_line(pattern: str, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:
+    """Wait until the log has a line with the pattern; fail where the job ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        if re.search(pattern, log.read_text()):
+            return
+        assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
+        time.sleep(0.02)
+    raise AssertionError(f"no line {pattern} in {PATIENCE} s: {log.read_text()}")
+
+
 def workers_of(launcher: int) -> list[int]:
     """Processes that a launcher has started, and theirs: known by what it puts into their environment."""
     mark = f"TIM_LAUNCHER_PID={launcher}".encode()

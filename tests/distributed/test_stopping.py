@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -52,17 +55,36 @@ def planned_digests(config: Config) -> list[str]:
     return digests
 
 
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The surroundings of a Slurm job, and a stand-in for `scontrol` that records its arguments in the returned file."""
+    command, calls = tmp_path / "bin/scontrol", tmp_path / "calls"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    return calls
+
+
 @pytest.mark.timeout(1500)
-def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
+def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path, slurm: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     command = ["launch", str(config), "--nproc-per-node", "2"]
     job = jobs.start(*command, log=log)
-    jobs.wait_for_row(run, 3, job, log=log)
+    jobs.wait_for_row(run, 2, job, log=log)
+    job.send_signal(signal.SIGUSR1)
+    jobs.wait_for_line(r"saved .*/step-\d+", job, log=log)
     job.send_signal(signal.SIGTERM)
     assert job.wait(jobs.PATIENCE) == 75, log.read_text()
+    said = log.read_text()
+    assert len(re.findall(r"^SIGUSR1: finishing step \d+, then saving$", said, re.MULTILINE)) == 1
+    in_hand = int(re.findall(r"^SIGTERM: finishing step (\d+), then saving$", said, re.MULTILINE)[0])
+    assert slurm.read_text() == "requeue 77\n"
+    assert "requeued Slurm job 77" in said
     assert jobs.workers_of(job.pid) == []
     stopped_at = read_rows(run / "metrics.jsonl")[-1]["step"]
-    assert 3 <= stopped_at < 15
+    assert stopped_at == in_hand < 15, "the signal costs the step in hand"
     assert (run / "latest").read_text() == f"step-{stopped_at:06d}\n"
     assert not (run / "lock").exists()
 
@@ -72,6 +94,24 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path) -> Non
     assert [row["ids_digest"] for row in rows] == planned_digests(load_config(config))
     assert rows[-1]["skipped_steps"] == 0
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+@pytest.mark.timeout(1500)
+def test_ctrl_c_twice_stops_without_saving(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    large = ["network.params.depth=4", "network.params.hidden_size=256", "plan.packs_per_step=14", "train.precision=fp32"]
+    job = jobs.start("launch", str(config), "--nproc-per-node", "2", *large, "train.zero=1", log=log)
+    jobs.wait_for_row(run, 1, job, log=log)
+    job.send_signal(signal.SIGINT)
+    jobs.wait_for_line("SIGINT: finishing step 2, then saving; press Ctrl-C again to stop without saving", job, log=log)
+    time.sleep(0.7)
+    job.send_signal(signal.SIGINT)
+    assert job.wait(jobs.PATIENCE) == 130, log.read_text()
+    said = log.read_text()
+    assert said.count("SIGINT: stopping without saving") == 1
+    assert "Traceback" not in said
+    assert jobs.workers_of(job.pid) == []
+    assert not list((run / "checkpoints").glob("*"))
 
 
 @pytest.mark.timeout(1500)

@@ -75,7 +75,7 @@ def trained(config: Config, alone: Ranks) -> tuple[list[tuple[float, ...]], dict
     """Losses and gradient norms of three steps, and the weights after them."""
     with ExitStack() as cleanup:
         trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
-        measures = [trainer.take_step(stop=False)[0] for _ in range(3)]
+        measures = [trainer.take_step() for _ in range(3)]
         weights = {name: fragment.values.clone() for name, fragment in trainer.parts.engine.fragments().items()}
         return [(*measure.raw, measure.grad_norm) for measure in measures], weights
 

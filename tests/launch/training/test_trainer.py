@@ -50,17 +50,17 @@ def test_a_step_adds_up_by_kind(alone: Ranks) -> None:
     pack = batch("a", "b", "c", "d", weights=[1, 1, 0, 1], kinds=[0, 2, 0, 2])
     tally.add(pack, losses(3.0, [1.0, 2.0, 99.0, 4.0], [0.5, 0.25, 9.0, 1.0]))
     tally.add(batch("", weights=[0], kinds=[0]), losses(0.0, [7.0], [7.0]))
-    sums = tally.sums(alone, stop=True)
-    assert (sums.raw, sums.raw_images, sums.failed, sums.stop) == ((1.0, 0.0, 6.0), (1, 0, 2), 1, True)
-    assert sums.alignment == 1.75
+    sums = tally.sums(alone)
+    assert (sums.raw, sums.raw_images, sums.failed) == ((1.0, 0.0, 6.0), (1, 0, 2), 1)
+    assert (sums.alignment, sums.suspects, sums.all_suspects) == (1.75, [], 0)
 
 
-def test_a_loss_that_is_not_finite_names_its_samples(alone: Ranks) -> None:
+def test_a_loss_that_is_not_finite_names_its_suspects(alone: Ranks) -> None:
     tally = StepLosses()
     tally.add(batch("a", "b", weights=[1, 1], kinds=[0, 0]), losses(1.0, [1.0, 1.0], [0.0, 0.0]))
     tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
-    with pytest.raises(RuntimeError, match="the loss is not finite for d, e: the step was skipped"):
-        tally.sums(alone, stop=False)
+    sums = tally.sums(alone)
+    assert (sums.suspects, sums.all_suspects) == ([(1, 1), (1, 2)], 2)
 
 
 def test_a_run_needs_a_folder() -> None:

@@ -253,7 +253,7 @@ def test_a_damaged_image_leaves_weight_0(
 def test_too_many_damaged_images_stop_the_run(corpus: Corpus, damage: Callable[[Corpus, int, int], str]) -> None:
     for row in range(3):
         damage(corpus, 0, row)
-    with pytest.raises(RuntimeError, match=r"samples could not be read, more than max_bad_fraction 0\.05 allows.*tim verify"):
+    with pytest.raises(RuntimeError, match=r"samples could not be used, more than max_bad_fraction 0\.05 allows.*tim verify"):
         list(islice(make_loader(corpus, max_bad_fraction=0.05), 20))
     with pytest.raises(RuntimeError, match="max_bad_fraction 0 allows"):
         list(islice(make_loader(corpus, max_bad_fraction=0), 20))
@@ -282,7 +282,11 @@ def test_a_bad_shard_is_an_error_or_skipped_and_counted(
 ) -> None:
     """The rest of a plan from which a shard is skipped is read as if it were there, and resumes from the same states."""
     whole = list(islice(make_loader(corpus), 6))
-    loader, skipping = (make_loader(corpus, workers=workers, verify=True, on_bad_shard=what) for what in ("error", "skip"))
+    limits = {"error": 0.01, "skip": 1.0, "some": 0.05}
+    loader, skipping, limited = (
+        make_loader(corpus, workers=workers, verify=True, on_bad_shard="error" if what == "error" else "skip", max_bad_fraction=limit)
+        for what, limit in limits.items()
+    )
     tar = corpus.shards[0].path
     problem = ruin(Path(tar))
     with pytest.raises(RuntimeError, match=f"sample corpus/000000.* cannot be read: BadShard: {tar} {problem}"):
@@ -294,6 +298,8 @@ def test_a_bad_shard_is_an_error_or_skipped_and_counted(
     assert [message.count(tar) for message in caplog.messages] == [2]
     lost = sum(id.startswith("corpus/000000") for step in steps for id in step.ids)
     assert (skipping.samples_skipped, skipping.samples_failed) == (lost, 0)
+    with pytest.raises(RuntimeError, match=r"\d+ of \d+ samples could not be used, more than max_bad_fraction 0\.05 allows"):
+        list(islice(limited, 20))
     for step, before in zip(steps, whole, strict=True):
         for batch, same in zip(step.batches, before.batches, strict=True):
             assert batch.weights.tolist() == [float(not id.startswith("corpus/000000")) for id in batch.ids]
@@ -362,7 +368,7 @@ def test_a_sample_that_takes_its_reader_down_is_named_and_skipped(
 def test_samples_that_take_readers_down_count_as_bad(corpus: Corpus) -> None:
     loader = make_loader(corpus, workers=1, max_bad_fraction=0)
     loader._decode = Dying(loader._decode, key="0000000002", number=signal.SIGSEGV)
-    with pytest.raises(RuntimeError, match=r"[12] of .* samples could not be read, more than max_bad_fraction 0 allows"):
+    with pytest.raises(RuntimeError, match=r"[12] of .* samples could not be used, more than max_bad_fraction 0 allows"):
         list(islice(loader, 20))
     assert not workers_of_this_process()
 
