@@ -14,8 +14,8 @@ from launch.config.data_sections import CodecConfig, LoaderConfig, TextConfig
 from launch.config.model_sections import AlignmentConfig, NetworkConfig
 from launch.config.schema import Config, ConfigError, TrainConfig
 from launch.distributed.ranks import Ranks
-from launch.training.ema import ShardedEMA
-from launch.training.engine import Engine
+from launch.engine.ema import ShardedEMA
+from launch.engine.engine import Engine
 from launch.training.frozen_models import FrozenModels
 from pipeline.loading.feature_reader import empty_text
 from pipeline.loading.loader import Loader

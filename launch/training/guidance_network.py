@@ -1,6 +1,6 @@
 """EMA network for guidance in the training target: a full low-precision copy on every rank.
 
-The EMA weights are sharded over the ranks (`launch.training.ema`). Every n-th step the copy is updated from them, one parameter at a
+The EMA weights are sharded over the ranks (`launch.engine.ema`). Every n-th step the copy is updated from them, one parameter at a
 time. Its matrices are bfloat16 (2 bytes per parameter), and it runs under autocast.
 """
 

@@ -213,9 +213,9 @@ class Trainer:
     def _accumulate(self, batches: Sequence[Batch], *, count: int) -> Sums:
         """Forward and backward passes of this rank's packs. count: images planned in the step on all ranks."""
         losses = StepLosses()
-        for index, batch in enumerate(batches):
+        for batch in batches:
             of_pack = self._losses(batch)
-            self.parts.engine.accumulate(of_pack.loss, count=count, last=index == len(batches) - 1)
+            self.parts.engine.accumulate(of_pack.loss, count=count)
             losses.add(batch, of_pack)
         return losses.sums(self.ranks)
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
 from launch.distributed.ranks import Ranks, process_group
-from launch.training.ema import ShardedEMA
-from launch.training.engine import ADAM_EPSILON, Engine
-from launch.training.muon import orthogonalise
+from launch.engine.ema import ShardedEMA
+from launch.engine.engine import ADAM_EPSILON, Engine
+from launch.engine.muon import orthogonalise
 from tests.distributed import activation_checkpointing
+from tests.distributed.gradients import step_with_gradients
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
@@ -54,8 +55,6 @@ def make_engine(ranks: Ranks, case: str) -> Engine:
 
 def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) -> tuple[dict[str, Tensor], float, bool]:
     """One step as the trainer does it: evaluations without gradient and with, unequal packs. Returns gradients, their norm, applied."""
-    from deepspeed.utils import safe_get_full_grad
-
     mine = packs_of(step)[ranks.rank :: ranks.size]
     for index, pack in enumerate(mine):
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -63,10 +62,8 @@ def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) 
         loss = loss_of(engine(pack))
         if poison and ranks.is_main and index == 0:
             loss = loss * torch.inf
-        engine.accumulate(loss, count=sum(PACKS), last=index == len(mine) - 1)
-    found = {name: safe_get_full_grad(parameter) for name, parameter in engine.module.named_parameters()}
-    gradients = {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
-    result = engine.step(lr=LR)
+        engine.accumulate(loss, count=sum(PACKS))
+    gradients, result = step_with_gradients(engine, lr=LR)
     return gradients, result.grad_norm, result.applied
 
 

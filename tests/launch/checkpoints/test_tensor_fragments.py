@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors, save
-from launch.training.ema import ShardedEMA, decay_at
+from launch.engine.ema import ShardedEMA, decay_at
 
 WHOLE = {"a": torch.arange(24.0).view(4, 6), "b": torch.arange(5.0), "c": torch.tensor(7.0)}
 ELEMENTS = 30

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from launch.training.muon import hidden_matrices, orthogonalise
+from launch.engine.muon import hidden_matrices, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (96, 32), (32, 96)])

@@ -1,4 +1,4 @@
-"""DeepSpeed engine. The only file that imports deepspeed.
+"""DeepSpeed engine: forward and backward passes, updates, and the state that checkpoints store.
 
 A step calls `accumulate` once per pack, the same number of times on every rank, then `step`. Gradients are summed over packs and ranks
 and divided by the step's planned image count, so they do not depend on how images are distributed over packs and ranks.
@@ -6,22 +6,18 @@ and divided by the step's planned image count, so they do not depend on how imag
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
-from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
+from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.distributed.ranks import Ranks
-from launch.training.muon import Muon, hidden_matrices
-from pipeline.foreign_warnings import HIDDEN
+from launch.engine.deepspeed_internals import Share, import_deepspeed, shares, weights_replaced
+from launch.engine.muon import Muon, hidden_matrices
 
 ADAM_EPSILON = 1e-6  # as in the published TiM training
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # state keys of torch's AdamW and our Muon
@@ -33,20 +29,6 @@ class StepResult:
 
     grad_norm: float
     applied: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Share:
-    """Elements `start` … `start + count` of a parameter, owned by this rank and stored at `offset` in a flat vector of weights."""
-
-    start: int
-    weights: Tensor
-    offset: int
-    count: int
-
-    def of(self, vector: Tensor) -> Fragment:
-        """View of this share in the weights, or in a moments vector with the same layout."""
-        return Fragment(self.start, vector.detach()[self.offset : self.offset + self.count])
 
 
 class Engine:
@@ -66,7 +48,7 @@ class Engine:
     ) -> None:
         self.ranks = ranks
         self.stage = stage
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
@@ -75,7 +57,7 @@ class Engine:
         self._kinds = MOMENTS[optimizer]
         config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
-        self._shares = dict(_shares(self._engine, shapes=self.shapes, stage=stage, rank=ranks.rank))
+        self._shares = dict(shares(self._engine, shapes=self.shapes, stage=stage, rank=ranks.rank))
         self.updates = 0  # number of applied steps
 
     def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
@@ -86,9 +68,8 @@ class Engine:
         """The wrapped network. Forward passes through it bypass DeepSpeed's autocast and gradient handling."""
         return self._engine.module
 
-    def accumulate(self, loss: Tensor, *, count: int, last: bool) -> None:
-        """Backward pass of one pack. loss: sum over its images; count: images planned in the step on all ranks; last: last pack."""
-        self._engine.set_gradient_accumulation_boundary(last)
+    def accumulate(self, loss: Tensor, *, count: int) -> None:
+        """Backward pass of one pack. loss: sum over its images; count: images planned in the step on all ranks."""
         self._engine.backward(loss * (self.ranks.size / count), scale_wrt_gas=False)
 
     def step(self, *, lr: float) -> StepResult:
@@ -125,16 +106,8 @@ class Engine:
 
         pieces: opens the saved "weights", or moments of one kind. Each rank reads only the elements that it owns.
         """
-        zero = self._engine.optimizer
-        if self.stage == 3:
-            zero.checkpoint_event_prologue()  # partitions the small parameters, too
-        pieces("weights").read_into(self.fragments())
-        if self.stage == 3:  # copy the master weights to the network, as after an update
-            for group in range(len(zero.fp32_partitioned_groups_flat)):
-                zero._reassign_or_swap_out_partitioned_parameters(group)
-            zero.checkpoint_event_epilogue()
-        else:
-            zero.update_lp_params()
+        with weights_replaced(self._engine, stage=self.stage):
+            pieces("weights").read_into(self.fragments())
         for kind in self._kinds:
             saved = pieces(kind)
             saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._shares.items() if name in saved})
@@ -142,7 +115,7 @@ class Engine:
             state["step"] = torch.tensor(float(updates), device=self.ranks.device)
         self.updates = updates
 
-    def _moment(self, kind: str, share: _Share) -> Tensor:
+    def _moment(self, kind: str, share: Share) -> Tensor:
         """Moments vector for the weights of `share`; created with zeros if missing."""
         state = self._optimizer.state[share.weights]
         if kind not in state:
@@ -151,24 +124,6 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
-
-
-def _shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tuple[str, _Share]]:
-    """Yield this rank's share of each parameter. DeepSpeed 0.19 has no public API in stages 1 and 2, or before the first update in 3."""
-    zero = engine.optimizer
-    for name, parameter in engine.module.named_parameters():
-        if stage == 3:
-            group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
-            weights, start = zero.fp32_partitioned_groups_flat[group], rank * count
-            count = min(count, math.prod(shapes[name]) - start)  # the last rank's share is padded
-        elif parameter._hp_mapping is not None:
-            mapping = parameter._hp_mapping
-            weights = zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            start, offset, count = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
-        else:
-            continue
-        if count > 0:
-            yield name, _Share(start, weights, offset, count)
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
@@ -187,12 +142,13 @@ def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) ->
 def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:
     """DeepSpeed configuration with every key that affects the result, because its defaults change between releases.
 
-    The batch sizes have no effect: `Engine.accumulate` accumulates a step's packs. Autocast keeps weights, their gathering and gradient
-    accumulation in float32 (`lower_precision_safe_modules: []`), so that the derivative can be evaluated in float32.
+    The batch sizes have no effect: every `step` ends an accumulation (`managed_gradient_accumulation`). Autocast keeps weights, their
+    gathering and gradient accumulation in float32 (`lower_precision_safe_modules: []`), so that the derivative can be evaluated in float32.
     """
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
         "gradient_clipping": clip,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": True},
@@ -203,37 +159,3 @@ def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, A
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-
-
-def _uncompiled(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
-    """Replacement for `torch.compile` that returns the function unchanged."""
-    return (lambda decorated: decorated) if function is None else function
-
-
-def _is_relevant_to_users(record: logging.LogRecord) -> bool:
-    """Log filter: hide DeepSpeed's warning that it has not tested our Muon, and that it skips a step, which the trainer says better."""
-    return HIDDEN not in os.environ or not any(text in record.getMessage() for text in ("untested optimizer", "OVERFLOW! Skipping step"))
-
-
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed and attach it to the process group.
-
-    ZeRO imports DeepSpeed's own Muon, which is unused here but compiles on import: `torch.compile` is disabled meanwhile, which saves
-    four seconds.
-
-    On a CPU, DeepSpeed would compile a shared-memory collective (30 seconds or more, needs a compiler) that it does not use under
-    torchrun: gloo is used either way. Marked as incompatible, it is not compiled.
-    """
-    try:
-        import deepspeed
-        import deepspeed.ops
-    except ModuleNotFoundError as error:
-        if error.name != "deepspeed":
-            raise
-        raise RuntimeError("training needs deepspeed, which runs on Linux: pip install 'deepspeed>=0.19.8,<0.20'") from None
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").addFilter(_is_relevant_to_users)
-    with mock.patch.object(torch, "compile", _uncompiled):
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    return deepspeed

@@ -1,0 +1,1 @@
+"""The training engine: DeepSpeed, optimizers, learning rates, averaged weights."""
