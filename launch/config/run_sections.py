@@ -21,15 +21,15 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warm-up: constant, or cosine decay to 0."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Requires ZeRO 1 or 2."""
+    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Not with ZeRO 3."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices; biases and gains do not decay."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """AdamW's coefficients for the running averages of the gradient and its square."""
     precision: Precision = "fp32"
     """bf16: autocast; weights and gradient accumulation stay in float32."""
-    zero: Literal[1, 2, 3] = 1
-    """DeepSpeed ZeRO stage; a run can resume with another stage or another number of processes."""
+    zero: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage, 0: nothing is sharded. A run can resume with another stage or another number of processes."""
     clip: float = Field(default=1.0, ge=0)
     """Gradient clipping: largest gradient norm of a step; 0: no clipping."""
     max_skips: int = Field(default=10, ge=1)
@@ -58,9 +58,9 @@ class TrainConfig(Section):
         if self.warmup > self.steps:
             raise ConfigConflict("warmup", f"{self.warmup} warm-up steps exceed the {self.steps} steps of the run")
         if self.optimizer == "muon" and self.zero == 3:
-            raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 1 or 2, or adamw")
+            raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 0, 1 or 2, or adamw")
         if self.compile and self.zero == 3:
-            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 1 or 2, or compile=false")
+            raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 0, 1 or 2, or compile=false")
         return self
 
     @property

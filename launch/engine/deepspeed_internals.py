@@ -84,7 +84,7 @@ def shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tu
 
 @contextmanager
 def weights_replaced(engine: Any, *, stage: int) -> Iterator[None]:
-    """Copy the shares to the network at the end, as after an update. Must be called by all ranks."""
+    """Copy the shares to the network at the end, as after an update. Under ZeRO 0 they are its weights. Must be called by all ranks."""
     zero = engine.optimizer
     if stage == 3:
         _member(zero, "checkpoint_event_prologue")()  # partitions the small parameters, too
@@ -93,7 +93,7 @@ def weights_replaced(engine: Any, *, stage: int) -> Iterator[None]:
         for group in range(len(_member(zero, "fp32_partitioned_groups_flat"))):
             _member(zero, "_reassign_or_swap_out_partitioned_parameters")(group)
         _member(zero, "checkpoint_event_epilogue")()
-    else:
+    elif stage:
         _member(zero, "update_lp_params")()
 
 

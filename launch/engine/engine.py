@@ -18,8 +18,15 @@ from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.distributed.ranks import Ranks
 from launch.engine.deepspeed_internals import Share, import_deepspeed, shares, weights_replaced
 from launch.engine.muon import Muon, hidden_matrices
+from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
 
 ADAM_EPSILON = 1e-6  # as in the published TiM training
+OPTIMIZERS = {
+    ("adamw", False): torch.optim.AdamW,
+    ("adamw", True): ReplicatedAdamW,  # ZeRO 0
+    ("muon", False): Muon,
+    ("muon", True): ReplicatedMuon,
+}
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # state keys of torch's AdamW and our Muon
 
 
@@ -32,7 +39,7 @@ class StepResult:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO with AdamW or Muon. Call it like the network. Weights stay in float32."""
+    """A network under DeepSpeed ZeRO (stage 0: not sharded) with AdamW or Muon. Call it like the network. Weights stay in float32."""
 
     def __init__(
         self,
@@ -52,12 +59,13 @@ class Engine:
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
-        make = Muon if optimizer == "muon" else torch.optim.AdamW
-        self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        self._optimizer = OPTIMIZERS[optimizer, stage == 0](groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        if isinstance(self._optimizer, Replicated):
+            self._optimizer.clip = clip
         self._kinds = MOMENTS[optimizer]
-        config = _deepspeed_config(stage=stage, precision=precision, clip=clip)
+        config = _deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0)
         self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
-        self._shares = dict(shares(self._engine, shapes=self.shapes, stage=stage, rank=ranks.rank))
+        self._held, self._owned = self._shares()
         self.updates = 0  # number of applied steps
 
     def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
@@ -77,7 +85,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
+        norm = self._optimizer.grad_norm if isinstance(self._optimizer, Replicated) else self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
         self.updates += applied
         return StepResult(grad_norm=math.nan if norm is None else float(norm), applied=applied)
@@ -89,12 +97,12 @@ class Engine:
 
     def fragments(self) -> dict[str, Fragment]:
         """Views of the float32 master weights owned by this rank. The fragments of all ranks cover the whole network."""
-        return {name: share.of(share.weights) for name, share in self._shares.items()}
+        return {name: share.of(share.weights) for name, share in self._owned.items()}
 
     def moments(self) -> dict[str, dict[str, Fragment]]:
         """Views of the optimizer's moments by kind and parameter, like `fragments`; empty before the first update."""
         moments: dict[str, dict[str, Fragment]] = {kind: {} for kind in self._kinds}
-        for name, share in self._shares.items():
+        for name, share in self._owned.items():
             state = self._optimizer.state.get(share.weights, {})
             for kind in self._kinds:
                 if kind in state:
@@ -104,16 +112,25 @@ class Engine:
     def load(self, pieces: Callable[[str], ShardedTensors], *, updates: int) -> None:
         """Load weights and moments saved by any number of ranks after `updates` updates. Must be called by all ranks.
 
-        pieces: opens the saved "weights", or moments of one kind. Each rank reads only the elements that it owns.
+        pieces: opens the saved "weights", or moments of one kind. Each rank reads only the elements that it holds.
         """
         with weights_replaced(self._engine, stage=self.stage):
-            pieces("weights").read_into(self.fragments())
+            pieces("weights").read_into({name: share.of(share.weights) for name, share in self._held.items()})
         for kind in self._kinds:
             saved = pieces(kind)
-            saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._shares.items() if name in saved})
+            saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._held.items() if name in saved})
         for state in self._optimizer.state.values():
             state["step"] = torch.tensor(float(updates), device=self.ranks.device)
         self.updates = updates
+
+    def _shares(self) -> tuple[dict[str, Share], dict[str, Share]]:
+        """Shares of the parameters that this rank holds, and those that it saves and averages. They differ under ZeRO 0 only."""
+        if self.stage:
+            held = dict(shares(self._engine, shapes=self.shapes, stage=self.stage, rank=self.ranks.rank))
+            return held, held
+        held = whole_parameters(self.module)
+        owned = owned_parameters({name: share.count for name, share in held.items()}, rank=self.ranks.rank, ranks=self.ranks.size)
+        return held, {name: held[name] for name in owned}
 
     def _moment(self, kind: str, share: Share) -> Tensor:
         """Moments vector for the weights of `share`; created with zeros if missing."""

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices and AdamW for all other parameters, on the weight shards of ZeRO 1 and 2.
+"""Muon for hidden matrices and AdamW for all other parameters, on the weight shards of ZeRO 1 and 2, or whole weights under ZeRO 0.
 
 Muon (Jordan et al. 2024) replaces the gradients' momentum by the nearest orthogonal matrix. The many weak directions of a gradient then
 have the same weight as the few strong ones, which Adam's element-wise scaling cannot achieve. The update has the RMS of AdamW's
@@ -24,8 +24,8 @@ _gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist
 class Muon(torch.optim.AdamW):
     """Groups with `shapes` are stepped by Muon, the others by AdamW.
 
-    DeepSpeed replaces a group's parameters by this rank's equal share of their concatenation (the last share is padded); `shapes` are the
-    parameters' shapes. Each rank gathers the momentum and orthogonalises the matrices that overlap its share.
+    Under ZeRO 1 and 2 DeepSpeed replaces a group's parameters by this rank's equal share of their concatenation (the last share is
+    padded); `shapes` are the parameters' shapes. Each rank gathers the momentum and orthogonalises the matrices that overlap its share.
     """
 
     @torch.no_grad()
@@ -35,20 +35,21 @@ class Muon(torch.optim.AdamW):
         super().step()
         self.param_groups = groups
         for group in groups:
-            if group.get("shapes"):
-                self._step_matrices(group)
+            for weights in group["params"] if group.get("shapes") else ():
+                self._step_matrices(weights, group)
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        (share,) = group["params"]
-        if share.grad is None:
+    def _step_matrices(self, weights: Tensor, group: dict[str, Any]) -> None:
+        """Update a matrix, or this rank's share of all matrices of a group."""
+        if weights.grad is None:
             return
-        state = self.state[share]
+        state = self.state[weights]
         if not state:
-            state["momentum"] = torch.zeros_like(share)
-        momentum = state["momentum"].lerp_(share.grad, 1 - MOMENTUM)
-        nesterov = share.grad.lerp(momentum, MOMENTUM)  # Nesterov momentum
-        share.mul_(1 - group["lr"] * group["weight_decay"])
-        share.add_(self._orthogonal(nesterov, group["shapes"]), alpha=-group["lr"])
+            state["momentum"] = torch.zeros_like(weights)
+        momentum = state["momentum"].lerp_(weights.grad, 1 - MOMENTUM)
+        nesterov = weights.grad.lerp(momentum, MOMENTUM)  # Nesterov momentum
+        weights.mul_(1 - group["lr"] * group["weight_decay"])
+        update = _scaled(nesterov) if weights.ndim == 2 else self._orthogonal(nesterov, group["shapes"])
+        weights.add_(update, alpha=-group["lr"])
 
     def _orthogonal(self, share: Tensor, shapes: Iterable[tuple[int, int]]) -> Tensor:
         """This rank's share of the orthogonalised matrices. share: its share of the matrices."""
@@ -61,11 +62,15 @@ class Muon(torch.optim.AdamW):
             stop = start + math.prod(shape)
             low, high = max(start, first), min(stop, first + len(share))
             if low < high:
-                matrix = orthogonalise(gathered[start:stop].view(shape)).flatten()
-                scale = 0.2 * math.sqrt(max(shape))  # matches the RMS of AdamW's updates
-                torch.mul(matrix[low - start : high - start], scale, out=result[low - first : high - first])
+                matrix = _scaled(gathered[start:stop].view(shape)).flatten()
+                result[low - first : high - first] = matrix[low - start : high - start]
             start = stop
         return result
+
+
+def _scaled(matrix: Tensor) -> Tensor:
+    """The orthogonalised matrix with the RMS of AdamW's updates, in half precision on GPUs."""
+    return 0.2 * math.sqrt(max(matrix.shape)) * orthogonalise(matrix.bfloat16() if matrix.is_cuda else matrix)
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

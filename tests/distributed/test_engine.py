@@ -13,13 +13,26 @@ from launch.checkpoints import checkpoint
 from launch.distributed.ranks import Ranks, process_group
 from tests.distributed import engine_worker, jobs
 
-CASES = ("1-fp32-adamw", "2-fp32-adamw", "3-fp32-adamw", "2-bf16-adamw", "1-fp32-muon", "2-fp32-muon")
+CASES = (
+    "0-fp32-adamw",
+    "1-fp32-adamw",
+    "2-fp32-adamw",
+    "3-fp32-adamw",
+    "0-bf16-adamw",
+    "2-bf16-adamw",
+    "0-fp32-muon",
+    "1-fp32-muon",
+    "2-fp32-muon",
+)
 ELSEWHERE = {  # where one process goes on with what two ranks left; stage 3 would leave torch's linear patched for later tests
-    "1-fp32-adamw": "2-fp32-adamw",
+    "0-fp32-adamw": "2-fp32-adamw",
+    "1-fp32-adamw": "0-fp32-adamw",
     "2-fp32-adamw": "2-fp32-adamw",
     "3-fp32-adamw": "1-fp32-adamw",
-    "2-bf16-adamw": "1-bf16-adamw",
-    "1-fp32-muon": "1-fp32-muon",
+    "0-bf16-adamw": "1-bf16-adamw",
+    "2-bf16-adamw": "0-bf16-adamw",
+    "0-fp32-muon": "2-fp32-muon",
+    "1-fp32-muon": "0-fp32-muon",
     "2-fp32-muon": "1-fp32-muon",
 }
 PARAMETERS = 7 * 33 + 33 + 33 * 33 + 33 + 33 * 20 + 20 + 20 * 5

@@ -64,7 +64,7 @@ IN_THE_FILE = {
     "section for a number": ("  clip: {a: 1}", "7: train.clip: input should be a valid number, got {'a': 1}"),
     "number for a section": ("plan: 7", "7: plan: input should be an object, got 7"),
     "out of range": ("  warmup: -1", "7: train.warmup: input should be greater than or equal to 0, got -1"),
-    "not one of": ("  zero: 4", "7: train.zero: input should be 1, 2 or 3, got 4"),
+    "not one of": ("  zero: 4", "7: train.zero: input should be 0, 1, 2 or 3, got 4"),
     "given twice": ("  steps: 4", "7: train.steps: given twice; first at FILE:5"),
     "not YAML": ("  a: [1", "not valid YAML"),
     "warm-up longer than the run": ("  warmup: 101", "7: train.warmup: 101 warm-up steps exceed the 100 steps of the run"),
@@ -218,7 +218,7 @@ def test_an_exact_derivative_needs_whole_weights(good: Path) -> None:
 
 
 def test_packs_are_dealt_for_lock_step_where_the_zero_stage_makes_ranks_wait_in_every_pack(good: Path) -> None:
-    assert [load_config(good, overrides=[f"train.zero={stage}"]).train.lockstep for stage in (1, 2, 3)] == [False, True, True]
+    assert [load_config(good, overrides=[f"train.zero={stage}"]).train.lockstep for stage in (0, 1, 2, 3)] == [False, False, True, True]
 
 
 def test_guidance_needs_the_empty_caption(good: Path) -> None:
