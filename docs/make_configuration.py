@@ -118,7 +118,7 @@ def _type(annotation: Any, *, limits: str = "") -> str:
     if origin in (tuple, list):
         return f"list of {_type(inner[0])}"
     if origin is dict:
-        return f"names, each with: {_type(inner[1])}"
+        return "mapping" if inner[1] is Any else f"names, each with: {_type(inner[1])}"
     raise TypeError(f"no words for the type {annotation}")
 
 

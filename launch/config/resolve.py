@@ -5,7 +5,10 @@ Each step returns a new configuration. Resolving is idempotent.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from launch.config.data_sections import TextConfig
+from launch.config.deepspeed_settings import check_settings, read_settings
 from launch.config.model_sections import TRANSPORT_SETTINGS
 from launch.config.schema import Config
 from launch.config.yaml_file import ConfigConflict
@@ -17,9 +20,22 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigConflict: incompatible values.
     """
-    for step in (_resolve_transport, _resolve_condition, _resolve_alignment, _resolve_codec):
+    for step in (_resolve_deepspeed, _resolve_transport, _resolve_condition, _resolve_alignment, _resolve_codec):
         config = step(config)
     return config
+
+
+def _resolve_deepspeed(config: Config) -> Config:
+    """Replace the file of DeepSpeed settings by its content."""
+    train = config.train
+    if not isinstance(train.deepspeed, str):
+        return config
+    settings = read_settings(Path(train.deepspeed))
+    try:
+        check_settings(settings, stage=train.zero, optimizer=train.optimizer, prefix=train.deepspeed)
+    except ConfigConflict as conflict:
+        raise ConfigConflict("train.deepspeed", f"{conflict.key}: {conflict}") from None
+    return config.model_copy(update={"train": train.model_copy(update={"deepspeed": settings})})
 
 
 def _resolve_transport(config: Config) -> Config:

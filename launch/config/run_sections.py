@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from launch.config.deepspeed_settings import check_settings
 from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
@@ -30,6 +31,9 @@ class TrainConfig(Section):
     """bf16: autocast; weights and gradient accumulation stay in float32."""
     zero: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage, 0: nothing is sharded. A run can resume with another stage or another number of processes."""
+    deepspeed: dict[str, Any] | str | None = None
+    """More settings of DeepSpeed (offloading, communication): a mapping, or a JSON or YAML file in DeepSpeed's format. Keys that other
+    settings decide are rejected."""
     clip: float = Field(default=1.0, ge=0)
     """Gradient clipping: largest gradient norm of a step; 0: no clipping."""
     max_skips: int = Field(default=10, ge=1)
@@ -61,6 +65,8 @@ class TrainConfig(Section):
             raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 0, 1 or 2, or adamw")
         if self.compile and self.zero == 3:
             raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 0, 1 or 2, or compile=false")
+        if isinstance(self.deepspeed, dict):
+            check_settings(self.deepspeed, stage=self.zero, optimizer=self.optimizer, prefix="deepspeed")
         return self
 
     @property

@@ -7,14 +7,16 @@ and divided by the step's planned image count, so they do not depend on how imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
+from launch.config.deepspeed_settings import merged, offloads
 from launch.distributed.ranks import Ranks
 from launch.engine.deepspeed_internals import Share, import_deepspeed, shares, weights_replaced
 from launch.engine.muon import Muon, hidden_matrices
@@ -52,19 +54,25 @@ class Engine:
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         clip: float = 1.0,
+        deepspeed: Mapping[str, Any] | None = None,
     ) -> None:
+        """deepspeed: settings merged into DeepSpeed's configuration, checked by `launch.config.deepspeed_settings`."""
         self.ranks = ranks
         self.stage = stage
-        deepspeed = import_deepspeed()
+        settings = deepspeed or {}
+        library = import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
-        self._optimizer = OPTIMIZERS[optimizer, stage == 0](groups, lr=0.0, betas=betas, eps=ADAM_EPSILON, fused=True)
+        uses_cpu_adam = offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
+        make = library.ops.adam.DeepSpeedCPUAdam if uses_cpu_adam else partial(OPTIMIZERS[optimizer, stage == 0], fused=True)
+        self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON)
+        self._counts_in_tensors = not uses_cpu_adam  # the optimizer's number of updates
         if isinstance(self._optimizer, Replicated):
             self._optimizer.clip = clip
         self._kinds = MOMENTS[optimizer]
-        config = _deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0)
-        self._engine, *_ = deepspeed.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
+        config = merged(_deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
+        self._engine, *_ = library.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
         self._held, self._owned = self._shares()
         self.updates = 0  # number of applied steps
 
@@ -119,8 +127,8 @@ class Engine:
         for kind in self._kinds:
             saved = pieces(kind)
             saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._held.items() if name in saved})
-        for state in self._optimizer.state.values():
-            state["step"] = torch.tensor(float(updates), device=self.ranks.device)
+        for weights, state in self._optimizer.state.items():
+            state["step"] = torch.tensor(float(updates), device=weights.device) if self._counts_in_tensors else updates
         self.updates = updates
 
     def _shares(self) -> tuple[dict[str, Share], dict[str, Share]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
 DECAY = 0.5
 LR = 1e-2
+_CPU = {"device": "cpu", "pin_memory": False}
+OFFLOAD = {
+    1: {"offload_optimizer": _CPU, "reduce_bucket_size": 500},
+    2: {"offload_optimizer": _CPU, "overlap_comm": True},
+    3: {"offload_optimizer": _CPU, "offload_param": _CPU, "sub_group_size": 500, "stage3_param_persistence_threshold": 0},
+}
 
 
 class Network(nn.Module):
@@ -49,8 +56,10 @@ def packs_of(step: int) -> list[Tensor]:
 
 
 def make_engine(ranks: Ranks, case: str) -> Engine:
-    stage, precision, optimizer = case.split("-")
-    return Engine(Network(), ranks=ranks, stage=int(stage), precision=precision, optimizer=optimizer, weight_decay=0.1)  # pyright: ignore[reportArgumentType]
+    stage, precision, optimizer, *offload = case.split("-")
+    deepspeed = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": OFFLOAD[int(stage)]} if offload else None
+    settings: dict[str, Any] = {"precision": precision, "optimizer": optimizer, "deepspeed": deepspeed}
+    return Engine(Network(), ranks=ranks, stage=int(stage), weight_decay=0.1, **settings)
 
 
 def take_step(engine: Engine, ranks: Ranks, step: int, *, poison: bool = False) -> tuple[dict[str, Tensor], float, bool]:

@@ -23,7 +23,8 @@ CASES = (
     "0-fp32-muon",
     "1-fp32-muon",
     "2-fp32-muon",
-)
+    "1-fp32-adamw-offload", "2-fp32-adamw-offload", "3-fp32-adamw-offload",
+)  # fmt: skip
 ELSEWHERE = {  # where one process goes on with what two ranks left; stage 3 would leave torch's linear patched for later tests
     "0-fp32-adamw": "2-fp32-adamw",
     "1-fp32-adamw": "0-fp32-adamw",
@@ -34,6 +35,9 @@ ELSEWHERE = {  # where one process goes on with what two ranks left; stage 3 wou
     "0-fp32-muon": "2-fp32-muon",
     "1-fp32-muon": "0-fp32-muon",
     "2-fp32-muon": "1-fp32-muon",
+    "1-fp32-adamw-offload": "1-fp32-adamw",
+    "2-fp32-adamw-offload": "1-fp32-adamw-offload",
+    "3-fp32-adamw-offload": "2-fp32-adamw-offload",
 }
 PARAMETERS = 7 * 33 + 33 + 33 * 33 + 33 + 33 * 20 + 20 + 20 * 5
 
