@@ -19,8 +19,13 @@ class TrainConfig(Section):
     """Learning rate after the warm-up."""
     warmup: int = Field(default=0, ge=0)
     """Number of steps in which the learning rate rises linearly from 0."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or cosine decay to 0."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    """Learning rate after the warm-up: constant; cosine or linear decay to 0; wsd (warmup-stable-decay): constant, then linear decay to 0
+    in the last `decay` steps."""
+    decay: Annotated[int, Field(ge=1)] | None = None
+    """Number of steps of wsd's decay; null: a fifth of the run."""
+    lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
+    """Factors of the learning rate by parameter name: `{pattern: factor}`, with `*` in patterns; the first that matches counts."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Not with ZeRO 3."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -61,6 +66,11 @@ class TrainConfig(Section):
     def _fits(self) -> TrainConfig:
         if self.warmup > self.steps:
             raise ConfigConflict("warmup", f"{self.warmup} warm-up steps exceed the {self.steps} steps of the run")
+        if self.decay is not None and self.schedule != "wsd":
+            raise ConfigConflict("decay", f"only for schedule=wsd, not {self.schedule}: leave it out, or use schedule=wsd")
+        if self.schedule == "wsd" and self.warmup + self.decay_steps > self.steps:
+            why = f"{self.warmup} warm-up steps and {self.decay_steps} steps of decay exceed the {self.steps} steps of the run"
+            raise ConfigConflict("decay", why)
         if self.optimizer == "muon" and self.zero == 3:
             raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 0, 1 or 2, or adamw")
         if self.compile and self.zero == 3:
@@ -68,6 +78,11 @@ class TrainConfig(Section):
         if isinstance(self.deepspeed, dict):
             check_settings(self.deepspeed, stage=self.zero, optimizer=self.optimizer, prefix="deepspeed")
         return self
+
+    @property
+    def decay_steps(self) -> int:
+        """Number of steps of wsd's decay."""
+        return self.decay or max(1, self.steps // 5)
 
     @property
     def lockstep(self) -> bool:

@@ -19,7 +19,8 @@ from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.config.deepspeed_settings import merged, offloads
 from launch.distributed.ranks import Ranks
 from launch.engine.deepspeed_internals import Share, import_deepspeed, shares, weights_replaced
-from launch.engine.muon import Muon, hidden_matrices
+from launch.engine.muon import Muon
+from launch.engine.parameter_groups import parameter_groups
 from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
 
 ADAM_EPSILON = 1e-6  # as in the published TiM training
@@ -53,17 +54,22 @@ class Engine:
         optimizer: Literal["adamw", "muon"] = "adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
+        lr_factors: Mapping[str, float] | None = None,
         clip: float = 1.0,
         deepspeed: Mapping[str, Any] | None = None,
     ) -> None:
-        """deepspeed: settings merged into DeepSpeed's configuration, checked by `launch.config.deepspeed_settings`."""
+        """deepspeed: settings merged into DeepSpeed's configuration, checked by `launch.config.deepspeed_settings`.
+
+        Raises ValueError if a pattern of `lr_factors` matches no parameter.
+        """
         self.ranks = ranks
         self.stage = stage
         settings = deepspeed or {}
         library = import_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-        groups = _parameter_groups(network, weight_decay, muon=optimizer == "muon")
+        grouping = {"weight_decay": weight_decay, "muon": optimizer == "muon", "lr_factors": lr_factors or {}}
+        groups = ranks.run_on_all_ranks(lambda: parameter_groups(network, **grouping))
         uses_cpu_adam = offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
         make = library.ops.adam.DeepSpeedCPUAdam if uses_cpu_adam else partial(OPTIMIZERS[optimizer, stage == 0], fused=True)
         self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON)
@@ -91,7 +97,7 @@ class Engine:
     def step(self, *, lr: float) -> StepResult:
         """Update the weights from the accumulated gradients. If they are not finite, all ranks skip the update."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_factor"]
         self._engine.step()
         norm = self._optimizer.grad_norm if isinstance(self._optimizer, Replicated) else self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
@@ -149,19 +155,6 @@ class Engine:
 
     def close(self) -> None:
         self._engine.destroy()
-
-
-def _parameter_groups(network: nn.Module, weight_decay: float, *, muon: bool) -> list[dict[str, Any]]:
-    """Matrices decay; biases and gains do not. With `muon`, the hidden matrices form a group with their shapes."""
-    hidden = hidden_matrices(network) if muon else []
-    taken = {id(parameter) for parameter in hidden}
-    others = [parameter for parameter in network.parameters() if id(parameter) not in taken]
-    groups = [
-        {"params": hidden, "weight_decay": weight_decay, "shapes": [tuple(parameter.shape) for parameter in hidden]},
-        {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def make_network(section: NetworkConfig) -> TransitionTransformer:
 
 
 def make_engine(section: TrainConfig, network: TransitionTransformer, *, ranks: Ranks) -> Engine:
-    settings = section.model_dump(include={"precision", "optimizer", "betas", "weight_decay", "clip", "deepspeed"})
+    settings = section.model_dump(include={"precision", "optimizer", "betas", "weight_decay", "lr_factors", "clip", "deepspeed"})
     return Engine(network, ranks=ranks, stage=section.zero, **settings)
 
 

@@ -6,7 +6,6 @@ interrupted by a signal or a power cut therefore resumes exactly.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from launch.checkpoints import checkpoint, history, run_folder
 from launch.checkpoints.export import export
 from launch.checkpoints.history import History
 from launch.checkpoints.resuming import restore_plan, trainer_state
-from launch.config.schema import Config, ConfigError, TrainConfig, digest
+from launch.config.schema import Config, ConfigError, digest
 from launch.console import STOPPED
 from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.slurm import requeue
 from launch.distributed.torchrun import die_with_launcher
+from launch.engine.learning_rate import learning_rate
 from launch.guards import bad_samples
 from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
@@ -383,16 +383,6 @@ class Trainer:
             if self.guidance_network is not None:
                 written.append(self.guidance_network.save(folder))
         return written
-
-
-def learning_rate(step: int, train: TrainConfig) -> float:
-    """Learning rate of the update from `step` to `step + 1`. Depends only on the step, not on the number of ranks."""
-    if step < train.warmup:
-        return train.lr * (step + 1) / train.warmup
-    if train.schedule == "constant":
-        return train.lr
-    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
-    return train.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def _raise_all_failed(images: int, *, step: int) -> None:

@@ -1,29 +1,17 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 
 from launch.config.load import load_config
-from launch.config.schema import ConfigError, TrainConfig
+from launch.config.schema import ConfigError
 from launch.distributed.ranks import Ranks
 from launch.training.step_losses import StepLosses
-from launch.training.trainer import learning_rate, train
+from launch.training.trainer import train
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
-
-
-def test_the_learning_rate_is_a_function_of_the_step() -> None:
-    constant = TrainConfig(steps=100, lr=2.0, warmup=4)
-    assert [learning_rate(step, constant) for step in (0, 1, 3, 4, 99)] == [0.5, 1.0, 2.0, 2.0, 2.0]
-    cosine = TrainConfig(steps=104, lr=2.0, warmup=4, schedule="cosine")
-    rates = [learning_rate(step, cosine) for step in range(105)]
-    assert rates[4] == 2.0
-    assert rates[54] == pytest.approx(1.0)
-    assert rates[104] == pytest.approx(0.0)
-    assert all(later < earlier for earlier, later in pairwise(rates[4:]))
 
 
 def batch(*ids: str, weights: list[float], kinds: list[int]) -> Batch:
