@@ -8,6 +8,7 @@ A folder is only resumed from if its manifest is valid. Files:
     manifest.json                 sizes and digests of all files
     trainer.json                  step, counters, the planner's position
     weights-00000.safetensors     float32 weights of rank 0, see `launch.checkpoints.tensor_fragments`; ema-….safetensors: their average
+    ema-0.9999-00000.safetensors  another average, see `launch.checkpoints.averages`
     exp_avg-00000.safetensors     optimizer moments of the same fragments, one file per kind
     replica.safetensors           only after guidance has started, see `launch.training.guidance_network`
 
@@ -27,6 +28,7 @@ from typing import Any
 from torch import Tensor
 
 from launch.checkpoints import tensor_fragments
+from launch.checkpoints.averages import kind_of
 from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
 from launch.distributed.ranks import Ranks
 from pipeline.digests import file_digest
@@ -139,12 +141,12 @@ def check(folder: Path) -> CheckpointMetadata:
     return metadata
 
 
-def consolidate(folder: Path, *, ema: bool) -> dict[str, Tensor]:
-    """Merge the ranks' fragments into the full float32 weights of a checkpoint (with `ema`: their average).
+def consolidate(folder: Path, *, ema: bool | float) -> dict[str, Tensor]:
+    """Merge the ranks' fragments into the full float32 weights of a checkpoint (with `ema`: their first average, or that of a decay).
 
-    Verifies digests first. Does not need DeepSpeed. Raises CheckpointError.
+    Verifies digests first. Does not need DeepSpeed. Raises ValueError.
     """
-    pieces = Checkpoint(folder, check(folder)).pieces("ema" if ema else "weights")
+    pieces = Checkpoint(folder, check(folder)).pieces(kind_of(folder, ema))
     return {name: pieces.tensor(name) for name in pieces.shapes}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from launch.checkpoints.averages import saved_decays
 from launch.config.load import load_config
 from launch.config.schema import Config, TextConfig
 from tim import transports
@@ -34,13 +35,13 @@ class Exported:
 
 
 def export(
-    run: Path, *, out: Path, ema: bool = True, step: int | None = None, official: bool = False, with_models: bool = False
+    run: Path, *, out: Path, ema: bool | float = True, step: int | None = None, official: bool = False, with_models: bool = False
 ) -> Exported:
     """Export a run's newest intact checkpoint, or that of `step`, to the model folder `out`.
 
-    Does not need deepspeed. With `ema`, export the averaged weights, else the latest ones. `official` writes `network.yaml` and
-    `model.safetensors` for the published code instead. `with_models` also copies codec, text encoder and tokenizer into the folder. The
-    folder is written atomically; an older one of the same kind is replaced.
+    Does not need deepspeed. With `ema`, export the averaged weights (the first average, or that of a decay), else the latest ones.
+    `official` writes `network.yaml` and `model.safetensors` for the published code instead. `with_models` also copies codec, text encoder
+    and tokenizer into the folder. The folder is written atomically; an older one of the same kind is replaced.
 
     Raises:
         ValueError: `run` is not a run or has no such intact checkpoint, `out` exists and is not a model folder, or the published code
@@ -56,6 +57,9 @@ def export(
     spec = spec_of(config, step=found.metadata.step)
     published = _published(spec) if official else ""
     notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
+    decays = saved_decays(found.folder)
+    if ema is True and len(decays) > 1:
+        notes.append(f"exported the first of the averages with decay {', '.join(f'{decay:g}' for decay in decays)}: --ema chooses another")
     state = checkpoint.consolidate(found.folder, ema=ema)
     if official:
         if spec.rope != "legacy":
@@ -64,7 +68,7 @@ def export(
     else:
         save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
     parameters = sum(tensor.numel() for tensor in state.values())
-    return Exported(folder=out, step=found.metadata.step, ema=ema, parameters=parameters, notes=tuple(notes))
+    return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
 
 
 def _published(spec: ModelSpec) -> str:

@@ -312,7 +312,8 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run_dir of a training run.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint. Default: the newest.")] = None,
-    ema: Annotated[bool, typer.Option(help="Export the averaged weights, or the latest ones.")] = True,
+    ema: Annotated[float | None, typer.Option(metavar="DECAY", help="Export the average of this decay. Default: the first.")] = None,
+    no_ema: Annotated[bool, typer.Option("--no-ema", help="Export the latest weights, not an average.")] = False,
     official: Annotated[
         bool, typer.Option("--official", help="Write the format of the published TiM code: network.yaml and weights.")
     ] = False,
@@ -331,10 +332,14 @@ def export(
     with session(as_json=as_json, debug=debug) as console:
         from launch.checkpoints.export import export as export_run
 
-        done = export_run(run, out=out, ema=ema, step=step, official=official, with_models=with_models)
+        if ema is not None and no_ema:
+            raise ValueError("--ema and --no-ema exclude each other: give one of them")
+        chosen = not no_ema if ema is None else ema
+        done = export_run(run, out=out, ema=chosen, step=step, official=official, with_models=with_models)
         for note in done.notes:
             console.line(note)
         weights = "averaged weights" if done.ema else "weights"
+        weights += "" if ema is None else f" (decay {ema:g})"
         text = f"{done.folder}: {weights} of step {done.step}, {done.parameters:,} parameters"
         console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})
 

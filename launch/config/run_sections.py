@@ -11,6 +11,8 @@ from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainConfig(Section):
     steps: int = Field(ge=1)
@@ -30,7 +32,7 @@ class TrainConfig(Section):
     """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Not with ZeRO 3."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices; biases and gains do not decay."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's coefficients for the running averages of the gradient and its square."""
     precision: Precision = "fp32"
     """bf16: autocast; weights and gradient accumulation stay in float32."""
@@ -48,8 +50,9 @@ class TrainConfig(Section):
     and on with the next step, so that the spike's samples are not used again."""
     max_rollbacks: int = Field(default=3, ge=0)
     """Rollbacks of a run before a further loss spike stops it."""
-    ema: float = Field(default=0.9999, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights; the model folder holds the average."""
+    ema: Decay | Annotated[tuple[Decay, ...], Field(min_length=1)] = 0.9999
+    """Decay of the exponential moving average of the weights, or several such as `[0.999, 0.9999]`. The model folder and guidance use the
+    first."""
     attention: AttentionChoice = "auto"
     """Attention backend for training; auto: the fastest available on the device."""
     checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
@@ -66,6 +69,8 @@ class TrainConfig(Section):
     def _fits(self) -> TrainConfig:
         if self.warmup > self.steps:
             raise ConfigConflict("warmup", f"{self.warmup} warm-up steps exceed the {self.steps} steps of the run")
+        if isinstance(self.ema, tuple) and len({f"{decay:g}" for decay in self.ema}) < len(self.ema):
+            raise ConfigConflict("ema", f"{list(self.ema)} has a decay twice")
         if self.decay is not None and self.schedule != "wsd":
             raise ConfigConflict("decay", f"only for schedule=wsd, not {self.schedule}: leave it out, or use schedule=wsd")
         if self.schedule == "wsd" and self.warmup + self.decay_steps > self.steps:

@@ -1,13 +1,14 @@
-"""Exponential moving average (EMA) of the weights, sharded like the optimizer state: each rank averages its own float32 weights.
+"""Exponential moving averages (EMA) of the weights, sharded like the optimizer state: each rank averages its own float32 weights.
 
-No communication. Memory: 4 bytes per parameter, divided by the number of ranks.
+No communication. Memory: 4 bytes per parameter and average, divided by the number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
-from launch.checkpoints.tensor_fragments import Fragment
+from launch.checkpoints.averages import FIRST, average_kinds
+from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 
 
 def decay_at(updates: int, *, decay: float) -> float:
@@ -16,14 +17,45 @@ def decay_at(updates: int, *, decay: float) -> float:
 
 
 class ShardedEMA:
-    """Moving average of this rank's fragments; with `decay` 0 it equals the weights."""
+    """Moving averages of this rank's fragments, one per decay; with decay 0 an average equals the weights."""
 
-    def __init__(self, fragments: Mapping[str, Fragment], *, decay: float) -> None:
-        self.decay = decay
-        self.average = {name: Fragment(fragment.start, fragment.values.clone()) for name, fragment in fragments.items()}
+    def __init__(self, fragments: Mapping[str, Fragment], *, decay: float | Sequence[float]) -> None:
+        self.decays = tuple(decay) if isinstance(decay, Sequence) else (decay,)
+        self.averages = [_copy(fragments) for _ in self.decays]
+
+    @property
+    def average(self) -> dict[str, Fragment]:
+        """The first average, which the model folder and guidance use."""
+        return self.averages[0]
 
     def update(self, fragments: Mapping[str, Fragment], *, updates: int) -> None:
-        """Move the average towards the weights. updates: number of previous updates."""
-        rate = 1 - decay_at(updates, decay=self.decay)
+        """Move the averages towards the weights. updates: number of previous updates."""
+        rates = [1 - decay_at(updates, decay=decay) for decay in self.decays]
         for name, fragment in fragments.items():
-            self.average[name].values.lerp_(fragment.values, rate)
+            for average, rate in zip(self.averages, rates, strict=True):
+                average[name].values.lerp_(fragment.values, rate)
+
+    def pieces(self) -> dict[str, dict[str, Fragment]]:
+        """The averages by the kind of their files in a checkpoint."""
+        return dict(zip(average_kinds(self.decays), self.averages, strict=True))
+
+    def load(self, pieces: Callable[[str], ShardedTensors], weights: Mapping[str, Fragment], *, saved: Sequence[float] | None) -> list[str]:
+        """Load the averages of a checkpoint with the `saved` decays (None: one of unknown decay). Returns log lines.
+
+        An average goes on if its decay was saved; so does a single one whose decay has changed. Others start from the `weights`.
+        """
+        kinds = dict(zip(saved, average_kinds(saved), strict=True)) if saved else {}
+        if not saved or len(saved) == len(self.decays) == 1:
+            kinds.setdefault(self.decays[0], FIRST)
+        notes = []
+        for index, decay in enumerate(self.decays):
+            if decay in kinds:
+                pieces(kinds[decay]).read_into(self.averages[index])
+            else:
+                self.averages[index] = _copy(weights)
+                notes.append(f"train.ema: the average with decay {decay:g} is new, it starts from the weights of this checkpoint")
+        return notes
+
+
+def _copy(fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
+    return {name: Fragment(fragment.start, fragment.values.clone()) for name, fragment in fragments.items()}

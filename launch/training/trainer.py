@@ -6,7 +6,7 @@ interrupted by a signal or a power cut therefore resumes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,7 +292,7 @@ class Trainer:
             remedy = "lower train.lr, or raise train.max_rollbacks"
             raise RuntimeError(f"loss spike at step {self.step} after {train.max_rollbacks} rollbacks: {spike}: {remedy}")
         state = self.ranks.run_on_all_ranks(lambda: trainer_state(found, config=self.config, shapes=self.parts.engine.shapes))
-        self._load_weights(found, updates=state["updates"])
+        self._load_weights(found, state)
         self.meter.count("rollbacks", 1)
         back = f"went back to the weights of step {found.metadata.step}; training goes on with step {self.step + 1}"
         self.log(f"warning: loss spike at step {self.step}: {spike}; {back}")
@@ -334,20 +334,21 @@ class Trainer:
         Raises ValueError if its network, optimizer or plan differs.
         """
         state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._restore_state(found, recorded=recorded, replan=replan))
-        self._load_weights(found, updates=state["updates"])
+        notes += self._load_weights(found, state)
         self.meter.load_state_dict(state["meter"])
         if "spikes" in state:  # not in older checkpoints
             self.spikes.load_state_dict(state["spikes"])
         self.step = found.metadata.step
         return notes
 
-    def _load_weights(self, found: checkpoint.Checkpoint, *, updates: int) -> None:
-        """Load weights, moments and averages."""
-        self.parts.engine.load(found.pieces, updates=updates)
-        found.pieces("ema").read_into(self.parts.ema.average)
+    def _load_weights(self, found: checkpoint.Checkpoint, state: Mapping[str, Any]) -> list[str]:
+        """Load weights, moments and averages of a checkpoint with the trainer's `state`. Returns log lines."""
+        self.parts.engine.load(found.pieces, updates=state["updates"])
+        notes = self.parts.ema.load(found.pieces, self.parts.engine.fragments(), saved=state.get("ema"))
         if (found.folder / guidance_network.FILE).is_file():
             self.guidance_network = self._new_guidance_network()
             self.guidance_network.load(found.folder)
+        return notes
 
     def _restore_state(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
         """Restore the plan of a checkpoint. Returns its trainer state, the run's history, and log lines."""
@@ -366,13 +367,14 @@ class Trainer:
     def _write_part(self, folder: Path) -> list[Path]:
         """Write this rank's part of a checkpoint."""
         engine = self.parts.engine
-        pieces = {"weights": engine.fragments(), "ema": self.parts.ema.average, **engine.moments()}
+        pieces = {"weights": engine.fragments(), **self.parts.ema.pieces(), **engine.moments()}
         written = checkpoint.write_pieces(folder, pieces, rank=self.ranks.rank, shapes=engine.shapes)
         if self.ranks.is_main:
             state = {
                 "format": checkpoint.FORMAT,
                 "step": self.step,
                 "updates": engine.updates,
+                "ema": list(self.parts.ema.decays),
                 "optimizer": self.config.train.optimizer,
                 "data": self.parts.loader.state_dict(),
                 "meter": self.meter.state_dict(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -11,10 +12,13 @@ import yaml
 from torch import Tensor
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.averages import average_kinds
 from launch.checkpoints.export import export, model_folder, spec_of
 from launch.checkpoints.tensor_fragments import Fragment
+from launch.cli import main
 from launch.config.load import load_config
 from launch.distributed.ranks import Ranks
+from pipeline.digests import file_digest
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model
 from tim.pretrained.official import read_weights
@@ -56,6 +60,21 @@ def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
     checkpoint.save(run, metadata, ranks=ranks, write=write, keep_last=9)
 
 
+def add_averages(run: Path, *, step: int, decays: list[float]) -> None:
+    """Make the checkpoint of a step one with averages of these decays, all weights of which are the decay."""
+    spec = spec_of(load_config(run / "config.yaml"))
+    network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    fragments = {decay: {name: Fragment(0, torch.full(shape, decay).flatten()) for name, shape in shapes.items()} for decay in decays}
+    pieces = dict(zip(average_kinds(decays), fragments.values(), strict=True))
+    paths = checkpoint.write_pieces(folder, pieces, rank=0, shapes=shapes)
+    paths.append(checkpoint.write_trainer_state(folder, {"ema": decays}))
+    manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+    manifest["files"].update({path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths})
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+
+
 def some_weight(folder: Path) -> float:
     network, _ = load_model(folder)
     values: Tensor = next(network.parameters())
@@ -78,6 +97,31 @@ def test_another_step_and_the_last_weights(run: Path, tmp_path: Path) -> None:
     assert some_weight(tmp_path / "m") == 30.0
     with pytest.raises(ValueError, match="no checkpoint of step 4; available: 3, 5"):
         export(run, out=tmp_path / "n", step=4)
+
+
+def test_one_of_several_averages_is_chosen_by_its_decay(run: Path, tmp_path: Path) -> None:
+    add_averages(run, step=5, decays=[0.5, 0.25, 0.9375])
+    done = export(run, out=tmp_path / "first")
+    assert some_weight(tmp_path / "first") == 0.5
+    assert done.notes == ("exported the first of the averages with decay 0.5, 0.25, 0.9375: --ema chooses another",)
+    done = export(run, out=tmp_path / "third", ema=0.9375)
+    assert some_weight(tmp_path / "third") == 0.9375
+    assert (done.ema, done.notes) == (True, ())
+    with pytest.raises(ValueError, match=r"step-000005: no average with decay 0\.999; available: 0\.5, 0\.25, 0\.9375"):
+        export(run, out=tmp_path / "x", ema=0.999)
+    with pytest.raises(ValueError, match=r"step-000003: no average with decay 0\.999; available: one without its decay"):
+        export(run, out=tmp_path / "x", step=3, ema=0.999)
+
+
+def test_the_command_line_chooses_an_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_averages(run, step=5, decays=[0.5, 0.25])
+    for number, (options, weight) in enumerate({(): 0.5, ("--ema", "0.25"): 0.25, ("--no-ema",): 50.0}.items()):
+        assert main(["export", str(run), "--out", str(tmp_path / str(number)), *options]) == 0
+        assert some_weight(tmp_path / str(number)) == weight
+    assert "averaged weights (decay 0.25) of step 5" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", str(run), "--out", str(tmp_path / "x"), "--no-ema", "--ema", "0.25"])
+    assert "--ema and --no-ema exclude each other" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path) -> None:

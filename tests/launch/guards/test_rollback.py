@@ -86,7 +86,7 @@ def test_a_spike_takes_the_weights_back_and_not_the_plan(config: Config, alone: 
         other = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
         found = checkpoint.newest(config.run_dir)
         assert found is not None
-        other._load_weights(found, updates=updates)
+        other._load_weights(found, checkpoint.read_trainer_state(found.folder))
         other.parts.loader.load_state_dict(position)
         other.step = hit_at + STEPS_IN_A_ROW
         run_until(other, other.step + 5)
