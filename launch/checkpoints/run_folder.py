@@ -18,6 +18,7 @@ from pipeline.storage.atomic import publish_text, remove_temporary_files
 
 CONFIG = "config.yaml"
 LOCK = "lock"
+BEFORE_CONFIG = {LOCK, "ranks", "stacks"}  # written before config.yaml, and left by a start that was killed
 DRAWS = (
     "text.caption_dropout",
     "text.caption_weights",
@@ -37,7 +38,7 @@ def exclusive_lock(run_dir: Path) -> Iterator[None]:
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir {run_dir} is a file; give a folder")
     existing = sorted(path.name for path in run_dir.iterdir()) if run_dir.is_dir() else []
-    if existing and CONFIG not in existing and existing != [LOCK]:
+    if existing and CONFIG not in existing and not BEFORE_CONFIG.issuperset(existing):
         raise ConfigError(f"run_dir {run_dir} is not a run folder (it holds {', '.join(existing[:3])}); give another folder")
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / LOCK

@@ -202,6 +202,9 @@ def launch(
     nnodes: Annotated[int, typer.Option(min=1, help="Number of machines; run the command on each of them.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="Index of this machine, from 0.")] = 0,
     rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Address of machine 0.")] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="How often to start all processes again from the newest checkpoint after one died or hung.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command without running it.")] = False,
     replan: Replan = False,
     as_json: Json = False,
@@ -210,7 +213,7 @@ def launch(
     """Train with several processes.
 
     The processes run under torchrun and never outlive this command. Resumes an existing run in run_dir, also with a different number of
-    processes: samples and random draws of each step stay the same.
+    processes: samples and random draws of each step stay the same. Names the process that died or hung, and what it was doing.
 
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """
@@ -229,12 +232,13 @@ def launch(
             "node_rank": node_rank,
             "rdzv_endpoint": rdzv_endpoint,
             "options": [*["--debug"] * debug, *["--replan"] * replan],
+            "max_restarts": max_restarts,
         }
         if dry_run:
             line = torchrun.command_line(torchrun.torchrun_arguments(source, **layout), nproc_per_node=nproc_per_node)
             console.result(line, data={"command": line})
             return
-        code = torchrun.launch(source, **layout)
+        code = torchrun.launch(source, **layout, run_dir=run_dir, hang_limits=settings.train.hang_limits)
         if code == 0:
             _print_result(console, run_dir, steps=settings.train.steps)
         elif code == STOPPED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -12,6 +14,8 @@ from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+StepSection = Literal["start", "data", "compute", "collective", "save"]
+HANG_LIMITS: Mapping[StepSection, float] = {"start": 3600, "data": 1800, "compute": 1800, "collective": 1800, "save": 3600}  # seconds
 
 
 class TrainConfig(Section):
@@ -64,6 +68,9 @@ class TrainConfig(Section):
     when a run is resumed."""
     init_strict: bool = True
     """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
+    hang_timeout: Annotated[float, Field(ge=0)] | dict[StepSection, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """Seconds that a rank may spend in one section of a step before it counts as hung and the job ends: one number for all sections, or
+    numbers by section. Sections not given: start and save 3600, data, compute and collective 1800. 0: no limit."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -88,6 +95,18 @@ class TrainConfig(Section):
     def decay_steps(self) -> int:
         """Number of steps of wsd's decay."""
         return self.decay or max(1, self.steps // 5)
+
+    @property
+    def hang_limits(self) -> dict[str, float]:
+        """Seconds by section."""
+        given = self.hang_timeout if isinstance(self.hang_timeout, dict) else dict.fromkeys(HANG_LIMITS, self.hang_timeout)
+        return {**HANG_LIMITS, **given}
+
+    @property
+    def group_timeout(self) -> timedelta:
+        """How long collective operations wait: longer than the longest section, so that the rank that hangs is found first."""
+        limits = self.hang_limits.values()
+        return timedelta(seconds=max(limits) + 600) if all(limits) else timedelta(days=7)
 
     @property
     def lockstep(self) -> bool:

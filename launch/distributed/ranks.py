@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.distributed.device import choose_device
+from launch.distributed.heartbeat import HEARTBEAT
 
 Result = TypeVar("Result")
 
-GROUP_TIMEOUT = timedelta(minutes=60)  # rank 0 may take this long to verify a large checkpoint
+GROUP_TIMEOUT = timedelta(minutes=70)  # above the longest section of a step by default: see TrainConfig.hang_timeout
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +38,34 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        dist.barrier()
+        with HEARTBEAT.collective():
+            dist.barrier()
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks. Returns a CPU tensor of the same dtype."""
-        return self.total(values.to(self.device, copy=True)).cpu()
+        with HEARTBEAT.collective():  # on a GPU, `cpu` waits for the sum
+            values = values.to(self.device, copy=True)
+            dist.all_reduce(values)
+            return values.cpu()
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place, on this rank's device."""
-        dist.all_reduce(values)
+        with HEARTBEAT.collective():
+            dist.all_reduce(values)
         return values
 
     def gather(self, value: Result) -> list[Result]:
         """Values of all ranks, in rank order."""
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with HEARTBEAT.collective():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Result) -> Result:
         """Value of rank 0."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with HEARTBEAT.collective():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
     def run_on_rank0(self, action: Callable[[], Result]) -> Result:
@@ -97,8 +105,10 @@ def _raise_collectively(codes: Sequence[int | None], *, error: Exception | None)
 
 
 @contextmanager
-def process_group() -> Iterator[Ranks]:
+def process_group(*, timeout: timedelta = GROUP_TIMEOUT) -> Iterator[Ranks]:
     """Join the process group of torchrun, or create one with a single process. Destroy it at the end.
+
+    timeout: how long a collective operation may wait for another rank.
 
     Uses NCCL if a GPU is visible, else gloo. The group is destroyed even if the body fails, because ZeRO-3 aborts otherwise.
     """
@@ -110,10 +120,10 @@ def process_group() -> Iterator[Ranks]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_single = "RANK" not in os.environ
     if not is_single:
-        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=GROUP_TIMEOUT)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
     try:
         yield Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     finally:

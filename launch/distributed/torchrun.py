@@ -1,7 +1,8 @@
 """Start one training process per device with torchrun, and leave no orphan processes.
 
 The kernel kills workers when their launcher dies, even by `kill -9`. Signals are forwarded to the workers, which run in sessions of their
-own (`launch.distributed.signals` says what they do); the launcher waits for them without a timeout.
+own (`launch.distributed.signals` says what they do); the launcher waits for them without a timeout. A supervisor reports ranks that die or
+hang.
 """
 
 from __future__ import annotations
@@ -12,12 +13,18 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from unittest import mock
 
-LAUNCHER = "TIM_LAUNCHER_PID"
+from launch.distributed.heartbeat import LAUNCHER
+from launch.distributed.stacks import nccl_environment
+from launch.distributed.supervisor import Supervisor
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
@@ -31,6 +38,9 @@ def launch(
     node_rank: int = 0,
     rdzv_endpoint: str | None = None,
     options: Sequence[str] = (),
+    max_restarts: int = 0,
+    run_dir: Path | None = None,
+    hang_limits: Mapping[str, float] | None = None,
 ) -> int:
     """Train with `nproc_per_node` processes on each of `nnodes` machines. Run it once on every machine. Returns the exit code.
 
@@ -39,6 +49,9 @@ def launch(
         node_rank: index of this machine.
         rdzv_endpoint: host:port of machine 0 for the rendezvous; required with more than one machine.
         options: options of `tim train`, placed before the config, e.g. `--debug`.
+        max_restarts: how often to start all ranks again from the newest checkpoint after one died or hung.
+        run_dir: the run folder, where ranks write what they are doing.
+        hang_limits: seconds that a rank may spend in a section, by section (`TrainConfig.hang_limits`); None: no limits.
 
     Raises:
         ValueError: an invalid layout.
@@ -51,28 +64,36 @@ def launch(
         node_rank=node_rank,
         rdzv_endpoint=rdzv_endpoint,
         options=options,
+        max_restarts=max_restarts,
     )
-    return _torchrun(arguments, processes=nproc_per_node)
+    with tempfile.TemporaryDirectory(prefix="tim-nccl-") as folder:
+        limits = hang_limits or {}
+        supervisor = Supervisor(run_dir=run_dir, limits=limits, max_restarts=max_restarts, nccl=Path(folder))
+        return _torchrun(arguments, processes=nproc_per_node, supervisor=supervisor)
 
 
 def run_in_processes(command: Sequence[str], *, processes: int) -> int:
     """Run `tim COMMAND…` in `processes` processes on this machine, connected by torchrun. Returns the exit code."""
     arguments = ["--nnodes=1", f"--nproc-per-node={processes}", "--standalone", "--signals-to-handle=SIGQUIT", "-m", "launch.cli"]
-    return _torchrun([*arguments, *command], processes=processes)
+    return _torchrun([*arguments, *command], processes=processes, supervisor=Supervisor(run_dir=None, limits={}))
 
 
-def _torchrun(arguments: Sequence[str], *, processes: int) -> int:
+def _torchrun(arguments: Sequence[str], *, processes: int, supervisor: Supervisor) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher import api
+
+    from launch.distributed.agent import SupervisedAgent
 
     os.environ.update(worker_environment(processes))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers report their own errors
-    with _forwarded_signals():
+    if supervisor.nccl is not None:
+        os.environ.update({name: os.environ.get(name, value) for name, value in nccl_environment(supervisor.nccl).items()})
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers and the supervisor report errors
+    with _forwarded_signals(supervisor), mock.patch.object(api, "LocalElasticAgent", partial(SupervisedAgent, supervisor)):
         try:
             torchrun.run(torchrun.parse_args(list(arguments)))
-        except ChildFailedError as failed:
-            code = failed.get_first_failure()[1].exitcode
-            return code if code > 0 else 1
+        except ChildFailedError:
+            return supervisor.exit_code
     return 0
 
 
@@ -92,6 +113,7 @@ def torchrun_arguments(
     node_rank: int,
     rdzv_endpoint: str | None,
     options: Sequence[str] = (),
+    max_restarts: int = 0,
 ) -> list[str]:
     """Arguments of torchrun. Raises ValueError for an invalid layout."""
     if nproc_per_node < 1 or nnodes < 1:
@@ -107,7 +129,8 @@ def torchrun_arguments(
         if not host or not port.isdigit():
             raise ValueError(f"--rdzv-endpoint {rdzv_endpoint}: give HOST:PORT")
         rendezvous = ["--rdzv-backend=static", f"--master-addr={host}", f"--master-port={port}", f"--node-rank={node_rank}"]
-    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous]
+    restarts = [f"--max-restarts={max_restarts}"] * (max_restarts > 0)
+    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous, *restarts]
     return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
 
 
@@ -133,10 +156,11 @@ def die_with_launcher() -> None:
 
 
 @contextmanager
-def _forwarded_signals() -> Iterator[None]:
+def _forwarded_signals(supervisor: Supervisor) -> Iterator[None]:
     """Forward signals to the workers and keep waiting for them; torchrun itself would kill them after 30 seconds."""
 
     def forward(number: int, frame: FrameType | None) -> None:
+        supervisor.stopping |= number != signal.SIGUSR1  # no restart
         for worker in _workers():
             os.kill(worker, number)
 

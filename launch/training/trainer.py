@@ -21,6 +21,7 @@ from launch.checkpoints.history import History
 from launch.checkpoints.resuming import restore_plan, trainer_state
 from launch.config.schema import Config, ConfigError, digest
 from launch.console import STOPPED
+from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
 from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.slurm import requeue
@@ -67,14 +68,15 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
     check_models(config)
 
-    with ExitStack() as cleanup:
+    with quiet_if_connection_lost(), ExitStack() as cleanup:
         # processes
         signals = cleanup.enter_context(catch_signals())
-        ranks = cleanup.enter_context(process_group())
+        ranks = cleanup.enter_context(process_group(timeout=config.train.group_timeout))
 
         # plan and run folder
         planner = ranks.run_on_all_ranks(lambda: make_planner(config))
         ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
+        cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
         found, changes, recorded = ranks.run_on_rank0(
             lambda: (checkpoint.newest(run_dir), run_folder.changes_on_resume(run_dir, config), history.read(run_dir))
         )
@@ -110,6 +112,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
             raise SystemExit(STOPPED)
 
         # model folder
+        HEARTBEAT.section("save")
         model = run_dir / "model"
         ranks.run_on_rank0(lambda: export(run_dir, out=model))
         progress.log(f"model: {model}")
@@ -167,6 +170,7 @@ class Trainer:
     def take_step(self) -> StepMeasure:
         """Update the weights once. Samples that make the loss non-finite are left out."""
         # data
+        HEARTBEAT.section("data", step=self.step + 1)
         if self._steps is None:
             self._steps = iter(self.parts.loader)
             self.meter.pause()
@@ -214,6 +218,7 @@ class Trainer:
         """Forward and backward passes of this rank's packs. count: images planned in the step on all ranks."""
         losses = StepLosses()
         for batch in batches:
+            HEARTBEAT.section("compute", keys=batch.ids)
             of_pack = self._losses(batch)
             self.parts.engine.accumulate(of_pack.loss, count=count)
             losses.add(batch, of_pack)
@@ -323,6 +328,7 @@ class Trainer:
 
     def save(self, run_dir: Path) -> Path:
         """Write a checkpoint of this step."""
+        HEARTBEAT.section("save")
         metadata = checkpoint.CheckpointMetadata(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
         folder = checkpoint.save(run_dir, metadata, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
         self.meter.pause()
