@@ -3,6 +3,8 @@
     all ranks write into step-000500.tmp/ → fsync → rank 0 writes manifest.json (sizes, digests, world size, config hash)
     → rename to step-000500/ → RUN/latest
 
+Training saves in the background (`launch.checkpoints.background`).
+
 A folder is only resumed from if its manifest is valid. Files:
 
     manifest.json                 sizes and digests of all files
@@ -21,6 +23,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,9 @@ from pipeline.storage.atomic import fsync_path, publish_text
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+TRAINER_STATE = "trainer.json"
+CHECKPOINTS, LATEST = "checkpoints", "latest"  # in a run folder
+PARTIAL = ".tmp"
 
 
 class CheckpointError(ValueError):
@@ -69,16 +75,15 @@ class Checkpoint:
 
 
 def save(run_dir: Path, metadata: CheckpointMetadata, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
-    """Write a checkpoint. Must be called by all ranks. `write` writes this rank's files to a folder and returns their paths.
+    """Write a checkpoint and wait for it. Must be called by all ranks. `write` writes this rank's files to a folder, returns their paths.
 
     Removes all but the newest `keep_last` checkpoints, and the remains of interrupted saves.
     """
-    final = run_dir / "checkpoints" / f"step-{metadata.step:06d}"
-    partial = final.with_name(final.name + ".tmp")
-    ranks.run_on_rank0(lambda: _create_partial_folder(partial))
-    files = {str(path.relative_to(partial)): _fsync_and_hash(path) for path in write(partial)}
+    partial = ranks.run_on_rank0(lambda: create_partial_folder(run_dir, step=metadata.step))
+    files = {str(path.relative_to(partial)): file_facts(path) for path in write(partial)}
     files_by_rank = ranks.gather(files)
-    ranks.run_on_rank0(lambda: _publish(run_dir, partial, final, metadata, files_by_rank, keep_last))
+    final = ranks.run_on_rank0(lambda: publish(run_dir, partial, metadata, files_by_rank))
+    ranks.run_on_rank0(lambda: [remove(old) for old in step_folders(run_dir)[:-keep_last]])
     return final
 
 
@@ -88,7 +93,7 @@ def newest(run_dir: Path) -> Checkpoint | None:
     Raises CheckpointError if there are checkpoints but none is intact: the user must decide whether to start again.
     """
     skipped: list[str] = []
-    for folder in reversed(_step_folders(run_dir)):
+    for folder in reversed(step_folders(run_dir)):
         metadata = _metadata_or_problem(folder)
         if isinstance(metadata, CheckpointMetadata):
             return Checkpoint(folder, metadata, tuple(skipped))
@@ -105,9 +110,9 @@ def find(run_dir: Path, *, step: int | None = None) -> Checkpoint:
         if found is None:
             raise CheckpointError(f"{run_dir}: no checkpoint here; a run folder has them in checkpoints/step-000500")
         return found
-    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder = step_folder(run_dir, step)
     if not folder.is_dir():
-        known = ", ".join(str(_step(other)) for other in _step_folders(run_dir)) or "none"
+        known = ", ".join(str(step_of(other)) for other in step_folders(run_dir)) or "none"
         raise CheckpointError(f"{run_dir}: no checkpoint of step {step}; available: {known}")
     return Checkpoint(folder, check(folder))
 
@@ -163,11 +168,11 @@ def write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Fragment]], *, 
 
 
 def read_trainer_state(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "trainer.json").read_text(encoding="utf-8"))
+    return json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
 
 
 def write_trainer_state(folder: Path, state: Mapping[str, Any]) -> Path:
-    path = folder / "trainer.json"
+    path = folder / TRAINER_STATE
     path.write_text(json.dumps(state, indent=1), encoding="utf-8")
     return path
 
@@ -179,48 +184,56 @@ def _metadata_or_problem(folder: Path) -> CheckpointMetadata | str:
         return str(problem)
 
 
-def _create_partial_folder(partial: Path) -> None:
+def create_partial_folder(run_dir: Path, *, step: int) -> Path:
+    """Create the empty folder that a checkpoint is written to. Removes the remains of interrupted saves."""
+    partial = step_folder(run_dir, step).with_suffix(PARTIAL)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    for interrupted in partial.parent.glob("step-*.tmp"):
-        shutil.rmtree(interrupted)
+    for interrupted in partial.parent.glob(f"step-*{PARTIAL}"):
+        shutil.rmtree(interrupted, ignore_errors=True)
     partial.mkdir()
+    return partial
 
 
-def _publish(
-    run_dir: Path, partial: Path, final: Path, metadata: CheckpointMetadata, files_by_rank: list[dict[str, Any]], keep_last: int
-) -> None:
+def publish(run_dir: Path, partial: Path, metadata: CheckpointMetadata, files_by_rank: list[dict[str, Any]]) -> Path:
+    """Turn a written folder into a checkpoint. files_by_rank: `bytes` and `sha256` of the files of each rank, by name. Raises OSError."""
     files = {name: entry for part in files_by_rank for name, entry in sorted(part.items())}
     written = {str(path.relative_to(partial)) for path in partial.rglob("*") if path.is_file()}
     assert written == set(files), f"files that no rank reported: {written ^ set(files)}"
     publish_text(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
         fsync_path(folder)
+    final = step_folder(run_dir, metadata.step)
     if final.exists():  # a damaged one that was skipped on resume
-        _remove(final)
+        remove(final)
     partial.rename(final)
     fsync_path(final.parent)
-    publish_text(run_dir / "latest", final.name + "\n")
-    for old in _step_folders(run_dir)[:-keep_last]:
-        _remove(old)
+    publish_text(run_dir / LATEST, final.name + "\n")
+    return final
 
 
-def _remove(folder: Path) -> None:
-    """Remove a checkpoint without leaving a partial folder under its name."""
-    renamed = folder.with_name(folder.name + ".gone.tmp")
-    folder.rename(renamed)
-    shutil.rmtree(renamed)
+def remove(folder: Path) -> None:
+    """Remove a checkpoint without leaving a partial folder under its name. No effect if it does not exist."""
+    renamed = folder.with_name(f"{folder.name}.gone{PARTIAL}")
+    with suppress(FileNotFoundError):
+        folder.rename(renamed)
+        shutil.rmtree(renamed)
 
 
-def _step_folders(run_dir: Path) -> list[Path]:
+def step_folder(run_dir: Path, step: int) -> Path:
+    return run_dir / CHECKPOINTS / f"step-{step:06d}"
+
+
+def step_folders(run_dir: Path) -> list[Path]:
     """Folders named like a checkpoint, oldest step first."""
-    named = [path for path in (run_dir / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
-    return sorted(named, key=_step)
+    named = [path for path in (run_dir / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name) and path.is_dir()]
+    return sorted(named, key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _fsync_and_hash(path: Path) -> dict[str, Any]:
+def file_facts(path: Path) -> dict[str, Any]:
+    """Flush a file to the disk. Returns its `bytes` and `sha256`, as the manifest has them."""
     fsync_path(path)
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}

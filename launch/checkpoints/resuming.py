@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.disk import check_mounted
 from launch.checkpoints.history import History, Replan
+from launch.checkpoints.mirror import Mirror
 from launch.checkpoints.tensor_fragments import Shapes
 from launch.config.schema import Config, ConfigError
 from pipeline.loading.loader import Loader
@@ -20,6 +22,32 @@ _CONFIG_KEYS = {
     "caption_weights": "text.caption_weights",
     "shuffle_tags": "text.shuffle_tags",
 }
+
+
+def find_checkpoint(run_dir: Path, *, mirror: str | None) -> checkpoint.Checkpoint | None:
+    """The checkpoint to resume from: the newest local one, else the newest of the mirror, which is copied to the run folder.
+
+    None for a new run. Raises CheckpointError if the run has begun but has no intact checkpoint, ConfigError if the mirror belongs to
+    another run, and OSError if it is needed but cannot be reached.
+    """
+    copies = None if mirror is None else Mirror(mirror, run_dir=run_dir)
+    found = problem = None
+    try:
+        found = checkpoint.newest(run_dir)
+    except checkpoint.CheckpointError as error:
+        problem = error
+    if copies is not None:
+        try:
+            copies.check_owner()
+            found = found or copies.restore()
+        except OSError:
+            if found is None:
+                raise
+    if found is None and problem is not None:
+        raise problem
+    if found is None:
+        check_mounted(run_dir)
+    return found
 
 
 def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shapes) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from launch.checkpoints.checkpoint import CHECKPOINTS
 from launch.checkpoints.history import History, write
 from launch.config.schema import Config, ConfigError, to_yaml
 from pipeline.storage.atomic import publish_text, remove_temporary_files
@@ -79,7 +80,11 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
 
 
 def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
-    """Write RUN/config.yaml, with the run's history as leading comments, and RUN/history.json."""
+    """Write RUN/config.yaml, with the run's history as leading comments, and RUN/history.json. Creates RUN/checkpoints.
+
+    From then on a missing RUN/checkpoints is an error (`launch.checkpoints.disk.check_mounted`).
+    """
+    (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     write(run_dir, history)
     comments = "".join(f"# {line}\n" for line in history.lines())
     publish_text(run_dir / CONFIG, comments + to_yaml(config))

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from tim.pretrained.safetensors_files import LazyTensors, write_file
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,11 +30,11 @@ class Fragment:
     values: Tensor
 
 
-def save(path: Path, fragments: Mapping[str, Fragment], *, shapes: Shapes) -> None:
-    """Write one rank's fragments, with the shapes of all network parameters."""
+def save(path: Path, fragments: Mapping[str, Fragment], *, shapes: Shapes) -> dict[str, Any]:
+    """Write one rank's fragments, with the shapes of all network parameters. Returns the file's `bytes` and `sha256`."""
     starts = {name: fragment.start for name, fragment in fragments.items()}
     metadata = {"format": "1", "starts": json.dumps(starts), "shapes": json.dumps({name: list(shape) for name, shape in shapes.items()})}
-    save_file({name: fragment.values.cpu().contiguous() for name, fragment in fragments.items()}, path, metadata=metadata)
+    return write_file(path, LazyTensors.of({name: fragment.values for name, fragment in fragments.items()}), metadata=metadata)
 
 
 class ShardedTensors:

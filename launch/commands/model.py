@@ -188,7 +188,7 @@ def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False,
     with session(as_json=as_json, debug=debug) as console:
         from launch.config.load import load_config
         from launch.distributed import torchrun
-        from launch.training.trainer import train as train_run
+        from launch.training.train import train as train_run
 
         source, overrides = one_config(config)
         done = train_run(load_config(source, overrides=overrides), replan=replan)

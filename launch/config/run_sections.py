@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Annotated, Any, Literal
@@ -117,8 +118,30 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints; another one is written at the end."""
+    every_minutes: float | None = Field(default=None, gt=0)
+    """Also save when this many minutes have passed since the last save."""
     keep_last: int = Field(default=2, ge=1)
     """Number of checkpoints to keep."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Keep checkpoints of multiples of this step for good; a multiple of `every`."""
+    mirror: str | None = None
+    """A folder or URL (s3://…) that checkpoints are copied to. Nothing local is deleted before its copy is checked, and a run without local
+    checkpoints resumes from the copies."""
+    on_checkpoint: str | None = None
+    """Command to run in the background for every checkpoint, without a shell; {path} is replaced by its folder."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> CheckpointConfig:
+        if self.keep_every is not None and self.keep_every % self.every:
+            raise ConfigConflict("keep_every", f"{self.keep_every} is not a multiple of checkpoint.every={self.every}")
+        if self.on_checkpoint is not None:
+            try:
+                words = shlex.split(self.on_checkpoint)
+            except ValueError as error:
+                raise ConfigConflict("on_checkpoint", f"{self.on_checkpoint!r} cannot be split into words: {error}") from None
+            if not words:
+                raise ConfigConflict("on_checkpoint", "is empty: give a command, or null")
+        return self
 
 
 class LogConfig(Section):

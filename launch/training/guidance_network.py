@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from launch.checkpoints.tensor_fragments import Fragment
@@ -47,11 +47,9 @@ class GuidanceNetwork:
                 flat[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
             parameter.copy_(self.ranks.total(flat).view(parameter.shape))
 
-    def save(self, folder: Path) -> Path:
-        """Write the copy. It is equal on all ranks, so one rank is enough."""
-        path = folder / FILE
-        save_file({name: value.cpu().contiguous() for name, value in self.network.state_dict().items()}, path)
-        return path
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights of the copy. They are equal on all ranks, so one rank saves them."""
+        return self.network.state_dict()
 
     def load(self, folder: Path) -> None:
         self.network.load_state_dict(load_file(folder / FILE))

@@ -1,142 +1,30 @@
-"""Training loop, from a configuration to a model folder.
-
-The inputs of a step (samples, kinds, times, noise, learning rate) depend only on the configuration and the step number. A run that is
-interrupted by a signal or a power cut therefore resumes exactly.
-"""
+"""The trainer: takes steps, guards them, saves and resumes."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from launch.caption_lengths import caption_lengths
-from launch.checkpoints import checkpoint, history, run_folder
-from launch.checkpoints.export import export
+from launch.checkpoints import checkpoint
+from launch.checkpoints.background import BackgroundSaver, Part
 from launch.checkpoints.history import History
 from launch.checkpoints.resuming import restore_plan, trainer_state
-from launch.config.schema import Config, ConfigError, digest
-from launch.console import STOPPED
-from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
-from launch.distributed.ranks import Ranks, process_group
-from launch.distributed.signals import Signals, catch_signals
-from launch.distributed.slurm import requeue
-from launch.distributed.torchrun import die_with_launcher
+from launch.config.schema import Config, digest
+from launch.distributed.heartbeat import HEARTBEAT
+from launch.distributed.ranks import Ranks
 from launch.engine.learning_rate import learning_rate
 from launch.guards import bad_samples
 from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
-from launch.training.build import Parts, build, make_network
-from launch.training.checks import check_models
+from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
-from launch.training.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure
-from launch.training.planning import make_planner
-from launch.training.start_report import start_report
+from launch.training.metrics import Meter, StepMeasure
 from launch.training.step_losses import StepLosses, Sums
 from pipeline.loading.loader import Batch, LoadedStep
 from tim.objective import Guide, Losses
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """Result of a training run. `last_row` of the metrics is None if the run was already complete."""
-
-    run_dir: Path
-    model: Path
-    steps: int
-    last_row: dict[str, Any] | None
-
-
-def train(config: Config, *, quiet: bool = False, replan: bool = False) -> TrainingResult:
-    """Train, or resume the run in `run_dir`. Called by every process of the job (one, or those started by torchrun).
-
-    With `replan`, a run resumes even if the inputs of its plan have changed (`launch.checkpoints.resuming`).
-
-    Raises:
-        ValueError: invalid configuration, corpus or checkpoint, or the run is in use.
-        RuntimeError: the gradient is not finite again and again, the loss keeps rising, or too many samples are bad.
-        SystemExit: code 75, after a signal stopped the run and a checkpoint was saved.
-        KeyboardInterrupt: a second Ctrl-C; nothing is saved.
-    """
-    die_with_launcher()
-    run_dir = config.run_dir
-    if run_dir is None:
-        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
-    check_models(config)
-
-    with quiet_if_connection_lost(), ExitStack() as cleanup:
-        # processes
-        signals = cleanup.enter_context(catch_signals())
-        ranks = cleanup.enter_context(process_group(timeout=config.train.group_timeout))
-
-        # plan and run folder
-        planner = ranks.run_on_all_ranks(lambda: make_planner(config))
-        ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
-        cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
-        found, changes, recorded = ranks.run_on_rank0(
-            lambda: (checkpoint.newest(run_dir), run_folder.changes_on_resume(run_dir, config), history.read(run_dir))
-        )
-
-        # parts
-        parts = build(config, planner, ranks=ranks, cleanup=cleanup, is_new=found is None)
-        trainer = Trainer(config, parts, ranks=ranks)
-
-        # resume
-        notes = ["--replan: no effect, this run has no checkpoint yet"] * replan
-        if found is not None:
-            notes = trainer.resume(found, recorded=recorded, replan=replan)
-        ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
-        ranks.run_on_rank0(lambda: bad_samples.forget_after(run_dir, step=trainer.step))
-
-        # report
-        writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
-        progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
-        start = {"parameters": parts.parameters, "step": trainer.step, "history": trainer.history, "found": found, "changes": changes}
-        for line in (*start_report(config, ranks, **start), *notes):
-            progress.log(line)
-        lengths = caption_lengths(config, planner) if ranks.is_main else None
-        if lengths is not None and lengths.cut:
-            progress.log(f"warning: {lengths}")
-
-        # steps
-        trainer.log = signals.log = progress.log
-        row = _take_steps(trainer, signals, writer=writer, progress=progress)
-        if trainer.step < config.train.steps:
-            progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
-            if ranks.is_main and signals.stop is not None:
-                requeue(signals.stop, log=progress.log)
-            raise SystemExit(STOPPED)
-
-        # model folder
-        HEARTBEAT.section("save")
-        model = run_dir / "model"
-        ranks.run_on_rank0(lambda: export(run_dir, out=model))
-        progress.log(f"model: {model}")
-        return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
-
-
-def _take_steps(trainer: Trainer, signals: Signals, *, writer: MetricsWriter | None, progress: ProgressLine) -> dict[str, Any] | None:
-    """Take steps to the end of the run, or until a signal asks to stop; log and save. Returns the last row of the metrics."""
-    config, run_dir = trainer.config, trainer.config.run_dir
-    assert run_dir is not None
-    row, requests = None, trainer.agree(stop=signals.stop is not None)
-    while trainer.step < config.train.steps and not requests.stop:
-        signals.step = trainer.step + 1
-        measure = trainer.take_step()
-        requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
-        last = trainer.step == config.train.steps
-        if last or trainer.step % config.log.every == 0:
-            row = trainer.meter.row(trainer.step, measure)
-            if writer:
-                writer.write(row)
-        progress.show(trainer.step, row)
-        if last or requests.stop or requests.save or trainer.step % config.checkpoint.every == 0:
-            progress.log(f"saved {trainer.save(run_dir)}")
-    return row
 
 
 class Requests(NamedTuple):
@@ -155,6 +43,7 @@ class Trainer:
         self.ranks = ranks
         self.history = parts.history
         self.guidance_network: GuidanceNetwork | None = None  # created at the first step with guidance
+        self.saver: BackgroundSaver | None = None
         self.meter = Meter()
         self.spikes = SpikeDetector()
         self.step = 0
@@ -163,8 +52,11 @@ class Trainer:
         self._steps: Iterator[LoadedStep] | None = None
 
     def agree(self, *, stop: bool, save: bool = False) -> Requests:
-        """What any rank asks for."""
-        asked = self.ranks.sum(torch.tensor([stop, save], dtype=torch.float32)).tolist()
+        """What any rank asks for. Also passes on the state of the save in progress."""
+        votes = self.saver.votes() if self.saver else ()
+        asked = self.ranks.sum(torch.tensor([stop, save, *votes], dtype=torch.float32)).tolist()
+        if self.saver:
+            self.saver.receive(asked[2:])
         return Requests(stop=asked[0] > 0, save=asked[1] > 0)
 
     def take_step(self) -> StepMeasure:
@@ -288,6 +180,8 @@ class Trainer:
             self.log(f"warning: loss spike at step {self.step}: {spike}")
             self.spikes.restart()
             return
+        if self.saver:
+            self.saver.wait()
         found = self.ranks.run_on_rank0(lambda: checkpoint.newest(run_dir))
         if found is None:
             self.log(f"warning: loss spike at step {self.step}: {spike}; there is no checkpoint to go back to")
@@ -326,13 +220,12 @@ class Trainer:
         unconditional = self.parts.frozen.no_condition(images)
         return Guide(self.guidance_network, unconditional, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
 
-    def save(self, run_dir: Path) -> Path:
-        """Write a checkpoint of this step."""
+    def save(self, saver: BackgroundSaver) -> None:
+        """Start to write a checkpoint of this step."""
         HEARTBEAT.section("save")
         metadata = checkpoint.CheckpointMetadata(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
-        folder = checkpoint.save(run_dir, metadata, ranks=self.ranks, write=self._write_part, keep_last=self.config.checkpoint.keep_last)
+        saver.start(metadata, self._part())
         self.meter.pause()
-        return folder
 
     def resume(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> list[str]:
         """Resume from a checkpoint of any number of ranks. Returns log lines about its plan (`launch.checkpoints.resuming.restore_plan`).
@@ -370,27 +263,25 @@ class Trainer:
         )
         return state, past, notes
 
-    def _write_part(self, folder: Path) -> list[Path]:
-        """Write this rank's part of a checkpoint."""
+    def _part(self) -> Part:
+        """This rank's part of a checkpoint."""
         engine = self.parts.engine
-        pieces = {"weights": engine.fragments(), **self.parts.ema.pieces(), **engine.moments()}
-        written = checkpoint.write_pieces(folder, pieces, rank=self.ranks.rank, shapes=engine.shapes)
-        if self.ranks.is_main:
-            state = {
-                "format": checkpoint.FORMAT,
-                "step": self.step,
-                "updates": engine.updates,
-                "ema": list(self.parts.ema.decays),
-                "optimizer": self.config.train.optimizer,
-                "data": self.parts.loader.state_dict(),
-                "meter": self.meter.state_dict(),
-                "spikes": self.spikes.state_dict(),
-                "history": self.history.to_json(),
-            }
-            written.append(checkpoint.write_trainer_state(folder, state))
-            if self.guidance_network is not None:
-                written.append(self.guidance_network.save(folder))
-        return written
+        part = Part(engine.shapes, {"weights": engine.fragments(), **self.parts.ema.pieces(), **engine.moments()})
+        if not self.ranks.is_main:
+            return part
+        state = {
+            "format": checkpoint.FORMAT,
+            "step": self.step,
+            "updates": engine.updates,
+            "ema": list(self.parts.ema.decays),
+            "optimizer": self.config.train.optimizer,
+            "data": self.parts.loader.state_dict(),
+            "meter": self.meter.state_dict(),
+            "spikes": self.spikes.state_dict(),
+            "history": self.history.to_json(),
+        }
+        replica = {} if self.guidance_network is None else {guidance_network.FILE: self.guidance_network.state_dict()}
+        return part._replace(texts={checkpoint.TRAINER_STATE: json.dumps(state, indent=1)}, tensors=replica)
 
 
 def _raise_all_failed(images: int, *, step: int) -> None:

@@ -16,7 +16,7 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-IMPORTED = ("launch.training.trainer", "launch.commands.model", "torch._dynamo", "torch.utils.tensorboard", "pandas")
+IMPORTED = ("launch.training.train", "launch.commands.model", "torch._dynamo", "torch.utils.tensorboard", "pandas")
 
 
 def main() -> None:

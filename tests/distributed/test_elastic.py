@@ -13,7 +13,7 @@ from launch.config.load import load_config
 from launch.config.schema import ConfigError
 from launch.training.metrics import read_rows
 from launch.training.planning import plan_from_checkpoint
-from launch.training.trainer import train
+from launch.training.train import train
 from tests.distributed import jobs
 
 LR = 1e-3

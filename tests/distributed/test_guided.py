@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
 from launch.training.metrics import read_rows
-from launch.training.trainer import train
+from launch.training.train import train
 from tests.distributed import jobs
 from tests.tim.test_alignment import radio_weights
 

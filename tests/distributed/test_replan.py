@@ -9,7 +9,7 @@ import pytest
 from launch.checkpoints import history
 from launch.config.load import load_config
 from launch.training.metrics import read_rows
-from launch.training.trainer import train
+from launch.training.train import train
 from tests.distributed import jobs
 
 CONFIG = """\

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.background import BackgroundSaver
 from launch.config.load import load_config
 from launch.config.schema import Config
 from launch.distributed.ranks import Ranks
@@ -48,6 +49,14 @@ def disturb(trainer: Trainer) -> None:
     trainer.parts.engine.module.load_state_dict(state)
 
 
+def save(trainer: Trainer) -> None:
+    config = trainer.config
+    assert config.run_dir is not None
+    with BackgroundSaver(config.run_dir, config.checkpoint, ranks=trainer.ranks, log=lambda line: None) as saver:
+        trainer.save(saver)
+        saver.finish()
+
+
 def run_until(trainer: Trainer, step: int, *, before: Callable[[], None] = lambda: None) -> None:
     while trainer.step < step:
         before()
@@ -66,7 +75,7 @@ def test_a_spike_takes_the_weights_back_and_not_the_plan(config: Config, alone: 
         trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
         trainer.log = lines.append
         run_until(trainer, saved_at)
-        trainer.save(config.run_dir)
+        save(trainer)
         before, updates = weights(trainer), trainer.parts.engine.updates
         run_until(trainer, hit_at)
         disturb(trainer)
@@ -98,7 +107,7 @@ def test_spikes_without_end_stop_the_run(config: Config, alone: Ranks) -> None:
     with ExitStack() as cleanup:
         trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
         run_until(trainer, MIN_STEPS + 8)
-        trainer.save(config.run_dir)
+        save(trainer)
         with pytest.raises(RuntimeError, match=r"loss spike at step \d+ after 1 rollbacks: .*: lower train\.lr"):
             run_until(trainer, trainer.step + 10, before=lambda: disturb(trainer))
 

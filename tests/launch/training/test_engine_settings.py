@@ -12,7 +12,7 @@ from launch.checkpoints import checkpoint
 from launch.checkpoints.averages import saved_decays
 from launch.config.load import load_config
 from launch.training.metrics import read_rows
-from launch.training.trainer import train
+from launch.training.train import train
 from tests.pipeline.conftest import varied, write_corpus
 
 CONFIG = """\

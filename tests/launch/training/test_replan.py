@@ -21,7 +21,8 @@ from launch.config.load import load_config
 from launch.config.schema import ConfigError
 from launch.training.metrics import read_rows
 from launch.training.planning import plan_from_checkpoint
-from launch.training.trainer import Trainer, train
+from launch.training.train import train
+from launch.training.trainer import Trainer
 from tests.pipeline.conftest import varied, write_corpus
 from tim.model_folder.folder import load_model
 

@@ -9,7 +9,7 @@ from launch.config.load import load_config
 from launch.config.schema import ConfigError
 from launch.distributed.ranks import Ranks
 from launch.training.step_losses import StepLosses
-from launch.training.trainer import train
+from launch.training.train import train
 from pipeline.loading.loader import Batch
 from tim.objective import Losses
 

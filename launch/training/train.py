@@ -1,0 +1,145 @@
+"""Training loop, from a configuration to a model folder.
+
+The inputs of a step (samples, kinds, times, noise, learning rate) depend only on the configuration and the step number. A run that is
+interrupted by a signal or a power cut therefore resumes exactly.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.caption_lengths import caption_lengths
+from launch.checkpoints import history, run_folder
+from launch.checkpoints.background import BackgroundSaver
+from launch.checkpoints.export import export
+from launch.checkpoints.follow_ups import FollowUps
+from launch.checkpoints.resuming import find_checkpoint
+from launch.config.schema import Config, ConfigError
+from launch.console import STOPPED
+from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
+from launch.distributed.ranks import process_group
+from launch.distributed.signals import Signals, catch_signals
+from launch.distributed.slurm import requeue
+from launch.distributed.torchrun import die_with_launcher
+from launch.guards import bad_samples
+from launch.training.build import build
+from launch.training.checks import check_models
+from launch.training.metrics import MetricsWriter, ProgressLine
+from launch.training.planning import make_planner
+from launch.training.start_report import start_report
+from launch.training.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """Result of a training run. `last_row` of the metrics is None if the run was already complete."""
+
+    run_dir: Path
+    model: Path
+    steps: int
+    last_row: dict[str, Any] | None
+
+
+def train(config: Config, *, quiet: bool = False, replan: bool = False) -> TrainingResult:
+    """Train, or resume the run in `run_dir`. Called by every process of the job (one, or those started by torchrun).
+
+    With `replan`, a run resumes even if the inputs of its plan have changed (`launch.checkpoints.resuming`).
+
+    Raises:
+        ValueError: invalid configuration, corpus or checkpoint, or the run is in use.
+        RuntimeError: the gradient is not finite again and again, the loss keeps rising, or too many samples are bad.
+        SystemExit: code 75, after a signal stopped the run and a checkpoint was saved.
+        KeyboardInterrupt: a second Ctrl-C; nothing is saved.
+    """
+    die_with_launcher()
+    run_dir = config.run_dir
+    if run_dir is None:
+        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    check_models(config)
+
+    with quiet_if_connection_lost(), ExitStack() as cleanup:
+        # processes
+        signals = cleanup.enter_context(catch_signals())
+        ranks = cleanup.enter_context(process_group(timeout=config.train.group_timeout))
+
+        # plan and run folder
+        planner = ranks.run_on_all_ranks(lambda: make_planner(config))
+        ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
+        cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
+        found, changes, recorded = ranks.run_on_rank0(
+            lambda: (
+                find_checkpoint(run_dir, mirror=config.checkpoint.mirror),
+                run_folder.changes_on_resume(run_dir, config),
+                history.read(run_dir),
+            )
+        )
+
+        # parts
+        parts = build(config, planner, ranks=ranks, cleanup=cleanup, is_new=found is None)
+        trainer = Trainer(config, parts, ranks=ranks)
+
+        # resume
+        notes = ["--replan: no effect, this run has no checkpoint yet"] * replan
+        if found is not None:
+            notes = trainer.resume(found, recorded=recorded, replan=replan)
+        ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
+        ranks.run_on_rank0(lambda: bad_samples.forget_after(run_dir, step=trainer.step))
+
+        # report
+        writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
+        progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
+        start = {"parameters": parts.parameters, "step": trainer.step, "history": trainer.history, "found": found, "changes": changes}
+        for line in (*start_report(config, ranks, **start), *notes):
+            progress.log(line)
+        lengths = caption_lengths(config, planner) if ranks.is_main else None
+        if lengths is not None and lengths.cut:
+            progress.log(f"warning: {lengths}")
+
+        # checkpoints
+        follow_ups = FollowUps(run_dir, config.checkpoint) if ranks.is_main else None
+        if follow_ups is not None and found is not None:
+            follow_ups.add_missing()
+        saver = BackgroundSaver(run_dir, config.checkpoint, ranks=ranks, follow_ups=follow_ups, log=progress.log)
+        trainer.saver = cleanup.enter_context(saver)
+
+        # steps
+        trainer.log = signals.log = progress.log
+        row = _take_steps(trainer, saver, signals=signals, writer=writer, progress=progress)
+        if trainer.step < config.train.steps:
+            progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
+            if ranks.is_main and signals.stop is not None:
+                requeue(signals.stop, log=progress.log)
+            raise SystemExit(STOPPED)
+
+        # model folder
+        HEARTBEAT.section("save")
+        model = run_dir / "model"
+        ranks.run_on_rank0(lambda: export(run_dir, out=model))
+        progress.log(f"model: {model}")
+        return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
+
+
+def _take_steps(
+    trainer: Trainer, saver: BackgroundSaver, *, signals: Signals, writer: MetricsWriter | None, progress: ProgressLine
+) -> dict[str, Any] | None:
+    """Take steps to the end of the run, or until a signal asks to stop; log and save. Returns the last row of the metrics."""
+    config = trainer.config
+    row, requests = None, trainer.agree(stop=signals.stop is not None)
+    while trainer.step < config.train.steps and not requests.stop:
+        signals.step = trainer.step + 1
+        measure = trainer.take_step()
+        requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
+        last = trainer.step == config.train.steps
+        if last or trainer.step % config.log.every == 0:
+            row = trainer.meter.row(trainer.step, measure)
+            if writer:
+                writer.write(row)
+        progress.show(trainer.step, row)
+        saver.after_step()
+        if last or requests.stop or requests.save or saver.is_due(trainer.step):
+            trainer.save(saver)
+    saver.finish()
+    return row
