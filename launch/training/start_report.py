@@ -14,7 +14,7 @@ from launch.distributed.ranks import Ranks
 
 
 def start_report(
-    config: Config, ranks: Ranks, *, parameters: int, step: int, history: History, found: Checkpoint | None, changes: Sequence[str]
+    config: Config, ranks: Ranks, parameters: int, *, step: int, history: History, found: Checkpoint | None, changes: Sequence[str]
 ) -> Iterator[str]:
     """Lines to log before the first step. found: checkpoint to resume from; changes: configuration keys that differ."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"

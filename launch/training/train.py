@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from launch.caption_lengths import caption_lengths
 from launch.checkpoints import history, run_folder
@@ -20,7 +20,7 @@ from launch.checkpoints.resuming import find_checkpoint
 from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED
 from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
-from launch.distributed.ranks import process_group
+from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.slurm import requeue
 from launch.distributed.torchrun import die_with_launcher
@@ -31,6 +31,7 @@ from launch.training.metrics import MetricsWriter, ProgressLine
 from launch.training.planning import make_planner
 from launch.training.start_report import start_report
 from launch.training.trainer import Trainer
+from pipeline.planning.planner import Planner
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,9 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         # report
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
-        start = {"parameters": parts.parameters, "step": trainer.step, "history": trainer.history, "found": found, "changes": changes}
-        for line in (*start_report(config, ranks, **start), *notes):
+        start = start_report(config, ranks, parts.parameters, step=trainer.step, history=trainer.history, found=found, changes=changes)
+        for line in (*start, *notes, *_caption_warning(config, planner, ranks=ranks)):
             progress.log(line)
-        lengths = caption_lengths(config, planner) if ranks.is_main else None
-        if lengths is not None and lengths.cut:
-            progress.log(f"warning: {lengths}")
 
         # checkpoints
         follow_ups = FollowUps(run_dir, config.checkpoint) if ranks.is_main else None
@@ -109,29 +107,23 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         trainer.log = signals.log = progress.log
         row = _take_steps(trainer, saver, signals=signals, writer=writer, progress=progress)
         if trainer.step < config.train.steps:
-            progress.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
-            if ranks.is_main and signals.stop is not None:
-                requeue(signals.stop, log=progress.log)
-            raise SystemExit(STOPPED)
+            _stop(trainer, signals)
 
         # model folder
         HEARTBEAT.section("save")
-        model = run_dir / "model"
-        ranks.run_on_rank0(lambda: export(run_dir, out=model))
-        progress.log(f"model: {model}")
-        return TrainingResult(run_dir=run_dir, model=model, steps=trainer.step, last_row=row)
+        ranks.run_on_rank0(lambda: export(run_dir, out=run_dir / "model"))
+        progress.log(f"model: {run_dir / 'model'}")
+        return TrainingResult(run_dir=run_dir, model=run_dir / "model", steps=trainer.step, last_row=row)
 
 
 def _take_steps(
     trainer: Trainer, saver: BackgroundSaver, *, signals: Signals, writer: MetricsWriter | None, progress: ProgressLine
 ) -> dict[str, Any] | None:
     """Take steps to the end of the run, or until a signal asks to stop; log and save. Returns the last row of the metrics."""
-    config = trainer.config
+    config, signals.step = trainer.config, trainer.step + 1
     row, requests = None, trainer.agree(stop=signals.stop is not None)
     while trainer.step < config.train.steps and not requests.stop:
-        signals.step = trainer.step + 1
         measure = trainer.take_step()
-        requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
         last = trainer.step == config.train.steps
         if last or trainer.step % config.log.every == 0:
             row = trainer.meter.row(trainer.step, measure)
@@ -139,7 +131,26 @@ def _take_steps(
                 writer.write(row)
         progress.show(trainer.step, row)
         saver.after_step()
-        if last or requests.stop or requests.save or saver.is_due(trainer.step):
+        is_due = last or saver.is_due(trainer.step)
+        if is_due:
+            trainer.save(saver)
+        signals.step = trainer.step + 1
+        requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
+        if (requests.stop or requests.save) and not is_due:
             trainer.save(saver)
     saver.finish()
     return row
+
+
+def _caption_warning(config: Config, planner: Planner, *, ranks: Ranks) -> list[str]:
+    """A line about captions that are too long for the text encoder, if there are any; on rank 0."""
+    lengths = caption_lengths(config, planner) if ranks.is_main else None
+    return [f"warning: {lengths}"] if lengths is not None and lengths.cut else []
+
+
+def _stop(trainer: Trainer, signals: Signals) -> NoReturn:
+    """Exit after a signal. Under Slurm the job may be requeued."""
+    trainer.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
+    if trainer.ranks.is_main and signals.stop is not None:
+        requeue(signals.stop, log=trainer.log)
+    raise SystemExit(STOPPED)

@@ -19,7 +19,7 @@ from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_comparison, 
 from launch.cli import main
 from launch.config.load import load_config
 from launch.demo import RECIPE
-from launch.training import trainer
+from launch.training.train import train
 
 
 def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_parts_two() -> None:
@@ -51,7 +51,7 @@ def test_the_mean_of_all_images_of_a_prompt_has_the_colours_but_no_speckles() ->
 
 def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def in_this_process(overrides: Sequence[str]) -> None:
-        trainer.train(load_config(RECIPE, overrides=overrides), quiet=True)
+        train(load_config(RECIPE, overrides=overrides), quiet=True)
 
     monkeypatch.setattr(objective, "train", in_this_process)  # the demo's, which starts two interpreters each time
     assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0

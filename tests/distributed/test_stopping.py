@@ -84,7 +84,7 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path, slurm:
     assert "requeued Slurm job 77" in said
     assert jobs.workers_of(job.pid) == []
     stopped_at = read_rows(run / "metrics.jsonl")[-1]["step"]
-    assert stopped_at == in_hand < 15, "the signal costs the step in hand"
+    assert in_hand - 1 <= stopped_at <= in_hand < 15, "the signal costs the step in hand at most"
     assert (run / "latest").read_text() == f"step-{stopped_at:06d}\n"
     assert not (run / "lock").exists()
 
