@@ -57,7 +57,7 @@ def packs_of(step: int) -> list[Tensor]:
 
 def make_engine(ranks: Ranks, case: str) -> Engine:
     stage, precision, optimizer, *offload = case.split("-")
-    deepspeed = {"zero_force_ds_cpu_optimizer": False, "zero_optimization": OFFLOAD[int(stage)]} if offload else None
+    deepspeed = {"zero_force_ds_cpu_optimizer": offload == ["cpuadam"], "zero_optimization": OFFLOAD[int(stage)]} if offload else None
     settings: dict[str, Any] = {"precision": precision, "optimizer": optimizer, "deepspeed": deepspeed}
     return Engine(Network(), ranks=ranks, stage=int(stage), weight_decay=0.1, **settings)
 

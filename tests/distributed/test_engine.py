@@ -105,3 +105,19 @@ def alone() -> Iterator[Ranks]:
 def test_one_process_goes_on_where_two_have_been_also_under_another_stage(reports: Reports, folder: Path, alone: Ranks, case: str) -> None:
     norms = engine_worker.resume(alone, checkpoint.find(folder / case).folder, ELSEWHERE[case])
     assert norms == pytest.approx(reports[case][0]["unbroken"], rel=1e-5 if "fp32" in case else 2e-2)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeeds_own_adam_for_offloading_does_what_torchs_does(tmp_path: Path, stage: int) -> None:
+    """The first use compiles it, which takes minutes."""
+    case = f"{stage}-fp32-adamw-cpuadam"
+    jobs.run_ranks("tests.distributed.engine_worker", str(tmp_path), case, log=tmp_path / "log")
+    for rank in (0, 1):
+        report = json.loads((tmp_path / f"{case}-{rank}.json").read_text())
+        assert report["gradient_error"] < 1e-6
+        assert report["weight_error"] < 1e-6
+        assert report["average_error"] < 1e-6
+        assert report["poisoned"] == [False, False]
+        assert report["resumed"] == pytest.approx(report["unbroken"], rel=1e-6)
