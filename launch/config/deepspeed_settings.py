@@ -102,7 +102,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_settings(settings: Settings, *, stage: int, optimizer: str, prefix: str) -> None:
+def check_settings(settings: Settings, *, stage: int, prefix: str) -> None:
     """Raise ConfigConflict for a key that the configuration of a run sets, or that does not fit ZeRO `stage`.
 
     prefix: key of the settings, for messages.
@@ -119,9 +119,6 @@ def check_settings(settings: Settings, *, stage: int, optimizer: str, prefix: st
             raise ConfigConflict(f"{prefix}.{key}", "auto is a value of Hugging Face, not of DeepSpeed: give one, or leave it out")
         if (problem := _unfit(key, value, stage=stage)) is not None:
             raise ConfigConflict(f"{prefix}.{key}", problem)
-    if optimizer == "muon" and offloads(settings):
-        why = "muon orthogonalises matrices on the GPU, but the weights of its update would be on the CPU"
-        raise ConfigConflict(f"{prefix}.zero_optimization.offload_optimizer", f"{why}: use train.optimizer=adamw")
 
 
 def offloads(settings: Settings) -> bool:

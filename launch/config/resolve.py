@@ -32,7 +32,7 @@ def _resolve_deepspeed(config: Config) -> Config:
         return config
     settings = read_settings(Path(train.deepspeed))
     try:
-        check_settings(settings, stage=train.zero, optimizer=train.optimizer, prefix=train.deepspeed)
+        check_settings(settings, stage=train.zero, prefix=train.deepspeed)
     except ConfigConflict as conflict:
         raise ConfigConflict("train.deepspeed", f"{conflict.key}: {conflict}") from None
     return config.model_copy(update={"train": train.model_copy(update={"deepspeed": settings})})

@@ -34,7 +34,7 @@ class TrainConfig(Section):
     lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Factors of the learning rate by parameter name: `{pattern: factor}`, with `*` in patterns; the first that matches counts."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. Not with ZeRO 3."""
+    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices; biases and gains do not decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -84,12 +84,10 @@ class TrainConfig(Section):
         if self.schedule == "wsd" and self.warmup + self.decay_steps > self.steps:
             why = f"{self.warmup} warm-up steps and {self.decay_steps} steps of decay exceed the {self.steps} steps of the run"
             raise ConfigConflict("decay", why)
-        if self.optimizer == "muon" and self.zero == 3:
-            raise ConfigConflict("optimizer", "muon needs whole matrices, but train.zero=3 shards them: use zero 0, 1 or 2, or adamw")
         if self.compile and self.zero == 3:
             raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 0, 1 or 2, or compile=false")
         if isinstance(self.deepspeed, dict):
-            check_settings(self.deepspeed, stage=self.zero, optimizer=self.optimizer, prefix="deepspeed")
+            check_settings(self.deepspeed, stage=self.zero, prefix="deepspeed")
         return self
 
     @property

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch.checkpoints.tensor_fragments import Fragment, Shapes
 from pipeline.foreign_warnings import HIDDEN
@@ -80,6 +80,12 @@ def shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tu
             start, offset, count = network.start, flat.start, flat.numel
         if count > 0:
             yield name, Share(start, weights, offset, count)
+
+
+def parameters_by_vector(engine: Any) -> Iterator[tuple[Tensor, list[nn.Parameter]]]:
+    """Yield the flat vectors of ZeRO 3 that the optimizer updates, and the parameters of which they hold a part."""
+    zero = engine.optimizer
+    yield from zip(_member(zero, "fp32_partitioned_groups_flat"), _member(zero, "fp16_groups"), strict=True)
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.config.deepspeed_settings import merged, offloads
 from launch.distributed.ranks import Ranks
-from launch.engine.deepspeed_internals import Share, import_deepspeed, shares, weights_replaced
-from launch.engine.muon import Muon
+from launch.engine.deepspeed_internals import Share, import_deepspeed, parameters_by_vector, shares, weights_replaced
+from launch.engine.muon import Column, Muon
 from launch.engine.parameter_groups import parameter_groups
 from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
 
@@ -70,7 +70,8 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         grouping = {"weight_decay": weight_decay, "muon": optimizer == "muon", "lr_factors": lr_factors or {}}
         groups = ranks.run_on_all_ranks(lambda: parameter_groups(network, **grouping))
-        uses_cpu_adam = offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
+        uses_cpu_adam = optimizer == "adamw" and offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
+        settings = {**settings, "zero_force_ds_cpu_optimizer": uses_cpu_adam}
         make = library.ops.adam.DeepSpeedCPUAdam if uses_cpu_adam else partial(OPTIMIZERS[optimizer, stage == 0], fused=True)
         self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON)
         self._counts_in_tensors = not uses_cpu_adam  # the optimizer's number of updates
@@ -80,6 +81,9 @@ class Engine:
         config = merged(_deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
         self._engine, *_ = library.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
         self._held, self._owned = self._shares()
+        if isinstance(self._optimizer, Muon):
+            self._optimizer.device = ranks.device
+            self._optimizer.columns = self._muon_columns() if stage == 3 else {}
         self.updates = 0  # number of applied steps
 
     def __call__(self, *inputs: Any, return_alignment: bool = False) -> Any:
@@ -145,6 +149,20 @@ class Engine:
         held = whole_parameters(self.module)
         owned = owned_parameters({name: share.count for name, share in held.items()}, rank=self.ranks.rank, ranks=self.ranks.size)
         return held, {name: held[name] for name in owned}
+
+    def _muon_columns(self) -> dict[Tensor, list[Column]]:
+        """Parts of the matrices in each flat vector of ZeRO 3."""
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        size = self.ranks.size
+        columns: dict[Tensor, list[Column]] = {}
+        for vector, parameters in parameters_by_vector(self._engine):
+            offset = 0
+            for parameter in parameters:
+                shape = self.shapes[names[id(parameter)]]
+                count = -(-math.prod(shape) // size)
+                columns.setdefault(vector, []).append(Column(shape, offset, count))
+                offset += count
+        return columns
 
     def _moment(self, kind: str, share: Share) -> Tensor:
         """Moments vector for the weights of `share`; created with zeros if missing."""

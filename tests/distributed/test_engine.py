@@ -23,7 +23,9 @@ CASES = (
     "0-fp32-muon",
     "1-fp32-muon",
     "2-fp32-muon",
+    "3-fp32-muon",
     "1-fp32-adamw-offload", "2-fp32-adamw-offload", "3-fp32-adamw-offload",
+    "1-fp32-muon-offload", "3-fp32-muon-offload",
 )  # fmt: skip
 ELSEWHERE = {  # where one process goes on with what two ranks left; stage 3 would leave torch's linear patched for later tests
     "0-fp32-adamw": "2-fp32-adamw",
@@ -35,6 +37,9 @@ ELSEWHERE = {  # where one process goes on with what two ranks left; stage 3 wou
     "0-fp32-muon": "2-fp32-muon",
     "1-fp32-muon": "0-fp32-muon",
     "2-fp32-muon": "1-fp32-muon",
+    "3-fp32-muon": "2-fp32-muon",
+    "1-fp32-muon-offload": "0-fp32-muon",
+    "3-fp32-muon-offload": "1-fp32-muon-offload",
     "1-fp32-adamw-offload": "1-fp32-adamw",
     "2-fp32-adamw-offload": "1-fp32-adamw-offload",
     "3-fp32-adamw-offload": "2-fp32-adamw-offload",
