@@ -20,7 +20,7 @@ REMEDIES = {
     signal.SIGABRT: "a native library gave up, e.g. NCCL's watchdog: see its lines above, and run with NCCL_DEBUG=INFO",
     signal.SIGTERM: "sent before the rank could catch it, or by something that did not reach the launcher",
 }
-LOST = "see the output of the other machines; if none of their ranks died, check the network, and run with NCCL_DEBUG=INFO on GPUs"
+LOST = "another rank is gone, or the network is broken: see the output of the other machines; on GPUs, run with NCCL_DEBUG=INFO"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from launch.distributed.device import choose_device
 from launch.distributed.heartbeat import HEARTBEAT
@@ -120,7 +121,10 @@ def process_group(*, timeout: timedelta = GROUP_TIMEOUT) -> Iterator[Ranks]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_single = "RANK" not in os.environ
     if not is_single:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are gone
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]

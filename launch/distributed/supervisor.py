@@ -64,7 +64,7 @@ class Supervisor:
         self._note_ends()
         alive = self._pids.keys() - self._ends.keys()
         now = time.monotonic()
-        if self._failed_at is None and now - self._checked_at >= SECONDS_BETWEEN_CHECKS:
+        if self.limits and self._failed_at is None and now - self._checked_at >= SECONDS_BETWEEN_CHECKS:
             self._checked_at = now
             self._check_for_hangs()
         if self._failed_at is None:

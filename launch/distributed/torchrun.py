@@ -66,9 +66,8 @@ def launch(
         options=options,
         max_restarts=max_restarts,
     )
-    with tempfile.TemporaryDirectory(prefix="tim-nccl-") as folder:
-        limits = hang_limits or {}
-        supervisor = Supervisor(run_dir=run_dir, limits=limits, max_restarts=max_restarts, nccl=Path(folder))
+    with _nccl_folder() as nccl:
+        supervisor = Supervisor(run_dir=run_dir, limits=hang_limits or {}, max_restarts=max_restarts, nccl=nccl)
         return _torchrun(arguments, processes=nproc_per_node, supervisor=supervisor)
 
 
@@ -170,6 +169,18 @@ def _forwarded_signals(supervisor: Supervisor) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _nccl_folder() -> Iterator[Path | None]:
+    """Temporary folder for NCCL's flight recorder; None without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="tim-nccl-") as folder:
+        yield Path(folder)
 
 
 def _workers() -> list[int]:

@@ -1,0 +1,104 @@
+"""A rank dies or hangs: it is named, all ranks start again from the checkpoint, and the steps are those of an unbroken run."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.distributed.heartbeat import RankState, read_state, state_path
+from launch.training.metrics import read_rows
+from tests.distributed import jobs
+
+STEPS = 20
+CONFIG = f"""\
+plan: {{max_tokens: 64, tokens_per_pack: 128, packs_per_step: 4}}
+network:
+  params: {{patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
+train: {{steps: {STEPS}, lr: 1e-3, zero: 2}}
+loader: {{workers: 1}}
+checkpoint: {{every: 3}}
+log: {{every: 1}}
+"""
+COLUMNS = ["step", "loss", "loss_diffusion", "loss_consistency", "loss_transition", "grad_norm", "lr", "images", "tokens", "ids_digest"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(figures: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[object]]:
+    """What the run writes if nothing happens to it."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    jobs.run_ranks("launch.cli", "train", str(write_config(folder, figures)), log=folder / "log")
+    return jobs.story(folder / "run", columns=COLUMNS)
+
+
+def write_config(folder: Path, corpus: Path) -> Path:
+    (folder / "run.yaml").write_text(f"corpus: {corpus}\nrun_dir: {folder / 'run'}\n{CONFIG}")
+    return folder / "run.yaml"
+
+
+def rank_after(run: Path, step: int, *, attempt: int = 0, job: subprocess.Popen[bytes], log: Path) -> RankState:
+    """State of rank 1 once it is beyond a step; fail where the job ends before."""
+    deadline = time.monotonic() + jobs.PATIENCE
+    while time.monotonic() < deadline:
+        state = read_state(state_path(run, 1))
+        if state is not None and state.attempt == attempt and state.step > step:
+            return state
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.01)
+    raise AssertionError(f"rank 1 is not beyond step {step}: {log.read_text()}")
+
+
+@pytest.mark.timeout(1500)
+def test_a_killed_rank_is_named_and_all_start_again(figures: Path, tmp_path: Path, unbroken: list[list[object]]) -> None:
+    config, log, run = write_config(tmp_path, figures), tmp_path / "log", tmp_path / "run"
+    job = jobs.start("launch", str(config), "--nproc-per-node", "2", "--max-restarts", "1", log=log)
+    first = rank_after(run, 4, job=job, log=log)
+    os.kill(first.pid, signal.SIGKILL)
+    second = rank_after(run, 8, attempt=1, job=job, log=log)
+    os.kill(second.pid, signal.SIGKILL)
+    assert job.wait(jobs.PATIENCE) == 1, log.read_text()
+    assert jobs.workers_of(job.pid) == []
+
+    output = log.read_text()
+    reports = [line for line in output.splitlines() if line.startswith("rank ")]
+    assert len(reports) == 2, output
+    for line in reports:
+        assert line.startswith(f"rank 1 on {first.host} was killed by signal 9 (SIGKILL) in step ")
+    assert output.count("`dmesg | grep -i oom`") == 2
+    assert re.search(r"^starting all ranks again from checkpoint step-00000[36] \(restart 1 of 1\)$", output, re.MULTILINE)
+    assert "error: training ended with exit code 1" in output
+    for noise in ("gloo", "Connection", "Traceback", "unexpected error"):
+        assert noise not in output
+
+    jobs.run_ranks("launch.cli", "train", str(config), log=log)
+    assert jobs.story(run, columns=COLUMNS) == unbroken
+
+
+@pytest.mark.timeout(1500)
+def test_a_stopped_rank_is_named_and_the_job_starts_again(figures: Path, tmp_path: Path, unbroken: list[list[object]]) -> None:
+    config, log, run = write_config(tmp_path, figures), tmp_path / "log", tmp_path / "run"
+    limits = "train.hang_timeout={data: 20, compute: 20, collective: 20, save: 20}"
+    job = jobs.start("launch", str(config), "--nproc-per-node", "2", "--max-restarts", "1", limits, log=log)
+    stopped = rank_after(run, 4, job=job, log=log)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    assert job.wait(jobs.PATIENCE) == 0, log.read_text()
+    assert jobs.workers_of(job.pid) == []
+
+    output = log.read_text()
+    named = f"rank 1 on {stopped.host} hangs for more than 20 s (train.hang_timeout), its process is stopped (SIGSTOP): in step "
+    (report,) = [line for line in output.splitlines() if line.startswith("rank ")]
+    assert report.startswith(named)
+    assert "starting all ranks again from checkpoint step-" in output
+    assert "(restart 1 of 1)" in output
+    (folder,) = (run / "stacks").iterdir()
+    assert f"Python stacks of the ranks of this machine: {folder}" in output
+    for rank in (0, 1):
+        assert "take_step" in (folder / f"rank-{rank:05d}.txt").read_text() or "save" in (folder / f"rank-{rank:05d}.txt").read_text()
+    assert not any(noise in output for noise in ("gloo", "Connection", "Traceback"))
+    assert read_rows(run / "metrics.jsonl")[-1]["step"] == STEPS
+    assert jobs.story(run, columns=COLUMNS) == unbroken
