@@ -225,3 +225,21 @@ def test_a_script_needs_no_guard_and_runs_once(tmp_path: Path) -> None:
         timeout=120,
     )
     assert (run.stdout, run.stderr) == ("once\n[0, 1, 4, 9]\n", "")
+
+
+DYING = """
+import os
+from multiprocessing import forkserver
+from pipeline.workers.process import start_fork_server
+
+start_fork_server()
+forkserver.connect_to_new_process([os.pipe()[0]])
+os._exit(0)
+"""
+
+
+def test_a_parent_that_dies_while_it_starts_a_worker_leaves_no_traceback() -> None:
+    """As after `kill -9` of `tim launch`. The pipe to standard error is open until the fork server and the worker have ended."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run([sys.executable, "-c", DYING], env=environment, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
