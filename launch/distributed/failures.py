@@ -67,8 +67,8 @@ def describe_end(end: End, *, run_dir: Path | None) -> list[str]:
             lines.append(f"  its Python stacks: {stacks}")
         return lines
     if end.code == LOST_CONNECTION:
-        reason = f": {end.state.error}" if end.state is not None and end.state.error else ""
-        return [f"{who} lost the connection to another rank {doing}{reason}", f"  {LOST}"]
+        reasons = [f"  {end.state.error}"] if end.state is not None and end.state.error else []
+        return [f"{who} lost the connection to another rank {doing}", *reasons, f"  {LOST}"]
     if end.code in SILENT:
         return []
     if end.state is not None and end.state.error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -95,7 +96,7 @@ class Heartbeat:
                 try:
                     yield
                 except BaseException as error:
-                    reason = "" if isinstance(error, SystemExit) else one_line(error, limit=_ERROR_CHARACTERS)
+                    reason = "" if isinstance(error, SystemExit) else _reason(error)
                     self._write(replace(self.state, since=time.time(), ended=True, error=reason, lost=is_connection_error(error)))
                     raise
                 self._write(replace(self.state, since=time.time(), ended=True))
@@ -174,6 +175,12 @@ def _stacks_on_signal(path: Path) -> Iterator[None]:
             faulthandler.unregister(DUMP_SIGNAL)
             if own_crashes:
                 faulthandler.disable()
+
+
+def _reason(error: BaseException) -> str:
+    """The error in one line, without gloo's source file and general advice."""
+    text = re.sub(r"^\[[^\]]*\.cc:\d+\] ", "", one_line(error, limit=_ERROR_CHARACTERS))
+    return text.partition(". This is typically")[0]
 
 
 def _first_keys(keys: Sequence[str]) -> tuple[str, ...]:

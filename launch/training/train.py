@@ -68,8 +68,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
         # plan and run folder
         planner = ranks.run_on_all_ranks(lambda: make_planner(config))
-        ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
-        cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
+        _enter_run_folder(run_dir, ranks=ranks, cleanup=cleanup)
         found, changes, recorded = ranks.run_on_rank0(
             lambda: (
                 find_checkpoint(run_dir, mirror=config.checkpoint.mirror),
@@ -114,6 +113,12 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         ranks.run_on_rank0(lambda: export(run_dir, out=run_dir / "model"))
         progress.log(f"model: {run_dir / 'model'}")
         return TrainingResult(run_dir=run_dir, model=run_dir / "model", steps=trainer.step, last_row=row)
+
+
+def _enter_run_folder(run_dir: Path, *, ranks: Ranks, cleanup: ExitStack) -> None:
+    """Take the run's lock, then write there what this rank is doing."""
+    ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
+    cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
 
 
 def _take_steps(

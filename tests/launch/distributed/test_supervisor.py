@@ -116,7 +116,7 @@ def test_a_lost_connection_is_shown_if_no_rank_here_explains_it(tmp_path: Path, 
         write_state(tmp_path, 0, pids[0], section="collective", step=3, ended=True, error="NCCL timed out", lost=True)
         assert not watch_to_the_end(supervisor, pids)
     said = capfd.readouterr().err
-    assert f"rank 0 on {HOST} lost the connection to another rank in step 3, waiting for the other ranks: NCCL timed out" in said
+    assert f"rank 0 on {HOST} lost the connection to another rank in step 3, waiting for the other ranks\n  NCCL timed out\n" in said
     assert "another rank is gone, or the network is broken" in said
 
 
