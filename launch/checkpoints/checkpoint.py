@@ -3,7 +3,7 @@
     all ranks write into step-000500.tmp/ → fsync → rank 0 writes manifest.json (sizes, digests, world size, config hash)
     → rename to step-000500/ → RUN/latest
 
-Training saves in the background (`launch.checkpoints.background`).
+Training saves in the background (`launch.checkpoints.saving.background`).
 
 A folder is only resumed from if its manifest is valid. Files:
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+import torch
 import yaml
 
-from launch.checkpoints.averages import saved_decays
+from launch.checkpoints.averages import kind_of, saved_decays
+from launch.checkpoints.model_card import model_card
 from launch.config.load import load_config
 from launch.config.schema import Config, TextConfig
 from tim import transports
-from tim.model_folder.folder import ModelSpec, save_model, write_folder
+from tim.model_folder.folder import Contents, ModelSpec, is_model_folder, save_model, weights_file, write_folder
 from tim.pretrained.official import NETWORK_FILE, OURS, published_config
-from tim.pretrained.weight_files import HUB
+from tim.pretrained.safetensors_files import MAX_SHARD_BYTES, LazyTensors
+from tim.pretrained.weight_files import HUB, PIPELINE
 
-MODEL_FILES = ("config.json", "model.safetensors")
-OFFICIAL_FILES = (NETWORK_FILE, "model.safetensors")
+Layout: TypeAlias = Literal["own", "published", "diffusers"]
+Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PUBLISHED_GUIDANCE = 2.5
 
 
@@ -35,13 +40,23 @@ class Exported:
 
 
 def export(
-    run: Path, *, out: Path, ema: bool | float = True, step: int | None = None, official: bool = False, with_models: bool = False
+    run: Path,
+    *,
+    out: Path,
+    ema: bool | float = True,
+    step: int | None = None,
+    official: bool = False,
+    with_models: bool = False,
+    layout: Layout = "own",
+    dtype: Dtype = "fp32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Exported:
     """Export a run's newest intact checkpoint, or that of `step`, to the model folder `out`.
 
-    Does not need deepspeed. With `ema`, export the averaged weights (the first average, or that of a decay), else the latest ones.
-    `official` writes `network.yaml` and `model.safetensors` for the published code instead. `with_models` also copies codec, text encoder
-    and tokenizer into the folder. The folder is written atomically; an older one of the same kind is replaced.
+    Does not need deepspeed. Weights are read and written one tensor at a time, in shards above `max_shard_bytes`. With `ema`, export the
+    averaged weights (the first average, or that of a decay), else the latest ones. `official`, or `layout` published: write
+    `network.yaml` and weights for the published code instead. `with_models` also copies codec, text encoder and tokenizer into the folder.
+    The folder is written atomically; an older one of the same kind is replaced.
 
     Raises:
         ValueError: `run` is not a run or has no such intact checkpoint, `out` exists and is not a model folder, or the published code
@@ -49,36 +64,48 @@ def export(
     """
     from launch.checkpoints import checkpoint
 
+    layout = "published" if official else layout
     config = run_config(run)
-    check_target(out, files=OFFICIAL_FILES if official else MODEL_FILES)
-    if official and with_models:
+    check_target(out, layout=layout)
+    if layout == "published" and with_models:
         raise ValueError("--with-models: the published code does not read codec and text encoder from the folder; leave out --official")
     found = checkpoint.find(run, step=step)
     spec = spec_of(config, step=found.metadata.step)
-    published = _published(spec) if official else ""
+    published = _published(spec) if layout == "published" else {}
     notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
     decays = saved_decays(found.folder)
     if ema is True and len(decays) > 1:
         notes.append(f"exported the first of the averages with decay {', '.join(f'{decay:g}' for decay in decays)}: --ema chooses another")
-    state = checkpoint.consolidate(found.folder, ema=ema)
-    if official:
+    pieces = found.pieces(kind_of(found.folder, ema))
+    weights = LazyTensors(pieces.shapes, dict.fromkeys(pieces.shapes, DTYPES[dtype]), pieces.tensor)
+    parameters = sum(map(math.prod, pieces.shapes.values()))
+    what = "weights" if ema is False else "averaged weights" if ema is True else f"averaged weights (decay {ema:g})"
+    card = model_card(config, found, weights=what, dtype=dtype, parameters=parameters)
+    if layout == "published":
         if spec.rope != "legacy":
             notes.append("the published code swaps height and width: only square images give the same result")
-        write_folder(out, state, name=OFFICIAL_FILES[0], text=published)
+        contents = Contents(
+            weights,
+            config=NETWORK_FILE,
+            describe=lambda files: yaml.safe_dump({**published, OURS: {**published[OURS], "files": dict(files)}}, sort_keys=False),
+            texts={"README.md": card},
+            max_shard_bytes=max_shard_bytes,
+        )
+        write_folder(out, contents)
     else:
-        save_model(out, state, spec, home=run if out.resolve().is_relative_to(run.resolve()) else None, copy_models=with_models)
-    parameters = sum(tensor.numel() for tensor in state.values())
+        home = run if out.resolve().is_relative_to(run.resolve()) else None
+        save_model(out, weights, spec, home=home, copy_models=with_models, layout=layout, card=card, max_shard_bytes=max_shard_bytes)
     return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
 
 
-def _published(spec: ModelSpec) -> str:
-    """Network description for the published code, as YAML."""
+def _published(spec: ModelSpec) -> dict[str, Any]:
+    """Network description for the published code."""
     kind = spec.transport["kind"]
     transport = transports.make(**spec.transport)
     settings = {name: getattr(transport, name) for name in transports.settings_of(kind)}  # including defaults
     published = published_config(spec.network, rope=spec.rope, transport={**settings, "kind": kind})
     ours = {"rope": spec.rope, "codec": spec.codec, "text": spec.text, "sampling": spec.sampling}  # for `tim sample`
-    return yaml.safe_dump({**published, OURS: ours}, sort_keys=False)
+    return {**published, OURS: ours}
 
 
 def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
@@ -89,7 +116,7 @@ def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder; give a model folder or a run folder")
-    if (path / "config.json").is_file():
+    if is_model_folder(path):
         return path
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
@@ -159,12 +186,13 @@ def run_config(run: Path) -> Config:
 
 
 def is_model(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in MODEL_FILES)
+    return is_model_folder(folder) and weights_file(folder) is not None
 
 
-def check_target(out: Path, *, files: Sequence[str] = MODEL_FILES) -> None:
-    """Raise ValueError if `out` exists and is not a folder with these files."""
+def check_target(out: Path, *, layout: Layout = "own") -> None:
+    """Raise ValueError if `out` exists and is not a folder that `export` wrote in this layout."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a folder")
-    if out.is_dir() and any(out.iterdir()) and not all((out / name).is_file() for name in files):
+    described = {"own": "config.json", "published": NETWORK_FILE, "diffusers": PIPELINE}[layout]
+    if out.is_dir() and any(out.iterdir()) and not ((out / described).is_file() and weights_file(out) is not None):
         raise ValueError(f"{out}: exists and is not a model folder; give a new folder")

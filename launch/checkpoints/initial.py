@@ -14,7 +14,7 @@ from launch.checkpoints.history import MAX_NAMED, Initial
 from launch.checkpoints.initial_weights import InitialWeights, load_weights
 from launch.config.schema import Config, ConfigError
 from tim import TransitionTransformer
-from tim.model_folder.folder import ModelSpec, read_spec
+from tim.model_folder.folder import ModelSpec, is_model_folder, read_spec, weights_file
 from tim.pretrained import weight_files
 
 _NOT_COMPARED = ("input_size", "projector_dim", "encoder_depth", "z_dim", "class_dropout_prob", "lora_hidden_size")  # visible in the shapes
@@ -75,7 +75,7 @@ def _digest(source: Path) -> str:
     """Digest of a file, a model folder's weights, or a checkpoint's manifest (which has the digests of all its files)."""
     if source.is_dir():
         manifest = source / checkpoint.MANIFEST
-        source = manifest if manifest.is_file() else source / "model.safetensors"
+        source = manifest if manifest.is_file() else weights_file(source) or source
     return weight_files.digest(source)
 
 
@@ -84,7 +84,7 @@ def _spec(path: Path) -> ModelSpec | None:
     run = path.parents[1] if path.parent.name == "checkpoints" else path
     if (run / "config.yaml").is_file():
         return spec_of(run_config(run))
-    return read_spec(path) if (path / "config.json").is_file() else None
+    return read_spec(path) if is_model_folder(path) else None
 
 
 def _load_strictly(network: TransitionTransformer, weights: dict[str, Tensor], *, found: InitialWeights, config: Config) -> None:

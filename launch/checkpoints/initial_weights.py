@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import one_line
-from tim.model_folder.folder import read_spec
+from tim.model_folder.folder import is_model_folder, read_spec
+from tim.model_folder.folder import load_weights as folder_weights
 from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
+from tim.pretrained.safetensors_files import INDEX, check_files
 
 ROPE_OF_PUBLISHED = "legacy"
 KINDS = f"a model folder, a run, an official export ({NETWORK_FILE} and weights), or a {', '.join(WEIGHTS)} file"
@@ -47,7 +47,7 @@ def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
         return InitialWeights(path, read_weights(path), None, None)
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder or weight file; give {KINDS}")
-    if (path / "config.json").is_file():
+    if is_model_folder(path):
         return _load_model_folder(path)
     if (path / "config.yaml").is_file():
         return _load_run(path, step=None, ema=ema)
@@ -58,11 +58,15 @@ def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
         return InitialWeights(found, read_weights(found), None, None)
     content = read_network_file(path)
     params, _ = network_description(content)
+    check_files(path, (content.get(OURS) or {}).get("files", {}), source=NETWORK_FILE)
     return InitialWeights(found, read_weights(found), params, (content.get(OURS) or {}).get("rope", ROPE_OF_PUBLISHED))
 
 
 def weights_file(folder: Path) -> Path:
-    """The single weight file in a folder. Raises ValueError if there is none, or more than one."""
+    """The single weight file in a folder, or the index of its shards. Raises ValueError if there is none, or more than one."""
+    index = folder / f"model{INDEX}"
+    if index.is_file():
+        return index
     found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file())
     preferred = [file for file in found if file.name == "model.safetensors"] or found
     if not preferred:
@@ -85,13 +89,7 @@ def read_network_file(folder: Path) -> Mapping[str, Any]:
 
 def _load_model_folder(folder: Path) -> InitialWeights:
     spec = read_spec(folder)
-    weights = folder / "model.safetensors"
-    try:
-        return InitialWeights(folder, load_file(weights), spec.network, spec.rope)
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: model.safetensors is missing: export the run again with `tim export`") from None
-    except SafetensorError as error:
-        raise ValueError(f"{weights}: {error}") from error
+    return InitialWeights(folder, folder_weights(folder), spec.network, spec.rope)
 
 
 def _load_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.disk import check_mounted
 from launch.checkpoints.history import History, Replan
-from launch.checkpoints.mirror import Mirror
+from launch.checkpoints.saving.disk import check_mounted
+from launch.checkpoints.saving.mirror import Mirror
 from launch.checkpoints.tensor_fragments import Shapes
 from launch.config.schema import Config, ConfigError
 from pipeline.loading.loader import Loader

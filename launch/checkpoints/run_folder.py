@@ -82,7 +82,7 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
 def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
     """Write RUN/config.yaml, with the run's history as leading comments, and RUN/history.json. Creates RUN/checkpoints.
 
-    From then on a missing RUN/checkpoints is an error (`launch.checkpoints.disk.check_mounted`).
+    From then on a missing RUN/checkpoints is an error (`launch.checkpoints.saving.disk.check_mounted`).
     """
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     write(run_dir, history)

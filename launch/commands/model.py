@@ -324,22 +324,30 @@ def export(
     with_models: Annotated[
         bool, typer.Option("--with-models", help="Also copy codec, text encoder and tokenizer into the folder.")
     ] = False,
+    layout: Annotated[
+        Literal["own", "published", "diffusers"],
+        typer.Option(help="own: config.json and weights; published: as --official; diffusers: folders transformer, vae, …."),
+    ] = "own",
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the stored weights.")] = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a run's model.
 
-    Writes a model folder with config.json and model.safetensors. With --with-models it has all files needed for sampling.
+    Writes a model folder with config.json, README.md and model.safetensors (in shards above 5 GB). With --with-models it has all files
+    needed for sampling.
 
     Example: tim export runs/first --out models/first
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.checkpoints.export import export as export_run
 
+        if official and layout == "diffusers":
+            raise ValueError("--official and --layout diffusers exclude each other: give one of them")
         if ema is not None and no_ema:
             raise ValueError("--ema and --no-ema exclude each other: give one of them")
-        chosen = not no_ema if ema is None else ema
-        done = export_run(run, out=out, ema=chosen, step=step, official=official, with_models=with_models)
+        settings = {"official": official, "with_models": with_models, "layout": layout, "dtype": dtype}
+        done = export_run(run, out=out, ema=not no_ema if ema is None else ema, step=step, **settings)
         for note in done.notes:
             console.line(note)
         weights = "averaged weights" if done.ema else "weights"

@@ -16,7 +16,7 @@ from launch.checkpoints.export import PUBLISHED_GUIDANCE, model_folder, spec_of
 from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights, load_weights, read_network_file
 from launch.config.load import load_config
 from tim import Generator, TransitionTransformer, codecs, transports
-from tim.model_folder.folder import ModelSpec, load_model
+from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
 from tim.text import encoders
 
@@ -42,7 +42,7 @@ def open_model(
 
     `log` receives the choices made. Raises ValueError if there is no model, or `recipe` is missing or not allowed.
     """
-    if path.is_dir() and any((path / name).is_file() for name in ("config.json", "config.yaml")):
+    if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
         network, spec = load_model(model_folder(path, log=log))

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 from launch.caption_lengths import caption_lengths
 from launch.checkpoints import history, run_folder
-from launch.checkpoints.background import BackgroundSaver
 from launch.checkpoints.export import export
-from launch.checkpoints.follow_ups import FollowUps
 from launch.checkpoints.resuming import find_checkpoint
+from launch.checkpoints.saving.background import BackgroundSaver
+from launch.checkpoints.saving.follow_ups import FollowUps
 from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED
 from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost

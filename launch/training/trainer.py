@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.background import BackgroundSaver, Part
 from launch.checkpoints.history import History
 from launch.checkpoints.resuming import restore_plan, trainer_state
+from launch.checkpoints.saving.background import BackgroundSaver, Part
 from launch.config.schema import Config, digest
 from launch.distributed.heartbeat import HEARTBEAT
 from launch.distributed.ranks import Ranks

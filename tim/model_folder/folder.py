@@ -1,4 +1,7 @@
-"""The model folder: everything needed for sampling, in `config.json` and `model.safetensors` (docs/formats.md)."""
+"""The model folder: everything needed for sampling, in `config.json` and `model.safetensors` (docs/formats.md).
+
+In the diffusers layout both are in `transformer/`, the weights as `diffusion_pytorch_model.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,33 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tim.model_folder import paths
 from tim.network import TransitionTransformer
-from tim.pretrained.weight_files import Location
+from tim.pretrained.safetensors_files import (
+    INDEX,
+    MAX_SHARD_BYTES,
+    LazyTensors,
+    check_files,
+    file_facts,
+    find_weights,
+    read_shards,
+    write_shards,
+)
+from tim.pretrained.weight_files import PIPELINE, Location
 
 FORMAT = 1
+STEM, DIFFUSERS_STEM = "model", "diffusion_pytorch_model"  # of the weights' file names
+TRANSFORMER = "transformer"  # folder of the network in the diffusers layout
 log = logging.getLogger(__name__)
 
 
@@ -42,68 +57,152 @@ class ModelSpec:
 
 
 def save_model(
-    folder: str | Path, state_dict: dict[str, Tensor], spec: ModelSpec, *, home: str | Path | None = None, copy_models: bool = False
+    folder: str | Path,
+    weights: Mapping[str, Tensor] | LazyTensors,
+    spec: ModelSpec,
+    *,
+    home: str | Path | None = None,
+    copy_models: bool = False,
+    layout: Literal["own", "diffusers"] = "own",
+    card: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model folder atomically, replacing an older one.
 
     Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved.
-    With `copy_models`, codec, text encoder and tokenizer are copied into it. Raises ValueError if one of them is missing.
+    With `copy_models`, codec, text encoder and tokenizer are copied into it. `layout` diffusers: weights and config.json in `transformer/`,
+    the models in `vae/`, `text_encoder/` and `tokenizer/`. card: content of README.md. Raises ValueError if a model is missing.
     """
+    part = TRANSFORMER if layout == "diffusers" else ""
+    names = paths.DIFFUSERS_FOLDERS if part else paths.FOLDERS
     models: dict[str, Location] = {}
     codec, text = dict(spec.codec), spec.text
     if copy_models:
-        codec, text, models = paths.copied(codec, text)
+        codec, text, models = paths.copied(codec, text, folders=names, up="../" if part else "")
     else:
-        roots = {"folder": Path(folder), "home": Path(home or folder)}
+        roots = {"folder": Path(folder) / part, "home": Path(home or folder)}
         codec, text = paths.relative(codec, **roots), text and paths.relative(text, **roots)
     spec = replace(spec, codec=codec, text=text)
-    config = json.dumps({"format": FORMAT, **asdict(spec)}, indent=2) + "\n"
-    write_folder(folder, state_dict, name="config.json", text=config, models=models)
+    kind = {"_class_name": "TransitionTransformer"} if part else {}
+    written = Contents(
+        weights=weights if isinstance(weights, LazyTensors) else LazyTensors.of(weights),
+        config="config.json",
+        describe=lambda files: json.dumps({**kind, "format": FORMAT, **asdict(spec), "files": files}, indent=2) + "\n",
+        part=part,
+        stem=DIFFUSERS_STEM if part else STEM,
+        models=models,
+        texts={"README.md": card} if card is not None else {},
+        max_shard_bytes=max_shard_bytes,
+    )
+    write_folder(folder, written)
 
 
-def write_folder(
-    folder: str | Path, state_dict: dict[str, Tensor], *, name: str, text: str, models: Mapping[str, Location] | None = None
-) -> None:
-    """Write a folder atomically: `model.safetensors`, a file `name` with `text`, and copies of `models` in sub-folders of their names."""
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """Contents of a folder to write.
+
+    weights: in `part` (a sub-folder, or "" for the folder itself), in files named after `stem`; config: name of the description beside
+    them, which `describe` returns, given `bytes` and `sha256` of the other files by path; models: copied to sub-folders of these names;
+    texts: content of further files.
+    """
+
+    weights: LazyTensors
+    config: str
+    describe: Callable[[Mapping[str, Any]], str]
+    part: str = ""
+    stem: str = STEM
+    models: Mapping[str, Location] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+
+def write_folder(folder: str | Path, contents: Contents) -> None:
+    """Write a folder atomically, replacing an older one."""
     folder = Path(folder)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in state_dict.items()}, partial / "model.safetensors", metadata={"format": "pt"})
-    (partial / name).write_text(text, encoding="utf-8")
-    for part, location in (models or {}).items():
-        paths.copy(location, partial / part)
-    for path in (partial / "model.safetensors", partial / name):
-        _sync(path)
+    part = partial / contents.part
+    part.mkdir(parents=True)
+    files = write_shards(part, contents.weights, stem=contents.stem, metadata={"format": "pt"}, max_bytes=contents.max_shard_bytes)
+    for name, location in contents.models.items():
+        paths.copy(location, partial / name)
+        for file in sorted((partial / name).iterdir()):
+            files[os.path.relpath(file, part)] = file_facts(file)
+    if contents.part:
+        (partial / PIPELINE).write_text(paths.pipeline_index(partial, part=contents.part), encoding="utf-8")
+    for name, text in contents.texts.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    (part / contents.config).write_text(contents.describe(files), encoding="utf-8")
+    _sync(part / contents.config)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(partial, folder)
     _sync(folder.parent)
 
 
+def is_model_folder(folder: str | Path) -> bool:
+    """Whether a folder has the description of a model, in our or the diffusers layout."""
+    return (_described(Path(folder)) / "config.json").is_file()
+
+
+def weights_file(folder: str | Path) -> Path | None:
+    """The weights of a model folder, or the index of its shards; None if they are missing."""
+    return find_weights(_described(Path(folder)), stems=(STEM, DIFFUSERS_STEM))
+
+
 def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tuple[TransitionTransformer, ModelSpec]:
     """The network, ready to sample, and its spec.
 
-    Raises ValueError if the folder has no model, an unknown format, or weights that do not fit the config.
+    Raises ValueError if the folder has no model, an unknown format, damaged files, or weights that do not fit the config.
     """
     spec = read_spec(folder)
-    weights = Path(folder) / "model.safetensors"
-    if not weights.is_file():
-        raise ValueError(f"{folder}: model.safetensors is missing: export the run again with `tim export`")
+    state = load_weights(folder)
     network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
     try:
-        network.load_official(load_file(weights))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{weights}: {error}") from error
+        network.load_official(state)
+    except ValueError as error:
+        raise ValueError(f"{weights_file(folder)}: {error}") from error
     log.info("%s: rotary layout %s", folder, spec.rope)
     return network.to(device).eval().requires_grad_(False), spec
 
 
+def load_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of a model folder, as stored. All files are compared with the digests in config.json, if it has them.
+
+    Raises ValueError if a file is missing or damaged.
+    """
+    described, weights = _described(Path(folder)), weights_file(folder)
+    if weights is None:
+        raise ValueError(f"{folder}: {STEM}.safetensors is missing: export the run again with `tim export`")
+    check_files(described, _content(described / "config.json").get("files", {}), source="config.json")
+    try:
+        return read_shards(weights) if weights.name.endswith(INDEX) else load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights}: {error}") from error
+
+
 def read_spec(folder: str | Path) -> ModelSpec:
     """The spec of a model folder. Raises ValueError if it is missing or of an unknown format."""
-    path = Path(folder) / "config.json"
+    described = _described(Path(folder))
+    path = described / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder}: not a model folder (no config.json): give the folder that `tim export` or a finished run wrote")
+    content = _content(path)
+    names = {field.name for field in fields(ModelSpec)}
+    if {name for name in content if not name.startswith("_")} - {"format", "files"} != names:
+        raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
+    spec = ModelSpec(**{name: content[name] for name in names})
+    text = spec.text and paths.absolute(spec.text, folder=described)
+    return replace(spec, codec=paths.absolute(spec.codec, folder=described), text=text)
+
+
+def _described(folder: Path) -> Path:
+    """The folder of config.json: `folder`, or its `transformer/` in the diffusers layout."""
+    is_pipeline = not (folder / "config.json").is_file() and (folder / PIPELINE).is_file()
+    return folder / TRANSFORMER if is_pipeline else folder
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -111,12 +210,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else None
         raise ValueError(f"{path}: format {found!r}, but this version of tim reads format {FORMAT}: use the version that wrote it")
-    names = {field.name for field in fields(ModelSpec)}
-    if set(content) - {"format"} != names:
-        raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
-    spec = ModelSpec(**{name: content[name] for name in names})
-    text = spec.text and paths.absolute(spec.text, folder=Path(folder))
-    return replace(spec, codec=paths.absolute(spec.codec, folder=Path(folder)), text=text)
+    return content
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from tim.text import encoders
 
 Section: TypeAlias = dict[str, Any]
 _KEYS = ("path", "tokenizer")
+FOLDERS = ("codec", "text_encoder", "tokenizer")  # sub-folders of copied models
+DIFFUSERS_FOLDERS = ("vae", "text_encoder", "tokenizer")
 
 
 def relative(section: Section, *, folder: Path, home: Path) -> Section:
@@ -33,24 +36,28 @@ def absolute(section: Section, *, folder: Path) -> Section:
     return _mapped(section, lambda path: os.path.normpath(folder.absolute() / path))
 
 
-def copied(codec: Section, text: Section | None) -> tuple[Section, Section | None, dict[str, Location]]:
+def copied(
+    codec: Section, text: Section | None, *, folders: tuple[str, str, str], up: str
+) -> tuple[Section, Section | None, dict[str, Location]]:
     """The sections for a folder with copies of the models, and the models to copy, by sub-folder.
 
-    Raises ValueError if a model is missing.
+    folders: sub-folders of codec, text encoder and tokenizer; up: prefix that leads from config.json to them. Raises ValueError if a model
+    is missing.
     """
+    codec_folder, text_folder, tokenizer_folder = folders
     models: dict[str, Location] = {}
     codec = dict(codec)
     if codec.get("path") is not None:
-        models["codec"] = codecs.location(codec["kind"], codec["path"])
-        codec["path"] = "codec"
+        models[codec_folder] = codecs.location(codec["kind"], codec["path"])
+        codec["path"] = up + codec_folder
     if text is not None and text.get("path") is not None:
         text = dict(text)
-        models["text_encoder"] = encoders.location(text["kind"], text["path"])
+        models[text_folder] = encoders.location(text["kind"], text["path"])
         tokenizer = encoders.tokenizer_location(text["kind"], text["path"], tokenizer_path=text.get("tokenizer"))
-        text["path"] = "text_encoder"
-        if tokenizer is not None and tokenizer != models["text_encoder"].folder:
-            models["tokenizer"] = Location(tokenizer, None)
-            text["tokenizer"] = "tokenizer"
+        text["path"] = up + text_folder
+        if tokenizer is not None and tokenizer != models[text_folder].folder:
+            models[tokenizer_folder] = Location(tokenizer, None)
+            text["tokenizer"] = up + tokenizer_folder
     return codec, text, models
 
 
@@ -59,6 +66,22 @@ def copy(location: Location, target: Path) -> None:
     target.mkdir()
     for file in weight_files.files(location):
         shutil.copyfile(file, target / file.name)
+
+
+def pipeline_index(folder: Path, *, part: str) -> str:
+    """Content of `model_index.json`: library and class of each sub-folder of a diffusers pipeline."""
+    index: dict[str, Any] = {"_class_name": "TransitionPipeline", part: ["tim", "TransitionTransformer"]}
+    vae, text_encoder, tokenizer = DIFFUSERS_FOLDERS
+    for name, library, file, key in (
+        (vae, "diffusers", "config.json", "_class_name"),
+        (text_encoder, "transformers", "config.json", "architectures"),
+        (tokenizer, "transformers", "tokenizer_config.json", "tokenizer_class"),
+    ):
+        path = folder / name / file
+        found = json.loads(path.read_text(encoding="utf-8")).get(key) if path.is_file() else None
+        if (folder / name).is_dir():
+            index[name] = [library, found[0] if isinstance(found, list) and found else found]
+    return json.dumps(index, indent=2) + "\n"
 
 
 def _mapped(section: Section, change: Callable[[str], str]) -> Section:

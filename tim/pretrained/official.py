@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tim.pretrained.safetensors_files import INDEX, read_shards
+
 # Keys under which training checkpoints keep their weights, averaged ones first.
 NESTS = ("ema", "ema_model", "state_dict_ema", "model_ema", "state_dict", "model", "module")
 PREFIXES = ("module.", "model.", "ema_model.")  # before every name: from DDP, Lightning and averaging
@@ -27,14 +29,16 @@ OURS = "tim"  # key of NETWORK_FILE for settings outside the published form: rop
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a `.safetensors`, `.bin`, `.pt` or `.pth` file, on the CPU. Pickles are read as tensors only: no code in them runs.
+    """The weights in a `.safetensors`, `.bin`, `.pt` or `.pth` file, or in the shards of an index file, on the CPU.
+
+    Pickles are read as tensors only: no code in them runs.
 
     Raises ValueError naming the file if it is missing, damaged, of another type, or has no weights.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    if path.suffix not in WEIGHTS:
+    if path.suffix not in WEIGHTS and not path.name.endswith(INDEX):
         raise ValueError(f"{path}: weights are read from {', '.join(WEIGHTS)} files")
     try:
         content = _loaded(path)
@@ -47,6 +51,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def _loaded(path: Path) -> Any:
+    if path.name.endswith(INDEX):
+        return read_shards(path)
     if path.suffix == ".safetensors":
         return load_file(path)
     with warnings.catch_warnings():

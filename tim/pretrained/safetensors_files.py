@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_SHARD_BYTES = 5_000_000_000
-INDEX = ".safetensors.index.json"
+SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 _BLOCK = 16 << 20  # bytes per write
 _DTYPES = {
     torch.float64: "F64",
@@ -98,8 +98,38 @@ def write_shards(
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
     path = folder / f"{stem}{INDEX}"
     path.write_text(index, encoding="utf-8")
-    files[path.name] = {"bytes": len(index.encode()), "sha256": hashlib.sha256(index.encode()).hexdigest()}
+    files[path.name] = file_facts(path)
     return files
+
+
+def find_weights(folder: Path, *, stems: Sequence[str]) -> Path | None:
+    """The weights of a folder: STEM.safetensors, or the index of its shards."""
+    names = [f"{stem}{suffix}" for stem in stems for suffix in (SUFFIX, INDEX)]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, source: str) -> None:
+    """Compare files with their `bytes` and `sha256`, which `source` states. Raises ValueError for the first difference."""
+    remedy = f'copy or export the folder again, or remove "files" from {source} if you changed the file yourself'
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {remedy}")
+        if path.stat().st_size != facts["bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size} bytes, but {facts['bytes']} in {source}: {remedy}")
+    for name, facts in files.items():
+        if file_facts(folder / name)["sha256"] != facts["sha256"]:
+            raise ValueError(f"{folder / name} does not match its digest in {source}: {remedy}")
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """`bytes` and `sha256` of a file."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:

@@ -85,7 +85,7 @@ def test_the_newest_checkpoint_averaged_by_default(run: Path, tmp_path: Path) ->
     done = export(run, out=tmp_path / "m")
     assert (done.step, done.ema, done.notes) == (5, True, ())
     assert some_weight(tmp_path / "m") == 5.0
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     network, spec = load_model(tmp_path / "m")
     assert done.parameters == sum(parameter.numel() for parameter in network.parameters())
     assert spec.text == {"kind": "lookup", "max_tokens": 20}
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path
 
 def test_the_published_format_builds_the_same_network(run: Path, tmp_path: Path) -> None:
     done = export(run, out=tmp_path / "m", official=True)
-    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["model.safetensors", "network.yaml"]
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == ["README.md", "model.safetensors", "network.yaml"]
     model = yaml.safe_load((tmp_path / "m" / "network.yaml").read_text())["model"]
     assert model["network"]["target"] == "tim.models.t2i.tim_model.TiM"
     assert model["transport"] == {"target": "tim.schedulers.transports.OT_FM", "params": {"P_mean": 0.0, "P_std": 1.6}}

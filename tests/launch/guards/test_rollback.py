@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.background import BackgroundSaver
+from launch.checkpoints.saving.background import BackgroundSaver
 from launch.config.load import load_config
 from launch.config.schema import Config
 from launch.distributed.ranks import Ranks

@@ -11,8 +11,8 @@ from pathlib import Path
 from queue import Queue, SimpleQueue
 
 from launch.checkpoints.checkpoint import remove, step_folders
-from launch.checkpoints.disk import superfluous
-from launch.checkpoints.mirror import Mirror
+from launch.checkpoints.saving.disk import superfluous
+from launch.checkpoints.saving.mirror import Mirror
 from launch.config.run_sections import CheckpointConfig
 from pipeline.errors import kind_and_line
 

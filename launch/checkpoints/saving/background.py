@@ -28,8 +28,8 @@ from torch import Tensor
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import CheckpointMetadata, fragment_file
-from launch.checkpoints.disk import describe, make_room
-from launch.checkpoints.follow_ups import FollowUps
+from launch.checkpoints.saving.disk import describe, make_room
+from launch.checkpoints.saving.follow_ups import FollowUps
 from launch.checkpoints.tensor_fragments import Fragment, Shapes
 from launch.checkpoints.tensor_fragments import save as save_fragments
 from launch.config.run_sections import CheckpointConfig

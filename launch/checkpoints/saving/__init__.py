@@ -1,0 +1,1 @@
+"""Saving in the background: disk space, mirror, and what follows a checkpoint."""
