@@ -83,6 +83,7 @@ def save(run_dir: Path, metadata: CheckpointMetadata, *, ranks: Ranks, write: Ca
     files = {str(path.relative_to(partial)): file_facts(path) for path in write(partial)}
     files_by_rank = ranks.gather(files)
     final = ranks.run_on_rank0(lambda: publish(run_dir, partial, metadata, files_by_rank))
+    ranks.run_on_rank0(lambda: write_latest(run_dir, final))
     ranks.run_on_rank0(lambda: [remove(old) for old in step_folders(run_dir)[:-keep_last]])
     return final
 
@@ -207,8 +208,12 @@ def publish(run_dir: Path, partial: Path, metadata: CheckpointMetadata, files_by
         remove(final)
     partial.rename(final)
     fsync_path(final.parent)
-    publish_text(run_dir / LATEST, final.name + "\n")
     return final
+
+
+def write_latest(run_dir: Path, folder: Path) -> None:
+    """Name the newest checkpoint in RUN/latest."""
+    publish_text(run_dir / LATEST, folder.name + "\n")
 
 
 def remove(folder: Path) -> None:

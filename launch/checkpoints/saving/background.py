@@ -81,6 +81,7 @@ class _Save:
     written: threading.Event = field(default_factory=threading.Event)
     abandoned: threading.Event = field(default_factory=threading.Event)
     folder: Path | None = None  # on rank 0, once published
+    warning: str | None = None  # of a save that is published
     problem: str | None = None
     error: Exception | None = None
 
@@ -213,13 +214,23 @@ class BackgroundSaver:
             save.written.set()
             listed = self._lists_of_others(save)
             if listed is not None:
-                save.folder = checkpoint.publish(self._run_dir, save.partial, save.metadata, [files, *listed])
+                folder = checkpoint.publish(self._run_dir, save.partial, save.metadata, [files, *listed])
+                save.warning = self._write_latest(folder)
+                save.folder = folder
         except _FAILURES as error:
             save.problem = describe(error, path=save.partial)
         except Exception as error:  # raised again on the main thread
             save.error = error
         finally:
             save.written.set()
+
+    def _write_latest(self, folder: Path) -> str | None:
+        """Returns a warning if RUN/latest cannot be written: the checkpoint is complete without it."""
+        try:
+            checkpoint.write_latest(self._run_dir, folder)
+        except OSError as error:
+            return f"warning: {describe(error, path=self._run_dir / checkpoint.LATEST)}"
+        return None
 
     def _lists_of_others(self, save: _Save) -> list[dict[str, Any]] | None:
         """On rank 0: the other ranks' file lists, taken out of the folder; None if the save is abandoned."""
@@ -245,6 +256,8 @@ class BackgroundSaver:
         thread.join()
         if save.error is not None:
             raise save.error
+        if save.warning is not None:
+            self._log(save.warning)
         problem = problem or save.problem
         if problem is not None:
             shutil.rmtree(save.partial, ignore_errors=True)
