@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tim.model_kinds import Derivative, Precision, Weighting
+from tim.model_kinds import Derivative, DerivativePrecision, Weighting
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
-DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(Precision), get_args(Weighting)
+DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(DerivativePrecision), get_args(Weighting)
+EPSILONS = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05}  # smallest that are not mostly rounding noise; 0.005 as published
 MIN_NORM = 1e-2  # norm of a pixel's channels below which the cosine term fades
 
 Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]
@@ -39,12 +40,14 @@ class Losses(NamedTuple):
     """Losses of a pack.
 
     loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached squared error
-    plus cosine term per image, before weighting; alignment: (B,) detached distance from the alignment teacher, 0 without one.
+    plus cosine term per image, before weighting; alignment: (B,) detached distance from the alignment teacher, 0 without one; repeated:
+    whether the derivative overflowed and was repeated in float32.
     """
 
     loss: Tensor
     raw: Tensor
     alignment: Tensor
+    repeated: bool = False
 
 
 class Guide(NamedTuple):
@@ -69,14 +72,15 @@ class TransitionObjective:
         transport: see `tim.transports`.
         derivative: method for df/dt, `finite-difference` or `jvp` (exact; needs unsharded weights and attention with a forward-mode
             derivative).
-        derivative_precision: `fp32`, or `bf16` (autocast).
-        epsilon: half the interval of the central difference.
+        derivative_precision: `fp32`, or `fp16` or `bf16` by autocast. An overflow in fp16 is detected, and the pack repeated in fp32.
+        epsilon: half the interval of the central difference; None: `EPSILONS` of the precision.
         weighting: `tangent` weights r < t images by (1 + tan t − tan r)^−½, `none` by 1.
         shift: side in pixels of the square whose times are not shifted; None disables the shift.
         pixels_per_cell: the codec's factor.
         alignment: weight of the distance from the alignment teacher.
         equal_forwards: run the difference's forward on one token if a pack has no r < t images, because under ZeRO-3 ranks wait for each
             other in every forward.
+        agree: whether a statement holds on any rank. Asked about an overflow, if ranks must run equally many forwards.
     """
 
     def __init__(
@@ -86,12 +90,13 @@ class TransitionObjective:
         patch_size: int,
         derivative: str = "finite-difference",
         derivative_precision: str = "fp32",
-        epsilon: float = 0.005,
+        epsilon: float | None = None,
         weighting: str = "tangent",
         shift: int | None = 1024,
         pixels_per_cell: int = 1,
         alignment: float = 1.0,
         equal_forwards: bool = True,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         choices = {
             "derivative": (derivative, DERIVATIVES),
@@ -101,6 +106,7 @@ class TransitionObjective:
         for name, (value, known) in choices.items():
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        epsilon = EPSILONS[derivative_precision] if epsilon is None else epsilon
         if not 0 < epsilon < 0.5:
             raise ValueError(f"epsilon {epsilon}: must be between 0 and 0.5")
         self.transport = transport
@@ -113,6 +119,7 @@ class TransitionObjective:
         self.pixels_per_cell = pixels_per_cell
         self.alignment = alignment
         self.equal_forwards = equal_forwards
+        self.agree = agree
 
     def __call__(
         self,
@@ -181,7 +188,7 @@ class TransitionObjective:
         device = latents[0].device
         clean = PackedTokens.from_latents(latents, self.patch_size)
         noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
-        derivative = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
+        derivative, repeated = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
 
         t_tokens, r_tokens = (clean.per_token(time.to(device))[:, None] for time in (t, r))
         noisy = clean._replace(tokens=self.transport.mix(clean.tokens, noise_tokens, t_tokens))
@@ -198,7 +205,7 @@ class TransitionObjective:
 
         raw = self.distance(out, target)
         errors = self.time_weight(t, r).to(device, torch.float32) * raw / (raw.detach() + 1e-5) + self.alignment * misaligned
-        return Losses((weights.to(device) * errors).sum(), raw.detach(), misaligned.detach())
+        return Losses((weights.to(device) * errors).sum(), raw.detach(), misaligned.detach(), repeated)
 
     def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
         """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
@@ -237,23 +244,32 @@ class TransitionObjective:
 
     def _derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
-    ) -> Tensor:
-        """df/dt along the path at fixed r, (T, p·p·C), zero for r = t. Only r < t images are evaluated, without gradient.
+    ) -> tuple[Tensor, bool]:
+        """df/dt along the path at fixed r, (T, p·p·C), zero for r = t, and whether it was repeated in float32 after an overflow.
 
-        With `equal_forwards`, a pack without such images evaluates one token, so that every rank runs the same number of forwards.
+        Only r < t images are evaluated, without gradient. With `equal_forwards`, a pack without such images evaluates one token, so that
+        every rank runs the same number of forwards.
         """
         moving = (r < t).nonzero()[:, 0].tolist()
-        device, zeros = clean.tokens.device, torch.zeros_like(clean.tokens)
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.derivative_precision == "bf16"):
-            if moving:
-                part, noise_part = clean.select(moving), clean._replace(tokens=noise_tokens).select(moving).tokens
-                differentiate = self._exact_rate if self.derivative == "jvp" else self._central_difference
-                rate = differentiate(network, part, noise_part, select(condition, moving), t=t[moving], r=r[moving])
-                return zeros.index_copy(0, clean.rows(moving), rate)
-            if self.derivative == "finite-difference" and self.equal_forwards:
-                token = clean.select([0]).first_token()
-                self._central_difference(network, token, noise_tokens[:1], select(condition, [0]), t=t[:1], r=r[:1])
-            return zeros
+        zeros = torch.zeros_like(clean.tokens)
+        if moving:
+            chosen, differentiate = moving, self._exact_rate if self.derivative == "jvp" else self._central_difference
+            part, noise_part = clean.select(moving), clean._replace(tokens=noise_tokens).select(moving).tokens
+        elif self.derivative == "finite-difference" and self.equal_forwards:
+            chosen, differentiate = [0], self._central_difference
+            part, noise_part = clean.select([0]).first_token(), noise_tokens[:1]
+        else:
+            return zeros, False
+
+        def evaluate(precision: str) -> Tensor:
+            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+            with torch.no_grad(), torch.autocast(zeros.device.type, dtype, enabled=precision != "fp32"):
+                return differentiate(network, part, noise_part, select(condition, chosen), t=t[chosen], r=r[chosen])
+
+        rate, repeated = evaluate(self.derivative_precision), False
+        if self.derivative_precision == "fp16" and self.agree(not bool(torch.isfinite(rate).all())):
+            rate, repeated = evaluate("fp32"), True
+        return (zeros.index_copy(0, clean.rows(moving), rate.to(zeros.dtype)) if moving else zeros), repeated
 
     def _central_difference(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from launch.config.section import Section, Share, check_interval
 from launch.config.yaml_file import ConfigConflict
-from tim.model_kinds import Derivative, NewCondition, Precision, RopeLayout, TeacherKind, TransportKind, Weighting
+from tim.model_kinds import Derivative, DerivativePrecision, NewCondition, RopeLayout, TeacherKind, TransportKind, Weighting
 
 
 class NetworkParams(Section):
@@ -99,10 +99,11 @@ class ObjectiveConfig(Section):
     """Interpolation between image and noise over time."""
     derivative: Derivative = "finite-difference"
     """Derivative of the network along the path: finite difference of two evaluations, or exact forward-mode differentiation (jvp)."""
-    derivative_precision: Precision = "fp32"
-    """Precision of the derivative; in bf16 a finite difference is mostly rounding noise."""
-    epsilon: float = Field(default=0.005, gt=0, lt=0.5)
-    """Half the interval of the finite difference."""
+    derivative_precision: DerivativePrecision | None = None
+    """Precision of the derivative; null: fp16 on a GPU, fp32 on the CPU. A pack that overflows in fp16 is repeated in fp32. In bf16 a
+    finite difference is mostly rounding noise."""
+    epsilon: float | None = Field(default=None, gt=0, lt=0.5)
+    """Half the interval of the finite difference; null: 0.005 in fp32, 0.02 in fp16, 0.05 in bf16."""
     diffusion_share: Share = 0.5
     """Share of images trained with r = t; `plan.schedule` can change it at given steps."""
     consistency_share: Share = 0.1

@@ -55,6 +55,10 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether `value` is true on any rank."""
+        return float(self.sum(torch.tensor(float(value)))) > 0
+
     def gather(self, value: Result) -> list[Result]:
         """Values of all ranks, in rank order."""
         values: list[Any] = [None] * self.size

@@ -92,7 +92,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         planner=planner,
         loader=loader,
         frozen=frozen,
-        objective=make_objective(config, pixels_per_cell=geometry.factor),
+        objective=make_objective(config, pixels_per_cell=geometry.factor, ranks=ranks),
         engine=engine,
         ema=ShardedEMA(engine.fragments(), decay=config.train.ema),
         parameters=parameters,
@@ -129,19 +129,21 @@ def make_teacher(section: AlignmentConfig, *, width: int, device: torch.device, 
     return teacher
 
 
-def make_objective(config: Config, *, pixels_per_cell: int) -> TransitionObjective:
+def make_objective(config: Config, *, pixels_per_cell: int, ranks: Ranks) -> TransitionObjective:
     section = config.objective
+    lockstep = config.train.zero == 3
     return TransitionObjective(
         transports.make(section.transport, **section.transport_settings()),
         patch_size=config.network.params.patch_size,
         derivative=section.derivative,
-        derivative_precision=section.derivative_precision,
+        derivative_precision=section.derivative_precision or ("fp16" if ranks.device.type == "cuda" else "fp32"),
         epsilon=section.epsilon,
         weighting=section.weighting,
         shift=section.shift,
         pixels_per_cell=pixels_per_cell,
         alignment=section.alignment.weight if section.alignment else 1.0,
-        equal_forwards=config.train.zero == 3,
+        equal_forwards=lockstep,
+        agree=ranks.any if lockstep else bool,
     )
 
 

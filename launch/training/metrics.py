@@ -2,7 +2,8 @@
 
     {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
      "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "bad_samples": 0, "loss_spikes": 0, "rollbacks": 0,
-     "fill": 0.97, "images_per_second": …, "tokens_per_second": …, "seconds": …, "ids_digest": "…", "first_ids": […]}
+     "repeated_derivatives": 0, "fill": 0.97, "images_per_second": …, "tokens_per_second": …, "seconds": …, "ids_digest": "…",
+     "first_ids": […]}
 
 `loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind (null if there were none). The
 minimised loss is not logged: it is normalised by each image's own error, so its value is not informative. `loss_alignment` is the mean
@@ -29,7 +30,7 @@ from pipeline.storage.atomic import publish_text
 
 FIRST_IDS = 4
 SECONDS_BETWEEN_LINES = 10.0
-COUNTERS = ("images", "tokens", "failed", "skipped_steps", "bad_samples", "loss_spikes", "rollbacks")
+COUNTERS = ("images", "tokens", "failed", "skipped_steps", "bad_samples", "loss_spikes", "rollbacks", "repeated_derivatives")
 
 
 @dataclass(slots=True)

@@ -16,11 +16,13 @@ from tim.objective import Losses
 class Sums:
     """Sums of a step over all ranks, where every loss is finite.
 
-    failed: images without weight; raw, raw_images: error sums and counts by kind; alignment: sum of distances from the teacher.
-    suspects: this rank's images whose loss is not finite, as pack and position; all_suspects: their number on all ranks.
+    failed: images without weight; repeated: packs whose derivative was repeated in float32; raw, raw_images: error sums and counts by
+    kind; alignment: sum of distances from the teacher. suspects: this rank's images whose loss is not finite, as pack and position;
+    all_suspects: their number on all ranks.
     """
 
     failed: int
+    repeated: int
     raw: tuple[float, ...]
     raw_images: tuple[int, ...]
     alignment: float
@@ -39,16 +41,18 @@ class StepLosses:
 
     def sums(self, ranks: Ranks) -> Sums:
         """Sum over all ranks with one all-reduce."""
-        total = torch.zeros(3 + 2 * len(KIND_NAMES), dtype=torch.float64)
+        kinds = len(KIND_NAMES)
+        total = torch.zeros(4 + 2 * kinds, dtype=torch.float64)
         suspects: list[tuple[int, int]] = []
         for number, (batch, losses) in enumerate(self.packs):
             real = batch.weights > 0
             errors, misaligned = losses.raw.cpu().double(), losses.alignment.cpu().double()
             total[0] += sum(name != "" for name in batch.ids) - int(real.sum())
-            for kind in range(len(KIND_NAMES)):
+            for kind in range(kinds):
                 chosen = real & (batch.kinds == kind)
-                total[3 + kind] += errors[chosen].sum()
-                total[3 + len(KIND_NAMES) + kind] += chosen.sum()
+                total[4 + kind] += errors[chosen].sum()
+                total[4 + kinds + kind] += chosen.sum()
+            total[3] += losses.repeated
             total[2] += misaligned[real].sum()
             if not torch.isfinite(losses.loss):
                 bad = ~torch.isfinite(errors + misaligned) & real
@@ -57,8 +61,9 @@ class StepLosses:
         values = ranks.sum(total).tolist()
         return Sums(
             failed=round(values[0]),
-            raw=tuple(values[3 : 3 + len(KIND_NAMES)]),
-            raw_images=tuple(round(count) for count in values[3 + len(KIND_NAMES) :]),
+            repeated=round(values[3]),
+            raw=tuple(values[4 : 4 + kinds]),
+            raw_images=tuple(round(count) for count in values[4 + kinds :]),
             alignment=values[2],
             suspects=suspects,
             all_suspects=round(values[1]),

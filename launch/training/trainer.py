@@ -99,6 +99,7 @@ class Trainer:
             alignment=sums.alignment if self.config.objective.alignment else None,
         )
         self.meter.add(measure)
+        self.meter.count("repeated_derivatives", sums.repeated)
 
         # loss spike
         spike = self.spikes.add(sums.raw, sums.raw_images)
