@@ -9,12 +9,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.distributed.failures import describe_work
 from launch.distributed.heartbeat import RankState
 
 HOST = socket.gethostname()
 _WAITING = re.compile(r"torch/distributed/|deepspeed/comm/")  # files of the innermost frames of a rank that waits for others
 _INNERMOST = 8  # frames
-_NOT_RUNNING = "TtDZX"  # process states: stopped, traced, in uninterruptible sleep, dead
+NOT_RUNNING = "TtDZX"  # process states: stopped, traced, in uninterruptible sleep, dead
+STOPPED = {
+    "T": ", its process is stopped (SIGSTOP)",
+    "t": ", its process is stopped (by a debugger)",
+    "D": ", its process waits for a disk, the network or a device and cannot be interrupted",
+}  # by process state
 
 
 @dataclass(slots=True)
@@ -63,12 +69,26 @@ def blame(suspects: Sequence[RankState], stacks: Mapping[int, str]) -> RankState
 
     stacks: Python stacks of the ranks of this machine. Ranks of other machines, whose stacks are not known, come last.
     """
-    stopped = [state for state in suspects if process_state(state) in _NOT_RUNNING]
+    stopped = [state for state in suspects if process_state(state) in NOT_RUNNING]
     if stopped:
         return stopped[0]
     known = [state for state in suspects if state.rank in stacks and not is_waiting(stacks[state.rank])]
     unknown = [state for state in suspects if state.rank not in stacks]
     return next((state for state in (*known, *unknown) if not _waits(state)), None)
+
+
+def describe_hang(found: Suspicion, state: RankState | None, folder: Path) -> list[str]:
+    """Lines for people. state: the rank to blame; folder: stacks of the ranks."""
+    limit = f"for more than {found.limit:g} s (train.hang_timeout)"
+    stacks = f"  Python stacks of the ranks of this machine: {folder}"
+    if state is not None:
+        return [f"rank {state.rank} on {state.host} hangs {limit}{STOPPED.get(process_state(state), '')}: {describe_work(state)}", stacks]
+    longest = found.suspects[0]
+    return [
+        f"all ranks wait for each other {limit}, rank {longest.rank} on {longest.host} the longest: {describe_work(longest)}",
+        "  ranks disagree on the next collective operation, or the network is broken: compare their stacks",
+        stacks,
+    ]
 
 
 def is_waiting(stacks: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
 from launch.distributed.device import choose_device
@@ -127,7 +128,7 @@ def process_group(*, timeout: timedelta = GROUP_TIMEOUT) -> Iterator[Ranks]:
     if not is_single:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         # torchrun keeps its store when it starts the ranks again, and with it the addresses of those that are gone
-        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     else:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.distributed.failures import SILENT, End, describe_end, describe_work, first_cause
-from launch.distributed.hangs import Ages, Suspicion, blame, find_hang, process_state
+from launch.distributed.hangs import Ages, Suspicion, blame, describe_hang, find_hang
 from launch.distributed.heartbeat import FOLDER, RankState, read_state, state_path
 from launch.distributed.stacks import write_stacks
 
@@ -22,11 +22,6 @@ GRACE_AFTER_EXIT = 30.0  # the same after one failed: it may be printing its err
 SECONDS_BETWEEN_CHECKS = 1.0
 PAUSE = 3.0  # seconds in which the launchers of other machines can write their ranks' stacks, before those lose their connection
 HEAD_START = 30.0  # seconds that the launcher of another machine has to end its hanging rank itself
-STOPPED = {
-    "T": ", its process is stopped (SIGSTOP)",
-    "t": ", its process is stopped (by a debugger)",
-    "D": ", its process waits for a disk, the network or a device and cannot be interrupted",
-}  # by process state
 
 
 @dataclass(slots=True)
@@ -136,15 +131,8 @@ class Supervisor:
         """Report a hang, write the stacks, and kill the ranks of this machine."""
         assert self.run_dir is not None, "without it there are no states"
         folder, stacks = write_stacks(self.run_dir, self._local_states(), nccl=self.nccl)
-        state = blame(found.suspects, stacks)
-        limit = f"for more than {found.limit:g} s (train.hang_timeout)"
-        if state is None:
-            longest = found.suspects[0]
-            say(f"all ranks wait for each other {limit}, rank {longest.rank} on {longest.host} the longest: {describe_work(longest)}")
-            say("  ranks disagree on the next collective operation, or the network is broken: compare their stacks")
-        else:
-            say(f"rank {state.rank} on {state.host} hangs {limit}{STOPPED.get(process_state(state), '')}: {describe_work(state)}")
-        say(f"  Python stacks of the ranks of this machine: {folder}")
+        for line in describe_hang(found, blame(found.suspects, stacks), folder):
+            say(line)
         if any(state.rank not in self._pids for state in self._states()):
             time.sleep(PAUSE)
         self._hanging, self._failed_at = True, time.monotonic()

@@ -6,6 +6,7 @@ interrupted by a signal or a power cut therefore resumes exactly.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED
 from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
 from launch.distributed.ranks import Ranks, process_group
+from launch.distributed.self_watch import watched
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.slurm import requeue
 from launch.distributed.torchrun import die_with_launcher
@@ -68,7 +70,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
         # plan and run folder
         planner = ranks.run_on_all_ranks(lambda: make_planner(config))
-        _enter_run_folder(run_dir, ranks=ranks, cleanup=cleanup)
+        _enter_run_folder(run_dir, limits=config.train.hang_limits, ranks=ranks, cleanup=cleanup)
         found, changes, recorded = ranks.run_on_rank0(
             lambda: (
                 find_checkpoint(run_dir, mirror=config.checkpoint.mirror),
@@ -115,10 +117,11 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         return TrainingResult(run_dir=run_dir, model=run_dir / "model", steps=trainer.step, last_row=row)
 
 
-def _enter_run_folder(run_dir: Path, *, ranks: Ranks, cleanup: ExitStack) -> None:
-    """Take the run's lock, then write there what this rank is doing."""
+def _enter_run_folder(run_dir: Path, *, limits: Mapping[str, float], ranks: Ranks, cleanup: ExitStack) -> None:
+    """Take the run's lock, then write there what this rank is doing, and watch for ranks that hang."""
     ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
     cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
+    cleanup.enter_context(watched(run_dir, limits=limits))
 
 
 def _take_steps(

@@ -167,6 +167,38 @@ def test_ranks_that_all_wait_are_not_blamed(tmp_path: Path, capfd: pytest.Captur
     assert "all ranks wait for each other for more than 0.3 s (train.hang_timeout)" in capfd.readouterr().err
 
 
+def test_ranks_watch_each_other_without_a_launcher(tmp_path: Path) -> None:
+    """As under plain torchrun: rank 0 is stopped, rank 1 says so and ends both."""
+    program = """
+import sys, time
+from pathlib import Path
+from launch.distributed import self_watch
+from launch.distributed.heartbeat import HEARTBEAT, SECTIONS
+self_watch.SECONDS_BETWEEN_CHECKS = 0.1
+run, rank, section = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+with HEARTBEAT.opened(run, rank=rank), self_watch.watched(run, limits=dict.fromkeys(SECTIONS, 2.0)):
+    HEARTBEAT.section(section, step=4)
+    time.sleep(600)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TIM_LAUNCHER_PID"}
+    commands = [[sys.executable, "-c", program, str(tmp_path), str(rank), section] for rank, section in enumerate(("data", "collective"))]
+    ranks = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        deadline = time.monotonic() + 60
+        while (state := read_state(state_path(tmp_path, 0))) is None or state.section != "data":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(ranks[0].pid, signal.SIGSTOP)
+        _, said = ranks[1].communicate(timeout=120)
+        assert (ranks[0].wait(60), ranks[1].returncode) == (-signal.SIGKILL, 1)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert said.startswith(f"rank 0 on {HOST} hangs for more than 2 s (train.hang_timeout), its process is stopped (SIGSTOP): in step 4, ")
+    assert len(list((tmp_path / "stacks").glob("*/rank-0000[01].txt"))) == 2
+
+
 def test_stacks_by_signal_where_py_spy_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launch.distributed.stacks._py_spy", lambda pid: "")
     program = (
