@@ -139,6 +139,12 @@ def is_connection_error(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(part in str(error) for part in _GLOO_ERRORS)
 
 
+def remove_states(run_dir: Path) -> None:
+    """Remove the files of an earlier job. Requires the run's lock."""
+    for path in (run_dir / FOLDER).glob("rank-*"):
+        path.unlink(missing_ok=True)
+
+
 def state_path(run_dir: Path, rank: int) -> Path:
     return run_dir / FOLDER / f"rank-{rank:05d}"
 

@@ -65,7 +65,8 @@ class Supervisor:
         if self._failed_at is None:
             return bool(alive)
         killed = any(end.code < 0 for end in self._ends.values())
-        grace = 0.0 if self._hanging else GRACE_AFTER_KILL if killed else GRACE_AFTER_EXIT
+        quick = killed or self.run_dir is None  # without a run folder ranks do not wait for each other
+        grace = 0.0 if self._hanging else GRACE_AFTER_KILL if quick else GRACE_AFTER_EXIT
         if alive and now - self._failed_at < grace:
             return True
         self._kill(alive)

@@ -20,7 +20,7 @@ from launch.checkpoints.saving.background import BackgroundSaver
 from launch.checkpoints.saving.follow_ups import FollowUps
 from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED
-from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost
+from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost, remove_states
 from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.self_watch import watched
 from launch.distributed.signals import Signals, catch_signals
@@ -119,7 +119,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
 def _enter_run_folder(run_dir: Path, *, limits: Mapping[str, float], ranks: Ranks, cleanup: ExitStack) -> None:
     """Take the run's lock, then write there what this rank is doing, and watch for ranks that hang."""
-    ranks.run_on_rank0(lambda: cleanup.enter_context(run_folder.exclusive_lock(run_dir)))
+    ranks.run_on_rank0(lambda: (cleanup.enter_context(run_folder.exclusive_lock(run_dir)), remove_states(run_dir)))
     cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
     cleanup.enter_context(watched(run_dir, limits=limits))
 

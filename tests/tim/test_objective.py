@@ -48,7 +48,7 @@ def test_the_exact_field_is_what_the_targets_average_to() -> None:
     packed = PackedTokens.from_latents([clean.view(1, 1, -1)], 1)
     objective = TransitionObjective(OT, patch_size=1, shift=None, epsilon=1e-4)
     times, ends = torch.tensor([t], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
-    derivative = objective._derivative(field, packed, noise[:, None], text, t=times, r=ends)
+    derivative, _ = objective._derivative(field, packed, noise[:, None], text, t=times, r=ends)
     target = OT.target(clean[:, None], noise[:, None], times[0], ends[0], derivative)
     exact = field(packed._replace(tokens=torch.full_like(packed.tokens, x_t)), times, ends, text).tokens[0]
     torch.testing.assert_close(target.mean(0), exact, rtol=0, atol=0.01)

@@ -17,7 +17,17 @@ import pytest
 
 from launch.config.run_sections import HANG_LIMITS, TrainConfig
 from launch.distributed import supervisor as module
-from launch.distributed.heartbeat import DUMP_SIGNAL, LOST_CONNECTION, SECTIONS, Heartbeat, RankState, read_state, stacks_path, state_path
+from launch.distributed.heartbeat import (
+    DUMP_SIGNAL,
+    LOST_CONNECTION,
+    SECTIONS,
+    Heartbeat,
+    RankState,
+    read_state,
+    remove_states,
+    stacks_path,
+    state_path,
+)
 from launch.distributed.stacks import nccl_environment, write_stacks
 from launch.distributed.supervisor import Supervisor
 
@@ -258,3 +268,6 @@ def test_a_heartbeat_keeps_within_its_file(tmp_path: Path) -> None:
     ended = read_state(state_path(tmp_path, 3))
     assert ended is not None
     assert ended.ended
+    remove_states(tmp_path)
+    assert read_state(state_path(tmp_path, 3)) is None
+    assert list((tmp_path / "ranks").iterdir()) == []
