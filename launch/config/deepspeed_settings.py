@@ -17,10 +17,10 @@ from launch.config.yaml_values import Loader
 
 Settings = Mapping[str, Any]
 
-_OFFLOAD = ("device", "nvme_path", "buffer_count", "pin_memory")
+_OFFLOAD = ("device", "pin_memory")
 ALLOWED: Mapping[str, tuple[str, ...]] = {  # by section; "" is the top level
     "": (
-        "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "aio", "comms_logger",
+        "zero_optimization", "zero_force_ds_cpu_optimizer", "communication_data_type", "comms_logger",
         "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state",
     ),
     "zero_optimization": (
@@ -31,14 +31,15 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {  # by section; "" is the top level
         "stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "memory_efficient_linear",
         "log_trace_cache_warnings", "enable_sanity_checks",
     ),
-    "zero_optimization.offload_optimizer": (*_OFFLOAD, "pipeline_read", "pipeline_write", "fast_init"),
-    "zero_optimization.offload_param": (*_OFFLOAD, "buffer_size", "max_in_cpu"),
+    "zero_optimization.offload_optimizer": _OFFLOAD,
+    "zero_optimization.offload_param": _OFFLOAD,
 }  # fmt: skip
 
 _BATCH = "the plan sets it: use plan.tokens_per_pack and plan.packs_per_step"
 _PRECISION = "use train.precision"
 _ZERO_PLUS_PLUS = "ZeRO++ and MiCS (quantised or hierarchical sharding) are not supported: leave it out"
 _PARALLEL = "is not supported: a pack fits on one device, ranks share packs (plan.tokens_per_pack)"
+_NVME = "offloading to NVMe is not supported, because averages read all weights after every step: use device: cpu"
 _EXACT = "it would change the gradient: leave it out"
 _LAYOUT = "it would change the layout of checkpoints: leave it out"
 REFUSED: Mapping[str, str] = {  # by key: what to do
@@ -66,6 +67,7 @@ REFUSED: Mapping[str, str] = {  # by key: what to do
     "gradient_predivide_factor": _EXACT,
     "gradient_allreduce_op": _EXACT,
     "sparse_gradients": _EXACT,
+    "aio": _NVME,
     "zero_allow_untested_optimizer": "the engine sets it: leave it out",
     "sequence_parallel_size": f"sequence parallelism {_PARALLEL}",
     "seq_parallel_communication_data_type": f"sequence parallelism {_PARALLEL}",
@@ -146,10 +148,8 @@ def _unfit(key: str, value: Any, *, stage: int) -> str | None:
         return "train.zero=0 keeps everything on the GPU: use train.zero=1, 2 or 3"
     if key == "zero_optimization.offload_param" and stage != 3:
         return f"train.zero={stage} keeps whole weights on the GPU: use train.zero=3"
-    if key.endswith(".device") and value not in ("none", "cpu", "nvme"):
-        return f"got {value!r}, must be none, cpu or nvme"
-    if key == "zero_optimization.offload_optimizer.device" and value == "nvme" and stage != 3:
-        return f"DeepSpeed offloads to NVMe only under ZeRO 3, not {stage}: use train.zero=3, or cpu"
+    if key.endswith(".device") and value not in ("none", "cpu"):
+        return _NVME if value == "nvme" else f"got {value!r}, must be none or cpu"
     return None
 
 

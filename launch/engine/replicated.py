@@ -27,14 +27,14 @@ class Replicated(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradients = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         self.grad_norm = float(norm)
         self.overflow = not bool(norm.isfinite())
         if self.overflow:
             return
-        if self.clip and norm > self.clip:
-            torch._foreach_mul_(gradients, self.clip / (norm + 1e-6))
+        if self.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         super().step(closure)
 
 

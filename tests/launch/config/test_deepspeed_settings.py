@@ -53,8 +53,8 @@ REFUSED = {
     "zero_optimization: 2": "deepspeed.zero_optimization: must be a mapping, got 2",
     "zero_optimization: {overlap_comm: true}": "overlap_comm: DeepSpeed overlaps only under ZeRO 2 while",
     "zero_optimization: {offload_param: {device: cpu}}": "offload_param: train.zero=1 keeps whole weights on the GPU: use train.zero=3",
-    "zero_optimization: {offload_optimizer: {device: disk}}": "offload_optimizer.device: got 'disk', must be none, cpu or nvme",
-    "zero_optimization: {offload_optimizer: {device: nvme}}": "offload_optimizer.device: DeepSpeed offloads to NVMe only under ZeRO 3",
+    "zero_optimization: {offload_optimizer: {device: disk}}": "offload_optimizer.device: got 'disk', must be none or cpu",
+    "zero_optimization: {offload_optimizer: {device: nvme}}": "offload_optimizer.device: offloading to NVMe is not supported, because",
     "zero_optimization: {offload_optimizer: {ratio: 0.5}}": "offload_optimizer.ratio: it would change the layout of checkpoints",
 }  # fmt: skip
 
