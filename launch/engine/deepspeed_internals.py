@@ -17,6 +17,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from launch.checkpoints.tensor_fragments import Fragment, Shapes
@@ -61,6 +62,17 @@ def import_deepspeed() -> Any:
         import deepspeed.runtime.zero.muon.muon_optimizer
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def check_config(library: Any, config: dict[str, Any]) -> None:
+    """Raise ValueError, in one line, if DeepSpeed rejects a value of its configuration."""
+    try:
+        library.DeepSpeedConfig(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise ValueError(f"train.deepspeed: {key}: {message}, got {first['input']!r}") from None
 
 
 def shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tuple[str, Share]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.config.deepspeed_settings import merged, offloads
 from launch.distributed.ranks import Ranks
-from launch.engine.deepspeed_internals import Share, import_deepspeed, parameters_by_vector, shares, weights_replaced
+from launch.engine.deepspeed_internals import Share, check_config, import_deepspeed, parameters_by_vector, shares, weights_replaced
 from launch.engine.muon import Column, Muon
 from launch.engine.parameter_groups import parameter_groups
 from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
@@ -60,7 +60,7 @@ class Engine:
     ) -> None:
         """deepspeed: settings merged into DeepSpeed's configuration, checked by `launch.config.deepspeed_settings`.
 
-        Raises ValueError if a pattern of `lr_factors` matches no parameter.
+        Raises ValueError if a pattern of `lr_factors` matches no parameter, or DeepSpeed rejects a setting.
         """
         self.ranks = ranks
         self.stage = stage
@@ -79,6 +79,7 @@ class Engine:
             self._optimizer.clip = clip
         self._kinds = MOMENTS[optimizer]
         config = merged(_deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
+        ranks.run_on_all_ranks(lambda: check_config(library, config))
         self._engine, *_ = library.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
         self._held, self._owned = self._shares()
         if isinstance(self._optimizer, Muon):

@@ -50,3 +50,18 @@ def test_another_layout_fails_with_the_name_of_what_is_missing(stage: int) -> No
     missing = {1: "Parameter has no _hp_mapping", 3: "SimpleNamespace has no grad_position"}[stage]
     with pytest.raises(RuntimeError, match=rf"deepspeed \S+: {missing}, which checkpoints need: pip install 'deepspeed>=0\.19\.8,<0\.20'"):
         list(shares(foreign, shapes={}, stage=stage, rank=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reduce_bucket_size": -1}, r"train\.deepspeed: reduce_bucket_size: input should be greater than 0, got -1"),
+        (
+            {"offload_optimizer": {"device": "cpu", "pin_memory": "maybe"}},
+            r"train\.deepspeed: offload_optimizer\.pin_memory: .* got 'maybe'",
+        ),
+    ],
+)
+def test_a_value_that_deepspeed_rejects_is_named_in_one_line(alone: Ranks, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Engine(network(), ranks=alone, stage=1, deepspeed={"zero_optimization": settings, "zero_force_ds_cpu_optimizer": False})
