@@ -45,7 +45,7 @@ def kill_in_a_save(ranks: jobs.RankProcesses, run: Path, *, after: int, log: Pat
 def check_kills(figures: Path, folder: Path, *, zero: int, kills: int) -> None:
     config, log, unbroken, broken = (folder / name for name in ("run.yaml", "log", "unbroken", "broken"))
     config.write_text(f"corpus: {figures}\n{CONFIG}train: {{steps: 2000, lr: 1.0e-3, zero: {zero}, ema: 0.9}}\n")
-    done = 0
+    done, found = 0, None
     for _ in range(kills):
         ranks = jobs.start_ranks("launch.cli", "train", str(config), f"run_dir={broken}", log=log)
         kill_in_a_save(ranks, broken, after=done + 2, log=log)
@@ -57,6 +57,7 @@ def check_kills(figures: Path, folder: Path, *, zero: int, kills: int) -> None:
         done = found.metadata.step
     for run in (broken, unbroken):
         jobs.run_ranks("launch.cli", "train", str(config), f"run_dir={run}", f"train.steps={done + 3}", log=log)
+    assert found is not None
     assert f"continuing from {found.folder}\n" in log.read_text()
     assert not list((broken / "checkpoints").glob("*.tmp"))
     assert jobs.story(broken, columns=COLUMNS) == jobs.story(unbroken, columns=COLUMNS)
