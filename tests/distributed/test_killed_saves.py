@@ -33,6 +33,7 @@ def kill_in_a_save(ranks: jobs.RankProcesses, run: Path, *, after: int, log: Pat
         if any(int(path.name[5:11]) > after for path in folder.glob("step-*[0-9].tmp")):
             for pid in ranks.pids:
                 os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.05)  # until all threads have stopped
             if any(folder.glob("step-*[0-9].tmp")):
                 ranks.kill()
                 return
