@@ -69,7 +69,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._since = Sums()
-        self._total = dict.fromkeys(COUNTERS, 0)
+        self._total: dict[str, int] = dict.fromkeys(COUNTERS, 0)
         self._seconds = 0.0
         self._digest = ""
         self._clock = time.monotonic()

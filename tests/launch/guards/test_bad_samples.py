@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -49,7 +49,7 @@ def write_run(folder: Path, *, bad: tuple[int, ...]) -> Path:
     rule = make_planner(load_config(path, overrides=[f"corpus={corpus.path}"])).plan.size_rule
     remaining = iter(range(8))
 
-    def encode(images: list[Tensor]) -> list[Tensor]:
+    def encode(images: Sequence[Tensor]) -> list[Tensor]:
         [latent] = codec.latents(images).means
         return [latent * float("nan") if next(remaining) in bad else latent]
 
