@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,10 +29,8 @@ from typing import Any
 
 from torch import Tensor
 
-from launch.checkpoints import tensor_fragments
 from launch.checkpoints.averages import kind_of
-from launch.checkpoints.tensor_fragments import Fragment, Shapes, ShardedTensors
-from launch.distributed.ranks import Ranks
+from launch.checkpoints.tensor_fragments import ShardedTensors
 from pipeline.digests import file_digest
 from pipeline.storage.atomic import fsync_path, publish_text
 
@@ -72,20 +69,6 @@ class Checkpoint:
     def pieces(self, kind: str) -> ShardedTensors:
         """Tensors of a kind from all ranks: "weights", "ema" or one of the optimizer's moments. Raises ValueError."""
         return ShardedTensors([self.folder / fragment_file(kind, rank) for rank in range(self.metadata.world_size)])
-
-
-def save(run_dir: Path, metadata: CheckpointMetadata, *, ranks: Ranks, write: Callable[[Path], Iterable[Path]], keep_last: int) -> Path:
-    """Write a checkpoint and wait for it. Must be called by all ranks. `write` writes this rank's files to a folder, returns their paths.
-
-    Removes all but the newest `keep_last` checkpoints, and the remains of interrupted saves.
-    """
-    partial = ranks.run_on_rank0(lambda: create_partial_folder(run_dir, step=metadata.step))
-    files = {str(path.relative_to(partial)): file_facts(path) for path in write(partial)}
-    files_by_rank = ranks.gather(files)
-    final = ranks.run_on_rank0(lambda: publish(run_dir, partial, metadata, files_by_rank))
-    ranks.run_on_rank0(lambda: write_latest(run_dir, final))
-    ranks.run_on_rank0(lambda: [remove(old) for old in step_folders(run_dir)[:-keep_last]])
-    return final
 
 
 def newest(run_dir: Path) -> Checkpoint | None:
@@ -160,22 +143,8 @@ def fragment_file(kind: str, rank: int) -> str:
     return f"{kind}-{rank:05d}.safetensors"
 
 
-def write_pieces(folder: Path, pieces: Mapping[str, Mapping[str, Fragment]], *, rank: int, shapes: Shapes) -> list[Path]:
-    """Write a rank's fragments, one file per kind, for `Checkpoint.pieces`. shapes: shapes of all network parameters."""
-    paths = [folder / fragment_file(kind, rank) for kind in pieces]
-    for path, fragments in zip(paths, pieces.values(), strict=True):
-        tensor_fragments.save(path, fragments, shapes=shapes)
-    return paths
-
-
 def read_trainer_state(folder: Path) -> dict[str, Any]:
     return json.loads((folder / TRAINER_STATE).read_text(encoding="utf-8"))
-
-
-def write_trainer_state(folder: Path, state: Mapping[str, Any]) -> Path:
-    path = folder / TRAINER_STATE
-    path.write_text(json.dumps(state, indent=1), encoding="utf-8")
-    return path
 
 
 def _metadata_or_problem(folder: Path) -> CheckpointMetadata | str:

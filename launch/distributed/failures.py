@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.distributed.heartbeat import LOST_CONNECTION, SECTIONS, RankState, stacks_path
+from pipeline.workers.process import signal_name
 
 MAX_KEYS = 8
 SILENT = (2, 75, 130)  # exit codes that the rank itself has explained: wrong configuration, stopped by a signal, interrupted
@@ -61,7 +62,7 @@ def describe_end(end: End, *, run_dir: Path | None) -> list[str]:
     who = f"rank {end.rank} on {end.host}"
     if end.code < 0:
         number = -end.code
-        lines = [f"{who} was killed by signal {number} ({_signal_name(number)}) {doing}"]
+        lines = [f"{who} was killed by {signal_name(number)} {doing}"]
         lines += [f"  {REMEDIES[signal.Signals(number)]}"] * (number in REMEDIES)
         if run_dir is not None and number in CRASHES and _has_text(stacks := stacks_path(run_dir, end.rank)):
             lines.append(f"  its Python stacks: {stacks}")
@@ -85,13 +86,6 @@ def describe_work(state: RankState | None) -> str:
         more = state.more + len(state.keys) - MAX_KEYS
         text += f"; samples in hand: {', '.join(state.keys[:MAX_KEYS])}" + (f" and {more} more" if more > 0 else "")
     return text
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return "unknown"
 
 
 def _has_text(path: Path) -> bool:

@@ -120,7 +120,7 @@ class WorkerProcess:
         code = self._process.exitcode
         if code == _OUT_OF_MEMORY:
             return "needed more memory than a worker may take"
-        return f"was killed by {_signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return f"was killed by {signal_name(-code)}" if code is not None and code < 0 else f"ended with exit code {code}"
 
     def kill(self) -> None:
         """End it, also if it hangs."""
@@ -151,7 +151,8 @@ def _without_main_script() -> Iterator[None]:
             sys.modules["__main__"] = main
 
 
-def _signal_name(number: int) -> str:
+def signal_name(number: int) -> str:
+    """`signal_name(9)` → "signal 9 (SIGKILL)"."""
     try:
         return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:

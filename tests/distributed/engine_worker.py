@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
+from launch.checkpoints.saving.background import Part
 from launch.distributed.ranks import Ranks, process_group
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import ADAM_EPSILON, Engine
 from launch.engine.muon import orthogonalise
 from tests.distributed import activation_checkpointing
 from tests.distributed.gradients import step_with_gradients
+from tests.launch.checkpoints.writing import save
 
 PACKS = [3, 1, 4, 2]  # images in each pack of a step
 STEPS = 4
@@ -140,12 +142,8 @@ def check_case(ranks: Ranks, case: str, folder: Path) -> dict[str, object]:
         norm_error = max(norm_error, abs(norm - norms[step]))
         ema.update(engine.fragments(), updates=step)
 
-    def write(part: Path) -> list[Path]:
-        pieces = {"weights": engine.fragments(), "ema": ema.average, **engine.moments()}
-        return checkpoint.write_pieces(part, pieces, rank=ranks.rank, shapes=engine.shapes)
-
-    facts = CheckpointMetadata(step=STEPS, world_size=ranks.size, config_hash="")
-    saved = checkpoint.save(folder, facts, ranks=ranks, write=write, keep_last=1)
+    part = Part(engine.shapes, {"weights": engine.fragments(), "ema": ema.average, **engine.moments()})
+    saved = save(folder, CheckpointMetadata(step=STEPS, world_size=ranks.size, config_hash=""), part, ranks=ranks)
     weight_error = distance(checkpoint.consolidate(saved, ema=False), weights)
     average_error = distance(checkpoint.consolidate(saved, ema=True), average)
 

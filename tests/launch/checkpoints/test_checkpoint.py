@@ -8,18 +8,17 @@ import pytest
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import CheckpointError, CheckpointMetadata, check, find, newest
+from launch.checkpoints.saving.background import Part
 from launch.distributed.ranks import Ranks
+from tests.launch.checkpoints import writing
 
 PART = "weights-00000.safetensors"
 
 
 def save(run: Path, step: int, ranks: Ranks, *, keep_last: int = 9) -> Path:
-    def write(folder: Path) -> list[Path]:
-        path = folder / PART
-        path.write_bytes(bytes(range(256)) * step)
-        return [path, checkpoint.write_trainer_state(folder, {"step": step})]
-
-    return checkpoint.save(run, CheckpointMetadata(step=step, world_size=1, config_hash="c"), ranks=ranks, write=write, keep_last=keep_last)
+    part = Part({}, {}, texts={PART: "0123456789abcdef" * 16 * step, checkpoint.TRAINER_STATE: json.dumps({"step": step})})
+    metadata = CheckpointMetadata(step=step, world_size=1, config_hash="c")
+    return writing.save(run, metadata, part, ranks=ranks, keep_last=keep_last)
 
 
 def cut_off(folder: Path) -> None:
@@ -117,11 +116,9 @@ def test_what_is_not_there_is_said(tmp_path: Path, alone: Ranks) -> None:
         check(tmp_path)
 
 
-def test_a_file_that_nobody_owns_is_a_mistake(tmp_path: Path, alone: Ranks) -> None:
-    def write(folder: Path) -> list[Path]:
-        (folder / "stray").write_text("x")
-        return []
-
+def test_a_file_that_nobody_owns_is_a_mistake(tmp_path: Path) -> None:
+    partial = checkpoint.create_partial_folder(tmp_path, step=1)
+    (partial / "stray").write_text("x")
     with pytest.raises(AssertionError, match="stray"):
-        checkpoint.save(tmp_path, CheckpointMetadata(step=1, world_size=1, config_hash=""), ranks=alone, write=write, keep_last=1)
+        checkpoint.publish(tmp_path, partial, CheckpointMetadata(step=1, world_size=1, config_hash=""), [{}])
     assert newest(tmp_path) is None

@@ -15,12 +15,13 @@ from huggingface_hub import load_state_dict_from_file, split_torch_state_dict_in
 from launch.checkpoints import checkpoint
 from launch.checkpoints.export import Dtype, export, model_folder
 from launch.checkpoints.initial_weights import load_weights
+from launch.checkpoints.saving.background import Part
 from launch.checkpoints.tensor_fragments import Fragment
 from launch.config.load import load_config
-from launch.distributed.ranks import Ranks
 from launch.sampling.model_source import NO_REPLACEMENTS, open_model
 from launch.training.build import make_network
 from tests import REPOSITORY
+from tests.launch.checkpoints.writing import save_parts
 from tests.tim.models import autoencoder
 from tim.model_folder.folder import load_model
 from tim.pretrained.safetensors_files import LazyTensors, write_file
@@ -34,7 +35,7 @@ train: {steps: 20, lr: 3.0e-4}
 SHARD = 60_000
 
 
-def write_run(run: Path, ranks: Ranks, *, config: str = CONFIG, step: int = 7) -> dict[str, torch.Tensor]:
+def write_run(run: Path, *, config: str = CONFIG, step: int = 7) -> dict[str, torch.Tensor]:
     """A run folder with one checkpoint of two ranks' files. Returns its averaged weights."""
     run.mkdir()
     (run / "config.yaml").write_text(config)
@@ -47,25 +48,22 @@ def write_run(run: Path, ranks: Ranks, *, config: str = CONFIG, step: int = 7) -
         "data": {"inputs": {"corpora": [["photos", "5ca1ab1e" * 8], ["art", "0ddba11" * 8]]}},
     }
 
-    def write(part: Path) -> list[Path]:
-        paths = []
-        for rank in range(2):
-            halves = {}
-            for name, value in state.items():
-                middle = value.numel() // 2
-                low, high = ((0, middle), (middle, value.numel()))[rank]
-                halves[name] = Fragment(low, value.flatten()[low:high])
-            pieces = {"ema": halves, "weights": {name: Fragment(each.start, -each.values) for name, each in halves.items()}}
-            paths += checkpoint.write_pieces(part, pieces, rank=rank, shapes=shapes)
-        return [*paths, checkpoint.write_trainer_state(part, trainer)]
-
-    checkpoint.save(run, checkpoint.CheckpointMetadata(step=step, world_size=2, config_hash=""), ranks=ranks, write=write, keep_last=9)
+    parts = []
+    for rank in range(2):
+        halves = {}
+        for name, value in state.items():
+            middle = value.numel() // 2
+            low, high = ((0, middle), (middle, value.numel()))[rank]
+            halves[name] = Fragment(low, value.flatten()[low:high])
+        pieces = {"ema": halves, "weights": {name: Fragment(each.start, -each.values) for name, each in halves.items()}}
+        parts.append(Part(shapes, pieces, texts={checkpoint.TRAINER_STATE: json.dumps(trainer)} if rank == 0 else {}))
+    save_parts(run, checkpoint.CheckpointMetadata(step=step, world_size=2, config_hash=""), parts)
     return state
 
 
 @pytest.fixture
-def run(tmp_path: Path, alone: Ranks) -> Path:
-    write_run(tmp_path / "run", alone)
+def run(tmp_path: Path) -> Path:
+    write_run(tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -140,13 +138,13 @@ def test_folders_without_digests_still_load(run: Path, tmp_path: Path) -> None:
     load_model(tmp_path / "m")
 
 
-def test_the_diffusers_layout_moves_as_a_whole(tmp_path: Path, alone: Ranks) -> None:
+def test_the_diffusers_layout_moves_as_a_whole(tmp_path: Path) -> None:
     from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]
 
     autoencoder(tmp_path / "vae", "kl")
     patch = "{patch_size: 1, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}"
     config = f"codec: {{kind: kl, path: {tmp_path / 'vae'}}}\nnetwork: {{params: {patch}}}\ntrain: {{steps: 9}}\n"
-    write_run(tmp_path / "run", alone, config=config)
+    write_run(tmp_path / "run", config=config)
     export(tmp_path / "run", out=tmp_path / "first", layout="diffusers", with_models=True)
     (tmp_path / "first").rename(tmp_path / "moved")
     (tmp_path / "vae").rename(tmp_path / "elsewhere")
@@ -200,9 +198,9 @@ print(peak - before)
 """
 
 
-def test_memory_is_that_of_a_few_tensors(tmp_path: Path, alone: Ranks) -> None:
+def test_memory_is_that_of_a_few_tensors(tmp_path: Path) -> None:
     large = CONFIG.replace("depth: 2, hidden_size: 32", "depth: 8, hidden_size: 512")
-    state = write_run(tmp_path / "run", alone, config=large)
+    state = write_run(tmp_path / "run", config=large)
     total = sum(value.nbytes for value in state.values())
     largest = max(value.nbytes for value in state.values())
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path / "m")]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata, write_pieces
+from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
+from launch.checkpoints.saving.background import Part
 from launch.checkpoints.tensor_fragments import Fragment
 from launch.config.schema import TrainConfig
 from launch.engine.ema import ShardedEMA
@@ -25,7 +26,7 @@ def values(ema: ShardedEMA) -> list[float]:
 
 
 def saved(folder: Path, ema: ShardedEMA) -> Checkpoint:
-    write_pieces(folder, ema.pieces(), rank=0, shapes=SHAPES)
+    Part(SHAPES, ema.pieces()).write(folder, rank=0)
     return Checkpoint(folder, CheckpointMetadata(step=1, world_size=1, config_hash=""))
 
 
