@@ -125,7 +125,7 @@ def extended_sidecars(store: Store, *, shards: Sequence[ShardEntry], first: int)
 
 def _own_schema(store: Store, *, sidecar: Sidecar) -> pa.Schema:
     """Schema of a sidecar's tables, without the offsets of captions. Raises ValueError if no table can be read."""
-    remedy = f"run the command that made it again, or remove it with `tim annotate --remove {sidecar.name}`"
+    remedy = f"run the command that made it again, or remove {sidecar.name} with `tim annotate`"
     entry = next(iter(sidecar.shards.values()), None)
     if entry is None:
         raise ValueError(f"{store.location}: its sidecar '{sidecar.name}' has no tables: {remedy}")

@@ -170,7 +170,7 @@ def _check_sidecar_files(corpus: Corpus, number: int) -> None:
         found = _read(join(corpus.folder, entry.table))
         if found is None or hashlib.sha256(found).hexdigest() != entry.sha256:
             what = "is missing" if found is None else "was changed or damaged"
-            remedy = "run the command that made it again, or remove it with `tim annotate --remove`"
+            remedy = "run the command that made it again, or remove it with `tim annotate`"
             raise ValueError(f"corpus {corpus.folder}: {entry.table} of its sidecar '{sidecar.name}' {what}: {remedy}")
 
 
@@ -189,7 +189,7 @@ def _manifest(folder: str) -> dict[str, Any] | None:
     if isinstance(found, dict) and isinstance(found.get("shards"), list) and "totals" in found:
         return found
     if _read(join(folder, SIDECARS)) is not None:
-        raise ValueError(f"{folder}: has {SIDECARS} but no valid {MANIFEST}: run `tim verify --repair` on it first")
+        raise ValueError(f"{folder}: has {SIDECARS} but no valid {MANIFEST}: repair it first, with `tim verify`")
     return None
 
 

@@ -230,6 +230,6 @@ def test_a_broken_sidecar_is_told_before_a_corpus_grows(tmp_path: Path) -> None:
     annotate(out, table=tmp_path / "s.csv", on="key")
     (out / "000000.s.parquet").write_bytes(b"no table")
     before = digests(out)
-    with pytest.raises(ValueError, match=r"000000\.s\.parquet of its sidecar 's' is damaged.*tim annotate --remove s"):
+    with pytest.raises(ValueError, match=r"000000\.s\.parquet of its sidecar 's' is damaged.*remove s with .tim annotate"):
         prepare([str(photo_folder(tmp_path / "g", count=2, first=9))], out=out, config=CONFIG, append_mode=APPEND)
     assert {name: digest for name, digest in digests(out).items() if not name.startswith(".work")} == before

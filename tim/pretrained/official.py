@@ -114,7 +114,7 @@ def network_description(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     network = model.get("network") if isinstance(model, Mapping) else None
     params = network.get("params") if isinstance(network, Mapping) else None
     if not isinstance(model, Mapping) or not isinstance(params, Mapping):
-        raise ValueError("has no model.network.params: give a file as `tim export --official` or the published code writes it")
+        raise ValueError("has no model.network.params: give one in the published layout, as `tim export` or the published code writes")
     section = model.get("transport") or {}
     target = str(section.get("target", "OT_FM")).rpartition(".")[2]
     kinds = {theirs: ours for ours, theirs in TRANSPORTS.items()}
