@@ -99,7 +99,7 @@ def test_a_signal_saves_and_the_run_goes_on(config: Path, tmp_path: Path, slurm:
 @pytest.mark.timeout(1500)
 def test_ctrl_c_twice_stops_without_saving(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
-    large = ["network.params.depth=4", "network.params.hidden_size=256", "plan.packs_per_step=14", "train.precision=fp32"]
+    large = ["network.params.depth=4", "network.params.hidden_size=256", "plan.packs_per_step=10", "train.precision=fp32"]
     job = jobs.start("launch", str(config), "--nproc-per-node", "2", *large, "train.zero=1", log=log)
     jobs.wait_for_row(run, 1, job, log=log)
     job.send_signal(signal.SIGINT)
