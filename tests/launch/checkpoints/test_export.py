@@ -14,11 +14,11 @@ from torch import Tensor
 from launch.checkpoints import checkpoint
 from launch.checkpoints.averages import average_kinds
 from launch.checkpoints.export import export, model_folder, spec_of
+from launch.checkpoints.saving.background import Part
 from launch.checkpoints.tensor_fragments import Fragment
 from launch.cli import main
 from launch.config.load import load_config
-from launch.distributed.ranks import Ranks
-from pipeline.digests import file_digest
+from tests.launch.checkpoints.writing import save_parts
 from tim import TransitionTransformer
 from tim.model_folder.folder import load_model
 from tim.pretrained.official import read_weights
@@ -32,32 +32,27 @@ train: {steps: 2}
 
 
 @pytest.fixture
-def run(tmp_path: Path, alone: Ranks) -> Path:
+def run(tmp_path: Path) -> Path:
     """A run folder with checkpoints of steps 3 and 5. All averaged weights are the step number, the others ten times that."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
     for step in (3, 5):
-        save_checkpoint(folder, step=step, ranks=alone)
+        save_checkpoint(folder, step=step)
     return folder
 
 
-def save_checkpoint(run: Path, *, step: int, ranks: Ranks) -> None:
+def save_checkpoint(run: Path, *, step: int) -> None:
     spec = spec_of(load_config(run / "config.yaml"))
     shapes = {
         name: tuple(value.shape) for name, value in TransitionTransformer.from_official(spec.network, rope=spec.rope).state_dict().items()
     }
 
-    def write(part: Path) -> list[Path]:
-        values = {"ema": float(step), "weights": 10.0 * step}
-        pieces = {
-            kind: {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()}
-            for kind, value in values.items()
-        }
-        return checkpoint.write_pieces(part, pieces, rank=0, shapes=shapes)
-
-    metadata = checkpoint.CheckpointMetadata(step=step, world_size=1, config_hash="")
-    checkpoint.save(run, metadata, ranks=ranks, write=write, keep_last=9)
+    values = {"ema": float(step), "weights": 10.0 * step}
+    pieces = {
+        kind: {name: Fragment(0, torch.full(shape, value).flatten()) for name, shape in shapes.items()} for kind, value in values.items()
+    }
+    save_parts(run, checkpoint.CheckpointMetadata(step=step, world_size=1, config_hash=""), [Part(shapes, pieces)])
 
 
 def add_averages(run: Path, *, step: int, decays: list[float]) -> None:
@@ -68,10 +63,9 @@ def add_averages(run: Path, *, step: int, decays: list[float]) -> None:
     folder = run / "checkpoints" / f"step-{step:06d}"
     fragments = {decay: {name: Fragment(0, torch.full(shape, decay).flatten()) for name, shape in shapes.items()} for decay in decays}
     pieces = dict(zip(average_kinds(decays), fragments.values(), strict=True))
-    paths = checkpoint.write_pieces(folder, pieces, rank=0, shapes=shapes)
-    paths.append(checkpoint.write_trainer_state(folder, {"ema": decays}))
+    part = Part(shapes, pieces, texts={checkpoint.TRAINER_STATE: json.dumps({"ema": decays})})
     manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
-    manifest["files"].update({path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for path in paths})
+    manifest["files"].update(part.write(folder, rank=0))
     (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -169,7 +163,7 @@ def test_an_older_model_is_replaced_and_nothing_else(run: Path, tmp_path: Path) 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path, alone: Ranks) -> None:
+def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path) -> None:
     said: list[str] = []
     exported = model_folder(run, log=said.append)
     assert some_weight(exported) == 5.0
@@ -180,7 +174,7 @@ def test_a_run_is_sampled_from_its_model_or_from_its_newest_checkpoint(run: Path
     export(run, out=run / "model")
     assert model_folder(run, log=said.append) == run / "model"
 
-    save_checkpoint(run, step=8, ranks=alone)  # the run was continued
+    save_checkpoint(run, step=8)  # the run was continued
     later = (run / "model" / "config.json").stat().st_mtime + 10
     os.utime(run / "latest", (later, later))
     assert some_weight(model_folder(run, log=said.append)) == 8.0

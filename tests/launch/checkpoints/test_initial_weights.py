@@ -11,18 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from launch.checkpoints.export import export
 from launch.checkpoints.initial_weights import load_weights
-from launch.distributed.ranks import Ranks
 from tests.launch.checkpoints.test_export import CONFIG, save_checkpoint
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, alone: Ranks) -> Path:
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose averaged weights are 3 and 5 in its checkpoints of these steps."""
     folder = tmp_path_factory.mktemp("weights") / "run"
     folder.mkdir()
     (folder / "config.yaml").write_text(CONFIG)
     for step in (3, 5):
-        save_checkpoint(folder, step=step, ranks=alone)
+        save_checkpoint(folder, step=step)
     return folder
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from launch.checkpoints.export import export, spec_of
 from launch.config.load import load_config
-from launch.distributed.ranks import Ranks
 from launch.sampling.model_source import Replacements, make_generator, open_model
 from tests.launch.checkpoints.test_export import save_checkpoint
 from tests.launch.test_cli import Done, Tim, tim
@@ -41,18 +40,18 @@ train: {steps: 2}
 SIZE: dict[str, Any] = {"height": 32, "width": 32, "steps": 1}
 
 
-def new_run(folder: Path, config: str, ranks: Ranks) -> Path:
+def new_run(folder: Path, config: str) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config)
-    save_checkpoint(folder, step=2, ranks=ranks)
+    save_checkpoint(folder, step=2)
     return folder
 
 
 @pytest.fixture
-def latents(tmp_path: Path, alone: Ranks) -> Path:
+def latents(tmp_path: Path) -> Path:
     """A run whose codec and text encoder lie beside it."""
     codec, encoder = autoencoder(tmp_path / "models" / "vae", "sd-vae"), bert(tmp_path / "models" / "bert")
-    return new_run(tmp_path / "run", LATENTS.replace("CODEC", str(codec)).replace("TEXT", str(encoder)), alone)
+    return new_run(tmp_path / "run", LATENTS.replace("CODEC", str(codec)).replace("TEXT", str(encoder)))
 
 
 def opened(path: Path, *, recipe: str | None = None, **replacements: str) -> Generator:
@@ -66,8 +65,8 @@ def refused_after_remarks(done: Done, pattern: str) -> None:
     assert re.fullmatch(f"error: .*{pattern}.*", done.err.splitlines()[-1]), done.err
 
 
-def test_an_official_export_says_all_that_sampling_needs(latents: Path, alone: Ranks, tmp_path: Path) -> None:
-    pixels = new_run(tmp_path / "pixels", PIXELS, alone)
+def test_an_official_export_says_all_that_sampling_needs(latents: Path, tmp_path: Path) -> None:
+    pixels = new_run(tmp_path / "pixels", PIXELS)
     for run in (latents, pixels):
         export(run, out=tmp_path / f"{run.name}-official", official=True)
         _, spec = open_model(tmp_path / f"{run.name}-official", recipe=None, replacements=Replacements(), log=print)
@@ -139,10 +138,10 @@ def test_a_model_folder_with_its_models_is_moved(latents: Path, tmp_path: Path) 
         export(latents, out=tmp_path / "official", official=True, with_models=True)
 
 
-def test_a_run_with_models_inside_is_moved(alone: Ranks, tmp_path: Path) -> None:
+def test_a_run_with_models_inside_is_moved(tmp_path: Path) -> None:
     codec, encoder = autoencoder(tmp_path / "run" / "vae", "sd-vae"), bert(tmp_path / "run" / "bert")
     (tmp_path / "run").rename(tmp_path / "kept")
-    run = new_run(tmp_path / "run", LATENTS.replace("CODEC", str(codec)).replace("TEXT", str(encoder)), alone)
+    run = new_run(tmp_path / "run", LATENTS.replace("CODEC", str(codec)).replace("TEXT", str(encoder)))
     for part in ("vae", "bert"):
         (tmp_path / "kept" / part).rename(run / part)
     export(run, out=run / "model")
