@@ -15,16 +15,15 @@ from pipeline.workers.process import Report
 
 CRASHED = "crashed"
 _TIMEOUT = 600.0  # seconds that one image may take
-_STRIKES = 2  # one death may have an external cause; a second at the same image is caused by the image
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRequest:
-    """The bytes of an image file, the crops to decode, and the number of workers that died at it."""
+    """The bytes of an image file, the crops to decode, and whether two workers died at it."""
 
     data: bytes
     crops: Sequence[Crop]
-    crashes: int = 0
+    is_lost: bool = False
 
 
 Decoded = list[Pixels] | str
@@ -75,7 +74,7 @@ class Decoders:
 
 def decode_image(request: DecodeRequest, report: Report = lambda _: None) -> Decoded:
     """Decode one image; a task function of a pool."""
-    if request.crashes == _STRIKES:
+    if request.is_lost:
         return CRASHED
     report(0)
     try:
@@ -86,4 +85,4 @@ def decode_image(request: DecodeRequest, report: Report = lambda _: None) -> Dec
 
 
 def _after_crash(request: DecodeRequest, death: WorkerDied) -> DecodeRequest:
-    return replace(request, crashes=request.crashes + 1)
+    return replace(request, is_lost=death.times > 1)

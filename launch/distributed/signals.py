@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-HANDLED = (*STOPPING, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 _SAME_PRESS_SECONDS = 0.5  # Ctrl-C may arrive twice: from the terminal, and forwarded by a launcher
 _EXIT_SECONDS = 10.0

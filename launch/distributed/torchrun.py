@@ -22,10 +22,10 @@ from types import FrameType
 from unittest import mock
 
 from launch.distributed.heartbeat import LAUNCHER
+from launch.distributed.signals import HANDLED
 from launch.distributed.stacks import nccl_environment
 from launch.distributed.supervisor import Supervisor
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
 
@@ -163,7 +163,7 @@ def _forwarded_signals(supervisor: Supervisor) -> Iterator[None]:
         for worker in _workers():
             os.kill(worker, number)
 
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    previous = {number: signal.signal(number, forward) for number in HANDLED}
     try:
         yield
     finally:

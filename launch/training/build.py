@@ -131,7 +131,7 @@ def make_teacher(section: AlignmentConfig, *, width: int, device: torch.device, 
 
 def make_objective(config: Config, *, pixels_per_cell: int, ranks: Ranks) -> TransitionObjective:
     section = config.objective
-    lockstep = config.train.zero == 3
+    equal_forwards = config.train.zero == 3
     return TransitionObjective(
         transports.make(section.transport, **section.transport_settings()),
         patch_size=config.network.params.patch_size,
@@ -142,8 +142,8 @@ def make_objective(config: Config, *, pixels_per_cell: int, ranks: Ranks) -> Tra
         shift=section.shift,
         pixels_per_cell=pixels_per_cell,
         alignment=section.alignment.weight if section.alignment else 1.0,
-        equal_forwards=lockstep,
-        agree=ranks.any if lockstep else bool,
+        equal_forwards=equal_forwards,
+        agree=ranks.any if equal_forwards else bool,
     )
 
 

@@ -24,10 +24,9 @@ _FAR_AHEAD = 1 << 30  # the loader limits what it puts
 
 
 class _PackTask(NamedTuple):
-    """A pack to read. `suspects`: positions of samples at which a worker died; `lost`: of those at which two died, with the reasons."""
+    """A pack to read. `lost`: positions of samples at which two workers died, with the reasons."""
 
     samples: Samples
-    suspects: frozenset[int] = frozenset()
     lost: Mapping[int, str] = {}
 
 
@@ -79,9 +78,8 @@ def _decode(decode: DecodePack, fetched: tuple[FetchedPack, Mapping[int, str]], 
 
 
 def _after_crash(task: _PackTask, death: WorkerDied) -> _PackTask:
-    """One death may have an external cause; a second at the same sample is caused by the sample."""
-    if death.at not in task.suspects:
-        return task._replace(suspects=task.suspects | {death.at})
+    if death.times == 1:
+        return task
     reason = f"crashed: the process that decoded it {death.how}, like another one before"
     return task._replace(lost={**task.lost, death.at: reason})
 

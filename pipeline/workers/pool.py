@@ -10,7 +10,7 @@ import atexit
 import pickle
 import time
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,13 +31,18 @@ _ATTEMPTS = 5  # for a task whose workers die without an item as the cause; a de
 
 
 class WorkerDied(RuntimeError):
-    """A worker ended or hung without a result. `at`: the item that it worked on, `NO_ITEM` if none; `how`: "was killed by signal 9"."""
+    """A worker ended or hung without a result.
 
-    def __init__(self, worker: str, how: str, at: int = NO_ITEM) -> None:
-        super().__init__(worker, how, at)
+    `how`: "was killed by signal 9"; `at`: the item that it worked on, `NO_ITEM` if none; `times`: how many workers died at that item of
+    the task, this one included. One death may have an external cause; a second at the same item is caused by the item.
+    """
+
+    def __init__(self, worker: str, how: str, at: int = NO_ITEM, times: int = 1) -> None:
+        super().__init__(worker, how, at, times)
         self.worker = worker
         self.how = how
         self.at = at
+        self.times = times
 
     def __str__(self) -> str:
         return f"{self.worker} {self.how}"
@@ -59,14 +64,14 @@ class _RemoteTraceback(Exception):
 
 @dataclass(slots=True, eq=False)
 class _Pending(Generic[Task]):
-    """A task without a result. One whose worker died is retried `alone`, so that the next death has one suspect."""
+    """A task without a result, and the deaths of its workers by item. It is retried `alone`, so that the next death has one suspect."""
 
     number: int
     work: Work[Task, Any]
     task: Task
     retry: Retry[Task] | None
     alone: bool = False
-    failures: int = 0
+    deaths: Counter[int] = field(default_factory=Counter)
 
 
 @dataclass(slots=True, eq=False)
@@ -226,7 +231,9 @@ class WorkerPool:
         self._items_of_the_dead += at.items
         current = next((pending for pending in tasks if pending.number == at.task), None)
         suspect = current or tasks[0]
-        death = WorkerDied(process.name, how, at.item if current else NO_ITEM)
+        item = at.item if current else NO_ITEM
+        suspect.deaths[item] += 1
+        death = WorkerDied(process.name, how, item, suspect.deaths[item])
         self._on_death(suspect.task, death)
         for pending in tasks:
             pending.alone = True
@@ -240,8 +247,8 @@ class WorkerPool:
             if suspect.retry and death.at != NO_ITEM:
                 suspect.task = suspect.retry(suspect.task, death)
                 return True
-            suspect.failures += 1
-            if suspect.failures == _ATTEMPTS:
+            failures = suspect.deaths[NO_ITEM] if suspect.retry else suspect.deaths.total()
+            if failures == _ATTEMPTS:
                 raise WorkerDied(death.worker, f"{death.how}, the {_ATTEMPTS}th time that a worker died at this task", death.at)
         except Exception as error:
             self._answers[suspect.number] = Answer(suspect.number, error, "")
