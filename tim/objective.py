@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tim.model_kinds import Derivative, DerivativePrecision, Weighting
+from tim.model_kinds import Derivative, Dtype, Weighting
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
 
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
-DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(DerivativePrecision), get_args(Weighting)
+DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(Dtype), get_args(Weighting)
 EPSILONS = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05}  # smallest that are not mostly rounding noise; 0.005 as published
 MIN_NORM = 1e-2  # norm of a pixel's channels below which the cosine term fades
 

@@ -6,17 +6,17 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
 from pipeline.errors import one_line
 from pipeline.images import Pixels
+from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Precision = Literal["fp32", "bf16", "fp16"]
 HUB = "hf-hub:"
 _CONFIG = "open_clip_config.json"
 
@@ -32,7 +32,7 @@ class Clip:
     Raises ValueError for an unknown model, and RuntimeError, with the file to provide, if it cannot be loaded.
     """
 
-    def __init__(self, model: str, *, weights: str | None = None, precision: Precision = "fp32", device: str | None = None) -> None:
+    def __init__(self, model: str, *, weights: str | None = None, precision: Dtype = "fp32", device: str | None = None) -> None:
         import open_clip
         import torch
         from open_clip.transform import PreprocessCfg, image_transform_v2

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dataprep.row_schema import SEMANTIC_DUPLICATE
-from dataprep.sidecars.open_clip_model import Clip, Head, Precision, model_file, probability
+from dataprep.sidecars.open_clip_model import Clip, Head, model_file, probability
 from dataprep.sidecars.semantic_dedup import EMBEDDING, mark_duplicates
 from dataprep.sidecars.writer import RESERVED, opened_for_sidecars, write_sidecar
 from dataprep.workers.decode_pool import Decoded, DecodeRequest, Decoders
@@ -28,6 +28,7 @@ from pipeline.progress import Progress, no_progress
 from pipeline.size_rule import Crop
 from pipeline.storage.shard_reader import BadShard, ByteRange, ShardReader
 from pipeline.streams.corpus_view import integers
+from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ class ScoreConfig(BaseModel):
 
     model: str
     weights: str | None = None
-    precision: Precision = "fp32"
+    precision: Dtype = "fp32"
     batch: int = Field(default=64, ge=1)
     device: str | None = None
     similarity: bool = True

@@ -172,7 +172,12 @@ def publish(run_dir: Path, partial: Path, metadata: CheckpointMetadata, files_by
     publish_text(partial / MANIFEST, json.dumps({**asdict(metadata), "files": files}, indent=1))
     for folder in {(partial / name).parent for name in files}:
         fsync_path(folder)
-    final = step_folder(run_dir, metadata.step)
+    return put_in_place(run_dir, partial, step=metadata.step)
+
+
+def put_in_place(run_dir: Path, partial: Path, *, step: int) -> Path:
+    """Rename a complete folder to that of its step."""
+    final = step_folder(run_dir, step)
     if final.exists():  # a damaged one that was skipped on resume
         remove(final)
     partial.rename(final)

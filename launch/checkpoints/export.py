@@ -18,12 +18,12 @@ from launch.config.load import load_config
 from launch.config.schema import Config, TextConfig
 from tim import transports
 from tim.model_folder.folder import Contents, ModelSpec, is_model_folder, save_model, weights_file, write_folder
+from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, published_config
 from tim.pretrained.safetensors_files import MAX_SHARD_BYTES, LazyTensors
 from tim.pretrained.weight_files import HUB, PIPELINE
 
 Layout: TypeAlias = Literal["own", "published", "diffusers"]
-Dtype: TypeAlias = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PUBLISHED_GUIDANCE = 2.5
 

@@ -18,6 +18,7 @@ from launch.config.schema import Config, ConfigError, to_yaml
 from pipeline.storage.atomic import publish_text, remove_temporary_files
 
 CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
 LOCK = "lock"
 BEFORE_CONFIG = {LOCK, "ranks", "stacks"}  # written before config.yaml, and left by a start that was killed
 DRAWS = (

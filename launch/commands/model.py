@@ -13,6 +13,7 @@ from launch.arguments import check_guidance, check_prompts, one_config, parse_in
 from launch.commands.options import ConfigArgument, Debug, Json
 from launch.commands.text_tables import describe_plan, describe_recipes
 from launch.console import STOPPED, Console, session
+from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
     from pipeline.planning.planner import Planner
@@ -328,7 +329,7 @@ def export(
         Literal["own", "published", "diffusers"],
         typer.Option(help="own: config.json and weights; published: as --official; diffusers: folders transformer, vae, …."),
     ] = "own",
-    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Precision of the stored weights.")] = "fp32",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the stored weights.")] = "fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from launch.config.section import Section, Share, check_interval
 from launch.config.yaml_file import ConfigConflict
-from tim.model_kinds import Derivative, DerivativePrecision, NewCondition, RopeLayout, TeacherKind, TransportKind, Weighting
+from tim.model_kinds import Derivative, Dtype, NewCondition, RopeLayout, TeacherKind, TransportKind, Weighting
 
 
 class NetworkParams(Section):
@@ -99,7 +99,7 @@ class ObjectiveConfig(Section):
     """Interpolation between image and noise over time."""
     derivative: Derivative = "finite-difference"
     """Derivative of the network along the path: finite difference of two evaluations, or exact forward-mode differentiation (jvp)."""
-    derivative_precision: DerivativePrecision | None = None
+    derivative_precision: Dtype | None = None
     """Precision of the derivative; null: fp16 on a GPU, fp32 on the CPU. A pack that overflows in fp16 is repeated in fp32. In bf16 a
     finite difference is mostly rounding noise."""
     epsilon: float | None = Field(default=None, gt=0, lt=0.5)

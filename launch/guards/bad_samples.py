@@ -99,10 +99,5 @@ def forget_after(run_dir: Path, *, step: int) -> None:
         publish_text(path, "".join(line for line in lines if json.loads(line)["step"] <= step))
 
 
-def named(ids: Sequence[str], *, limit: int = 8) -> str:
-    """The first ids, and the number of the others."""
-    return ", ".join(ids[:limit]) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
-
-
 def _token_counts(batch: Batch, patch_size: int) -> list[int]:
     return [noise.shape[1] * noise.shape[2] // patch_size**2 for noise in batch.noise]

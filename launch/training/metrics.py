@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoints.run_folder import METRICS
 from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
@@ -153,7 +154,7 @@ class MetricsWriter:
     def __init__(self, run_dir: Path, *, step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_dir / METRICS
         kept = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= step]
         publish_text(self._path, "".join(kept))
         self._file = self._path.open("a", encoding="utf-8")

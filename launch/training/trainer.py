@@ -23,6 +23,7 @@ from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
 from launch.training.metrics import Meter, StepMeasure
 from launch.training.step_losses import StepLosses, Sums
+from pipeline.bounded_counter import listed
 from pipeline.loading.loader import Batch, LoadedStep
 from tim.objective import Guide, Losses
 
@@ -150,9 +151,8 @@ class Trainer:
         run_dir, step = self.config.run_dir, self.step + 1
         assert run_dir is not None
         self.ranks.run_on_rank0(lambda: bad_samples.record(run_dir, found, step=step))
-        self.log(
-            f"warning: left out of step {step}: {bad_samples.named([each.id for each in found])}: {found[0].reason}; see {bad_samples.FILE}"
-        )
+        ids = listed([each.id for each in found], count=len(found))
+        self.log(f"warning: left out of step {step}: {ids}: {found[0].reason}; see {bad_samples.FILE}")
         self.meter.count("bad_samples", len(found))
         self.ranks.run_on_all_ranks(lambda: self.parts.loader.count_bad(len(bad)))
         positions = [{each.position for each in bad if each.batch == number} for number in range(len(loaded.batches))]
@@ -164,7 +164,7 @@ class Trainer:
         self._skipped = 0 if applied else self._skipped + 1
         if applied:
             return
-        self.log(f"warning: step {self.step} skipped, its gradient is not finite; its samples: {bad_samples.named(ids)}")
+        self.log(f"warning: step {self.step} skipped, its gradient is not finite; its samples: {listed(ids, count=len(ids))}")
         if self._skipped == self.config.train.max_skips:
             remedy = "lower train.lr, use train.precision=fp32, or go back to an earlier checkpoint"
             raise RuntimeError(f"the gradient was not finite in the {self._skipped} steps up to {self.step}: {remedy}")

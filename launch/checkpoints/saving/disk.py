@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launch.checkpoints.checkpoint import CHECKPOINTS, LATEST, CheckpointError, remove, step_folders, step_of
+from launch.checkpoints.run_folder import CONFIG, METRICS
 
 MARGIN = 2 << 20  # bytes for JSON files, folders and blocks that are not full
-RUN_FILES = (LATEST, "metrics.jsonl", "config.yaml")  # of a run that has begun
+RUN_FILES = (LATEST, METRICS, CONFIG)  # of a run that has begun
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

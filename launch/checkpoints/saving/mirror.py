@@ -23,16 +23,17 @@ from launch.checkpoints.checkpoint import (
     CheckpointError,
     check,
     create_partial_folder,
-    remove,
-    step_folder,
+    put_in_place,
+    step_of,
 )
+from launch.checkpoints.history import HISTORY
+from launch.checkpoints.run_folder import CONFIG, METRICS
 from launch.config.schema import ConfigError
 from pipeline.digests import file_digest, stream_digest
 from pipeline.storage import remote
-from pipeline.storage.atomic import fsync_path, publish
+from pipeline.storage.atomic import publish
 
-_CONFIG = "config.yaml"
-_RUN_FILES = (_CONFIG, "history.json", "metrics.jsonl")  # beside the checkpoints
+_RUN_FILES = (CONFIG, HISTORY, METRICS)  # beside the checkpoints
 
 
 class Mirror:
@@ -47,9 +48,9 @@ class Mirror:
         if not self._steps():
             return
         try:
-            owner = yaml.safe_load(_read(self._path(_CONFIG)))["run_dir"]
+            owner = yaml.safe_load(_read(self._path(CONFIG)))["run_dir"]
         except (FileNotFoundError, KeyError, TypeError, yaml.YAMLError):
-            raise ConfigError(f"checkpoint.mirror: {self._url} has checkpoints, but no valid {_CONFIG}: give another mirror") from None
+            raise ConfigError(f"checkpoint.mirror: {self._url} has checkpoints, but no valid {CONFIG}: give another mirror") from None
         if os.path.abspath(owner) != os.path.abspath(self._run_dir):
             raise ConfigError(
                 f"checkpoint.mirror: {self._url} has the checkpoints of run_dir {owner}: give that run_dir, or another mirror"
@@ -94,7 +95,7 @@ class Mirror:
                 files = json.loads(_read(f"{target}/{MANIFEST}"))["files"]
             except FileNotFoundError:
                 continue  # copying was interrupted
-            partial = create_partial_folder(self._run_dir, step=int(name.removeprefix("step-")))
+            partial = create_partial_folder(self._run_dir, step=step_of(Path(name)))
             for file in (*files, MANIFEST):
                 with publish(partial / file) as stream:
                     _copy_to(stream, f"{target}/{file}")
@@ -104,12 +105,7 @@ class Mirror:
                 skipped.append(f"{target}: {error}")
                 continue
             self._restore_run_files(name)
-            folder = step_folder(self._run_dir, metadata.step)
-            if folder.exists():  # damaged
-                remove(folder)
-            partial.rename(folder)
-            fsync_path(folder.parent)
-            return Checkpoint(folder, metadata, tuple(skipped))
+            return Checkpoint(put_in_place(self._run_dir, partial, step=metadata.step), metadata, tuple(skipped))
         if skipped:
             raise CheckpointError(
                 f"no checkpoint in {self._url} is intact; give another checkpoint.mirror to start over: {'; '.join(skipped)}"
@@ -122,7 +118,7 @@ class Mirror:
     def _steps(self) -> list[str]:
         """Names of the folders of checkpoints, newest first."""
         names = [name for name in _sizes(self._path(CHECKPOINTS)) if name.startswith("step-") and name.removeprefix("step-").isdecimal()]
-        return sorted(names, key=lambda name: -int(name.removeprefix("step-")))
+        return sorted(names, key=lambda name: -step_of(Path(name)))
 
     def _store_run_files(self) -> None:
         for name in _RUN_FILES:

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import load_state_dict_from_file, split_torch_state_dict_into_shards
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.export import Dtype, export, model_folder
+from launch.checkpoints.export import export, model_folder
 from launch.checkpoints.initial_weights import load_weights
 from launch.checkpoints.saving.background import Part
 from launch.checkpoints.tensor_fragments import Fragment
@@ -24,6 +24,7 @@ from tests import REPOSITORY
 from tests.launch.checkpoints.writing import save_parts
 from tests.tim.models import autoencoder
 from tim.model_folder.folder import load_model
+from tim.model_kinds import Dtype
 from tim.pretrained.safetensors_files import LazyTensors, write_file
 
 CONFIG = """\
