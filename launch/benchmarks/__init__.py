@@ -1,1 +1,1 @@
-"""Benchmarks of `tim bench`, alone and compared with other tools."""
+"""Benchmarks of `tim bench`: of the network here, of data in `data`."""

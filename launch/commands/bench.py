@@ -136,7 +136,7 @@ def index(
     """
 
     def measure(report: Progress) -> Data:
-        from launch.benchmarks.tar_index import bench_index
+        from launch.benchmarks.data.tar_index import bench_index
 
         return bench_index(samples=samples, rows=rows, repeats=repeats, progress=report)
 
@@ -165,7 +165,7 @@ def data(
     """
 
     def measure(report: Progress) -> Data:
-        from launch.benchmarks.data import bench_data
+        from launch.benchmarks.data.loader import bench_data
 
         return bench_data(
             images,
@@ -200,7 +200,7 @@ def prepare(
     """
 
     def measure(report: Progress) -> Data:
-        from launch.benchmarks.prepare import bench_prepare
+        from launch.benchmarks.data.prepare import bench_prepare
 
         return bench_prepare(images, work=out, copies=copies, workers=workers, repeats=repeats, install=install, progress=report)
 
@@ -225,7 +225,7 @@ def plan(
     """
 
     def measure(report: Progress) -> Data:
-        from launch.benchmarks.plan import bench_plan
+        from launch.benchmarks.data.plan import bench_plan
 
         return bench_plan(images or [], ranks=ranks, steps=steps, rows=rows, progress=report)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.benchmarks import data, peers
+from launch.benchmarks.data import loader, loader_peers
 from launch.cli import main
 
 
 def test_the_loader_is_measured_and_others_are_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "PIXELS_PER_STEP", 64 * 64**2)
+    monkeypatch.setattr(loader, "PIXELS_PER_STEP", 64 * 64**2)
     images = tmp_path / "pictures"
     images.mkdir()
     for i in range(8):
@@ -31,11 +31,11 @@ def test_the_loader_is_measured_and_others_are_named(
         assert set(found[what]) == {"tim", "bare decoder"}
         assert min(found[what].values()) > 0
     assert found["gigabytes_read_per_cpu_second"] > 0
-    assert set(found["not_measured"]) == set(peers.LOADERS)
+    assert set(found["not_measured"]) == set(loader_peers.LOADERS)
     settings = {"tars": tmp_path / "out/pictures-corpus", "work": tmp_path, "max-pixels": 64**2, "workers": 1, "seconds": 0.2}
-    assert data.peer_rates(Path(sys.executable), "webdataset", settings)["images_per_cpu_second"] > 0
+    assert loader.peer_rates(Path(sys.executable), "webdataset", settings)["images_per_cpu_second"] > 0
     with pytest.raises(ChildProcessError, match="No module named"):
-        data.peer_rates(Path(sys.executable), "megatron-energon", settings)
+        loader.peer_rates(Path(sys.executable), "megatron-energon", settings)
 
 
 def test_a_folder_without_jpegs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,9 +23,9 @@ from typing import Any
 import simplejpeg
 from PIL import Image
 
-from launch.benchmarks import prepare_peers
-from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, relative_rates, run_interleaved
+from launch.benchmarks.data import prepare_peers
+from launch.benchmarks.data.environments import environment, run_json
+from launch.benchmarks.data.interleaved import BOUND, OURS, relative_rates, run_interleaved
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.progress import Progress

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from dataprep.prepare import PrepareConfig, prepare
-from launch.benchmarks import peers
-from launch.benchmarks.environments import environment, run_json
-from launch.benchmarks.interleaved import BOUND, OURS, relative_rates, run_interleaved
+from launch.benchmarks.data import loader_peers
+from launch.benchmarks.data.environments import environment, run_json
+from launch.benchmarks.data.interleaved import BOUND, OURS, relative_rates, run_interleaved
 from pipeline.corpus.corpus import Corpus
 from pipeline.foreign_warnings import hide_if_asked
 from pipeline.images import load_image
@@ -56,12 +56,12 @@ def bench_data(
         diffusion_share=0.5,
         consistency_share=0.1,
     )
-    python, missing = environment(work / "peers", packages=list(peers.LOADERS), install=install)
+    python, missing = environment(work / "peers", packages=list(loader_peers.LOADERS), install=install)
     runs: dict[str, Callable[[], Data]] = {
         OURS: lambda: _loader_rates(plan, workers=workers, seconds=seconds),
         BOUND: lambda: _decoder_rates(plan, workers=workers, seconds=seconds),
     }
-    for name in peers.LOADERS:
+    for name in loader_peers.LOADERS:
         if name not in missing:
             options = {"tars": corpus.folder, "work": work / folder.name, "max-pixels": max_side**2, "workers": workers}
             runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
@@ -72,7 +72,7 @@ def bench_data(
         "workers": workers,
         **best,
         "gigabytes_read_per_cpu_second": _reading_rate(corpus) / 1e9,
-        **relative_rates(best, others=peers.LOADERS),
+        **relative_rates(best, others=loader_peers.LOADERS),
     }
     return {**data, "not_measured": missing} if missing else data
 
@@ -96,7 +96,7 @@ def _loader_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
     """Rates of the full loader. Steps loaded before the measurement are not counted."""
     loader = Loader(planner, seed=0, channels=CHANNELS, factor=STRIDE, workers=workers, max_bad_fraction=0)
     with closing(loader):
-        return peers.rates((step.images for step in loader), warm_up=3, seconds=seconds)
+        return loader_peers.rates((step.images for step in loader), warm_up=3, seconds=seconds)
 
 
 def _decoder_rates(planner: Planner, *, workers: int, seconds: float) -> Data:
@@ -117,7 +117,7 @@ def decode_for(samples: Sequence[PlannedSample], seconds: float) -> Data:
     reader = ShardReader()
     encoded = [(sample, reader.read(sample.tar, offset=sample.image.offset, length=sample.image.length)) for sample in samples]
     reader.close()
-    return peers.rates(map(_decode, cycle(encoded)), warm_up=1, seconds=seconds)
+    return loader_peers.rates(map(_decode, cycle(encoded)), warm_up=1, seconds=seconds)
 
 
 def _decode(encoded: tuple[PlannedSample, bytes]) -> int:
@@ -148,4 +148,4 @@ def peer_rates(python: Path, name: str, options: dict[str, Any]) -> Data:
     """Measure another loader in its environment. Raises ChildProcessError with its last output line if it fails."""
     Path(options["work"]).mkdir(parents=True, exist_ok=True)
     arguments = [text for key, value in options.items() for text in (f"--{key}", value)]
-    return run_json([python, peers.__file__, name, *arguments], seconds=600 + options["seconds"])
+    return run_json([python, loader_peers.__file__, name, *arguments], seconds=600 + options["seconds"])

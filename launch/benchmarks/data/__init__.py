@@ -1,0 +1,1 @@
+"""Benchmarks of reading, preparing and planning corpora."""
