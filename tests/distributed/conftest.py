@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import write_corpus
+from tests.distributed import jobs
+
+
+@pytest.fixture(autouse=True)
+def _no_job_outlives_its_test() -> Iterator[None]:
+    yield
+    jobs.kill_running()
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from launch.distributed.heartbeat import RankState, read_state, state_path
 from launch.training.metrics import read_rows
 from tests import REPOSITORY
 
-PATIENCE = 500.0  # seconds
+PATIENCE = 200.0  # seconds
 # What a training says of itself on standard error, and `tim launch` on standard output.
 _OWN_LINE = re.compile(r"\d+\.\d+M parameters · \d+ process|step \d+/\d+ · loss |saved \S+$|model: \S+$|\S+: trained for \d+ steps$")
+
+
+_launched: list[subprocess.Popen[bytes]] = []
 
 
 def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
@@ -27,22 +31,33 @@ def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONWARNINGS", None)
     with log.open("ab") as output:
-        return subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], env=environment, stdout=output, stderr=output)
+        job = subprocess.Popen([sys.executable, "-m", "launch.cli", *arguments], env=environment, stdout=output, stderr=output)
+    _launched.append(job)
+    return job
 
 
 def run_ranks(module: str, *arguments: str, log: Path) -> None:
     """Run `python -m MODULE ARGUMENTS…` to its end on two ranks; fail with what they said where that fails."""
     start_ranks(module, *arguments, log=log)
-    assert _answer() == [0, 0], log.read_text()
+    assert _rank_server().exit_codes() == [0, 0], log.read_text()
 
 
 def start_ranks(module: str, *arguments: str, log: Path) -> RankProcesses:
     """`python -m MODULE ARGUMENTS…` on two ranks in the background, one job at a time."""
-    server = _rank_server()
-    assert server.stdin is not None
-    server.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
-    server.stdin.flush()
-    return RankProcesses(pids=_answer())
+    return RankProcesses(pids=_rank_server().start(module, *arguments, log=log))
+
+
+def kill_running() -> None:
+    """Kill what a failed test has left behind: the tests after it would wait for it."""
+    for job in _launched:
+        if job.poll() is None:
+            for pid in [job.pid, *workers_of(job.pid)]:
+                os.kill(pid, signal.SIGKILL)
+            job.wait()
+    _launched.clear()
+    if _rank_server.cache_info().currsize and _rank_server().busy:
+        _rank_server().kill()
+        _rank_server.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -59,20 +74,52 @@ class RankProcesses:
         """Kill all of them with -9."""
         for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
-        assert _answer() == [-signal.SIGKILL] * len(self.pids)
+        assert _rank_server().exit_codes() == [-signal.SIGKILL] * len(self.pids)
 
 
-def _answer() -> list[int]:
-    server = _rank_server()
-    assert server.stdout is not None
-    return json.loads(server.stdout.readline() or "[]")
+class _RankServer:
+    """The process that forks ranks, in a session of its own with them."""
+
+    busy = False
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.rank_server"],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def start(self, module: str, *arguments: str, log: Path) -> list[int]:
+        """Start a job; the pids of its ranks."""
+        assert self.process.stdin is not None
+        self.busy = True
+        self.process.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def exit_codes(self) -> list[int]:
+        """Wait for the end of the job; the exit codes of its ranks."""
+        codes = self._answer()
+        self.busy = False
+        return codes
+
+    def kill(self) -> None:
+        """Kill the server and its ranks."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _answer(self) -> list[int]:
+        assert self.process.stdout is not None
+        return json.loads(self.process.stdout.readline() or "[]")
 
 
 @cache
-def _rank_server() -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.distributed.rank_server"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def _rank_server() -> _RankServer:
+    return _RankServer()
 
 
 def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:
@@ -95,6 +142,18 @@ def wait_for_line(pattern: str, job: subprocess.Popen[bytes] | RankProcesses, *,
         assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
         time.sleep(0.02)
     raise AssertionError(f"no line {pattern} in {PATIENCE} s: {log.read_text()}")
+
+
+def wait_for_rank(run_dir: Path, *, after: int, attempt: int = 0, job: subprocess.Popen[bytes], log: Path) -> RankState:
+    """Wait until rank 1 computes a step later than `after`; its state then. Fail where the job ends before."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        state = read_state(state_path(run_dir, 1))
+        if state is not None and state.attempt == attempt and state.step > after and state.section == "compute":
+            return state
+        assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
+        time.sleep(0.005)
+    raise AssertionError(f"rank 1 is not beyond step {after}: {log.read_text()}")
 
 
 def workers_of(launcher: int) -> list[int]:

@@ -16,7 +16,6 @@ from tests.launch.guards.test_bad_samples import write_run
 BAD = ("corpus/0000000003", "corpus/0000000006")
 
 
-@pytest.mark.timeout(1500)
 def test_every_stage_leaves_out_the_same_samples(tmp_path: Path) -> None:
     config, log = write_run(tmp_path, bad=(3, 6)), tmp_path / "log"
     planner = make_planner(load_config(config))

@@ -51,7 +51,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "corpus"
 
 
-@pytest.mark.timeout(1500)
 def test_two_ranks_train_the_classes_of_the_corpus_and_none(corpus: Path, tmp_path: Path) -> None:
     config, run, log = tmp_path / "run.yaml", tmp_path / "run", tmp_path / "log"
     config.write_text(f"corpus: {corpus}\n{CONFIG}")

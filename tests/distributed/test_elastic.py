@@ -30,7 +30,6 @@ PLANNED = ["step", "ids_digest", "first_ids", "lr", "images", "tokens"]
 COMPUTED = ["loss", "loss_diffusion", "loss_consistency", "loss_transition", "grad_norm"]
 
 
-@pytest.mark.timeout(1500)
 def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     config, log, unbroken, broken = (tmp_path / name for name in ("run.yaml", "log", "unbroken", "broken"))
     config.write_text(f"corpus: {figures}\nrun_dir: {broken}\n{CONFIG}")

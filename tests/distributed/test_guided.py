@@ -38,7 +38,6 @@ def config(figures: Path, tmp_path: Path) -> Path:
     return tmp_path / "run.yaml"
 
 
-@pytest.mark.timeout(1500)
 def test_two_ranks_that_were_stopped_do_what_one_process_does(config: Path, tmp_path: Path) -> None:
     alone, together, plain = tmp_path / "alone", tmp_path / "together", tmp_path / "plain"
     train(load_config(config, overrides=[f"run_dir={alone}", f"train.steps={STEPS}"]), quiet=True)

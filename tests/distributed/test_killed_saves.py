@@ -68,7 +68,6 @@ def check_kills(figures: Path, folder: Path, *, zero: int, kills: int) -> None:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.timeout(1500)
 def test_a_kill_inside_a_save_leaves_the_last_whole_checkpoint(figures: Path, tmp_path: Path) -> None:
     check_kills(figures, tmp_path, zero=2, kills=2)
 

@@ -41,7 +41,6 @@ def corpus(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "corpus"
 
 
-@pytest.mark.timeout(1500)
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_happened(corpus: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"

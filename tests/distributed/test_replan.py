@@ -22,7 +22,6 @@ log: {every: 1}
 """
 
 
-@pytest.mark.timeout(1500)
 def test_replanned_and_begun_on_two_ranks_as_in_one_process(figures: Path, tmp_path: Path) -> None:
     config, run, log = tmp_path / "run.yaml", tmp_path / "run", tmp_path / "log"
     config.write_text(f"corpus: {figures}\nrun_dir: {run}\n{CONFIG}")
