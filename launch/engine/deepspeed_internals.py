@@ -41,7 +41,7 @@ class Share:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed and attach it to the process group.
+    """Import DeepSpeed, without attaching it to a process group.
 
     ZeRO imports DeepSpeed's own Muon, which is unused here but compiles on import: `torch.compile` is disabled meanwhile, which saves
     four seconds.
@@ -60,8 +60,14 @@ def import_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").addFilter(_is_relevant_to_users)
     with mock.patch.object(torch, "compile", _uncompiled):
         import deepspeed.runtime.zero.muon.muon_optimizer
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def attached_deepspeed() -> Any:
+    """DeepSpeed, attached to the process group."""
+    library = import_deepspeed()
+    library.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return library
 
 
 def check_config(library: Any, config: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
 from launch.config.deepspeed_settings import merged, offloads
 from launch.distributed.ranks import Ranks
-from launch.engine.deepspeed_internals import Share, check_config, import_deepspeed, parameters_by_vector, shares, weights_replaced
+from launch.engine.deepspeed_internals import Share, attached_deepspeed, check_config, parameters_by_vector, shares, weights_replaced
 from launch.engine.muon import Column, Muon
 from launch.engine.parameter_groups import parameter_groups
 from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
@@ -65,7 +65,7 @@ class Engine:
         self.ranks = ranks
         self.stage = stage
         settings = deepspeed or {}
-        library = import_deepspeed()
+        library = attached_deepspeed()
         network.to(ranks.device).train()
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         grouping = {"weight_decay": weight_decay, "muon": optimizer == "muon", "lr_factors": lr_factors or {}}

@@ -70,9 +70,9 @@ class RankProcesses:
         """None while all of them live."""
         return None if all(Path(f"/proc/{pid}").exists() for pid in self.pids) else -1
 
-    def kill(self) -> None:
-        """Kill all of them with -9."""
-        for pid in self.pids:
+    def kill(self, pids: Sequence[int] | None = None) -> None:
+        """Kill all of them with -9, or only some: then the server kills the others as soon as it notices."""
+        for pid in self.pids if pids is None else pids:
             os.kill(pid, signal.SIGKILL)
         assert _rank_server().exit_codes() == [-signal.SIGKILL] * len(self.pids)
 
@@ -86,7 +86,7 @@ class _RankServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.distributed.rank_server"],
             cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -16,12 +16,17 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+from launch.engine.deepspeed_internals import import_deepspeed
+from tim.text.byte_pairs import simple_tokenizer
+
 IMPORTED = ("launch.training.train", "launch.commands.model", "torch._dynamo", "torch.utils.tensorboard", "pandas")
 
 
 def main() -> None:
     for name in IMPORTED:
         import_module(name)
+    import_deepspeed()
+    simple_tokenizer()
     for line in sys.stdin:
         job = json.loads(line)
         with socket.socket() as free:

@@ -13,7 +13,7 @@ from tests.distributed import jobs
 
 STEPS = 15
 CONFIG = f"""\
-plan: {{max_tokens: 64, tokens_per_pack: 128, packs_per_step: 4}}
+plan: {{max_tokens: 64, tokens_per_pack: 64, packs_per_step: 2}}
 network:
   params: {{patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
 train: {{steps: {STEPS}, lr: 1e-3, zero: 2}}
