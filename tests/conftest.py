@@ -17,6 +17,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from pipeline.workers.process import start_fork_server
 from tests.pipeline.storage.servers import s3_server
 
+RANKS = "tests/distributed/"  # folder of the tests that start several ranks
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start several ranks come first: they take half of the time, and one process at a time runs them."""
+    items.sort(key=lambda item: not item.nodeid.startswith(RANKS))
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -25,7 +31,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class OneFolderOfRanks(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/distributed" if nodeid.startswith("tests/distributed/") else super()._split_scope(nodeid)
+            return RANKS if nodeid.startswith(RANKS) else super()._split_scope(nodeid)
 
     return OneFolderOfRanks(config, log)
 
