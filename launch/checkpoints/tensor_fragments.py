@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Elements start … start + len(values) of a flattened parameter, in float32."""
+    """Elements start … start + len(values) of a flattened parameter, in float32 (8-bit moments: see `launch.engine.eight_bit`)."""
 
     start: int
     values: Tensor
@@ -51,6 +51,10 @@ class ShardedTensors:
 
     def __contains__(self, name: str) -> bool:
         return name in self._pieces
+
+    def pieces(self, name: str) -> list[tuple[int, Any]]:
+        """Start and lazy slice of each rank's fragment of a parameter, in the order of ranks."""
+        return self._pieces.get(name, [])
 
     def read(self, name: str, *, start: int, stop: int) -> Tensor:
         """Elements start … stop of a flattened parameter. Raises ValueError unless the files cover the parameter exactly once."""

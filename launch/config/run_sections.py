@@ -33,8 +33,9 @@ class TrainConfig(Section):
     """Number of steps of wsd's decay; null: a fifth of the run."""
     lr_factors: dict[str, Annotated[float, Field(ge=0)]] = Field(default={})
     """Factors of the learning rate by parameter name: `{pattern: factor}`, with `*` in patterns; the first that matches counts."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """muon: orthogonalised updates for the blocks' matrices, scaled like AdamW's; needs far fewer steps. adamw8bit: AdamW whose moments
+    take 2 bytes per weight instead of 8; needs bitsandbytes."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of matrices; biases and gains do not decay."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)

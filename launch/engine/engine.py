@@ -7,30 +7,21 @@ and divided by the step's planned image count, so they do not depend on how imag
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
-from launch.config.deepspeed_settings import merged, offloads
+from launch.checkpoints.tensor_fragments import Fragment
+from launch.config.deepspeed_settings import merged
 from launch.distributed.ranks import Ranks
 from launch.engine.deepspeed_internals import Share, attached_deepspeed, check_config, parameters_by_vector, shares, weights_replaced
+from launch.engine.moments import Pieces
 from launch.engine.muon import Column, Muon
+from launch.engine.optimizers import make_optimizer, uses_cpu_adam
 from launch.engine.parameter_groups import parameter_groups
-from launch.engine.replicated import Replicated, ReplicatedAdamW, ReplicatedMuon, owned_parameters, whole_parameters
-
-ADAM_EPSILON = 1e-6  # as in the published TiM training
-OPTIMIZERS = {
-    ("adamw", False): torch.optim.AdamW,
-    ("adamw", True): ReplicatedAdamW,  # ZeRO 0
-    ("muon", False): Muon,
-    ("muon", True): ReplicatedMuon,
-}
-MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("exp_avg", "exp_avg_sq", "momentum")}  # state keys of torch's AdamW and our Muon
+from launch.engine.replicated import Replicated, owned_parameters, whole_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +33,7 @@ class StepResult:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO (stage 0: not sharded) with AdamW or Muon. Call it like the network. Weights stay in float32."""
+    """A network under DeepSpeed ZeRO (stage 0: not sharded) with an optimizer. Call it like the network. Weights stay in float32."""
 
     def __init__(
         self,
@@ -51,7 +42,7 @@ class Engine:
         ranks: Ranks,
         stage: int,
         precision: Literal["fp32", "bf16"] = "fp32",
-        optimizer: Literal["adamw", "muon"] = "adamw",
+        optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw",
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.0,
         lr_factors: Mapping[str, float] | None = None,
@@ -70,14 +61,10 @@ class Engine:
         self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         grouping = {"weight_decay": weight_decay, "muon": optimizer == "muon", "lr_factors": lr_factors or {}}
         groups = ranks.run_on_all_ranks(lambda: parameter_groups(network, **grouping))
-        uses_cpu_adam = optimizer == "adamw" and offloads(settings) and settings.get("zero_force_ds_cpu_optimizer", True)
-        settings = {**settings, "zero_force_ds_cpu_optimizer": uses_cpu_adam}
-        make = library.ops.adam.DeepSpeedCPUAdam if uses_cpu_adam else partial(OPTIMIZERS[optimizer, stage == 0], fused=True)
-        self._optimizer = make(groups, lr=0.0, betas=betas, eps=ADAM_EPSILON)
-        self._counts_in_tensors = not uses_cpu_adam  # the optimizer's number of updates
+        settings = {**settings, "zero_force_ds_cpu_optimizer": uses_cpu_adam(optimizer, settings)}
+        self._optimizer, self._moments = make_optimizer(optimizer, groups, stage=stage, betas=betas, settings=settings, library=library)
         if isinstance(self._optimizer, Replicated):
             self._optimizer.clip = clip
-        self._kinds = MOMENTS[optimizer]
         config = merged(_deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
         ranks.run_on_all_ranks(lambda: check_config(library, config))
         self._engine, *_ = library.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
@@ -120,26 +107,16 @@ class Engine:
 
     def moments(self) -> dict[str, dict[str, Fragment]]:
         """Views of the optimizer's moments by kind and parameter, like `fragments`; empty before the first update."""
-        moments: dict[str, dict[str, Fragment]] = {kind: {} for kind in self._kinds}
-        for name, share in self._owned.items():
-            state = self._optimizer.state.get(share.weights, {})
-            for kind in self._kinds:
-                if kind in state:
-                    moments[kind][name] = share.of(state[kind])
-        return moments
+        return self._moments.fragments(self._owned)
 
-    def load(self, pieces: Callable[[str], ShardedTensors], *, updates: int) -> None:
+    def load(self, pieces: Pieces, *, updates: int) -> None:
         """Load weights and moments saved by any number of ranks after `updates` updates. Must be called by all ranks.
 
         pieces: opens the saved "weights", or moments of one kind. Each rank reads only the elements that it holds.
         """
         with weights_replaced(self._engine, stage=self.stage):
             pieces("weights").read_into({name: share.of(share.weights) for name, share in self._held.items()})
-        for kind in self._kinds:
-            saved = pieces(kind)
-            saved.read_into({name: share.of(self._moment(kind, share)) for name, share in self._held.items() if name in saved})
-        for weights, state in self._optimizer.state.items():
-            state["step"] = torch.tensor(float(updates), device=weights.device) if self._counts_in_tensors else updates
+        self._moments.load(pieces, self._held, updates=updates)
         self.updates = updates
 
     def _shares(self) -> tuple[dict[str, Share], dict[str, Share]]:
@@ -164,13 +141,6 @@ class Engine:
                 columns.setdefault(vector, []).append(Column(shape, offset, count))
                 offset += count
         return columns
-
-    def _moment(self, kind: str, share: Share) -> Tensor:
-        """Moments vector for the weights of `share`; created with zeros if missing."""
-        state = self._optimizer.state[share.weights]
-        if kind not in state:
-            state[kind] = torch.zeros_like(share.weights)
-        return state[kind]
 
     def close(self) -> None:
         self._engine.destroy()

@@ -23,8 +23,8 @@ def parameter_groups(network: nn.Module, *, weight_decay: float, muon: bool, lr_
     groups: dict[tuple[int, float], dict[str, Any]] = {}
     for name, parameter in network.named_parameters():
         kind = 0 if id(parameter) in hidden else 1 if parameter.ndim >= 2 else 2
-        settings = {"params": [], "weight_decay": weight_decay if kind < 2 else 0.0, "lr_factor": factors[name]}
-        group = groups.setdefault((kind, factors[name]), settings)
+        settings = {"weight_decay": weight_decay if kind < 2 else 0.0, "lr_factor": factors[name], "is_matrix": kind < 2}
+        group = groups.setdefault((kind, factors[name]), {"params": [], **settings})
         group["params"].append(parameter)
         if kind == 0:
             group.setdefault("shapes", []).append(tuple(parameter.shape))

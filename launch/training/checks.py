@@ -1,4 +1,4 @@
-"""Checks before training: frozen models exist, and cached features were computed with them."""
+"""Checks before training: frozen models and optimizers exist, and cached features were computed with them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from launch.config.schema import Config, ConfigError
+from launch.engine.optimizers import check_available
 from pipeline.features.manifest import Features
 
 
 def check_models(config: Config) -> None:
-    """Raise ConfigError if a required codec, text encoder or alignment teacher is not available."""
+    """Raise ConfigError if a required codec, text encoder, alignment teacher or optimizer is not available."""
     from tim import codecs
     from tim.text import encoders
 
@@ -25,6 +26,10 @@ def check_models(config: Config) -> None:
             encoders.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
     except ValueError as error:
         raise ConfigError(f"text.path: {error}") from error
+    try:
+        check_available(config.train.optimizer)
+    except ValueError as error:
+        raise ConfigError(f"train.optimizer: {error}") from error
     teacher = config.objective.alignment
     if teacher is not None and teacher.path is None and "teacher" not in parts:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")

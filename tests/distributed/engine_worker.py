@@ -16,8 +16,9 @@ from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
 from launch.checkpoints.saving.background import Part
 from launch.distributed.ranks import Ranks, process_group
 from launch.engine.ema import ShardedEMA
-from launch.engine.engine import ADAM_EPSILON, Engine
+from launch.engine.engine import Engine
 from launch.engine.muon import orthogonalise
+from launch.engine.optimizers import ADAM_EPSILON
 from tests.distributed import activation_checkpointing
 from tests.distributed.gradients import step_with_gradients
 from tests.launch.checkpoints.writing import save

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from launch.checkpoints import checkpoint
 from launch.checkpoints.averages import saved_decays
 from launch.config.load import load_config
+from launch.config.schema import ConfigError
 from launch.training.metrics import read_rows
 from launch.training.train import train
 from tests.pipeline.conftest import varied, write_corpus
@@ -69,6 +71,33 @@ def test_stages_and_offloading_train_alike_and_go_on_in_each_other(corpus: Path,
             unbroken = checkpoint.consolidate(tmp_path / f"{name}-6", ema=ema)
             for key in unbroken:
                 torch.testing.assert_close(found[key], unbroken[key], rtol=1e-3, atol=1e-6)
+
+
+def test_eight_bit_moments_go_on_bit_by_bit_and_to_rounding_under_another_stage(corpus: Path, tmp_path: Path) -> None:
+    eight = "train.optimizer=adamw8bit"
+    expected = story(run(corpus, tmp_path / "run", eight))
+    assert expected == pytest.approx(story(run(corpus, tmp_path / "full", "train.optimizer=adamw")), rel=0.05)
+    for stage in (1, 0):
+        (tmp_path / "run" / "latest").unlink()
+        checkpoint.remove(checkpoint.step_folder(tmp_path / "run", 6))
+        again = story(run(corpus, tmp_path / "run", eight, f"train.zero={stage}"))
+        assert again == expected if stage else again == pytest.approx(expected, rel=0.01)
+
+
+def test_a_missing_bitsandbytes_is_named_with_its_remedy(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError) as caught:
+        run(corpus, tmp_path / "run", "train.optimizer=adamw8bit")
+    assert str(caught.value) == "train.optimizer: adamw8bit needs bitsandbytes: pip install 'tim[adamw8bit]'"
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_adamw_is_fused(corpus: Path, tmp_path: Path, stage: int) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(corpus, tmp_path / "run", "train.steps=1", "train.schedule=constant", "train.decay=null", f"train.zero={stage}")
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::_fused_adamw_" in called
+    assert not {"aten::addcdiv_", "aten::_foreach_addcdiv_"} & called
 
 
 def test_a_run_goes_on_with_other_averages(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
