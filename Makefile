@@ -33,7 +33,7 @@ soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
 
 bench: $(READY)
-	for what in attention step sample plan index; do echo "tim bench $$what"; $(BIN)/tim bench $$what || exit 1; done
+	for what in attention step sample derivative plan index; do echo "tim bench $$what"; $(BIN)/tim bench $$what || exit 1; done
 	for what in data prepare; do echo "tim bench $$what"; $(BIN)/tim bench $$what $(PICTURES) --out bench || exit 1; done
 
 lint: $(READY)

@@ -12,9 +12,10 @@ from PIL import Image
 
 from tim import codecs, transports
 from tim.model_folder.folder import ModelSpec, load_model
+from tim.model_kinds import Dtype
 from tim.network import TransitionTransformer, check_classes
 from tim.packed import Condition, PackedText
-from tim.sampler import sample, time_grid
+from tim.sampler import default_dtype, sample, time_grid
 from tim.text import encoders
 
 Prompt: TypeAlias = str | int  # a text, or a class id for a class model
@@ -37,15 +38,23 @@ class Generator:
     """A network with its codec and text encoder.
 
     Most arguments of a call may be lists: images of mixed sizes, prompts, steps and seeds share packs of up to `tokens_per_pack` tokens.
-    An image depends only on its own arguments, never on its neighbours in the pack.
+    An image depends only on its own arguments, never on its neighbours in the pack. `dtype` is the precision of the network by autocast,
+    `default_dtype` of the device if None; text encoder and codec have their own.
     """
 
     def __init__(
-        self, network: TransitionTransformer, spec: ModelSpec, *, device: torch.device | str = "cpu", tokens_per_pack: int = 16384
+        self,
+        network: TransitionTransformer,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: Dtype | None = None,
+        tokens_per_pack: int = 16384,
     ) -> None:
         self.network = network
         self.spec = spec
         self.device = torch.device(device)
+        self.dtype: Dtype = dtype or default_dtype(self.device)
         self.tokens_per_pack = tokens_per_pack
         self.transport = transports.make(**spec.transport)
         self.codec = codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
@@ -62,10 +71,10 @@ class Generator:
             )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu") -> Generator:
+    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: Dtype | None = None) -> Generator:
         """Load a model folder. Raises ValueError if it is not one."""
         network, spec = load_model(folder, device=device)
-        return cls(network, spec, device=device)
+        return cls(network, spec, device=device, dtype=dtype)
 
     @property
     def stride(self) -> int:
@@ -127,6 +136,7 @@ class Generator:
                 stochasticity=stochasticity,
                 seeds=[request.seed for request in pack],
                 instantaneous=bool(defaults.get("instantaneous", False)),
+                dtype=self.dtype,
             )
             for pixels, evaluations in zip(self.codec.decode(samples.latents), samples.evaluations, strict=True):
                 images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))

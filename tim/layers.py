@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tim.attention.dispatch import attention
+from tim.model_kinds import Dtype
 from tim.packed import PackedText, PackedTokens
 from tim.rope import rotate
 
@@ -20,6 +21,11 @@ from tim.rope import rotate
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision to float32; float64 stays."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def autocast(device: torch.device, dtype: Dtype) -> torch.autocast:
+    """Context in which matrix products run in this dtype. `fp32` also switches off an autocast around it."""
+    return torch.autocast(device.type, torch.float16 if dtype == "fp16" else torch.bfloat16, enabled=dtype != "fp32")
 
 
 def plain_norm(x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tim.layers import autocast
 from tim.model_kinds import Derivative, Dtype, Weighting
 from tim.packed import Condition, PackedTokens, join, select
 from tim.transports import Transport
@@ -89,7 +90,7 @@ class TransitionObjective:
         *,
         patch_size: int,
         derivative: str = "finite-difference",
-        derivative_precision: str = "fp32",
+        derivative_precision: Dtype = "fp32",
         epsilon: float | None = None,
         weighting: str = "tangent",
         shift: int | None = 1024,
@@ -188,7 +189,7 @@ class TransitionObjective:
         device = latents[0].device
         clean = PackedTokens.from_latents(latents, self.patch_size)
         noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
-        derivative, repeated = self._derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
+        derivative, repeated = self.path_derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
 
         t_tokens, r_tokens = (clean.per_token(time.to(device))[:, None] for time in (t, r))
         noisy = clean._replace(tokens=self.transport.mix(clean.tokens, noise_tokens, t_tokens))
@@ -242,7 +243,7 @@ class TransitionObjective:
         change = (guide.w_gt - 1) * ideal.index_select(0, rows) + guide.w_cond * conditional + w_null * unconditional
         return zeros.index_copy(0, rows, change.to(ideal.dtype))
 
-    def _derivative(
+    def path_derivative(
         self, network: Network, clean: PackedTokens, noise_tokens: Tensor, condition: Condition, *, t: Tensor, r: Tensor
     ) -> tuple[Tensor, bool]:
         """df/dt along the path at fixed r, (T, p·p·C), zero for r = t, and whether it was repeated in float32 after an overflow.
@@ -261,9 +262,8 @@ class TransitionObjective:
         else:
             return zeros, False
 
-        def evaluate(precision: str) -> Tensor:
-            dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-            with torch.no_grad(), torch.autocast(zeros.device.type, dtype, enabled=precision != "fp32"):
+        def evaluate(precision: Dtype) -> Tensor:
+            with torch.no_grad(), autocast(zeros.device, precision):
                 return differentiate(network, part, noise_part, select(condition, chosen), t=t[chosen], r=r[chosen])
 
         rate, repeated = evaluate(self.derivative_precision), False

@@ -29,6 +29,7 @@ from tim import PackedText, PackedTokens, Segments, TransitionObjective, Transit
 from tim import sample as draw
 from tim.attention.dispatch import BACKENDS, AttentionRequirements, attention, choose_backend
 from tim.flops import Lengths, activation_bytes, step_flops
+from tim.model_kinds import Precision
 from tim.objective import Network
 
 STRIDE = 16  # pixels per side of a token: raw pixels in patches of 16
@@ -157,20 +158,19 @@ def bench_sample(grids: list[Grid], *, width: int, depth: int, batch: int, steps
         latents, text, rest = bench.inputs(some)
         assert isinstance(text, PackedText)
         null = PackedText.from_features([torch.zeros(2, FEATURES, device=bench.device)] * len(latents))
-        draw(network, rest["noise"], text, transport=transport, steps=steps, guidance=2.0, null_condition=null)
+        draw(network, rest["noise"], text, transport=transport, steps=steps, guidance=2.0, null_condition=null, dtype=bench.precision)
 
     chosen, dense = grids[:batch], DenseNetwork(bench.network)
     buckets = _buckets(chosen, max_images=batch)
-    with bench.precise():
-        seconds = fastest(
-            {
-                "packed": lambda: sampled(bench.network, chosen),
-                "padded": lambda: sampled(dense, chosen),
-                "buckets": lambda: [sampled(dense, bucket) for bucket in buckets],
-            },
-            repeats=repeats,
-            progress=progress,
-        )
+    seconds = fastest(
+        {
+            "packed": lambda: sampled(bench.network, chosen),
+            "padded": lambda: sampled(dense, chosen),
+            "buckets": lambda: [sampled(dense, bucket) for bucket in buckets],
+        },
+        repeats=repeats,
+        progress=progress,
+    )
     speeds = {name: len(chosen) / value for name, value in seconds.items()}
     ratios = {f"{name}_over_packed": seconds[name] / seconds["packed"] for name in ("padded", "buckets")}
     return {**bench.facts(), "images": len(chosen), "steps": steps, "images_per_second": speeds, **ratios}
@@ -183,7 +183,7 @@ class Bench:
         if width % 64:
             raise ValueError(f"--width {width}: must be a multiple of 64")
         self.device = choose_device()
-        self.precision = "fp32" if self.device.type == "cpu" else "bf16"
+        self.precision: Precision = "fp32" if self.device.type == "cpu" else "bf16"
         torch.manual_seed(0)
         params = {"patch_size": STRIDE, "in_channels": 3, "depth": depth, "hidden_size": width, "num_heads": width // 64}
         self.network = TransitionTransformer.from_official({**params, "cap_feat_dim": FEATURES, "lora_hidden_size": width // 3})

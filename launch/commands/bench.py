@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.arguments import check_prompts, parse_sizes, parse_steps
 from launch.commands.options import Debug, Json
 from launch.commands.text_tables import describe_bench, describe_fit
 from launch.console import session
@@ -33,6 +34,10 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens pe
 Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multiple of 64.")]
 Depth = Annotated[int, typer.Option(min=1, help="Number of blocks of the network.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per batch.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt for the model; may be repeated.")]
+Classes = Annotated[
+    list[int] | None, typer.Option("--class", min=0, metavar="ID", help="Class to sample, for a class model; may be repeated.")
+]
 Repeats = Annotated[int, typer.Option(min=1, help="Number of measurements of each variant; the fastest counts.")]
 
 
@@ -249,6 +254,81 @@ def objective(
 
         data = compare_objectives(out, steps=steps, drawn=drawn, console=console)
         console.result(describe_comparison(data), data=data)
+
+
+@bench.command()
+def derivative(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Also measure this trained network, a model folder or run_dir, on images that it draws.",
+        ),
+    ] = None,
+    prompt: Prompts = None,
+    classes: Classes = None,
+    depth: Annotated[list[int] | None, typer.Option(min=1, help="Blocks of the random network; may be repeated. Default: 1, 3, 9.")] = None,
+    epsilon: Annotated[
+        list[float] | None,
+        typer.Option(help="Half the interval of the difference, besides the defaults; may be repeated. Default: 0.005, 0.02, 0.05."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, max=400, help="Number of images.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Maximum number of tokens per image.")] = 64,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Benchmark the accuracy of the objective's derivative by finite differences.
+
+    Relative error against the exact derivative in float64, over precision, epsilon, time and depth, at random weights and at trained ones.
+
+    Example: tim bench derivative --model demo/run --prompt "a white cross on red"
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        if model is None and (prompt or classes):
+            raise ValueError(f"{'--prompt' if prompt else '--class'}: requires --model MODEL")
+        prompts = [] if model is None else check_prompts(prompt or [], classes=classes or [])
+        if wrong := [value for value in epsilon or [] if not 0 < value < 0.5]:
+            raise ValueError(f"--epsilon {wrong[0]}: must be between 0 and 0.5")
+        from launch.benchmarks.derivative import bench_derivative, describe_derivative
+
+        with console.progress() as report:
+            data = bench_derivative(
+                model=model,
+                prompts=prompts,
+                depths=depth or [1, 3, 9],
+                epsilons=epsilon or [0.005, 0.02, 0.05],
+                images=images,
+                max_tokens=max_tokens,
+                log=console.line,
+                progress=report,
+            )
+        console.result(describe_derivative(data), data=data)
+
+
+@bench.command()
+def precision(
+    model: Annotated[Path, typer.Argument(help="A model folder or the run_dir of a training run.")],
+    size: Annotated[str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels.")],
+    prompt: Prompts = None,
+    classes: Classes = None,
+    steps: Annotated[str, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps.")] = "1,8",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Benchmark the precision of sampling.
+
+    Difference of images in fp16 and bf16 from those in fp32, in 8-bit levels (0 to 255).
+
+    Example: tim bench precision demo/run --prompt "a white cross on red" --size 32x32,60x20
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        sizes, prompts = parse_sizes(size), check_prompts(prompt or [], classes=classes or [])
+        counts = parse_steps(steps)
+        from launch.benchmarks.precision import bench_precision
+
+        with console.progress() as report:
+            data = bench_precision(model, prompts=prompts, sizes=sizes, steps=counts, log=console.line, progress=report)
+        console.result(describe_bench(data), data=data)
 
 
 def _run(

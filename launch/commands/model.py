@@ -277,6 +277,9 @@ def sample(
     text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the text encoder, instead of the model's.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Path of the tokenizer. Default: that of the text encoder.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal images.")] = 0,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Precision of the network's matrix products. Default: fp16 on a GPU, fp32 on the CPU.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     as_json: Json = False,
     debug: Debug = False,
@@ -304,6 +307,7 @@ def sample(
             times=stepped,
             interval=None if interval is None else parse_interval(interval),
             stochasticity=stochasticity,
+            dtype=dtype,
         )
         replacements = Replacements(codec=codec, text=text, tokenizer=tokenizer)
         drawings, grid = draw(

@@ -18,6 +18,7 @@ from launch.console import Console
 from launch.sampling.image_grid import grid
 from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
 from pipeline.storage.atomic import publish
+from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
     from tim import Generator
@@ -42,7 +43,7 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class DrawSettings:
-    """Sampling settings. None in steps, guidance and interval means the model's default; `times` replaces `steps`."""
+    """Sampling settings. None means the model's default, in dtype that of the device; `times` replaces `steps`."""
 
     steps: Sequence[int] | None = None
     guidance: float | None = None
@@ -51,6 +52,7 @@ class DrawSettings:
     times: Sequence[float] | None = None
     interval: tuple[float, float] | None = None
     stochasticity: float = 0.0
+    dtype: Dtype | None = None
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> DrawSettings:
         """Fill in steps and guidance. With `times`, the number of steps follows from them."""
@@ -80,7 +82,7 @@ def draw(
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    generator = _open_generator(model, recipe=recipe, replacements=replacements, console=console)
+    generator = _open_generator(model, recipe=recipe, replacements=replacements, dtype=settings.dtype, console=console)
     _check_prompts(generator, prompts, negative=settings.negative, console=console)
     settings = settings.with_defaults(generator.spec.sampling)
     rounded, remarks = round_sizes(sizes, stride=generator.stride)
@@ -109,14 +111,16 @@ def draw(
     return drawings, out / "grid.png"
 
 
-def _open_generator(model: Path, *, recipe: str | None, replacements: Replacements, console: Console) -> Generator:
+def _open_generator(model: Path, *, recipe: str | None, replacements: Replacements, dtype: Dtype | None, console: Console) -> Generator:
     network, spec = open_model(model, recipe=recipe, replacements=replacements, log=console.line)
 
     from launch.distributed.device import choose_device
 
     device = choose_device()
     console.line(f"device: {device.type} ({'a' if device.type == 'cuda' else 'no'} CUDA device is available)")
-    return make_generator(network, spec, device=device)
+    generator = make_generator(network, spec, device=device, dtype=dtype)
+    console.line(f"precision: {generator.dtype} ({'the default of this device' if dtype is None else '--dtype'})")
+    return generator
 
 
 def _check_prompts(generator: Generator, prompts: Sequence[str | int], *, negative: str | None, console: Console) -> None:

@@ -17,6 +17,7 @@ from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights
 from launch.config.load import load_config
 from tim import Generator, TransitionTransformer, codecs, transports
 from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
+from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
 from tim.text import encoders
 
@@ -56,11 +57,11 @@ def open_model(
     return network, spec
 
 
-def make_generator(network: TransitionTransformer, spec: ModelSpec, *, device: torch.device) -> Generator:
+def make_generator(network: TransitionTransformer, spec: ModelSpec, *, device: torch.device, dtype: Dtype | None = None) -> Generator:
     """Create the generator. Raises ValueError, naming the options to replace them, if its codec or text encoder cannot be loaded."""
     network = network.to(device).eval().requires_grad_(False)
     try:
-        return Generator(network, spec, device=device)
+        return Generator(network, spec, device=device, dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{error} ({REMEDY})") from error
 

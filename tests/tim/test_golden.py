@@ -101,7 +101,7 @@ def test_losses_and_derivative(case: Case) -> None:
     assert float(losses.loss.detach()) / 4 == pytest.approx(float(schedule["loss.dir.weighted"]) + 0.5 * proj, rel=TOLERANCE)
 
     clean, noise_tokens = PackedTokens.from_latents(latents, patch_size), PackedTokens.from_latents(noise, patch_size).tokens
-    derivative, _ = objective._derivative(network, clean, noise_tokens, condition, t=t, r=r)
+    derivative, _ = objective.path_derivative(network, clean, noise_tokens, condition, t=t, r=r)
     t_tokens, r_tokens = clean.per_token(t)[:, None], clean.per_token(r)[:, None]
     target = objective.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
     for actual, name in ((derivative, "dF"), (target, "F_target")):

@@ -48,7 +48,7 @@ def test_the_exact_field_is_what_the_targets_average_to() -> None:
     packed = PackedTokens.from_latents([clean.view(1, 1, -1)], 1)
     objective = TransitionObjective(OT, patch_size=1, shift=None, epsilon=1e-4)
     times, ends = torch.tensor([t], dtype=torch.float64), torch.tensor([r], dtype=torch.float64)
-    derivative, _ = objective._derivative(field, packed, noise[:, None], text, t=times, r=ends)
+    derivative, _ = objective.path_derivative(field, packed, noise[:, None], text, t=times, r=ends)
     target = OT.target(clean[:, None], noise[:, None], times[0], ends[0], derivative)
     exact = field(packed._replace(tokens=torch.full_like(packed.tokens, x_t)), times, ends, text).tokens[0]
     torch.testing.assert_close(target.mean(0), exact, rtol=0, atol=0.01)
@@ -133,7 +133,7 @@ def test_the_difference_tends_to_the_exact_derivative(tiny: TransitionTransforme
 
     def run(derivative: str, epsilon: float = 0.005) -> torch.Tensor:
         objective = TransitionObjective(transport, patch_size=2, derivative=derivative, epsilon=epsilon)
-        return objective._derivative(tiny, packed, noise_tokens, text, t=t, r=r)[0]
+        return objective.path_derivative(tiny, packed, noise_tokens, text, t=t, r=r)[0]
 
     exact, coarse, fine = run("jvp"), run("finite-difference"), run("finite-difference", 0.0005)
     assert not exact[packed.rows([1])].any()
@@ -150,11 +150,11 @@ def test_the_precision_of_the_derivative_is_a_setting(tiny: TransitionTransforme
     def error(derivative: str, precision: str, epsilon: float | None = None) -> float:
         objective = TransitionObjective(OT, patch_size=2, derivative=derivative, derivative_precision=precision, epsilon=epsilon)
         with torch.autocast("cpu", torch.bfloat16):  # what the training step may run under changes nothing
-            return float((objective._derivative(tiny, packed, noise_tokens, text, t=t, r=r)[0] - exact).norm() / exact.norm())
+            return float((objective.path_derivative(tiny, packed, noise_tokens, text, t=t, r=r)[0] - exact).norm() / exact.norm())
 
     exact = (
         TransitionObjective(OT, patch_size=2, derivative="jvp")
-        ._derivative(
+        .path_derivative(
             tiny.double(),
             packed._replace(tokens=packed.tokens.double()),
             noise_tokens.double(),
