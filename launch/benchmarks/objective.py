@@ -23,6 +23,7 @@ from launch.distributed import torchrun
 OBJECTIVES = {
     "flow matching": ("objective.diffusion_share=1", "objective.consistency_share=0"),
     "transition, fp32 difference": (),
+    "transition, fp16 difference": ("objective.derivative_precision=fp16",),
     "transition, bf16 difference": ("objective.derivative_precision=bf16",),
     "transition, exact derivative": ("objective.derivative=jvp",),
 }
