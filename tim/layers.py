@@ -36,7 +36,7 @@ def plain_norm(x: Tensor) -> Tensor:
 class ModulatedNorm(nn.Module):
     """Plain norm, then x·(1 + scale) + shift with one shift and scale per image (adaLN, DiT, arXiv 2212.09748).
 
-    Has no parameters and takes only tensors, so that it can be compiled. `owner` is the pack's, (T,).
+    `owner` is the pack's, (T,).
     """
 
     def forward(self, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, owner: Tensor) -> Tensor:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tim.attention.sdpa import has_tangent
 from tim.layers import (
     Block,
     CaptionEmbedding,
@@ -26,7 +28,7 @@ from tim.layers import (
     plain_norm,
 )
 from tim.model_kinds import NewCondition
-from tim.packed import Condition, PackedText, PackedTokens
+from tim.packed import Condition, PackedText, PackedTokens, PackShape, pad
 from tim.pretrained.official import read_weights, unnested
 from tim.rope import LAYOUTS, rotations
 
@@ -51,6 +53,9 @@ OFFICIAL_PARAMS: dict[str, Any] = {
 TEXT_PARAMS: dict[str, Any] = {"cap_feat_dim": None}
 CLASS_PARAMS: dict[str, Any] = {"num_classes": 1000, "class_dropout_prob": 0.1}
 NEW_CONDITIONS = get_args(NewCondition)
+# Shapes, precisions and gradient modes that the blocks are compiled for, at most: the default of 8 would be exceeded, and then nothing
+# is compiled any more.
+COMPILED_SHAPES = 64
 
 
 class TransitionTransformer(nn.Module):
@@ -94,6 +99,7 @@ class TransitionTransformer(nn.Module):
         self.final_layer = FinalLayer(width, out=self.patch_size**2 * self.channels)
         self.projector = _projector(width, hidden=params["projector_dim"], out=params["z_dim"]) if params["z_dim"] else None
         self._checkpoint_every = 0
+        self._compile_for: int | None = None
         self._initialise()
 
     @classmethod
@@ -133,24 +139,24 @@ class TransitionTransformer(nn.Module):
         return {name: value.detach().to("cpu", copy=True) for name, value in self.state_dict().items()}
 
     def configure_execution(
-        self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile: bool = False
+        self, *, attention: Mapping[torch.dtype, str] | None = None, checkpoint_every: int = 0, compile_for: int | None = None
     ) -> None:
         """Configure speed and memory use. Results do not change.
 
         attention: the backend of `tim.attention.dispatch` by dtype (others: auto). checkpoint_every: every n-th block keeps only its
-        input and is recomputed in the backward pass (1: all, 0: none). compile: fuse the blocks' norms and MLPs with `torch.compile`;
-        one compilation serves packs of all sizes.
+        input and is recomputed in the backward pass (1: all, 0: none). compile_for: compile the blocks with `torch.compile`, for packs
+        padded to multiples of this number of tokens (without gradient: of a quarter of it). A forward-mode derivative is not compiled.
         """
         assert checkpoint_every >= 0
         for module in self.modules():
             if isinstance(module, (SelfAttention, CrossAttention)):
                 module.backends = dict(attention or {})
         self._checkpoint_every = checkpoint_every
-        if compile:
+        self._compile_for = compile_for
+        if compile_for is not None:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
             for block in self.blocks:
-                assert isinstance(block, Block)
-                block.norm.compile(dynamic=True)
-                block.mlp.compile(dynamic=True)
+                block.compile(dynamic=False)
 
     @overload
     def forward(
@@ -170,6 +176,21 @@ class TransitionTransformer(nn.Module):
         Raises ValueError if the condition has the wrong type, width or range.
         """
         self._check(condition, images=len(packed.sizes))
+        if self._compile_for is None or has_tangent(packed.tokens, t, r):
+            tokens, alignment = self._forward(packed, t, r, condition, return_alignment=return_alignment)
+        else:
+            shape = PackShape.around(packed, condition, full=self._compile_for, whole=torch.is_grad_enabled())
+            padded, condition = pad(packed, condition, shape)
+            t, r = (F.pad(times, (0, shape.images - len(times))) for times in (t, r))
+            tokens, alignment = self._forward(padded, t, r, condition, return_alignment=return_alignment, compiled=True)
+            tokens, alignment = tokens[: len(packed.tokens)], None if alignment is None else alignment[: len(packed.tokens)]
+        out = packed._replace(tokens=at_least_float32(tokens))
+        return out if alignment is None else (out, alignment)
+
+    def _forward(
+        self, packed: PackedTokens, t: Tensor, r: Tensor, condition: Condition, *, return_alignment: bool, compiled: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Output for every token, and the projection. compiled: run the blocks that `configure_execution` compiled."""
         angles = rotations(packed, head_dim=self.head_dim, layout=self.rope)
         delta = self._interval(t, r)
         time = self.t_embedder(t) + delta
@@ -178,17 +199,19 @@ class TransitionTransformer(nn.Module):
         else:
             text, time = None, time + self.y_embedder(condition)
         x = self.x_embedder(packed.tokens)
-        alignment = None
+        alignment, images = None, packed
+        if compiled:
+            angles, images, text = torch.view_as_real(angles), packed.without_lengths(), text and text.without_lengths()
         for depth, block in enumerate(self.blocks, start=1):
+            run = block if compiled or self._compile_for is None else block.forward
             if self._checkpoint_every and depth % self._checkpoint_every == 0 and torch.is_grad_enabled():
-                x = checkpoint(block, x, time, delta, text, packed, angles, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(run, x, time, delta, text, images, angles, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = block(x, time, delta, text, packed, angles)
+                x = run(x, time, delta, text, images, angles)
             if return_alignment and depth == self.params["encoder_depth"]:
                 assert self.projector is not None, "return_alignment needs a network with z_dim"
                 alignment = self.projector(x)
-        out = packed._replace(tokens=at_least_float32(self.final_layer(x, time, packed)))
-        return out if alignment is None else (out, alignment)
+        return self.final_layer(x, time, packed), alignment
 
     def _interval(self, t: Tensor, r: Tensor) -> Tensor:
         """Embedding of the transition length, (B, D). The last time in `new_condition` has its own embedder."""

@@ -10,23 +10,37 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class Segments(NamedTuple):
     """Segment boundaries of a pack, built once on the host so that no layer synchronises the device.
 
-    cu_seqlens: (B+1,) int32 cumulative lengths on the pack's device; max_len and lengths: on the host.
+    cu_seqlens: (B+1,) int32 cumulative lengths on the pack's device; max_len and lengths: on the host; ends: cu_seqlens on the host.
     """
 
     cu_seqlens: Tensor
     max_len: int
     lengths: tuple[int, ...]
+    ends: Tensor
 
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        cu_seqlens = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32)
-        return cls(torch.from_numpy(cu_seqlens).to(device, non_blocking=True), max(lengths, default=0), tuple(int(n) for n in lengths))
+        ends = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int32))
+        return cls(ends.to(device, non_blocking=True), max(lengths, default=0), tuple(int(n) for n in lengths), ends)
+
+    def pad(self, segments: int, *, tokens: int) -> Segments:
+        """With further segments up to a number of segments and tokens. The first of them holds all further tokens, the others none."""
+        further = segments - len(self.lengths), tokens - sum(self.lengths)
+        assert min(further) >= 0, "a pack is padded to more segments and tokens than it has"
+        assert further[0] or not further[1], "further tokens need a segment"
+        lengths = (*self.lengths, *[further[1]][: further[0]], *[0] * (further[0] - 1))
+        return Segments.from_lengths(lengths, self.cu_seqlens.device)
+
+    def without_lengths(self, max_len: int) -> Segments:
+        """For code that torch.compile traces: no value depends on the pack, `max_len` is an upper limit."""
+        return self._replace(max_len=max_len, lengths=())
 
 
 class PackedTokens(NamedTuple):
@@ -107,6 +121,23 @@ class PackedTokens(NamedTuple):
         segments = Segments.from_lengths([1], self.tokens.device)
         return PackedTokens(self.tokens[:1], segments, self.owner[:1], self.positions[:1], ((1, 1),), self.patch_size)
 
+    def pad(self, images: int, *, tokens: int) -> PackedTokens:
+        """With zeros as further images up to a number of images and tokens; the real ones come first. See `Segments.pad`."""
+        real, further = len(self.sizes), tokens - len(self.tokens)
+        segments = self.segments.pad(images, tokens=tokens)
+        return PackedTokens(
+            F.pad(self.tokens, (0, 0, 0, further)),
+            segments,
+            F.pad(self.owner, (0, further), value=real),
+            F.pad(self.positions, (0, 0, 0, further)),
+            (*self.sizes, *((length, 1) for length in segments.lengths[real:])),
+            self.patch_size,
+        )
+
+    def without_lengths(self) -> PackedTokens:
+        """For code that torch.compile traces: no value on the host depends on the pack."""
+        return self._replace(segments=self.segments.without_lengths(len(self.tokens)), sizes=())
+
     def per_token(self, values: Tensor) -> Tensor:
         """Repeat one row per image, (B, …), for each of its tokens: (T, …)."""
         return values.index_select(0, self.owner)
@@ -122,6 +153,15 @@ class PackedText(NamedTuple):
 
     features: Tensor
     segments: Segments
+
+    def pad(self, captions: int, *, tokens: int) -> PackedText:
+        """With zeros as further captions up to a number of captions and tokens; the real ones come first. See `Segments.pad`."""
+        further = tokens - len(self.features)
+        return PackedText(F.pad(self.features, (0, 0, 0, further)), self.segments.pad(captions, tokens=tokens))
+
+    def without_lengths(self) -> PackedText:
+        """For code that torch.compile traces: no value on the host depends on the pack."""
+        return self._replace(segments=self.segments.without_lengths(len(self.features)))
 
     @classmethod
     def from_features(cls, features: Sequence[Tensor]) -> PackedText:
@@ -155,3 +195,39 @@ def join(conditions: Sequence[Condition]) -> Condition:
     if len(captions) < len(conditions):
         raise ValueError("captions and class ids in one pack: conditions and null conditions must be of the same type")
     return PackedText.from_features([part for text in captions for part in text.features.split(text.segments.lengths)])
+
+
+class PackShape(NamedTuple):
+    """What packs are padded to: image tokens, images, caption tokens (0: class ids)."""
+
+    tokens: int
+    images: int
+    text: int
+
+    @classmethod
+    def around(cls, packed: PackedTokens, condition: Condition, *, full: int, whole: bool) -> PackShape:
+        """The shape to pad to, one of few. full: tokens of a full pack.
+
+        Tokens are rounded up to quarters of a full pack (with `whole`, to full packs), images and caption tokens to powers of two, from
+        numbers on that most full packs have room in. There is always room for one more image with a caption of one token.
+        """
+        unit = full if whole else -(-full // 4)
+        tokens = -(-len(packed.tokens) // unit) * unit
+        images = _power_of_two(len(packed.sizes) + 1, least=max(16, full // 256))
+        text = _power_of_two(len(condition.features) + 1, least=max(64, full // 8)) if isinstance(condition, PackedText) else 0
+        return cls(tokens, images, text)
+
+
+def pad(packed: PackedTokens, condition: Condition, shape: PackShape) -> tuple[PackedTokens, Condition]:
+    """A pack of exactly this shape: the rest is one more image, and its caption, which no other image attends to.
+
+    The other images that it needs are empty. Its output is to be ignored: then it has no gradient.
+    """
+    packed = packed.pad(shape.images, tokens=shape.tokens)
+    if isinstance(condition, PackedText):
+        return packed, condition.pad(shape.images, tokens=shape.text)
+    return packed, F.pad(condition, (0, shape.images - len(condition)))
+
+
+def _power_of_two(number: int, *, least: int) -> int:
+    return 1 << (max(number, least) - 1).bit_length()

@@ -40,7 +40,13 @@ def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float 
 
 
 def rotate(x_THD: Tensor, rotations_T1D: Tensor) -> Tensor:
-    """Rotate every pair of features by its angle, at least in float32; the result has the dtype of `x_THD`."""
+    """Rotate every pair of features by its angle, at least in float32; the result has the dtype of `x_THD`.
+
+    Rotations are complex, or their real and imaginary parts, (T, 1, D/2, 2), which torch.compile can fuse.
+    """
     full = x_THD if x_THD.dtype == torch.float64 else x_THD.float()
+    if not rotations_T1D.is_complex():
+        (a, b), (cosine, sine) = full.unflatten(-1, (-1, 2)).unbind(-1), rotations_T1D.unbind(-1)
+        return torch.stack([a * cosine - b * sine, a * sine + b * cosine], dim=-1).flatten(-2).to(x_THD.dtype)
     pairs = torch.view_as_complex(full.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations_T1D).flatten(-2).to(x_THD.dtype)

@@ -64,7 +64,7 @@ class TrainConfig(Section):
     checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"
     """Activation checkpointing of blocks: none, full (all), or every n-th. Saves memory for up to a third more time."""
     compile: bool = False
-    """Compile the blocks' norms and MLPs with torch.compile, for GPUs. The first steps take minutes."""
+    """Compile the blocks with torch.compile, for packs padded to plan.tokens_per_pack tokens. The first steps take minutes."""
     init: str | None = None
     """Initial weights of a new run: a model folder, a run (its EMA weights), a file of published weights, or hf://OWNER/NAME. Ignored
     when a run is resumed."""

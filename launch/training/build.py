@@ -84,7 +84,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         stride=planner.plan.size_rule.stride,
         device=device,
     )
-    network.configure_execution(**execution(config.train, device))
+    network.configure_execution(**execution(config.train, device, tokens_per_pack=config.plan.tokens_per_pack))
     engine = make_engine(config.train, network, ranks=ranks)
     cleanup.callback(engine.close)
 
@@ -179,7 +179,7 @@ def make_engine(section: TrainConfig, network: TransitionTransformer, *, ranks: 
     return Engine(network, ranks=ranks, stage=section.zero, **settings)
 
 
-def execution(section: TrainConfig, device: torch.device) -> dict[str, Any]:
+def execution(section: TrainConfig, device: torch.device, *, tokens_per_pack: int) -> dict[str, Any]:
     """Arguments of `TransitionTransformer.configure_execution`. Raises ConfigError for an unsupported attention backend."""
     dtype = torch.bfloat16 if section.precision == "bf16" else torch.float32
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
@@ -188,4 +188,4 @@ def execution(section: TrainConfig, device: torch.device) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"train.attention: {error}") from error
     every = {"none": 0, "full": 1}[section.checkpointing] if isinstance(section.checkpointing, str) else section.checkpointing
-    return {"attention": {dtype: section.attention}, "checkpoint_every": every, "compile": section.compile}
+    return {"attention": {dtype: section.attention}, "checkpoint_every": every, "compile_for": tokens_per_pack if section.compile else None}

@@ -45,7 +45,7 @@ def lengths(inputs: tuple[PackedTokens, Tensor, Tensor, Condition]) -> Lengths:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_operations_are_those_that_torch_counts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tim.attention.sdpa, "PAIRS_PER_LAUNCH", 0)  # segments of different lengths in a batch compute masked pairs, too
-    tim.attention.sdpa._batching.cache_clear()
+    tim.attention.sdpa.batching.cache_clear()
     network = TransitionTransformer.from_official(NETWORKS[name])
     inputs = pack(network)
     alignment = network.projector is not None

@@ -5,6 +5,7 @@ Legend: T query tokens, S key tokens, B segments of a batch, H heads, D head wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -29,27 +30,15 @@ def has_tangent(*tensors: Tensor) -> bool:
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
     """Attention of a pack, (T, H, D); see `tim.attention.dispatch.attention`."""
-    plan = _batching(q_segments.lengths, kv_segments.lengths, q.device)
-    heads, width = q.shape[1:]
+    plan = batching(q_segments.lengths, kv_segments.lengths, q.device)
     if not plan.batches:
         return torch.zeros_like(q)
     kernel = _unfused_attention if has_tangent(q, k, v) else F.scaled_dot_product_attention
     if plan.rows is not None:
         q = _Gather.apply(q, plan.rows.q_index, plan.rows.q_inverse)
         k, v = (_Gather.apply(x, plan.rows.kv_index, plan.rows.kv_inverse) for x in (k, v))
-    outputs = []
-    q_parts = q.split([batch.segments * batch.q_len for batch in plan.batches])
-    k_parts, v_parts = (x.split([batch.segments * batch.kv_len for batch in plan.batches]) for x in (k, v))
-    for batch, q_part, k_part, v_part in zip(plan.batches, q_parts, k_parts, v_parts, strict=True):
-        q_BHTD = q_part.view(batch.segments, batch.q_len, heads, width).transpose(1, 2)
-        k_BHSD = k_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
-        v_BHSD = v_part.view(batch.segments, batch.kv_len, heads, width).transpose(1, 2)
-        out_BHTD = kernel(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask)
-        outputs.append(out_BHTD.transpose(1, 2).reshape(-1, heads, width))
-    if plan.rows is None:
-        return torch.cat(outputs)
-    outputs.append(q.new_zeros(1, heads, width))
-    return torch.cat(outputs).index_select(0, plan.rows.q_inverse)
+    parts = zip(plan.batches, plan.split_queries(q), plan.split_keys(k), plan.split_keys(v), strict=True)
+    return plan.join_queries([kernel(q_BHTD, k_BHSD, v_BHSD, attn_mask=batch.mask) for batch, q_BHTD, k_BHSD, v_BHSD in parts])
 
 
 def _unfused_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_mask: Tensor | None) -> Tensor:
@@ -60,14 +49,14 @@ def _unfused_attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, *, attn_m
     return scores.softmax(-1) @ v_BHSD
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     segments: int
     q_len: int
     kv_len: int
     mask: Tensor | None  # (segments, 1, 1, kv_len), False where a shorter segment has no key
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """`index` gathers tokens into batches, `inverse` maps each token to its row in the batches (one past the end: none)."""
 
     q_index: Tensor
@@ -76,11 +65,38 @@ class _Rows(NamedTuple):
     kv_inverse: Tensor
 
 
-class _Batching(NamedTuple):
+class Batching(NamedTuple):
     """A pack split into batches. rows: None if the tokens are already in order."""
 
-    batches: tuple[_Batch, ...]
-    rows: _Rows | None
+    batches: tuple[Batch, ...]
+    rows: Rows | None
+
+    def split_queries(self, x: Tensor) -> list[Tensor]:
+        """Rows in the order of the batches, (T, H, …) → (B, H, q_len, …) of each batch."""
+        parts = x.split([batch.segments * batch.q_len for batch in self.batches])
+        shapes = [(batch.segments, batch.q_len, *x.shape[1:]) for batch in self.batches]
+        return [part.view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+    def split_keys(self, x: Tensor) -> list[Tensor]:
+        """Rows in the order of the batches, (S, H, …) → (B, H, kv_len, …) of each batch."""
+        parts = x.split([batch.segments * batch.kv_len for batch in self.batches])
+        shapes = [(batch.segments, batch.kv_len, *x.shape[1:]) for batch in self.batches]
+        return [part.view(shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
+    def join_queries(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split_queries`, in the order of the pack; zeros for tokens in no batch."""
+        return _join(parts, None if self.rows is None else self.rows.q_inverse)
+
+    def join_keys(self, parts: Sequence[Tensor]) -> Tensor:
+        """The inverse of `split_keys`, in the order of the pack; zeros for tokens in no batch."""
+        return _join(parts, None if self.rows is None else self.rows.kv_inverse)
+
+
+def _join(parts: Sequence[Tensor], inverse: Tensor | None) -> Tensor:
+    rows = [part.transpose(1, 2).flatten(0, 1) for part in parts]
+    if inverse is None:
+        return torch.cat(rows)
+    return torch.cat([*rows, rows[0].new_zeros(1, *rows[0].shape[1:])]).index_select(0, inverse)
 
 
 class _Gather(torch.autograd.Function):
@@ -108,15 +124,15 @@ class _Gather(torch.autograd.Function):
 
 
 @lru_cache(maxsize=256)
-def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> _Batching:
+def batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: torch.device) -> Batching:
     """Batch segments of similar lengths, or keep each separate and in place if the saved copies outweigh the extra launches."""
     assert len(q_lengths) == len(kv_lengths), "one key segment for every query segment"
     segments = [i for i in range(len(q_lengths)) if q_lengths[i] and kv_lengths[i]]
     groups = _groups(segments, q_lengths, kv_lengths)
     tokens = sum(q_lengths) + sum(kv_lengths)
     if device.type == "cpu" and len(segments) == len(q_lengths) and (len(segments) - len(groups)) * TOKENS_PER_LAUNCH < tokens:
-        batches = tuple(_Batch(1, q_len, kv_len, None) for q_len, kv_len in zip(q_lengths, kv_lengths, strict=True))
-        return _Batching(batches, rows=None)
+        batches = tuple(Batch(1, q_len, kv_len, None) for q_len, kv_len in zip(q_lengths, kv_lengths, strict=True))
+        return Batching(batches, rows=None)
 
     q_starts, kv_starts = np.cumsum((0, *q_lengths)), np.cumsum((0, *kv_lengths))
     batches = []
@@ -127,13 +143,13 @@ def _batching(q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...], device: t
         mask = None
         if (counts < kv_len).any():
             mask = torch.from_numpy((np.arange(kv_len) < counts[:, None])[:, None, None]).to(device)
-        batches.append(_Batch(len(group), q_len, kv_len, mask))
+        batches.append(Batch(len(group), q_len, kv_len, mask))
         q_index += [_padded_range(q_starts[j], q_lengths[j], q_len) for j in group]
         kv_index += [_padded_range(kv_starts[j], kv_lengths[j], kv_len) for j in group]
     q_gather, q_inverse = _with_inverse(q_index, int(q_starts[-1]))
     kv_gather, kv_inverse = _with_inverse(kv_index, int(kv_starts[-1]))
-    rows = _Rows(q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
-    return _Batching(tuple(batches), rows)
+    rows = Rows(q_gather.to(device), q_inverse.to(device), kv_gather.to(device), kv_inverse.to(device))
+    return Batching(tuple(batches), rows)
 
 
 def _groups(segments: list[int], q_lengths: tuple[int, ...], kv_lengths: tuple[int, ...]) -> list[list[int]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from tim.attention.dispatch import BACKENDS, AttentionRequirements, attention, choose_backend
 from tim.attention.flex import _block_mask
+from tim.attention.traced import sdpa_traced
 from tim.packed import Segments
 
 
@@ -29,12 +31,19 @@ CASES = {
     "empty text": ([4, 9, 2], [0, 3, 0]),
     "alike, in any order": ([40, 40, 6, 40, 6], [3, 3, 9, 3, 9]),
     "long ones side by side": ([300, 260, 300], [6, 5, 11]),
+    "empty images": ([0, 40, 0, 3, 0], [2, 3, 0, 5, 0]),
     "hundreds": ([1 + i % 23 for i in range(300)], [1 + i % 7 for i in range(300)]),
 }
 
 
+def traced(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
+    """Attention as compiled blocks call it: without lengths as values."""
+    return sdpa_traced(q, k, v, q_segments.ends, kv_segments.ends)
+
+
+@pytest.mark.parametrize("attention", [attention, traced])
 @pytest.mark.parametrize("name", CASES)
-def test_values_and_gradients_equal_a_dense_mask(name: str) -> None:
+def test_values_and_gradients_equal_a_dense_mask(name: str, attention: Callable[..., Tensor]) -> None:
     q_lengths, kv_lengths = CASES[name]
     torch.manual_seed(0)
     q = torch.randn(sum(q_lengths), 2, 8, dtype=torch.float64, requires_grad=True)
