@@ -19,6 +19,7 @@ from tests.pipeline.storage.servers import s3_server
 
 RANKS = "tests/distributed/"  # folder of the tests that start several ranks
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start several ranks come first: they take half of the time, and one process at a time runs them."""
     items.sort(key=lambda item: not item.nodeid.startswith(RANKS))

@@ -36,15 +36,15 @@ def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     return job
 
 
-def run_ranks(module: str, *arguments: str, log: Path) -> None:
-    """Run `python -m MODULE ARGUMENTS…` to its end on two ranks; fail with what they said where that fails."""
-    start_ranks(module, *arguments, log=log)
-    assert _rank_server().exit_codes() == [0, 0], log.read_text()
+def run_ranks(module: str, *arguments: str, log: Path, ranks: int = 2) -> None:
+    """Run `python -m MODULE ARGUMENTS…` to its end; fail with what the ranks said where that fails."""
+    start_ranks(module, *arguments, log=log, ranks=ranks)
+    assert _rank_server().exit_codes() == [0] * ranks, log.read_text()
 
 
-def start_ranks(module: str, *arguments: str, log: Path) -> RankProcesses:
-    """`python -m MODULE ARGUMENTS…` on two ranks in the background, one job at a time."""
-    return RankProcesses(pids=_rank_server().start(module, *arguments, log=log))
+def start_ranks(module: str, *arguments: str, log: Path, ranks: int = 2) -> RankProcesses:
+    """`python -m MODULE ARGUMENTS…` in the background, one job at a time."""
+    return RankProcesses(pids=_rank_server().start(module=module, arguments=arguments, log=str(log), ranks=ranks))
 
 
 def kill_running() -> None:
@@ -62,7 +62,7 @@ def kill_running() -> None:
 
 @dataclass(frozen=True)
 class RankProcesses:
-    """The two ranks of a job of the rank server."""
+    """The ranks of a job of the rank server."""
 
     pids: list[int]
 
@@ -93,11 +93,11 @@ class _RankServer:
             start_new_session=True,
         )
 
-    def start(self, module: str, *arguments: str, log: Path) -> list[int]:
+    def start(self, **job: object) -> list[int]:
         """Start a job; the pids of its ranks."""
         assert self.process.stdin is not None
         self.busy = True
-        self.process.stdin.write(json.dumps({"module": module, "arguments": arguments, "log": str(log)}) + "\n")
+        self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return self._answer()
 

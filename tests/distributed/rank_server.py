@@ -32,7 +32,7 @@ def main() -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        ranks = [_fork(rank, port=port, **job) for rank in range(2)]
+        ranks = [_fork(rank, port=port, **job) for rank in range(job["ranks"])]
         print(json.dumps(ranks), flush=True)
         print(json.dumps(_exit_codes(ranks)), flush=True)
 
@@ -49,14 +49,15 @@ def _exit_codes(ranks: list[int]) -> list[int]:
     return [codes[rank] for rank in ranks]
 
 
-def _fork(rank: int, *, port: int, module: str, arguments: list[str], log: str) -> int:
-    """The process of one of two ranks, which runs `python -m MODULE ARGUMENTS…` with its output in a file."""
+def _fork(rank: int, *, ranks: int, port: int, module: str, arguments: list[str], log: str) -> int:
+    """The process of a rank, which runs `python -m MODULE ARGUMENTS…` with its output in a file."""
     if process := os.fork():
         return process
     with Path(log).open("ab") as output:
         for stream in (1, 2):
             os.dup2(output.fileno(), stream)
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    place = {"RANK": rank, "LOCAL_RANK": rank, **sizes, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
     sys.argv = [module, *arguments]
     code = 1

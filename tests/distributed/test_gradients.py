@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import REPOSITORY
 from tests.distributed import jobs
 
 TOLERANCES = {"jvp": 1e-6, "finite-difference": 1e-4}  # relative; a finite difference amplifies rounding
@@ -26,15 +22,7 @@ def check_reports(folder: Path, *, ranks: int) -> None:
             assert error < TOLERANCES[case.partition(":")[2]], (rank, errors)
 
 
-def test_gradients_of_two_ranks_are_those_of_one_process(tmp_path: Path) -> None:
-    jobs.run_ranks(WORKER, str(tmp_path / "errors"), *CASES, log=tmp_path / "log")
-    check_reports(tmp_path, ranks=2)
-
-
-@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.soak)])
-def test_gradients_of_other_numbers_of_ranks_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
-    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
-    command = [sys.executable, *launch, "-m", WORKER, str(tmp_path / "errors"), *CASES]
-    done = subprocess.run(command, cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(4, marks=pytest.mark.soak)])
+def test_gradients_of_several_ranks_are_those_of_one_process(tmp_path: Path, ranks: int) -> None:
+    jobs.run_ranks(WORKER, str(tmp_path / "errors"), *CASES, log=tmp_path / "log", ranks=ranks)
     check_reports(tmp_path, ranks=ranks)
