@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -88,6 +88,10 @@ class Ranks:
         first = next((rank for rank, code in enumerate(codes) if code is not None), None)
         _raise_collectively(codes, error=error if first == self.rank else None)
         return result  # pyright: ignore[reportReturnType]  (None only where _raise_collectively has raised)
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error that every rank has found: on rank 0. The other ranks exit without output."""
+        raise error if self.is_main else SystemExit(_exit_code(error))
 
 
 def _attempt(action: Callable[[], Result]) -> tuple[Result | None, Exception | None]:

@@ -75,7 +75,9 @@ class Trainer:
         if sums.all_suspects:
             sums = self._leave_out_bad_samples(loaded, sums)
         if loaded.images and not any(sums.raw_images):
-            self.ranks.run_on_rank0(lambda: _raise_all_failed(loaded.images, step=self.step + 1))
+            self.ranks.fail(
+                RuntimeError(f"none of the {loaded.images} images of step {self.step + 1} could be used: see the warnings above")
+            )
 
         # update
         lr = learning_rate(self.step, self.config.train)
@@ -167,7 +169,7 @@ class Trainer:
         self.log(f"warning: step {self.step} skipped, its gradient is not finite; its samples: {listed(ids, count=len(ids))}")
         if self._skipped == self.config.train.max_skips:
             remedy = "lower train.lr, use train.precision=fp32, or go back to an earlier checkpoint"
-            raise RuntimeError(f"the gradient was not finite in the {self._skipped} steps up to {self.step}: {remedy}")
+            self.ranks.fail(RuntimeError(f"the gradient was not finite in the {self._skipped} steps up to {self.step}: {remedy}"))
 
     def _handle_spike(self, spike: str) -> None:
         """Warn, or go back to the weights of the last checkpoint. The plan goes on: the steps of the spike are not taken again.
@@ -190,7 +192,7 @@ class Trainer:
             return
         if self.meter.total("rollbacks") == train.max_rollbacks:
             remedy = "lower train.lr, or raise train.max_rollbacks"
-            raise RuntimeError(f"loss spike at step {self.step} after {train.max_rollbacks} rollbacks: {spike}: {remedy}")
+            self.ranks.fail(RuntimeError(f"loss spike at step {self.step} after {train.max_rollbacks} rollbacks: {spike}: {remedy}"))
         state = self.ranks.run_on_all_ranks(lambda: trainer_state(found, config=self.config, shapes=self.parts.engine.shapes))
         self._load_weights(found, state)
         self.meter.count("rollbacks", 1)
@@ -283,7 +285,3 @@ class Trainer:
         }
         replica = {} if self.guidance_network is None else {guidance_network.FILE: self.guidance_network.state_dict()}
         return part._replace(texts={checkpoint.TRAINER_STATE: json.dumps(state, indent=1)}, tensors=replica)
-
-
-def _raise_all_failed(images: int, *, step: int) -> None:
-    raise RuntimeError(f"none of the {images} images of step {step} could be used: see the warnings above")

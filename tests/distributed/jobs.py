@@ -38,8 +38,13 @@ def start(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
 
 def run_ranks(module: str, *arguments: str, log: Path, ranks: int = 2) -> None:
     """Run `python -m MODULE ARGUMENTS…` to its end; fail with what the ranks said where that fails."""
+    assert exit_codes(module, *arguments, log=log, ranks=ranks) == [0] * ranks, log.read_text()
+
+
+def exit_codes(module: str, *arguments: str, log: Path, ranks: int = 2) -> list[int]:
+    """Run `python -m MODULE ARGUMENTS…` to its end; the exit code of each rank, -9 if another one failed first."""
     start_ranks(module, *arguments, log=log, ranks=ranks)
-    assert _rank_server().exit_codes() == [0] * ranks, log.read_text()
+    return _rank_server().exit_codes()
 
 
 def start_ranks(module: str, *arguments: str, log: Path, ranks: int = 2) -> RankProcesses:
