@@ -273,7 +273,7 @@ def derivative(
         typer.Option(help="Half the interval of the difference, besides the defaults; may be repeated. Default: 0.005, 0.02, 0.05."),
     ] = None,
     images: Annotated[int, typer.Option(min=1, max=400, help="Number of images.")] = 16,
-    max_tokens: Annotated[int, typer.Option(min=4, help="Maximum number of tokens per image.")] = 64,
+    max_tokens: Annotated[int, typer.Option(min=4, help="Maximum number of tokens per image.")] = 36,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
