@@ -22,10 +22,10 @@ from launch.distributed import torchrun
 
 OBJECTIVES = {
     "flow matching": ("objective.diffusion_share=1", "objective.consistency_share=0"),
-    "transition, fp32 difference": (),
+    "transition, fp32 difference": ("objective.derivative_precision=fp32",),
     "transition, fp16 difference": ("objective.derivative_precision=fp16",),
     "transition, bf16 difference": ("objective.derivative_precision=bf16",),
-    "transition, exact derivative": ("objective.derivative=jvp",),
+    "transition, exact derivative": ("objective.derivative=jvp", "objective.derivative_precision=fp32"),
 }
 SHAPES = ("circle",)  # colours are learned in a hundred updates, shapes need several hundred, as in the demo
 SHIFT = 24  # pixels: less noisy times than the demo's, because speckles form at lower noise levels than shapes
@@ -48,6 +48,8 @@ SCORES = {
     "picture": "energy distance between patches of the whole image and those of real images",
 }
 SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
+BASELINE = "transition, fp32 difference"  # of `OBJECTIVES`: the one whose images the others are compared with, prompt by prompt
+Values = dict[str, NDArray[np.float64]]  # by score: one value per image
 
 
 def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -> dict[str, Any]:
@@ -57,6 +59,8 @@ def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -
     and ground in the requested colours; `speckled`, share with speckles of the corpus's strength; `both`; and the energy distance to a
     real image of the same prompt (0 for equal distributions) between squares of the grounds (`ground`: not determined by the prompt) and
     between patches of the whole images (`picture`: dominated by the figure's outline). `real` has the scores of other real images.
+    `differences` has, for each other objective, the mean difference of each score from `BASELINE`'s for the same prompt and noise, and half
+    its 95 % interval. The interval covers the choice of prompts and noise, not that of the training's seed.
 
     Raises RuntimeError if training fails.
     """
@@ -70,14 +74,24 @@ def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -
     sizes = [SIZES[(i + i // len(choices)) % len(SIZES)] for i in range(drawn)]
     real, other = (_real_images(requested, sizes, seed=seed) for seed in (0, 1))
 
-    results: dict[str, dict[int, dict[str, float]]] = {}
+    values: dict[str, dict[int, Values]] = {}
     for number, (name, settings) in enumerate(OBJECTIVES.items(), 1):
         console.line(f"{number}/{len(OBJECTIVES)} {name}")
         run_dir = out / name.replace(",", "").replace(" ", "-")
         train([f"corpus={corpus}", f"run_dir={run_dir}", *shortened(steps), *SETTINGS, *settings])
         sampled = {count: _draw(run_dir / "model", requested, sizes, steps=count) for count in STEPS}
-        results[name] = {count: scores(drawings, real=real, requested=requested) for count, drawings in sampled.items()}
-    return {"drawn": drawn, "training_steps": steps, "real": scores(other, real=real, requested=requested), "scores": results}
+        values[name] = {count: _values(drawings, real=real, requested=requested) for count, drawings in sampled.items()}
+    return {
+        "drawn": drawn,
+        "training_steps": steps,
+        "real": scores(other, real=real, requested=requested),
+        "scores": {name: {count: _means(row[count]) for count in STEPS} for name, row in values.items()},
+        "differences": {
+            name: {str(count): differences(row[count], values[BASELINE][count]) for count in STEPS}
+            for name, row in values.items()
+            if name != BASELINE
+        },
+    }
 
 
 def describe_comparison(data: Mapping[str, Any]) -> str:
@@ -90,7 +104,20 @@ def describe_comparison(data: Mapping[str, Any]) -> str:
         lines += [f"  {'steps':{width}} " + "".join(f"{count:>7}" for count in STEPS)]
         lines += [f"  {name:{width}} " + "".join(form.format(row[count][key]) for count in STEPS) for name, row in data["scores"].items()]
         lines += [""]
-    return "\n".join(lines[:-1])
+    lines += [f"difference from {BASELINE}, same prompts and noise, with 95 % intervals"]
+    for key in SCORES:
+        scale, form = (100, "{:+.1f} ± {:.1f} %") if key in SHARES else (1, "{:+.3f} ± {:.3f}")
+        lines += ["", f"  {key:{width}}" + "".join(f"{count:>17}" for count in STEPS)]
+        for name, row in data["differences"].items():
+            cells = [form.format(*(scale * part for part in row[str(count)][key])) for count in STEPS]
+            lines += [f"  {name:{width}}" + "".join(f"{cell:>17}" for cell in cells)]
+    return "\n".join(lines)
+
+
+def differences(values: Values, baseline: Values) -> dict[str, tuple[float, float]]:
+    """Mean difference of each score between images of the same prompts, and half its 95 % interval."""
+    paired = {key: values[key] - baseline[key] for key in values}
+    return {key: (float(d.mean()), float(1.96 * d.std(ddof=1) / len(d) ** 0.5)) for key, d in paired.items()}
 
 
 def energy_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
@@ -124,6 +151,14 @@ def _draw(model: Path, requested: Sequence[Figure], sizes: Sequence[tuple[int, i
 
 def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], requested: Sequence[Figure]) -> dict[str, float]:
     """Compute the `SCORES` of images sampled for prompts, relative to real images of the same sizes."""
+    return _means(_values(images, real=real, requested=requested))
+
+
+def _means(values: Values) -> dict[str, float]:
+    return {key: float(values[key].mean()) for key in SCORES}
+
+
+def _values(images: Sequence[Image.Image], *, real: Sequence[Image.Image], requested: Sequence[Figure]) -> Values:
     recognised = [read_figure(image) for image in images]
     colours = np.array([(a.colour, a.ground) == (b.colour, b.ground) for a, b in zip(recognised, requested, strict=True)])
     strength = np.array([read_speckles(image, ground=str(figure.ground)) for image, figure in zip(images, requested, strict=True)])
@@ -132,7 +167,7 @@ def scores(images: Sequence[Image.Image], *, real: Sequence[Image.Image], reques
     ground = [energy_distance(_squares(image), _squares(other)) for image, other in pairs]
     picture = [energy_distance(_patches(image), _patches(other)) for image, other in pairs]
     values = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "picture": picture}
-    return {key: float(np.mean(values[key])) for key in SCORES}
+    return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}
 
 
 def _squares(image: Image.Image) -> NDArray[np.float64]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from dataprep.synthetic import figures, random_view
 from launch.benchmarks import objective
-from launch.benchmarks.objective import OBJECTIVES, STEPS, describe_comparison, energy_distance, scores
+from launch.benchmarks.objective import BASELINE, OBJECTIVES, SCORES, STEPS, describe_comparison, differences, energy_distance, scores
 from launch.cli import main
 from launch.config.load import load_config
 from launch.demo import RECIPE
@@ -28,6 +29,14 @@ def test_the_energy_distance_is_zero_for_one_distribution_and_grows_with_what_pa
     assert abs(energy_distance(a, b)) < 0.02
     assert 0.05 < energy_distance(a, b + 0.5) < energy_distance(a, b + 1)
     assert energy_distance(a, 0.5 * b) > 0.05
+
+
+def test_differences_are_paired_and_have_intervals() -> None:
+    rng = np.random.default_rng(0)
+    prompts, noise = rng.normal(size=400), rng.normal(size=(2, 400))
+    mean, half = differences({"ground": prompts + 0.1 * noise[0] + 0.05}, {"ground": prompts + 0.1 * noise[1]})["ground"]
+    assert mean == pytest.approx(0.05, abs=half)
+    assert half == pytest.approx(1.96 * 0.1 * 2**0.5 / 20, rel=0.1), "what the prompts share cancels"
 
 
 def test_the_mean_of_all_images_of_a_prompt_has_the_colours_but_no_speckles() -> None:
@@ -61,6 +70,11 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
         assert [int(count) for count in found["scores"][name]] == list(STEPS)
     assert found["real"]["speckled"] == 1
     assert found["scores"]["flow matching"]["1"]["both"] == 0
+    assert list(found["differences"]) == [name for name in OBJECTIVES if name != BASELINE]
+    for name, row in found["differences"].items():
+        for count, key in product(map(str, STEPS), SCORES):
+            difference = found["scores"][name][count][key] - found["scores"][BASELINE][count][key]
+            assert row[count][key] == pytest.approx([difference, abs(row[count][key][1])], abs=1e-9)
     written = describe_comparison({**found, "scores": {name: {int(k): v for k, v in row.items()} for name, row in found["scores"].items()}})
     assert all(name in written for name in OBJECTIVES)
 
