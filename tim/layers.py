@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tim.attention.dispatch import attention
 from tim.model_kinds import Dtype
-from tim.packed import PackedText, PackedTokens
+from tim.packed import PackedText, PackedTokens, per_token
 from tim.rope import rotate
 
 
@@ -40,7 +40,7 @@ class ModulatedNorm(nn.Module):
     """
 
     def forward(self, x_TD: Tensor, shift_BD: Tensor, scale_BD: Tensor, owner: Tensor) -> Tensor:
-        return torch.addcmul(shift_BD.index_select(0, owner), plain_norm(x_TD), (1 + scale_BD).index_select(0, owner))
+        return torch.addcmul(per_token(shift_BD, owner), plain_norm(x_TD), per_token(1 + scale_BD, owner))
 
 
 class HeadNorm(nn.LayerNorm):

@@ -140,12 +140,49 @@ class PackedTokens(NamedTuple):
 
     def per_token(self, values: Tensor) -> Tensor:
         """Repeat one row per image, (B, …), for each of its tokens: (T, …)."""
-        return values.index_select(0, self.owner)
+        return per_token(values, self.owner)
 
     def mean_per_image(self, values: Tensor) -> Tensor:
         """Mean over the tokens of each image: (T,) → (B,)."""
-        sums = values.new_zeros(len(self.sizes)).index_add(0, self.owner, values)
+        if values.is_cuda:
+            sums = _sum_per_image(values[:, None], self.owner, images=len(self.sizes))[:, 0]
+        else:
+            sums = values.new_zeros(len(self.sizes)).index_add(0, self.owner, values)
         return sums / (self.segments.cu_seqlens[1:] - self.segments.cu_seqlens[:-1])
+
+
+def per_token(values: Tensor, owner: Tensor) -> Tensor:
+    """Repeat one row per image, (B, …), for each of its tokens: (T, …). owner: the pack's, (T,)."""
+    if values.is_cuda and values.requires_grad and values.dim() == 2:
+        return _PerToken.apply(values, owner)
+    return values.index_select(0, owner)
+
+
+class _PerToken(torch.autograd.Function):
+    """Rows by index, with the gradient as a matrix product. The gradient of `index_select` adds up with atomic operations on a GPU: in
+    bfloat16 where the values are, so that sums over thousands of tokens lose most of their digits, and in another order each time."""
+
+    @staticmethod
+    def forward(values: Tensor, owner: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return values.index_select(0, owner)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        values, owner = inputs
+        ctx.images = len(values)
+        ctx.save_for_backward(owner)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (owner,) = ctx.saved_tensors
+        return _sum_per_image(grad, owner, images=ctx.images), None
+
+
+def _sum_per_image(values: Tensor, owner: Tensor, *, images: int) -> Tensor:
+    """Sum over the tokens of each image, (T, X) → (B, X), accumulated in float32 or better."""
+    of_image = owner == torch.arange(images, device=owner.device)[:, None]
+    with torch.autocast(values.device.type, enabled=False):
+        return of_image.to(values.dtype) @ values
 
 
 class PackedText(NamedTuple):

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tim import PackedText, PackedTokens
+from tim.packed import _PerToken, _sum_per_image
 
 sides = st.integers(1, 6)
 
@@ -40,6 +41,23 @@ def test_a_selection_is_the_pack_of_the_selected() -> None:
 def test_mean_per_image() -> None:
     packed = PackedTokens.from_latents([torch.zeros(1, 1, 3), torch.zeros(1, 1, 1)], 1)
     assert packed.mean_per_image(torch.tensor([1.0, 2.0, 6.0, 5.0])).tolist() == [3.0, 5.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradients_of_repeated_rows_are_sums_in_float32(dtype: torch.dtype) -> None:
+    """As on a GPU, where those of `index_select` are sums in the dtype of the rows."""
+    lengths = [700, 1, 4096]
+    owner = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    rows = torch.randn(3, 5, dtype=dtype, requires_grad=True)
+    weights = (torch.randn(sum(lengths), 5) + 1).to(dtype)
+    out = _PerToken.apply(rows, owner)
+    assert isinstance(out, torch.Tensor)
+    assert torch.equal(out, rows.index_select(0, owner))
+    (gradient,) = torch.autograd.grad(out, rows, weights)
+    expected = torch.stack([part.double().sum(0) for part in weights.split(lengths)])
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2**-8, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _sum_per_image(weights.float(), owner, images=3).dtype == torch.float32
 
 
 def test_a_size_that_does_not_fit_the_patch_is_named() -> None:
