@@ -191,7 +191,7 @@ class TransitionObjective:
         noise_tokens = PackedTokens.from_latents(noise, self.patch_size).tokens
         derivative, repeated = self.path_derivative(derivative_network or network, clean, noise_tokens, condition, t=t, r=r)
 
-        t_tokens, r_tokens = (clean.per_token(time.to(device))[:, None] for time in (t, r))
+        t_tokens, r_tokens = (clean.per_token(time.to(device, non_blocking=True))[:, None] for time in (t, r))
         noisy = clean._replace(tokens=self.transport.mix(clean.tokens, noise_tokens, t_tokens))
         target = self.transport.target(clean.tokens, noise_tokens, t_tokens, r_tokens, derivative)
         if guide is not None:
@@ -205,8 +205,10 @@ class TransitionObjective:
             misaligned = out.mean_per_image(1 - F.cosine_similarity(projection.float(), teacher.float(), dim=-1))
 
         raw = self.distance(out, target)
-        errors = self.time_weight(t, r).to(device, torch.float32) * raw / (raw.detach() + 1e-5) + self.alignment * misaligned
-        return Losses((weights.to(device) * errors).sum(), raw.detach(), misaligned.detach(), repeated)
+        errors = (
+            self.time_weight(t, r).to(device, torch.float32, non_blocking=True) * raw / (raw.detach() + 1e-5) + self.alignment * misaligned
+        )
+        return Losses((weights.to(device, non_blocking=True) * errors).sum(), raw.detach(), misaligned.detach(), repeated)
 
     def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
         """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
@@ -278,10 +280,12 @@ class TransitionObjective:
         earlier, later = self.transport.around(t, self.epsilon)
         both = [*range(len(t))] * 2
         pair, times = clean.select(both), torch.cat([later, earlier])
-        mixed = self.transport.mix(pair.tokens, noise_tokens.repeat(2, 1), pair.per_token(times.to(pair.tokens.device))[:, None])
+        mixed = self.transport.mix(
+            pair.tokens, noise_tokens.repeat(2, 1), pair.per_token(times.to(pair.tokens.device, non_blocking=True))[:, None]
+        )
         out = network(pair._replace(tokens=mixed), self._time_input(times, pair), self._time_input(r[both], pair), select(condition, both))
         ahead, behind = out.tokens.chunk(2)
-        interval = clean.per_token((later - earlier).to(clean.tokens.device, clean.tokens.dtype))[:, None]
+        interval = clean.per_token((later - earlier).to(clean.tokens.device, clean.tokens.dtype, non_blocking=True))[:, None]
         return (ahead - behind) / interval
 
     def _exact_rate(
@@ -299,4 +303,4 @@ class TransitionObjective:
 
     def _time_input(self, t: Tensor, packed: PackedTokens) -> Tensor:
         """(B,) the network's input for times, computed in float64."""
-        return self.transport.time_input(t).to(packed.tokens.device, packed.tokens.dtype)
+        return self.transport.time_input(t).to(packed.tokens.device, packed.tokens.dtype, non_blocking=True)

@@ -27,7 +27,7 @@ def rotations(packed: PackedTokens, *, head_dim: int, layout: str, theta: float 
     """Unit complex numbers, (T, 1, head_dim/2), for `rotate` to apply to queries and keys. Always float32."""
     row, column = packed.positions.unbind(-1)
     if layout != "rowcol":
-        height, width = torch.tensor(packed.sizes, device=row.device)[packed.owner].unbind(-1)
+        height, width = torch.tensor(packed.sizes).to(row.device, non_blocking=True)[packed.owner].unbind(-1)
         if layout == "centred":
             row, column = row - (height - 1) / 2, column - (width - 1) / 2
         else:

@@ -62,6 +62,6 @@ class FrozenModels:
         if self.encoder is not None:
             return PackedText.from_features(self.encoder.encode(captions))
         if texts is not None and self.reads_text:
-            return PackedText.from_features([text.to(self.device) for text in texts])
+            return PackedText.from_features([text.to(self.device, non_blocking=True) for text in texts])
         null_class = 0 if self.null_class is None else self.null_class  # without a null class, only dummy images have no class
-        return classes.where(classes >= 0, null_class).to(self.device)
+        return classes.where(classes >= 0, null_class).to(self.device, non_blocking=True)

@@ -61,7 +61,7 @@ class LookupEncoder:
 
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
         """Features (M, F) per caption, truncated to `max_tokens` tokens; the end token stays."""
-        tokens = [torch.tensor(each, device=self._table.device) for each in self.tokenizer(captions)]
+        tokens = [torch.tensor(each).to(self._table.device, non_blocking=True) for each in self.tokenizer(captions)]
         return [self._table[each] + self._positions[: len(each)] for each in tokens]
 
 
@@ -105,9 +105,9 @@ class TowerEncoder:
         features: dict[int, Tensor] = {}
         for batch in _similar_lengths([len(each) for each in tokens]):
             longest = max(len(tokens[i]) for i in batch)
-            ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch], device=self.device)
-            lengths = torch.tensor([len(tokens[i]) for i in batch], device=self.device)
-            mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
+            lengths = torch.tensor([len(tokens[i]) for i in batch])
+            mask = (torch.arange(longest) < lengths[:, None]).long().to(self.device, non_blocking=True)
+            ids = torch.tensor([tokens[i] + [0] * (longest - len(tokens[i])) for i in batch]).to(self.device, non_blocking=True)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self._precision == "bf16"):
                 hidden = self._forward(ids, mask).float()
             features.update((i, hidden[row, : len(tokens[i])]) for row, i in enumerate(batch))
