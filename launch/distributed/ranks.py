@@ -41,7 +41,7 @@ class Ranks:
 
     def barrier(self) -> None:
         with HEARTBEAT.collective():
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks. Returns a CPU tensor of the same dtype."""
@@ -125,8 +125,7 @@ def process_group(*, timeout: timedelta = GROUP_TIMEOUT) -> Iterator[Ranks]:
     device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
-        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type  # read by DeepSpeed
     backend = "nccl" if device.type == "cuda" else "gloo"
     is_single = "RANK" not in os.environ
     if not is_single:
