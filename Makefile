@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-latest soak bench lint format clean
+.PHONY: demo test test-latest soak gpu bench lint format clean
 
 demo: $(READY)
 	$(BIN)/tim demo
@@ -31,6 +31,10 @@ test-latest:
 
 soak: $(READY)
 	$(BIN)/python -m pytest -m soak --timeout 3600
+
+# What needs a GPU, on one, in under ten minutes.
+gpu: $(READY)
+	$(BIN)/python -m tests.gpu --out gpu.json
 
 bench: $(READY)
 	for what in attention step sample derivative plan index; do echo "tim bench $$what"; $(BIN)/tim bench $$what || exit 1; done

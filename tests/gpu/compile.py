@@ -1,0 +1,71 @@
+"""`train.compile`: what it compiles computes the same, once for packs of all sizes."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from tests.gpu.case import TINY, Case, Inputs, relative_error
+from tests.gpu.network import MIDDLE
+from tests.gpu.runner import Result
+from tim import TransitionTransformer
+
+
+def compiled(case: Case) -> Result:
+    """Outputs and gradients with and without compilation, and the number of compilations after the first two packs."""
+    params = {**case.size(MIDDLE, TINY), "depth": case.size(2, 1)}
+    plain, fused = (case.network(params, std=case.size(0.02, 0.1)) for _ in range(2))
+    with mock.patch.object(torch, "compile", compiler(case)):
+        fused.configure_execution(compile=True)
+        torch.compiler.reset()
+        start, graphs = time.monotonic(), []
+        outputs, gradients = [], []
+        for number in range(case.size(8, 4)):
+            inputs = _inputs(case, params, number)
+            with torch.autocast(case.device.type, torch.bfloat16):
+                (out, gradient), (wanted, wanted_gradient) = (_both_passes(network, inputs) for network in (fused, plain))
+                with torch.no_grad():
+                    _forward(fused, inputs)
+            outputs.append(relative_error(out, wanted))
+            gradients.append(relative_error(gradient, wanted_gradient))
+            graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+            if number == 0:
+                case.synchronize()
+                seconds = time.monotonic() - start
+    figures: dict[str, Any] = {
+        "output": max(outputs),
+        "gradient": max(gradients),
+        "graphs": graphs[-1],
+        "compiled again after two packs": graphs[-1] - graphs[1],
+        "seconds of the first pack": seconds,
+    }
+    expected = {"something was compiled": graphs[-1] > 0}
+    return Result(figures, {"output": 3e-2, "gradient": 5e-2, "compiled again after two packs": 0}, expected)
+
+
+def compiler(case: Case) -> Any:
+    """torch.compile; for tiny sizes only its tracing and guards, because kernels take a minute to compile."""
+    return partial(torch.compile, backend="eager") if case.tiny else torch.compile
+
+
+def _inputs(case: Case, params: dict[str, Any], number: int) -> Inputs:
+    """A pack of 2 to 5 images, different for every number."""
+    side = case.size(8, 2)
+    count = 2 + number % 4
+    grids = [(side + number + i, side + 2 * i) for i in range(count)]
+    return case.pack(params, grids, [3 + number + i for i in range(count)], seed=1000 * number)
+
+
+def _forward(network: TransitionTransformer, inputs: Inputs) -> Tensor:
+    t = torch.linspace(0.2, 0.9, len(inputs.latents), device=inputs.latents[0].device)
+    return network(inputs.packed(network.patch_size), t, t / 2, inputs.text).tokens
+
+
+def _both_passes(network: TransitionTransformer, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+    out = _forward(network, inputs)
+    return out, list(torch.autograd.grad(out.square().mean(), list(network.parameters())))
