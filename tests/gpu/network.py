@@ -25,31 +25,27 @@ def packed_equals_single(case: Case) -> Result:
     network, inputs = _network(case), _inputs(case)
     figures: dict[str, float] = {}
     bounds: dict[str, float] = {}
-    for precision, bound in (("fp32", 1e-4), ("bf16", 3e-2), ("fp16", 1e-2)):
+    for precision, bound in (("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 1e-2)):
         with _autocast(case, precision):
             together = _forward(case, network, inputs)
-            gradients = _gradients(network, together.square().sum())
             alone = [_forward(case, network, inputs.image(i), times=slice(i, i + 1)) for i in range(len(inputs.latents))]
-            separate = _gradients(network, torch.cat(alone).square().sum())
         figures[f"{precision} output"] = relative_error(together, torch.cat(alone))
-        figures[f"{precision} gradient"] = relative_error(list(gradients.values()), list(separate.values()))
-        bounds |= {f"{precision} output": bound, f"{precision} gradient": bound}
+        if precision != "fp16":  # which nobody trains in: gradients would need scaling
+            gradients, separate = (_gradients(network, out.square().sum()) for out in (together, torch.cat(alone)))
+            figures[f"{precision} gradient"] = relative_error(list(gradients.values()), list(separate.values()))
+        bounds |= {name: bound for name in figures if name.startswith(precision)}
     return Result(figures, bounds)
 
 
 def half_step(case: Case) -> Result:
-    """Loss and gradient of a training step in bf16 and fp16 autocast against float32, also of the part that sums over all tokens."""
+    """Loss and gradient of a training step in bf16 autocast against float32, also of the part that sums over all tokens of an image."""
     network, inputs = _network(case), _inputs(case)
     loss, gradients = _step(case, network, inputs, "fp32")
-    figures: dict[str, float] = {"loss fp32": loss}
-    bounds: dict[str, float] = {}
-    for precision, bound in (("bf16", 0.1), ("fp16", 0.03)):
-        half_loss, half = _step(case, network, inputs, precision)
-        figures[f"{precision} loss"] = abs(half_loss - loss) / abs(loss)
-        for part, names in _parts(network).items():
-            figures[f"{precision} gradient {part}"] = relative_error([half[n] for n in names], [gradients[n] for n in names])
-        bounds |= {name: bound for name in figures if name.startswith(precision)}
-    return Result(figures, bounds)
+    half_loss, half = _step(case, network, inputs, "bf16")
+    errors = {"loss": abs(half_loss - loss) / abs(loss)}
+    for part, names in _parts(network).items():
+        errors[part] = relative_error([half[n] for n in names], [gradients[n] for n in names])
+    return Result(errors, dict.fromkeys(errors, 0.1))
 
 
 def derivative(case: Case) -> Result:
@@ -115,7 +111,7 @@ def _step(case: Case, network: TransitionTransformer, inputs: Inputs, precision:
 def _parts(network: TransitionTransformer) -> dict[str, list[str]]:
     """All parameters, and those whose gradient is a sum over the tokens of each image."""
     names = [name for name, _ in network.named_parameters()]
-    return {"": names, "of modulation": [n for n in names if "adaLN" in n or "qkv_d" in n]}
+    return {"gradient": names, "gradient of modulation": [n for n in names if "adaLN" in n or "qkv_d" in n]}
 
 
 def _rate(case: Case, network: TransitionTransformer, inputs: Inputs, *, precision: str, method: str = "finite-difference") -> Tensor:
