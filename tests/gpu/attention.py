@@ -98,10 +98,10 @@ def _errors(case: Case, backend: str, dtype: torch.dtype, *, heads: int, width: 
             case.randn(sum(lengths), heads, width, seed=seed, dtype=dtype).requires_grad_(backward)
             for seed, lengths in enumerate((images, keys, keys))
         )
-        segments = Segments.from_lengths(images, case.device), Segments.from_lengths(keys, case.device)
-        out = attention(q, k, v, *segments, backend=backend)
+        q_segments, kv_segments = (Segments.from_lengths(lengths, case.device) for lengths in (images, keys))
+        out = attention(q, k, v, q_segments, kv_segments, backend=backend)
         doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
-        expected = reference(*doubles, images, keys)
+        expected = reference(doubles[0], doubles[1], doubles[2], images, keys)
         errors.setdefault("forward", []).append(relative_error(out, expected))
         if backward:
             weights = case.randn(*out.shape, seed=9, dtype=dtype)

@@ -23,7 +23,7 @@ def compiled(case: Case) -> Result:
     with mock.patch.object(torch, "compile", compiler(case)):
         fused.configure_execution(compile=True)
         torch.compiler.reset()
-        start, graphs = time.monotonic(), []
+        start, seconds, graphs = time.monotonic(), 0.0, []
         outputs, gradients = [], []
         for number in range(case.size(8, 4)):
             inputs = _inputs(case, params, number)

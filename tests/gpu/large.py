@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -83,7 +83,7 @@ def decode_4096(case: Case) -> Result:
         codec: codecs.Codec = codecs.make("pixel", device=case.device)
         latent, name = case.randn(3, 32 * side, 32 * side, seed=1), "pixel codec"
     else:
-        from diffusers import AutoencoderDC  # pyright: ignore[reportMissingImports]
+        from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC  # pyright: ignore[reportMissingImports]
 
         with torch.device(case.device):
             network = AutoencoderDC(**_DC_AE)
@@ -116,7 +116,7 @@ def _params(case: Case) -> dict[str, Any]:
     return {**known, **{key: value for key, value in given.items() if key != "z_dim"}}
 
 
-def _measured_steps(case: Case, packs: dict[str, Sequence[tuple[int, int]]], variants: dict[str, dict[str, Any]]) -> Result:
+def _measured_steps(case: Case, packs: Mapping[str, Sequence[tuple[int, int]]], variants: Mapping[str, dict[str, Any]]) -> Result:
     """Figures of a step of each pack with each way to run the network: `configure_execution`'s arguments by label."""
     params, figures = _params(case), {}
     bounds: dict[str, float] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def _inputs(case: Case) -> Inputs:
     return case.pack(case.size(MIDDLE, TINY), case.size(GRIDS, TINY_GRIDS), case.size(TEXTS, TINY_TEXTS))
 
 
-def _autocast(case: Case, precision: str) -> AbstractContextManager[None]:
+def _autocast(case: Case, precision: str) -> torch.autocast:
     dtype = DTYPES[precision if precision != "fp32" else "bf16"]
     return torch.autocast(case.device.type, dtype, enabled=precision != "fp32")
 

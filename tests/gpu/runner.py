@@ -137,8 +137,7 @@ class _Worker:
             self.end()
             return {"outcome": "timed out", "error": str(error), "seconds": round(time.monotonic() - start, 2)}
         except (EOFError, ConnectionResetError):
-            self._process.join()
-            code = self._process.exitcode
+            code = self._exit_code()
             self.end()
             died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             return {"outcome": "crashed", "error": f"its process ended with {died}", "seconds": round(time.monotonic() - start, 2)}
@@ -152,6 +151,10 @@ class _Worker:
         self._process = context.Process(target=_in_own_session, args=(self._body, other, list(checks)))
         self._process.start()
         other.close()
+
+    def _exit_code(self) -> int:
+        self._process.join()
+        return self._process.exitcode
 
     def _receive(self, seconds: float) -> Any:
         if not self._pipe.poll(max(0.0, seconds)):
