@@ -166,3 +166,9 @@ def test_the_command_line_and_the_schema_work_without_torch() -> None:
     validate = f"launch.config.schema.Config.model_validate({config})"
     check = f"import sys, {modules}; {validate}; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)
+
+
+def test_models_work_without_the_compiler_of_torch() -> None:
+    """Its import takes three seconds."""
+    check = "import sys, tim, launch.training.train; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", check], cwd=REPOSITORY, check=True, timeout=120)

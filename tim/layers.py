@@ -122,11 +122,12 @@ class ClassEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Attention among an image's tokens, with projections that depend on the transition length ("interval attention", TiM §4.2).
 
-    qkv(x) + qkv_d(E_Δ), normalised per head, then rotated. `delta_BD` is the embedding of t − r. `backends` maps a dtype to an attention
-    backend; the default is `auto`.
+    qkv(x) + qkv_d(E_Δ), normalised per head, then rotated. `delta_BD` is the embedding of t − r. `attend` computes attention, `backends`
+    maps a dtype to its backend; the default is `auto`.
     """
 
     backends: Mapping[torch.dtype, str] = {}
+    attend = staticmethod(attention)
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool, distance_aware: bool) -> None:
         super().__init__()
@@ -144,7 +145,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         q = rotate(self.q_norm(q), rotations).to(v.dtype)
         k = rotate(self.k_norm(k), rotations).to(v.dtype)
-        out = attention(q, k, v, packed.segments, packed.segments, backend=self.backends.get(q.dtype, "auto"))
+        out = self.attend(q, k, v, packed.segments, packed.segments, backend=self.backends.get(q.dtype, "auto"))
         return self.proj(out.flatten(1))
 
 
@@ -152,6 +153,7 @@ class CrossAttention(nn.Module):
     """Attention from an image's tokens to its caption's. Only the queries are rotated."""
 
     backends: Mapping[torch.dtype, str] = {}
+    attend = staticmethod(attention)
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class CrossAttention(nn.Module):
         k, v = self.kv(text.features).unflatten(-1, (2, self.heads, -1)).unbind(1)
         q = rotate(self.q_norm(q), rotations).to(v.dtype)
         k = self.k_norm(k).to(v.dtype)
-        out = attention(q, k, v, packed.segments, text.segments, backend=self.backends.get(q.dtype, "auto"))
+        out = self.attend(q, k, v, packed.segments, text.segments, backend=self.backends.get(q.dtype, "auto"))
         return self.proj(out.flatten(1))
 
 

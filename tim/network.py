@@ -154,9 +154,17 @@ class TransitionTransformer(nn.Module):
         self._checkpoint_every = checkpoint_every
         self._compile_for = compile_for
         if compile_for is not None:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
-            for block in self.blocks:
-                block.compile(dynamic=False)
+            self._compile_blocks()
+
+    def _compile_blocks(self) -> None:
+        from tim.attention.compiled import compiled_attention
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_SHAPES)
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.attend = compiled_attention
+            elif isinstance(module, Block):
+                module.compile(dynamic=False)
 
     @overload
     def forward(

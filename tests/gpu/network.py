@@ -118,4 +118,4 @@ def _rate(case: Case, network: TransitionTransformer, inputs: Inputs, *, precisi
     objective, draws = _objective(precision, method=method), _draws(case, inputs)
     t, r = objective.draw_times(draws["uniforms"], draws["kinds"], inputs.latents)
     noise = PackedTokens.from_latents(inputs.noise, network.patch_size).tokens
-    return objective._derivative(network, inputs.packed(network.patch_size), noise, inputs.text, t=t, r=r)[0]
+    return objective.path_derivative(network, inputs.packed(network.patch_size), noise, inputs.text, t=t, r=r)[0]

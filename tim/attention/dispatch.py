@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from tim.attention.sdpa import has_tangent, sdpa
-from tim.attention.traced import sdpa_traced
 from tim.packed import Segments
 
 log = logging.getLogger(__name__)
@@ -60,8 +59,6 @@ def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments,
 
     Raises ValueError for an unknown backend or one that does not meet the requirements.
     """
-    if torch.compiler.is_compiling():
-        return _traced(q_THD, k_SHD, v_SHD, q_segments, kv_segments, backend)
     needs = AttentionRequirements(
         q_THD.device.type,
         q_THD.dtype,
@@ -70,30 +67,6 @@ def attention(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, q_segments: Segments,
         capability=_capability(q_THD.device.index) if q_THD.is_cuda else None,
     )
     return BACKENDS[choose_backend(needs, backend)].run(q_THD, k_SHD, v_SHD, q_segments, kv_segments)
-
-
-def _traced(q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments, wanted: str) -> Tensor:
-    """The same while torch.compile traces. The segments may have no lengths; a forward-mode derivative is not compiled."""
-    backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    name = _choose_traced(q.device.type, q.device.index, q.dtype, backward, wanted)
-    if name == "varlen":
-        return _varlen(q, k, v, q_segments, kv_segments)
-    if name == "sdpa" and q.device.type == "cpu":
-        return sdpa_traced(q, k, v, q_segments.ends, kv_segments.ends)
-    return _untraced(name, q, k, v, q_segments, kv_segments)
-
-
-@torch.compiler.assume_constant_result
-def _choose_traced(device: str, index: int | None, dtype: torch.dtype, backward: bool, wanted: str) -> str:
-    capability = _capability(index) if device == "cuda" else None
-    return choose_backend(AttentionRequirements(device, dtype, backward=backward, capability=capability), wanted)
-
-
-@torch.compiler.disable
-def _untraced(name: str, q: Tensor, k: Tensor, v: Tensor, q_segments: Segments, kv_segments: Segments) -> Tensor:
-    """A backend that torch.compile cannot trace: the block is compiled in two parts, before and after."""
-    q_segments, kv_segments = (segments._replace(lengths=tuple(segments.ends.diff().tolist())) for segments in (q_segments, kv_segments))
-    return BACKENDS[name].run(q, k, v, q_segments, kv_segments)
 
 
 @cache
