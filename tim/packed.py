@@ -129,7 +129,7 @@ class PackedTokens(NamedTuple):
             F.pad(self.tokens, (0, 0, 0, further)),
             segments,
             F.pad(self.owner, (0, further), value=real),
-            F.pad(self.positions, (0, 0, 0, further)),
+            F.pad(self.positions, (0, 0, 0, further)).contiguous(),  # strides are a part of a compiled shape
             (*self.sizes, *((length, 1) for length in segments.lengths[real:])),
             self.patch_size,
         )

@@ -260,17 +260,17 @@ def fastest(variants: dict[str, Callable[[], object]], *, repeats: int, progress
     total = (repeats + 1) * len(variants)
     for turn in range(repeats + 1):
         for position, (name, run) in enumerate(variants.items()):
-            _synchronise()
+            synchronise()
             start = time.perf_counter()
             run()
-            _synchronise()
+            synchronise()
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
             progress("measuring", turn * len(variants) + position + 1, total)
     return dict(best)
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

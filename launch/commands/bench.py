@@ -50,6 +50,9 @@ def step(
     batch: Batch = 16,
     batches: Annotated[int, typer.Option(min=1, help="Number of batches to measure.")] = 1,
     repeats: Repeats = 2,
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Instead compare torch.compile of whole blocks, and of norms and MLPs, with none.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -62,6 +65,10 @@ def step(
     """
 
     def measure(grids: list[Grid], report: Progress) -> Data:
+        if compiled:
+            from launch.benchmarks.compiled import bench_compiled
+
+            return bench_compiled(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
         from launch.benchmarks.network import bench_step
 
         return bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
+from launch.benchmarks.compiled import full_packs
 from launch.benchmarks.cost_fit import fit_gamma
 from launch.benchmarks.network import grids_of
 from launch.benchmarks.padded_network import DenseNetwork
@@ -58,6 +60,19 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["ideal_padded_over_packed"] > 1
     assert found["share_of_ideal"] == pytest.approx(found["padded_over_packed"] / found["ideal_padded_over_packed"])
     assert min(found["derivative_over_forward_backward"], found["share_of_matmul_rate"], found["buckets_over_packed"]) > 0
+
+
+def test_compiled_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # Inductor takes minutes
+    torch.compiler.reset()
+    found = report(capsys, "step", "--compiled", "--depth", "1")
+    assert set(found["images_per_second"]) == {"not compiled", "norms and MLPs", "blocks"}
+    assert set(found["speed_up"]) == set(found["compile_seconds"]) == {"norms and MLPs", "blocks"}
+    assert 0.5 < found["fill"] <= 1
+
+
+def test_full_packs() -> None:
+    assert full_packs([(4, 4), (2, 2), (4, 4), (1, 3), (3, 3)], tokens=20, packs=3) == [[(4, 4), (2, 2)], [(4, 4), (1, 3)], [(3, 3)]]
 
 
 def test_attention(capsys: pytest.CaptureFixture[str]) -> None:
