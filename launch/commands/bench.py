@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,13 +54,15 @@ def step(
     compiled: Annotated[
         bool, typer.Option("--compiled", help="Instead compare torch.compile of whole blocks, and of norms and MLPs, with none.")
     ] = False,
+    muon: Annotated[bool, typer.Option("--muon", help="Instead compare Muon with DeepSpeed's, in 10 steps per repeat.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Benchmark a training step of the full objective.
 
-    Packed, padded to the longest image, and in buckets of exactly equal sizes. Also measures the cost of the derivative, and the packed
-    step's share of this device's matrix-product rate.
+    Packed, padded to the longest image, and in buckets of exactly equal sizes. Also measures the cost of the derivative, the packed
+    step's share of this device's matrix-product rate, and what averages, guards, heartbeat and background saves add to a training step on
+    a quarter of the batch.
 
     Example: tim bench step photos --max-tokens 1024
     """
@@ -69,9 +72,20 @@ def step(
             from launch.benchmarks.compiled import bench_compiled
 
             return bench_compiled(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
+        if muon:
+            from launch.benchmarks.muon import compare_muon
+
+            return compare_muon(grids, width=width, depth=depth, batch=batch, steps=10 * repeats, progress=report)
         from launch.benchmarks.network import bench_step
 
-        return bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
+        found = bench_step(grids, width=width, depth=depth, batch=batch, batches=batches, repeats=repeats, progress=report)
+        if find_spec("deepspeed") is not None:
+            from launch.benchmarks.step_overheads import bench_overheads
+
+            some = grids[: max(1, batch // 4)]
+            settings = {"width": width, "depth": depth, "precision": found["precision"], "turns": 5 * repeats}
+            found["training_step"] = bench_overheads(some, **settings, progress=report)
+        return found
 
     _run(measure, images, max_tokens=max_tokens, as_json=as_json, debug=debug)
 

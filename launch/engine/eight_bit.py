@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitsandbytes import functional, optim
+from bitsandbytes import functional
+from bitsandbytes.optim import adamw
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,7 +30,7 @@ MOMENTS = {"exp_avg": 1, "exp_avg_sq": 2}  # by kind, their number in bitsandbyt
 CODES, SCALES = "_codes", "_scales"
 
 
-class AdamW8bit(optim.AdamW8bit):
+class AdamW8bit(adamw.AdamW8bit):
     """bitsandbytes' AdamW. Groups with `is_matrix` have 8-bit moments, the others 32-bit ones, however many weights a rank has of them."""
 
     @torch.no_grad()

@@ -65,7 +65,7 @@ class Engine:
         self._optimizer, self._moments = make_optimizer(optimizer, groups, stage=stage, betas=betas, settings=settings, library=library)
         if isinstance(self._optimizer, Replicated):
             self._optimizer.clip = clip
-        config = merged(_deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
+        config = merged(deepspeed_config(stage=stage, precision=precision, clip=clip if stage else 0.0), settings)
         ranks.run_on_all_ranks(lambda: check_config(library, config))
         self._engine, *_ = library.initialize(model=network, optimizer=self._optimizer, config=config, dist_init_required=False)
         self._held, self._owned = self._shares()
@@ -146,7 +146,7 @@ class Engine:
         self._engine.destroy()
 
 
-def _deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:
+def deepspeed_config(*, stage: int, precision: str, clip: float) -> dict[str, Any]:
     """DeepSpeed configuration with every key that affects the result, because its defaults change between releases.
 
     The batch sizes have no effect: every `step` ends an accumulation (`managed_gradient_accumulation`). Autocast keeps weights, their

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from launch.benchmarks.network import grids_of
 from launch.benchmarks.padded_network import DenseNetwork
 from launch.cli import main
 from pipeline.planning.planner import PlanConfig
+from tests.isolation import isolated_process
 from tests.tim.tiny import tiny_network
 from tim import PackedText, PackedTokens
 
@@ -48,11 +50,18 @@ def test_sizes_come_from_headers_upright(tmp_path: Path) -> None:
     assert len(grids_of([], max_tokens=1024)) == 400
 
 
+@pytest.fixture
+def isolated() -> Iterator[None]:
+    with isolated_process():
+        yield
+
+
 def report(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
     assert main(["bench", *arguments, *SMALL, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.usefixtures("isolated")
 def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     found = report(capsys, "step", "--depth", "1")
     assert found["images"] == 4
@@ -60,6 +69,21 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["ideal_padded_over_packed"] > 1
     assert found["share_of_ideal"] == pytest.approx(found["padded_over_packed"] / found["ideal_padded_over_packed"])
     assert min(found["derivative_over_forward_backward"], found["share_of_matmul_rate"], found["buckets_over_packed"]) > 0
+    overheads = found["training_step"]
+    assert overheads["images"] == 1
+    assert set(overheads["over_bare"]) == {"bare again", "average (EMA)", "guards", "heartbeat", "all of these"}
+    assert min(*overheads["over_bare"].values(), *overheads["cpu_over_bare"].values()) > 0
+    assert overheads["save"]["steps_meanwhile"] >= 1
+
+
+@pytest.mark.usefixtures("isolated")
+def test_muon_beside_deepspeeds(capsys: pytest.CaptureFixture[str]) -> None:
+    found = report(capsys, "step", "--depth", "1", "--muon")
+    names = {"ours", "DeepSpeed's", "DeepSpeed's, clipped"}
+    assert set(found["seconds_per_step"]) == set(found["state_bytes"]) == names
+    after = found["error_after"]
+    assert after["ours"] < found["error_before"]["ours"]
+    assert after["DeepSpeed's"] == pytest.approx(after["ours"], rel=0.01)  # the same steps
 
 
 def test_compiled_step(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
