@@ -6,7 +6,7 @@ Legend: B images, T image tokens of a pack, S text tokens, D network width, H he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
     """
 
     backends: Mapping[torch.dtype, str] = {}
-    attend = staticmethod(attention)
+    attend: Callable[..., Tensor] = staticmethod(attention)
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool, distance_aware: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class CrossAttention(nn.Module):
     """Attention from an image's tokens to its caption's. Only the queries are rotated."""
 
     backends: Mapping[torch.dtype, str] = {}
-    attend = staticmethod(attention)
+    attend: Callable[..., Tensor] = staticmethod(attention)
 
     def __init__(self, width: int, *, heads: int, qk_norm: bool) -> None:
         super().__init__()

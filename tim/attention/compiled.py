@@ -28,7 +28,7 @@ def compiled_attention(
         return BACKENDS[name].run(q_THD, k_SHD, v_SHD, q_segments, kv_segments)
     if name == "sdpa" and q_THD.device.type == "cpu":
         return sdpa_traced(q_THD, k_SHD, v_SHD, q_segments.ends, kv_segments.ends)
-    return _untraced(name, q_THD, k_SHD, v_SHD, q_segments, kv_segments)
+    return _untraced(name, q_THD, k_SHD, v_SHD, q_segments, kv_segments)  # pyright: ignore[reportCallIssue]  (its decorator has no types)
 
 
 @torch.compiler.assume_constant_result
