@@ -90,7 +90,7 @@ class TransitionObjective:
         *,
         patch_size: int,
         derivative: str = "finite-difference",
-        derivative_precision: Dtype = "fp32",
+        derivative_precision: str = "fp32",
         epsilon: float | None = None,
         weighting: str = "tangent",
         shift: int | None = 1024,
@@ -113,7 +113,7 @@ class TransitionObjective:
         self.transport = transport
         self.patch_size = patch_size
         self.derivative = derivative
-        self.derivative_precision = derivative_precision
+        self.derivative_precision: Dtype = cast(Dtype, derivative_precision)
         self.epsilon = epsilon
         self.weighting = weighting
         self.shift = shift

@@ -88,7 +88,8 @@ def test_images_in_half_precision_are_close_to_those_in_float32() -> None:
     exact = levels("fp32")
     assert exact.std() > 50
     means: dict[str, float] = {}
-    for dtype, mean, most in (("fp16", 0.2, 2), ("bf16", 1.5, 12)):
+    bounds: list[tuple[Dtype, float, int]] = [("fp16", 0.2, 2), ("bf16", 1.5, 12)]
+    for dtype, mean, most in bounds:
         difference = np.abs(levels(dtype) - exact)
         assert difference.mean() < mean
         assert np.percentile(difference, 99) < most
