@@ -24,7 +24,7 @@ from tim.transports import Transport
 DIFFUSION, CONSISTENCY, TRANSITION = 0, 1, 2  # r = t, r = 0, r < t: the planner's codes for `kinds`
 DERIVATIVES, PRECISIONS, WEIGHTINGS = get_args(Derivative), get_args(Dtype), get_args(Weighting)
 # Smallest that are not mostly rounding noise; 0.005 as published.
-EPSILONS: Mapping[Dtype, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05}
+EPSILONS: Mapping[str, float] = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05}
 MIN_NORM = 1e-2  # norm of a pixel's channels below which the cosine term fades
 
 Network = Callable[[PackedTokens, Tensor, Tensor, Condition], PackedTokens]

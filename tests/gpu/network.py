@@ -10,7 +10,6 @@ from torch import Tensor
 from tests.gpu.case import DTYPES, TINY, Case, Inputs, relative_error
 from tests.gpu.runner import Result
 from tim import PackedTokens, TransitionObjective, TransitionTransformer, transports
-from tim.model_kinds import Dtype
 from tim.objective import CONSISTENCY, DIFFUSION, EPSILONS, TRANSITION
 
 MIDDLE = {**TINY, "in_channels": 32, "depth": 8, "hidden_size": 1152, "cap_feat_dim": 1152, "num_heads": 16, "lora_hidden_size": 384}
@@ -70,7 +69,7 @@ def _inputs(case: Case) -> Inputs:
     return case.pack(case.size(MIDDLE, TINY), case.size(GRIDS, TINY_GRIDS), case.size(TEXTS, TINY_TEXTS))
 
 
-def _autocast(case: Case, precision: Dtype) -> torch.autocast:
+def _autocast(case: Case, precision: str) -> torch.autocast:
     dtype = DTYPES[precision if precision != "fp32" else "bf16"]
     return torch.autocast(case.device.type, dtype, enabled=precision != "fp32")
 
@@ -85,7 +84,7 @@ def _gradients(network: TransitionTransformer, loss: Tensor) -> dict[str, Tensor
     return dict(zip(names, torch.autograd.grad(loss, list(network.parameters())), strict=True))
 
 
-def _objective(precision: Dtype, *, method: str = "finite-difference") -> TransitionObjective:
+def _objective(precision: str, *, method: str = "finite-difference") -> TransitionObjective:
     return TransitionObjective(
         transports.make("ot_fm"), patch_size=1, pixels_per_cell=32, derivative=method, derivative_precision=precision, equal_forwards=False
     )
@@ -97,7 +96,7 @@ def _draws(case: Case, inputs: Inputs) -> dict[str, Any]:
     return {"noise": inputs.noise, "kinds": torch.tensor(KINDS), "uniforms": uniforms, "weights": torch.ones(len(KINDS))}
 
 
-def _step(case: Case, network: TransitionTransformer, inputs: Inputs, precision: Dtype) -> tuple[float, dict[str, Tensor]]:
+def _step(case: Case, network: TransitionTransformer, inputs: Inputs, precision: str) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients. The derivative is in float32, so that only the step differs."""
 
     def trained(*arguments: Any) -> Any:
@@ -114,7 +113,7 @@ def _parts(network: TransitionTransformer) -> dict[str, list[str]]:
     return {"gradient": names, "gradient of modulation": [n for n in names if "adaLN" in n or "qkv_d" in n]}
 
 
-def _rate(case: Case, network: TransitionTransformer, inputs: Inputs, *, precision: Dtype, method: str = "finite-difference") -> Tensor:
+def _rate(case: Case, network: TransitionTransformer, inputs: Inputs, *, precision: str, method: str = "finite-difference") -> Tensor:
     """df/dt of a pack, zero where r = t."""
     objective, draws = _objective(precision, method=method), _draws(case, inputs)
     t, r = objective.draw_times(draws["uniforms"], draws["kinds"], inputs.latents)

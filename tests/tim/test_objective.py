@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from tests.tim.tiny import TINY
 from tim import PackedText, PackedTokens, TransitionObjective, TransitionTransformer, transports
-from tim.model_kinds import Dtype
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION, Guide, Losses
 from tim.packed import Condition
 
@@ -148,7 +147,7 @@ def test_the_precision_of_the_derivative_is_a_setting(tiny: TransitionTransforme
     text, t, r = PackedText.from_features([torch.ones(2, 16)]), torch.tensor([0.6]).double(), torch.tensor([0.2]).double()
     packed, noise_tokens = PackedTokens.from_latents([latent], 2), PackedTokens.from_latents([noise], 2).tokens
 
-    def error(derivative: str, precision: Dtype, epsilon: float | None = None) -> float:
+    def error(derivative: str, precision: str, epsilon: float | None = None) -> float:
         objective = TransitionObjective(OT, patch_size=2, derivative=derivative, derivative_precision=precision, epsilon=epsilon)
         with torch.autocast("cpu", torch.bfloat16):  # what the training step may run under changes nothing
             return float((objective.path_derivative(tiny, packed, noise_tokens, text, t=t, r=r)[0] - exact).norm() / exact.norm())
@@ -181,7 +180,7 @@ def test_a_derivative_that_overflows_in_float16_is_repeated_in_float32(tiny: Tra
     weights = torch.ones(1)
     asked: list[bool] = []
 
-    def losses(precision: Dtype, scale: float) -> Losses:
+    def losses(precision: str, scale: float) -> Losses:
         def network(packed: PackedTokens, *inputs: Any) -> PackedTokens:
             out = tiny(packed, *inputs)
             return out._replace(tokens=out.tokens @ (scale * torch.eye(out.tokens.shape[1])))  # in the precision of autocast
@@ -259,4 +258,4 @@ def test_users_mistakes_are_named(tiny: TransitionTransformer) -> None:
     with pytest.raises(ValueError, match="unknown derivative 'exact': choose one of finite-difference, jvp"):
         TransitionObjective(OT, patch_size=2, derivative="exact")
     with pytest.raises(ValueError, match="unknown derivative_precision 'fp8': choose one of fp32, bf16, fp16"):
-        TransitionObjective(OT, patch_size=2, derivative_precision="fp8")  # pyright: ignore[reportArgumentType]
+        TransitionObjective(OT, patch_size=2, derivative_precision="fp8")
