@@ -77,7 +77,7 @@ def gradients(
 EDGES = {"full": [(8, 8)], "full of many": [(4, 4)] * 4, "one image": [(3, 2)], "one token": [(1, 1)], "many images": [(1, 1)] * 20}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     grids=st.one_of(
         st.sampled_from(list(EDGES.values())), st.integers(0, 10**6).map(lambda seed: random_grids(np.random.default_rng(seed)))
@@ -113,7 +113,8 @@ def test_shapes_are_few() -> None:
     assert [shape(tokens, 1, 1, whole=False)[0] for tokens in (1, 1024, 1025, 5000)] == [1024, 1024, 2048, 5120]
 
 
-def test_blocks_compile_once_for_200_packs(network: TransitionTransformer, count_graphs: CompileCounter) -> None:
+def test_blocks_compile_once_for_200_packs(count_graphs: CompileCounter) -> None:
+    network = tiny_network()
     compiled = copy.deepcopy(network)
     compiled.configure_execution(compile_for=FULL)
     generator = np.random.default_rng(0)
@@ -131,8 +132,9 @@ def test_blocks_compile_once_for_200_packs(network: TransitionTransformer, count
     assert count_graphs.frame_count == 1  # one graph, for both blocks
 
 
-def test_the_objective_of_a_compiled_network(network: TransitionTransformer, count_graphs: CompileCounter) -> None:
+def test_the_objective_of_a_compiled_network(count_graphs: CompileCounter) -> None:
     """Without gradient, packs are padded to quarters; a forward-mode derivative is not compiled."""
+    network = tiny_network(TINY_CLASSES)
     compiled = copy.deepcopy(network)
     compiled.configure_execution(compile_for=FULL, checkpoint_every=2)
     for derivative, graphs in (("jvp", 1), ("finite-difference", 2)):
@@ -184,7 +186,7 @@ def test_attention_that_cannot_be_traced_runs_between_compiled_parts(monkeypatch
     compiled = copy.deepcopy(network)
     compiled.configure_execution(compile_for=FULL, attention={torch.float32: "flex"})
     counts = []
-    for seed, grids in enumerate(([(8, 8)], [(6, 6), (3, 8)], [(7, 8), (1, 3)])):
+    for seed, grids in enumerate(([(6, 6), (3, 8)], [(8, 8)])):
         pack = pack_of(grids, network, seed=seed)
         actual, wanted = (gradients(each, pack, derivative="jvp") for each in (compiled, network))
         torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1e-4)
