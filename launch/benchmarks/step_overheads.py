@@ -44,7 +44,8 @@ BARE, AGAIN, ALL = "bare", "bare again", "all of these"
 def bench_overheads(grids: Sequence[Grid], *, width: int, depth: int, precision: str, turns: int, progress: Progress) -> Data:
     """Time a training step on images of these grids with and without each of its guards.
 
-    Ratios are medians over the turns, with quartiles. `cpu_over_bare` divides seconds of processor time, which other load changes less.
+    `over_bare` divides the fastest turns; quartiles are of the ratios by turn. `cpu_over_bare` divides seconds of processor time, which
+    other load changes less.
     A save is timed from its start until it is published, and compared with as many bare steps; `at_default` spreads what it adds over
     the default `checkpoint.every`.
     """
@@ -197,16 +198,16 @@ def _seconds_of_save(save: Callable[[], int]) -> tuple[tuple[float, float], int]
 
 
 def _ratios(times: Mapping[str, Sequence[tuple[float, float]]]) -> Data:
-    """Ratios to the bare step of the same turn. The first turn warms up."""
+    """The fastest turn of each variant over that of the bare step, and quartiles of the ratios by turn. The first turn warms up."""
     wall, cpu = (np.array([[seconds[kind] for seconds in of[1:]] for of in times.values()]) for kind in (0, 1))
-    quartiles = dict(zip(times, np.quantile(wall / wall[0], (0.25, 0.5, 0.75), axis=1).T.tolist(), strict=True))
-    medians = dict(zip(times, np.median(cpu / cpu[0], axis=1).tolist(), strict=True))
-    others = [name for name in times if name != BARE]
+    ratios, of_cpu = ((values.min(axis=1) / values[0].min()).tolist() for values in (wall, cpu))
+    low, high = np.quantile(wall / wall[0], (0.25, 0.75), axis=1).tolist()
+    rows = [(name, *row) for name, *row in zip(times, ratios, low, high, of_cpu, strict=True) if name != BARE]
     return {
-        "seconds_bare": float(np.median(wall[0])),
-        "over_bare": {name: quartiles[name][1] for name in others},
-        "over_bare_quartiles": {name: f"{quartiles[name][0]:.3f} to {quartiles[name][2]:.3f}" for name in others},
-        "cpu_over_bare": {name: medians[name] for name in others},
+        "seconds_bare": float(wall[0].min()),
+        "over_bare": {name: ratio for name, ratio, *_ in rows},
+        "over_bare_quartiles": {name: f"{below:.3f} to {above:.3f}" for name, _, below, above, _ in rows},
+        "cpu_over_bare": {name: ratio for name, *_, ratio in rows},
     }
 
 
