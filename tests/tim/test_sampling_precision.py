@@ -36,7 +36,8 @@ def record_dtypes(network: TransitionTransformer, monkeypatch: pytest.MonkeyPatc
         record("attention", q, k, v)
         return attention(q, k, v, *rest, **options)
 
-    monkeypatch.setattr(layers, "attention", attend)
+    for kind in (layers.SelfAttention, layers.CrossAttention):
+        monkeypatch.setattr(kind, "attend", staticmethod(attend))
     network.register_forward_pre_hook(lambda _, inputs: record("state and times", inputs[0].tokens, *inputs[1:3]))
     for module in network.modules():
         if isinstance(module, nn.Linear | layers.PatchEmbedding):
