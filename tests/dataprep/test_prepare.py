@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import tarfile
@@ -23,6 +22,7 @@ from pipeline.corpus.corpus import read_manifest
 from pipeline.images import read_image
 from tests import REPOSITORY
 from tests.dataprep.helpers import digests, member, photo, photo_folder, row_of, start_prepare, table_rows, write_folder, write_tar
+from tests.processes import is_running
 
 CONFIG = PrepareConfig()
 SMALL_SHARDS = PrepareConfig.model_validate({"shards": {"max_samples": 150}})
@@ -218,9 +218,9 @@ def test_killed_and_called_again_it_ends_the_same(many: Path, reference: dict[st
     assert process.returncode == -signal.SIGKILL, "it was finished before it could be killed"
     assert workers
     deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers), "workers outlived their parent"
+    assert not any(map(is_running, workers)), "workers outlived their parent"
 
     assert not (out / "manifest.json").exists()
     with pytest.raises(ValueError, match=r"unfinished corpus with another shards\.max_samples"):

@@ -17,6 +17,7 @@ from pathlib import Path
 from launch.distributed.heartbeat import RankState, read_state, state_path
 from launch.training.metrics import read_rows
 from tests import REPOSITORY
+from tests.processes import is_running
 
 PATIENCE = 200.0  # seconds
 # What a training says of itself on standard error, and `tim launch` on standard output.
@@ -73,7 +74,7 @@ class RankProcesses:
 
     def poll(self) -> int | None:
         """None while all of them live."""
-        return None if all(Path(f"/proc/{pid}").exists() for pid in self.pids) else -1
+        return None if all(map(is_running, self.pids)) else -1
 
     def kill(self, pids: Sequence[int] | None = None) -> None:
         """Kill all of them with -9, or only some: then the server kills the others as soon as it notices."""

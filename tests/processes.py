@@ -1,0 +1,13 @@
+"""What becomes of the processes that a test starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process runs. One that has ended but is not reaped does not: the first process of a container may never reap orphans."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
