@@ -30,6 +30,7 @@ from launch.distributed.heartbeat import (
 )
 from launch.distributed.stacks import nccl_environment, write_stacks
 from launch.distributed.supervisor import Supervisor
+from tests.processes import group_runs
 
 HOST = socket.gethostname()
 SLEEP = "import time; time.sleep(600)"
@@ -70,9 +71,7 @@ def watch_to_the_end(supervisor: Supervisor, pids: dict[int, int]) -> bool:
 def is_gone(group: int) -> bool:
     """Whether a process group ends within seconds."""
     for _ in range(1000):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+        if not group_runs(group):
             return True
         time.sleep(0.01)
     return False
