@@ -9,6 +9,7 @@ import pytest
 
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import write_corpus
+from launch.distributed.ranks import Ranks, process_group
 from tests.distributed import jobs
 
 
@@ -25,3 +26,10 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder / "source", count=40)
     prepare([str(folder / "source")], out=folder / "corpus", config=PrepareConfig())
     return folder / "corpus"
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[Ranks]:
+    """The process group of this process, which is its only rank."""
+    with process_group() as ranks:
+        yield ranks

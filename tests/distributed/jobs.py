@@ -139,12 +139,12 @@ def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankPr
     raise AssertionError(f"no step {step} in {PATIENCE} s: {log.read_text()}")
 
 
-def wait_for_line(pattern: str, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:
-    """Wait until the log has a line with the pattern; fail where the job ends before."""
+def wait_for_line(pattern: str, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> re.Match[str]:
+    """Wait until the log has a line with the pattern, and return its match; fail where the job ends before."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if re.search(pattern, log.read_text()):
-            return
+        if found := re.search(pattern, log.read_text()):
+            return found
         assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
         time.sleep(0.02)
     raise AssertionError(f"no line {pattern} in {PATIENCE} s: {log.read_text()}")

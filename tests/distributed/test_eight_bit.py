@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import Checkpoint, CheckpointMetadata
-from launch.distributed.ranks import Ranks, process_group
+from launch.distributed.ranks import Ranks
 from tests.distributed import eight_bit_worker as worker
 from tests.distributed import jobs
 from tests.launch.checkpoints.writing import save
@@ -29,12 +28,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("eight_bit")
     jobs.run_ranks("tests.distributed.eight_bit_worker", str(folder), *CASES, log=folder / "log")
     return folder
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Ranks]:
-    with process_group() as ranks:
-        yield ranks
 
 
 def report(folder: Path, case: str) -> dict[str, Any]:

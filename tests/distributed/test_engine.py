@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.checkpoints import checkpoint
-from launch.distributed.ranks import Ranks, process_group
+from launch.distributed.ranks import Ranks
 from tests.distributed import engine_worker, jobs
 
 CASES = (
@@ -98,12 +97,6 @@ def test_gradients_with_activation_checkpointing_are_those_of_one_process(folder
         report = json.loads((folder / f"checkpointing-{rank}.json").read_text())
         assert set(report) == {"1-1", "2-2", "3-1"}
         assert max(report.values()) < 1e-6, report
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[Ranks]:
-    with process_group() as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("case", CASES)

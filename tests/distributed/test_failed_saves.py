@@ -23,24 +23,15 @@ log: {every: 1}
 LIMIT = 100_000  # bytes, less than a rank's weights
 
 
-def wait_for_line(pattern: str, log: Path, ranks: jobs.RankProcesses) -> re.Match[str]:
-    deadline = time.monotonic() + jobs.PATIENCE
-    while time.monotonic() < deadline:
-        if found := re.search(pattern, log.read_text()):
-            return found
-        assert ranks.poll() is None, log.read_text()
-        time.sleep(0.05)
-    raise AssertionError(f"no line {pattern}: {log.read_text()}")
-
-
 def test_a_failed_save_is_a_warning_unless_it_is_the_last(figures: Path, tmp_path: Path) -> None:
     config, log, run = (tmp_path / name for name in ("run.yaml", "log", "run"))
     config.write_text(f"corpus: {figures}\nrun_dir: {run}\n{CONFIG}")
     ranks = jobs.start_ranks("launch.cli", "train", str(config), log=log)
-    wait_for_line(r"saved \S+/checkpoints/step-000002\n", log, ranks)
+    jobs.wait_for_line(r"saved \S+/checkpoints/step-000002\n", ranks, log=log)
     before = resource.prlimit(ranks.pids[1], resource.RLIMIT_FSIZE)
     resource.prlimit(ranks.pids[1], resource.RLIMIT_FSIZE, (LIMIT, before[1]))
-    failed = int(wait_for_line(r"warning: step (\d+) was not saved: \S+: File too large \(EFBIG\); the run goes on", log, ranks)[1])
+    warning = jobs.wait_for_line(r"warning: step (\d+) was not saved: \S+: File too large \(EFBIG\); the run goes on", ranks, log=log)
+    failed = int(warning[1])
     assert re.search(rf"/checkpoints/step-{failed:06d}\.tmp/\w+-00001\.\w+: File too large \(EFBIG\)", log.read_text())
     jobs.wait_for_row(run, failed + 3, ranks, log=log)
     resource.prlimit(ranks.pids[1], resource.RLIMIT_FSIZE, before)
