@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.cost import KIND_NAMES
 
-WINDOW = 128  # steps
+WINDOW = 256  # steps
 MIN_STEPS = 32  # in the window, before anything is a spike
 STEPS_IN_A_ROW = 3  # a single step may have difficult images
 DEVIATIONS = 8.0
@@ -20,52 +20,58 @@ _MAD_TO_DEVIATION = 1.4826  # for a normal distribution
 
 
 class SpikeDetector:
-    """Watches the mean loss of each kind of image. The state is plain JSON; equal inputs give equal results on all ranks."""
+    """Watches the mean loss of each kind of image. The state is plain JSON; equal inputs give equal results on all ranks.
+
+    A spike is STEPS_IN_A_ROW steps of one kind far above the median of the window and above everything in it. The second condition holds
+    for any distribution: n independent steps are all followed by k higher ones with probability 1 / binomial(n + k, k), 4e-7 for a full
+    window. A step with one or two images of a kind has a heavy-tailed loss, which deviations from the median alone do not tell from a spike.
+    """
 
     def __init__(self) -> None:
         self._windows: list[deque[float]] = [deque(maxlen=WINDOW) for _ in KIND_NAMES]
-        self._in_a_row = 0
+        self._high: list[list[float]] = [[] for _ in KIND_NAMES]  # the high steps in a row up to now, not yet in the window
 
     def add(self, raw: Sequence[float], images: Sequence[int]) -> str | None:
         """Add a step: error sums and image counts by kind. Returns a description if it completes a spike.
 
-        Steps of a spike do not enter the window, so that the median stays that of the steps before.
+        Steps of a spike do not enter the window, so that the median stays that of the steps before. Fewer high steps in a row do.
         """
-        means = [total / count if count else None for total, count in zip(raw, images, strict=True)]
-        found = [self._above(kind, mean) for kind, mean in enumerate(means) if mean is not None]
-        high = [text for text in found if text]
-        if not high:
-            self._in_a_row = 0
-            for window, mean in zip(self._windows, means, strict=True):
-                if mean is not None:
-                    window.append(mean)
-            return None
-        self._in_a_row += 1
-        if self._in_a_row < STEPS_IN_A_ROW:
-            return None
-        self._in_a_row = 0
-        return f"{'; '.join(high)}, in {STEPS_IN_A_ROW} steps in a row"
+        found = [self._add(kind, total / count) for kind, (total, count) in enumerate(zip(raw, images, strict=True)) if count]
+        spikes = [text for text in found if text]
+        return f"{'; '.join(spikes)}, in {STEPS_IN_A_ROW} steps in a row" if spikes else None
 
     def restart(self) -> None:
         """Forget all steps: take the present level for normal."""
-        for window in self._windows:
+        for window, high in zip(self._windows, self._high, strict=True):
             window.clear()
-        self._in_a_row = 0
+            high.clear()
 
-    def _above(self, kind: int, mean: float) -> str | None:
-        window = self._windows[kind]
-        if len(window) < MIN_STEPS:
+    def _add(self, kind: int, mean: float) -> str | None:
+        window, high = self._windows[kind], self._high[kind]
+        limit = self._limit(window)
+        if mean <= limit or math.isinf(limit):
+            window.extend(value for value in (*high, mean) if math.isfinite(value))
+            high.clear()
             return None
+        high.append(mean)
+        if len(high) < STEPS_IN_A_ROW:
+            return None
+        high.clear()
         median = statistics.median(window)
-        deviation = _MAD_TO_DEVIATION * statistics.median(abs(value - median) for value in window)
-        limit = median + max(DEVIATIONS * deviation, MIN_RISE * median)
-        if math.isfinite(mean) and mean <= limit:
-            return None
         return f"loss_{KIND_NAMES[kind]} {mean:.4g} is above {limit:.4g}, the median of {len(window)} steps is {median:.4g}"
 
+    @staticmethod
+    def _limit(window: Sequence[float]) -> float:
+        """The highest mean that is not high."""
+        if len(window) < MIN_STEPS:
+            return math.inf
+        median = statistics.median(window)
+        deviation = _MAD_TO_DEVIATION * statistics.median(abs(value - median) for value in window)
+        return max(*window, median + max(DEVIATIONS * deviation, MIN_RISE * median))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"windows": [list(window) for window in self._windows], "in_a_row": self._in_a_row}
+        return {"windows": [list(window) for window in self._windows], "high": [list(high) for high in self._high]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._windows = [deque(values, maxlen=WINDOW) for values in state["windows"]]
-        self._in_a_row = state["in_a_row"]
+        self._high = [list(values) for values in state.get("high", [[] for _ in KIND_NAMES])]  # not in older checkpoints

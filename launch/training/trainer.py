@@ -50,6 +50,7 @@ class Trainer:
         self.step = 0
         self.log: Callable[[str], None] = lambda line: None
         self._skipped = 0  # consecutive steps
+        self._first_of_stages = {stage.step for stage in config.plan.schedule}
         self._steps: Iterator[LoadedStep] | None = None
 
     def agree(self, *, stop: bool, save: bool = False) -> Requests:
@@ -105,6 +106,8 @@ class Trainer:
         self.meter.count("repeated_derivatives", sums.repeated)
 
         # loss spike
+        if self.step - 1 in self._first_of_stages:
+            self.spikes.restart()  # a stage has other shares, sizes and losses
         spike = self.spikes.add(sums.raw, sums.raw_images)
         if spike is not None:
             self._handle_spike(spike)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -31,6 +31,37 @@ def noisy(count: int, *, seed: int, level: float = 1.0) -> list[tuple[float, flo
 @pytest.mark.parametrize("seed", range(5))
 def test_noise_and_a_falling_loss_are_no_spikes(seed: int) -> None:
     assert spikes(SpikeDetector(), noisy(2000, seed=seed)) == []
+
+
+def heavy_tailed(count: int, *, seed: int) -> Iterator[tuple[list[float], list[int]]]:
+    """Error sums and counts of steps with few images, whose errors are log-normal with a mean of 7 medians, as at random times."""
+    rng = np.random.default_rng(seed)
+    for images in rng.integers(0, 4, (count, 3)).tolist():
+        yield [float(rng.lognormal(0, 2, n).sum()) for n in images], images
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_heavy_tails_of_few_images_are_no_spikes(seed: int) -> None:
+    detector = SpikeDetector()
+    assert [text for raw, images in heavy_tailed(2000, seed=seed) if (text := detector.add(raw, images))] == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_spike_above_heavy_tails_is_found(seed: int) -> None:
+    detector = SpikeDetector()
+    steps = list(heavy_tailed(1000, seed=seed))
+    highest = max(total / n for raw, images in steps for total, n in zip(raw, images, strict=True) if n)
+    for raw, images in steps:
+        detector.add(raw, images)
+    found = [detector.add([2 * highest * n for n in (1, 2, 1)], [1, 2, 1]) for _ in range(STEPS_IN_A_ROW)]
+    assert found[:-1] == [None] * (STEPS_IN_A_ROW - 1)
+    assert found[-1]
+
+
+def test_high_steps_of_different_kinds_are_no_spike() -> None:
+    steps = noisy(300, seed=9)
+    steps[200:230] = [(9.0, 1.0, 1.0), (1.0, 9.0, 1.0), (1.0, 1.0, 9.0)] * 10
+    assert spikes(SpikeDetector(), steps) == []
 
 
 @pytest.mark.parametrize("kind", range(3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from launch.guards.loss_spikes import MIN_STEPS, STEPS_IN_A_ROW
 from launch.training.build import build
 from launch.training.planning import make_planner
 from launch.training.trainer import Trainer
+from pipeline.planning.config import Stage
 from tests.pipeline.conftest import Sample, write_corpus
 
 CONFIG = """\
@@ -124,3 +126,18 @@ def test_without_a_checkpoint_or_when_not_asked_it_only_warns(config: Config, al
         run_until(trainer, trainer.step + 10)
     assert len(lines) == 1
     assert lines[0].endswith("there is no checkpoint to go back to") == (spike == "rollback")
+
+
+def test_a_stage_of_the_schedule_starts_with_an_empty_window(config: Config, alone: Ranks) -> None:
+    """Its losses are of other shares and sizes."""
+    changes = MIN_STEPS + 8
+    stage = Stage(step=changes, diffusion_share=0.9)
+    config = config.model_copy(update={"plan": replace(config.plan, schedule=(stage,))})
+    with ExitStack() as cleanup:
+        trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
+        lines: list[str] = []
+        trainer.log = lines.append
+        run_until(trainer, changes)
+        disturb(trainer)
+        run_until(trainer, changes + 2 * STEPS_IN_A_ROW)
+        assert lines == []
