@@ -24,7 +24,7 @@ class SpikeDetector:
 
     A spike is STEPS_IN_A_ROW steps of one kind far above the median of the window and above everything in it. The second condition holds
     for any distribution: n independent steps are all followed by k higher ones with probability 1 / binomial(n + k, k), 4e-7 for a full
-    window. A step with one or two images of a kind has a heavy-tailed loss, which deviations from the median alone do not tell from a spike.
+    window. A step with few images of a kind has a heavy-tailed loss, which deviations from the median alone do not tell from a spike.
     """
 
     def __init__(self) -> None:

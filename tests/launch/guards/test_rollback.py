@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -132,7 +131,7 @@ def test_a_stage_of_the_schedule_starts_with_an_empty_window(config: Config, alo
     """Its losses are of other shares and sizes."""
     changes = MIN_STEPS + 8
     stage = Stage(step=changes, diffusion_share=0.9)
-    config = config.model_copy(update={"plan": replace(config.plan, schedule=(stage,))})
+    config = config.model_copy(update={"plan": config.plan.model_copy(update={"schedule": (stage,)})})
     with ExitStack() as cleanup:
         trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
         lines: list[str] = []
