@@ -1,0 +1,1 @@
+"""What a device can do, and what a run needs of it."""
