@@ -59,6 +59,9 @@ class TrainConfig(Section):
     ema: Decay | Annotated[tuple[Decay, ...], Field(min_length=1)] = 0.9999
     """Decay of the exponential moving average of the weights, or several such as `[0.999, 0.9999]`. The model folder and guidance use the
     first."""
+    ema_device: Literal["auto", "cpu"] = "auto"
+    """Where the averages are stored: auto: with the weights; cpu: in host memory, which saves 4 bytes of GPU memory per parameter, average
+    and rank's share, for a copy of the weights to the host in every step."""
     attention: AttentionChoice = "auto"
     """Attention backend for training; auto: the fastest available on the device."""
     checkpointing: Literal["none", "full"] | Annotated[int, Field(ge=1)] = "none"

@@ -1,11 +1,14 @@
 """Exponential moving averages (EMA) of the weights, sharded like the optimizer state: each rank averages its own float32 weights.
 
-No communication. Memory: 4 bytes per parameter and average, divided by the number of ranks.
+No communication. Memory: 4 bytes per parameter and average, divided by the number of ranks; on the device of the weights, or in host
+memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+
+import torch
 
 from launch.checkpoints.averages import FIRST, average_kinds
 from launch.checkpoints.tensor_fragments import Fragment, ShardedTensors
@@ -19,9 +22,14 @@ def decay_at(updates: int, *, decay: float) -> float:
 class ShardedEMA:
     """Moving averages of this rank's fragments, one per decay; with decay 0 an average equals the weights."""
 
-    def __init__(self, fragments: Mapping[str, Fragment], *, decay: float | Sequence[float]) -> None:
+    def __init__(
+        self, fragments: Mapping[str, Fragment], *, decay: float | Sequence[float], device: torch.device | str | None = None
+    ) -> None:
+        """device: where the averages are stored; None: where the weights are."""
         self.decays = tuple(decay) if isinstance(decay, Sequence) else (decay,)
-        self.averages = [_copy(fragments) for _ in self.decays]
+        self.device = device
+        self.averages = [_copy(fragments, device=device) for _ in self.decays]
+        self._staging = _staging(fragments, device=device)
 
     @property
     def average(self) -> dict[str, Fragment]:
@@ -32,8 +40,11 @@ class ShardedEMA:
         """Move the averages towards the weights. updates: number of previous updates."""
         rates = [1 - decay_at(updates, decay=decay) for decay in self.decays]
         for name, fragment in fragments.items():
+            weights = fragment.values
+            if self._staging is not None:
+                weights = self._staging[: len(weights)].copy_(weights)
             for average, rate in zip(self.averages, rates, strict=True):
-                average[name].values.lerp_(fragment.values, rate)
+                average[name].values.lerp_(weights, rate)
 
     def pieces(self) -> dict[str, dict[str, Fragment]]:
         """The averages by the kind of their files in a checkpoint."""
@@ -52,10 +63,17 @@ class ShardedEMA:
             if decay in kinds:
                 pieces(kinds[decay]).read_into(self.averages[index])
             else:
-                self.averages[index] = _copy(weights)
+                self.averages[index] = _copy(weights, device=self.device)
                 notes.append(f"train.ema: the average with decay {decay:g} is new, it starts from the weights of this checkpoint")
         return notes
 
 
-def _copy(fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
-    return {name: Fragment(fragment.start, fragment.values.clone()) for name, fragment in fragments.items()}
+def _copy(fragments: Mapping[str, Fragment], *, device: torch.device | str | None) -> dict[str, Fragment]:
+    return {name: Fragment(fragment.start, fragment.values.detach().to(device=device, copy=True)) for name, fragment in fragments.items()}
+
+
+def _staging(fragments: Mapping[str, Fragment], *, device: torch.device | str | None) -> torch.Tensor | None:
+    """Pinned host memory that fragments pass through on their way from a GPU; None if they need not move."""
+    if device is None or torch.device(device).type != "cpu" or not any(fragment.values.is_cuda for fragment in fragments.values()):
+        return None
+    return torch.empty(max(len(fragment.values) for fragment in fragments.values()), pin_memory=True)

@@ -94,7 +94,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         frozen=frozen,
         objective=make_objective(config, pixels_per_cell=geometry.factor, ranks=ranks),
         engine=engine,
-        ema=ShardedEMA(engine.fragments(), decay=config.train.ema),
+        ema=ShardedEMA(engine.fragments(), decay=config.train.ema, device="cpu" if config.train.ema_device == "cpu" else None),
         parameters=parameters,
         history=history,
     )

@@ -74,3 +74,22 @@ def test_the_setting_is_a_number_or_a_list() -> None:
     for wrong in ((), (1.0,), (0.5, 0.5)):
         with pytest.raises(ValidationError):
             TrainConfig(steps=1, ema=wrong)
+
+
+def test_averages_in_host_memory_have_the_same_numbers(tmp_path: Path) -> None:
+    with_weights, on_host = (ShardedEMA(weights(0.0), decay=(0.5, 0.9), device=device) for device in (None, "cpu"))
+    for updates in range(20, 25):
+        for ema in (with_weights, on_host):
+            ema.update(weights(float(updates)), updates=updates)
+    assert values(on_host) == values(with_weights)
+    assert on_host.load(saved(tmp_path, with_weights).pieces, weights(7.0), saved=[0.5, 0.9]) == []
+    assert values(on_host) == values(with_weights)
+    elsewhere = {"a": Fragment(0, torch.zeros(2, device="meta"))}
+    assert {average["a"].values.device.type for average in ShardedEMA(elsewhere, decay=(0.5, 0.9)).averages} == {"meta"}
+
+
+def test_averages_are_copies() -> None:
+    given = weights(1.0)
+    ema = ShardedEMA(given, decay=0.5, device="cpu")
+    given["a"].values.fill_(5.0)
+    assert values(ema) == [1.0]
