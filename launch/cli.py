@@ -14,7 +14,8 @@ import typer
 
 from launch.commands.bench import bench
 from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
-from launch.commands.model import demo, export, launch, plan, recipes, sample, train
+from launch.commands.launch import launch
+from launch.commands.model import demo, export, plan, recipes, sample, train
 from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 

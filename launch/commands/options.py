@@ -10,3 +10,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print only one JSON object o
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors and all warnings of other libraries.")]
 ConfigArgument = Annotated[list[str], typer.Argument(metavar="CONFIG|KEY=VALUE", help="A YAML file or a recipe, and overrides.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Number of processes; does not affect the result. Default: one per core.")]
+Replan = Annotated[
+    bool,
+    typer.Option(
+        "--replan",
+        help="Resume with a new plan if corpora, batch or other inputs of the plan have changed; keeps weights, averages, step and "
+        "learning rate.",
+    ),
+]
