@@ -36,7 +36,7 @@ app.add_typer(bench, name="bench")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `tim`; returns the exit code, or raises SystemExit with it (see `launch.console`). Usage errors are also reported in one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv)) or ["--help"]
     if "--debug" in arguments:
         show_all_warnings()
     else:
@@ -49,6 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = getattr(error, "format_message", error.__str__)().rstrip(".")
         with session(as_json="--json" in arguments, debug="--debug" in arguments):
             raise ValueError(f"{message} (see `{command} --help`)") from error
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    """Drop the first argument that the `deepspeed` launcher adds: LOCAL_RANK has it too."""
+    return arguments[1:] if arguments and arguments[0].startswith(("--local_rank=", "--local-rank=")) else arguments
 
 
 if __name__ == "__main__":

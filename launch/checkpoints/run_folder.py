@@ -20,7 +20,7 @@ from pipeline.storage.atomic import publish_text, remove_temporary_files
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
-BEFORE_CONFIG = {LOCK, "ranks", "stacks"}  # written before config.yaml, and left by a start that was killed
+BEFORE_CONFIG = {LOCK, "ranks", "stacks", "slurm"}  # written before config.yaml, and left by a start that was killed
 DRAWS = (
     "text.caption_dropout",
     "text.caption_weights",

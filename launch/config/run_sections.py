@@ -117,6 +117,32 @@ class TrainConfig(Section):
         return self.zero >= 2
 
 
+class ClusterConfig(Section):
+    """Where `tim launch --slurm` and `tim launch --k8s` run a job, and what it needs there."""
+
+    partition: str | None = None
+    """Slurm partition."""
+    account: str | None = None
+    """Slurm account."""
+    time: str | None = None
+    """Slurm's time limit, such as `24:00:00` or `2-00:00:00`. The job saves before and is queued again."""
+    gres: str | None = "gpu:{n}"
+    """Slurm's generic resources of a node, `{n}`: number of processes; null: none. With `--k8s`, null requests no GPU."""
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    """CPU cores of a node; null: `loader.workers` + 2 for each process."""
+    options: tuple[str, ...] = ()
+    """More options of sbatch, such as `--qos=high` or `--array=1-4%1`."""
+    setup: tuple[str, ...] = ()
+    """Shell lines to run before the training, with Slurm and on the hosts of `--hostfile`: `module load cuda`."""
+    env: dict[str, str] = Field(default={})
+    """Environment variables of the training, with `--slurm`, `--k8s` and `--hostfile`."""
+    container: str | None = None
+    """Container image: a `.sif` file for apptainer, or an image for Slurm's pyxis or for Kubernetes. It must have `tim`."""
+    mounts: tuple[Annotated[str, Field(pattern=r"^[^:\s]+:/[^:\s]*$")], ...] = ()
+    """What the container sees, as SOURCE:/TARGET. SOURCE is a folder, or for Kubernetes the name of a PersistentVolumeClaim. Kubernetes
+    starts the training in the first TARGET."""
+
+
 class CheckpointConfig(Section):
     every: int = Field(default=500, ge=1)
     """Steps between checkpoints; another one is written at the end."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from launch.config import yaml_file
 from launch.config.data_sections import CodecConfig, CorpusConfig, LoaderConfig, TextConfig, as_corpora
 from launch.config.model_sections import NetworkConfig, ObjectiveConfig, SamplingConfig
-from launch.config.run_sections import CheckpointConfig, LogConfig, TrainConfig
+from launch.config.run_sections import CheckpointConfig, ClusterConfig, LogConfig, TrainConfig
 from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict, ConfigError
 from pipeline.planning.config import PlanConfig
@@ -42,6 +42,7 @@ class Config(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _scheduled_shares_fit(self) -> Config:

@@ -40,10 +40,12 @@ class Supervisor:
     nccl: Path | None = None
     stopping: bool = False  # a signal asked the job to stop
     exit_code: int = 0
+    machines: int = 1
 
     _pids: dict[int, int] = field(default_factory=dict)
     _attempt: int = -1
     _started: float = 0.0  # Unix time
+    _is_between: bool = True  # before the first attempt, or between two
     _ends: dict[int, End] = field(default_factory=dict)
     _failed_at: float | None = None
     _killed: set[int] = field(default_factory=set)  # ranks killed by the supervisor
@@ -51,6 +53,11 @@ class Supervisor:
     _ages: Ages = field(default_factory=Ages)
     _checked_at: float = 0.0
     _suspected_at: float | None = None
+
+    @property
+    def waits_for_machines(self) -> bool:
+        """Whether other machines must join before ranks start."""
+        return self.machines > 1 and self._is_between
 
     def watch(self, pids: Mapping[int, int]) -> bool:
         """Look at the processes of this machine's ranks. Returns False once all have ended, which is soon after one has failed."""
@@ -86,11 +93,13 @@ class Supervisor:
                 say(line)
         if self.stopping or self.exit_code in SILENT or self._attempt >= self.max_restarts:
             return False
+        self._is_between = True
         say(f"starting all ranks again from {self._newest()} (restart {self._attempt + 1} of {self.max_restarts})")
         return True
 
     def _begin(self, pids: Mapping[int, int]) -> None:
         """A new attempt."""
+        self._is_between = False
         self._pids, self._attempt, self._started = dict(pids), self._attempt + 1, time.time()
         self._ends, self._failed_at, self._killed, self._hanging = {}, None, set(), False
         self._ages, self._suspected_at = Ages(), None

@@ -22,6 +22,7 @@ from types import FrameType
 from unittest import mock
 
 from launch.distributed.heartbeat import LAUNCHER
+from launch.distributed.rendezvous import exit_on_signals, rendezvous_arguments, socket_environment
 from launch.distributed.signals import HANDLED
 from launch.distributed.stacks import nccl_environment
 from launch.distributed.supervisor import Supervisor
@@ -35,7 +36,7 @@ def launch(
     overrides: Sequence[str] = (),
     nproc_per_node: int,
     nnodes: int = 1,
-    node_rank: int = 0,
+    node_rank: int | None = None,
     rdzv_endpoint: str | None = None,
     options: Sequence[str] = (),
     max_restarts: int = 0,
@@ -46,7 +47,7 @@ def launch(
 
     Args:
         config: a YAML file or a recipe's name.
-        node_rank: index of this machine.
+        node_rank: index of this machine; None: torchrun numbers the machines.
         rdzv_endpoint: host:port of machine 0 for the rendezvous; required with more than one machine.
         options: options of `tim train`, placed before the config, e.g. `--debug`.
         max_restarts: how often to start all ranks again from the newest checkpoint after one died or hung.
@@ -66,8 +67,9 @@ def launch(
         options=options,
         max_restarts=max_restarts,
     )
+    os.environ.update(socket_environment(rdzv_endpoint, nnodes=nnodes))
     with _nccl_folder() as nccl:
-        supervisor = Supervisor(run_dir=run_dir, limits=hang_limits or {}, max_restarts=max_restarts, nccl=nccl)
+        supervisor = Supervisor(run_dir=run_dir, limits=hang_limits or {}, max_restarts=max_restarts, nccl=nccl, machines=nnodes)
         return _torchrun(arguments, processes=nproc_per_node, supervisor=supervisor)
 
 
@@ -109,7 +111,7 @@ def torchrun_arguments(
     overrides: Sequence[str],
     nproc_per_node: int,
     nnodes: int,
-    node_rank: int,
+    node_rank: int | None,
     rdzv_endpoint: str | None,
     options: Sequence[str] = (),
     max_restarts: int = 0,
@@ -117,17 +119,7 @@ def torchrun_arguments(
     """Arguments of torchrun. Raises ValueError for an invalid layout."""
     if nproc_per_node < 1 or nnodes < 1:
         raise ValueError(f"--nproc-per-node {nproc_per_node} --nnodes {nnodes}: both must be at least 1")
-    if not 0 <= node_rank < nnodes:
-        raise ValueError(f"--node-rank {node_rank}: must be between 0 and {nnodes - 1} with --nnodes {nnodes}")
-    if nnodes > 1 and not rdzv_endpoint:
-        raise ValueError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT, the machine of node rank 0 and a free port")
-    if nnodes == 1:
-        rendezvous = ["--standalone"]
-    else:
-        host, _, port = str(rdzv_endpoint).rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"--rdzv-endpoint {rdzv_endpoint}: give HOST:PORT")
-        rendezvous = ["--rdzv-backend=static", f"--master-addr={host}", f"--master-port={port}", f"--node-rank={node_rank}"]
+    rendezvous = rendezvous_arguments(rdzv_endpoint, nnodes=nnodes, node_rank=node_rank)
     restarts = [f"--max-restarts={max_restarts}"] * (max_restarts > 0)
     layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous, *restarts]
     return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
@@ -165,7 +157,8 @@ def _forwarded_signals(supervisor: Supervisor) -> Iterator[None]:
 
     previous = {number: signal.signal(number, forward) for number in HANDLED}
     try:
-        yield
+        with exit_on_signals(lambda: supervisor.waits_for_machines):
+            yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

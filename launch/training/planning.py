@@ -111,10 +111,16 @@ def check_ready(config: Config) -> Path:
         ValueError: run_dir, corpus or teacher weights are missing, a corpus is invalid, the codec is not available, or the plan is
             impossible.
     """
-    if config.run_dir is None:
-        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
+    run_dir = required_run_dir(config)
     check_models(config)
     make_planner(config)
+    return run_dir
+
+
+def required_run_dir(config: Config) -> Path:
+    """The run_dir. Raises ConfigError if none is given."""
+    if config.run_dir is None:
+        raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
     return config.run_dir
 
 

@@ -18,13 +18,13 @@ from launch.checkpoints.export import export
 from launch.checkpoints.resuming import find_checkpoint
 from launch.checkpoints.saving.background import BackgroundSaver
 from launch.checkpoints.saving.follow_ups import FollowUps
+from launch.clusters.requeue import requeue
 from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED
 from launch.distributed.heartbeat import HEARTBEAT, quiet_if_connection_lost, remove_states
 from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.self_watch import watched
 from launch.distributed.signals import Signals, catch_signals
-from launch.distributed.slurm import requeue
 from launch.distributed.torchrun import die_with_launcher
 from launch.guards import bad_samples
 from launch.training.build import build

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.clusters.requeue import requeue
 from launch.distributed.signals import Signals, catch_signals
-from launch.distributed.slurm import requeue
 from tests import REPOSITORY
 
 LOOP = """

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
+REQUEUE_FILE = "TIM_REQUEUE_FILE"  # environment variable: created to ask the job script for it, from a container without scontrol
 _SECONDS = 60
 
 
@@ -16,13 +18,25 @@ def requeue(number: int, *, log: Callable[[str], None]) -> None:
     The job script asks for it in time to save: `#SBATCH --signal=TERM@120 --requeue`. Does nothing outside a Slurm job. `log` prints a
     line about the outcome.
     """
-    job = os.environ.get("SLURM_JOB_ID")
+    job = _job()
     if job is None or number != signal.SIGTERM:
         return
     command = ["scontrol", "requeue", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
         problem = done.stderr.strip() if done.returncode else ""
+    except FileNotFoundError as error:
+        problem = str(error)
+        if REQUEUE_FILE in os.environ:
+            Path(os.environ[REQUEUE_FILE]).touch()
+            log(f"Slurm job {job}: the job script will requeue it")
+            return
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     log(f"warning: {' '.join(command)} failed ({problem}): submit the job again" if problem else f"requeued Slurm job {job}")
+
+
+def _job() -> str | None:
+    """Id of this job. The first task of an array has the array's id as its own: requeuing that would requeue every task."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")

@@ -1,0 +1,1 @@
+"""Jobs on several machines: hosts reached by ssh, Slurm, Kubernetes."""
