@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from pipeline.storage.shard_reader import ShardCache, ShardFacts, ShardReader
 if TYPE_CHECKING:
     from pipeline.corpus.corpus import Corpus
     from pipeline.planning.planner import Planner
+    from pipeline.planning.validation_plan import ValidationPlan
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Loader:
 
     def __init__(
         self,
-        planner: Planner,
+        planner: Planner | ValidationPlan,
         *,
         seed: int,
         rank: int = 0,
@@ -214,7 +215,7 @@ class Loader:
     def replan(self, state: dict[str, Any]) -> None:
         """Start this plan at the step at which another plan's `state` was taken (`Planner.replan`)."""
         self.close()
-        self._planner.replan(state)
+        cast("Planner", self._planner).replan(state)
         self._state = self._planner.state_dict()
 
     def close(self) -> None:
@@ -333,7 +334,9 @@ def _check_arguments(rank: int, world_size: int, *, workers: int, prefetch: int,
         raise ValueError(f"max_bad_fraction {max_bad_fraction} must be between 0 and 1, timeout {timeout} seconds above 0")
 
 
-def _pack_reader(planner: Planner, shards: ShardReader, *, geometry: dict[str, int], stochastic_codec: bool, teacher: bool) -> PackReader:
+def _pack_reader(
+    planner: Planner | ValidationPlan, shards: ShardReader, *, geometry: dict[str, int], stochastic_codec: bool, teacher: bool
+) -> PackReader:
     """A reader of images and captions, or of features in place of those that the corpora have features of."""
     features = planner.corpora[0].features
     parts = () if features is None else features.parts

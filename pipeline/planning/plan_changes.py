@@ -71,7 +71,7 @@ def _differences(identity: Sequence[Any], *, counts: Mapping[str, int], source: 
     if identity[1] != source.identity[1]:
         differences.append(_content_change(counts.get("samples"), after=source.corpus.count))
     before, after = (each[2] if len(each) > 2 else {} for each in (identity, source.identity))
-    settings = [key for key in ("weight", "repeats", "cap", "where") if before.get(key) != after.get(key)]
+    settings = [key for key in ("weight", "repeats", "cap", "where", "validation.share") if before.get(key) != after.get(key)]
     differences += [f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in settings]
     if before.get("exclude") != after.get("exclude"):
         differences.append(f"exclude had {counts.get('excluded', 'other') if 'exclude' in before else 'no'} keys and has {source.excluded}")

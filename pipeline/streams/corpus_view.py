@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.row_filter import Where
 from pipeline.corpus.sidecars import TAKEDOWN, provider
 from pipeline.cost import Ints
 from pipeline.errors import one_line
-from pipeline.randomness import Hashes, hash_ids
+from pipeline.randomness import Hashes, hash_ids, uniforms
 from pipeline.size_rule import LEFT_OUT_REASONS, SizeRule, Targets, target_sizes
 
 
@@ -32,6 +34,7 @@ class CorpusView:
         cap: at most this many samples per epoch, a different subset each time.
         where: use only rows that match this expression (`pipeline.corpus.row_filter`).
         exclude: a parquet file; rows with a key in its column `key` are left out.
+        validation_share: share of the samples, by hash of their ids, that is kept for validation and left out.
 
     Samples that a sidecar marks as taken down are left out, too. Raises ValueError, in one line, if `where` does not fit the corpus's
     columns, or if `exclude` is not such a file.
@@ -46,6 +49,7 @@ class CorpusView:
         cap: int | None = None,
         where: str | None = None,
         exclude: Path | None = None,
+        validation_share: float | None = None,
     ) -> None:
         if weight is not None and repeats != 1:
             raise ValueError(f"corpus {corpus.name}: weight and repeats both set how much of it is used: give one of them")
@@ -56,7 +60,9 @@ class CorpusView:
         self.cap = cap
         self._where = None if where is None else Where(where)
         self._excluded = None if exclude is None else _read_excluded(exclude, name=corpus.name)
-        self._columns = ("key",) * (exclude is not None)
+        self._validation_share = validation_share
+        self._is_held_out = False
+        self._columns = ("key",) * (exclude is not None or validation_share is not None)
         if self._where is not None:
             try:
                 self._where.check(corpus.schema)
@@ -72,6 +78,7 @@ class CorpusView:
             settings["exclude"] = hashlib.sha256(self._excluded.tobytes()).hexdigest()
         self.identity: list[Any] = [corpus.name, corpus.digest]
         """Everything that a plan depends on, JSON-serialisable."""
+        settings["validation.share"] = validation_share
         used_sidecars = {sidecar.name: sidecar.digest for name in self._columns if (sidecar := provider(corpus.sidecars, name)) is not None}
         settings["sidecars"] = used_sidecars or None
         if used := {key: value for key, value in settings.items() if value is not None}:
@@ -81,6 +88,12 @@ class CorpusView:
     def excluded(self) -> int:
         """Number of keys in its `exclude` file."""
         return 0 if self._excluded is None else len(self._excluded)
+
+    def held_out(self) -> CorpusView:
+        """The samples that `validation_share` leaves out, as a view of its own."""
+        view = copy.copy(self)
+        view._is_held_out = True
+        return view
 
     def count_takedowns(self) -> int:
         """Number of samples marked as taken down. Reads the marks of all shards. Raises ValueError if a table cannot be read."""
@@ -102,11 +115,20 @@ class CorpusView:
         if self._has_takedowns:
             marked = pc.fill_null(table.column(TAKEDOWN), False).to_numpy()
             left_out = np.where(marked, LEFT_OUT_REASONS.index("takedown"), left_out)
+        if self._validation_share is not None:
+            is_held_out = validation_draws(self.hashes(table.column("key").to_pylist())) < self._validation_share
+            other_part = (is_held_out != self._is_held_out) & (left_out == 0)
+            left_out = np.where(other_part, LEFT_OUT_REASONS.index("validation"), left_out)
         return table, replace(targets, left_out=left_out)
 
     def hashes(self, keys: Sequence[str]) -> Hashes:
         """Hashes of the ids of samples with these keys."""
         return hash_ids([f"{self.name}/{key}" for key in keys])
+
+
+def validation_draws(ids: Hashes) -> NDArray[np.float64]:
+    """(n,) a number in (0, 1) for each sample id, by which samples are kept for validation. The same in every run."""
+    return uniforms(0, "validation", visits=0, ids=ids)
 
 
 def integers(table: pa.Table, column: str) -> Ints:

@@ -171,6 +171,10 @@ class Mixture:
             return None, kept
         return SampleTable.join(parts).take(np.argsort(np.concatenate(indices))), kept
 
+    def kept(self, shard: int) -> SampleTable:
+        """The samples that the size rule keeps in one of `shards` (`SampleStream.kept`)."""
+        return self._streams[self.shards[shard].corpus].kept(self.shards[shard].shard)
+
     def change(self, *, shares: Sequence[int], rule: SizeRule) -> None:
         """Change the shares, counted from here, and the size rule."""
         self.load_state_dict([{**source, "mixed": 0} for source in self.state_dict()])

@@ -148,6 +148,10 @@ class SampleStream:
         kept = np.append(samples.row, -1)[index] == rows
         return self._draw(samples.take(index[kept]), visits=visits[kept]), kept
 
+    def kept(self, shard: int) -> SampleTable:
+        """The samples of a shard that the size rule keeps, in tar order: with their first captions, and no other draws."""
+        return self._shard(shard)[0]
+
     def _next_window(self) -> None:
         at = self.position
         if at.window + 1 < self._windows and at.taken != self._cap:
