@@ -16,16 +16,8 @@ from numpy.typing import ArrayLike
 from pipeline.cost import Ints
 
 KEPT = ""
-LEFT_OUT_REASONS = (
-    KEPT,
-    "aspect",
-    "too-small",
-    "no-size",
-    "where",
-    "exclude",
-    "takedown",
-    "validation",
-)  # position = code in `Targets.left_out`
+# The position is the code in `Targets.left_out`.
+LEFT_OUT_REASONS = (KEPT, "aspect", "too-small", "no-size", "where", "exclude", "takedown", "validation")
 
 
 Fit = Literal["crop", "squash"]

@@ -100,14 +100,14 @@ def test_images_have_their_first_caption_and_are_not_mirrored(large: Corpus) -> 
 
 
 def test_a_split_of_nothing_is_an_error(large: Corpus) -> None:
-    with pytest.raises(ValueError, match="none of the 120 samples of corpus is selected: raise validation.share"):
+    with pytest.raises(ValueError, match=r"none of the 120 samples of corpus is selected: raise validation\.share"):
         validation(CorpusView(large, validation_share=1e-6))
 
 
 def test_another_share_is_another_plan_and_none_is_the_plan_of_before(large: Corpus) -> None:
     before = Planner([large], plan=PLAN, seed=7, width=64, diffusion_share=0.5, consistency_share=0.1).state_dict()
     assert planner(large, None).changes_since(before) == []
-    with pytest.raises(PlanChangedError, match=r"corpus corpus: validation.share was None and is 0.2"):
+    with pytest.raises(PlanChangedError, match=r"corpus corpus: validation\.share was None and is 0.2"):
         planner(large, 0.2).load_state_dict(before)
     assert [str(change) for change in planner(large, 0.3).changes_since(planner(large, 0.2).state_dict())] == [
         "corpus corpus: validation.share was 0.2 and is 0.3"
