@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from launch.config.section import Section, Share
 from launch.config.yaml_file import ConfigConflict
@@ -49,6 +49,27 @@ def as_corpora(value: Any) -> Any:
     """Expand the short form `corpus: PATH` to a list with one entry."""
     items = value if isinstance(value, list) else [value]
     return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+class ValidationConfig(Section):
+    """Loss on images that are not trained on, at fixed times and noise. Give either `share` or `corpus`."""
+
+    share: float | None = Field(default=None, gt=0, lt=1)
+    """Share of each corpus that is never trained on, by hash of the sample ids: the same images in every run."""
+    corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(as_corpora)] = ()
+    """Other corpora, in the form of `corpus`, without weight, repeats and cap."""
+    every: int = Field(default=500, ge=1)
+    """Steps between validations; another one is at the end."""
+    images: int = Field(default=512, ge=1)
+    """Use at most this many images, always the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ValidationConfig:
+        if (self.share is None) == (not self.corpus):
+            raise ConfigConflict("share", "give either the share of the corpus, or validation.corpus")
+        if any((each.weight, each.repeats, each.cap) != (None, 1, None) for each in self.corpus):
+            raise ConfigConflict("corpus", "weight, repeats and cap have no effect here: leave them out")
+        return self
 
 
 class CodecConfig(Section):

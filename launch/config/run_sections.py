@@ -15,8 +15,15 @@ from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-StepSection = Literal["start", "data", "compute", "collective", "save"]
-HANG_LIMITS: Mapping[StepSection, float] = {"start": 3600, "data": 1800, "compute": 1800, "collective": 1800, "save": 3600}  # seconds
+StepSection = Literal["start", "data", "compute", "collective", "save", "validate"]
+HANG_LIMITS: Mapping[StepSection, float] = {  # seconds
+    "start": 3600,
+    "data": 1800,
+    "compute": 1800,
+    "collective": 1800,
+    "save": 3600,
+    "validate": 3600,
+}
 
 
 class TrainConfig(Section):
@@ -75,7 +82,7 @@ class TrainConfig(Section):
     """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
     hang_timeout: Annotated[float, Field(ge=0)] | dict[StepSection, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Seconds that a rank may spend in one section of a step before it counts as hung and the job ends: one number for all sections, or
-    numbers by section. Sections not given: start and save 3600, data, compute and collective 1800. 0: no limit."""
+    numbers by section. Sections not given: start, save and validate 3600, data, compute and collective 1800. 0: no limit."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:

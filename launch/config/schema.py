@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from launch.config import yaml_file
-from launch.config.data_sections import CodecConfig, CorpusConfig, LoaderConfig, TextConfig, as_corpora
+from launch.config.data_sections import CodecConfig, CorpusConfig, LoaderConfig, TextConfig, ValidationConfig, as_corpora
 from launch.config.model_sections import NetworkConfig, ObjectiveConfig, SamplingConfig
 from launch.config.run_sections import CheckpointConfig, ClusterConfig, LogConfig, TrainConfig
 from launch.config.section import Section
@@ -41,6 +41,7 @@ class Config(Section):
     sampling: SamplingConfig = SamplingConfig()
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig | None = None
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -33,6 +33,7 @@ SECTIONS = {
     "compute": "in forward, backward and update",
     "collective": "waiting for the other ranks",
     "save": "saving",
+    "validate": "measuring the validation loss",
 }
 DUMP_SIGNAL = signal.SIGUSR2
 _FILE_BYTES = 4096

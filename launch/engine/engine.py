@@ -7,10 +7,12 @@ and divided by the step's planned image count, so they do not depend on how imag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from launch.checkpoints.tensor_fragments import Fragment
@@ -118,6 +120,35 @@ class Engine:
             pieces("weights").read_into({name: share.of(share.weights) for name, share in self._held.items()})
         self._moments.load(pieces, self._held, updates=updates)
         self.updates = updates
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Fragment]) -> Iterator[None]:
+        """Exchange the network's weights for others, such as an average, and back at the end. Must be called by all ranks.
+
+        weights: with the layout of `fragments`. They hold the network's own weights meanwhile, so that no memory is needed. After an error
+        nothing is exchanged back, because the other ranks could not follow.
+        """
+        self._exchange(weights)
+        yield
+        self._exchange(weights)
+
+    @torch.no_grad()
+    def _exchange(self, weights: Mapping[str, Fragment]) -> None:
+        with weights_replaced(self._engine, stage=self.stage):
+            for name, own in self.fragments().items():
+                kept = own.values.clone()
+                own.values.copy_(weights[name].values)
+                weights[name].values.copy_(kept)
+            if not self.stage:
+                self._share_owned()
+
+    def _share_owned(self) -> None:
+        """Copy each parameter of ZeRO 0 from the rank that owns it to the others."""
+        for name, share in self._held.items():
+            values = share.of(share.weights).values
+            if name not in self._owned:
+                values.zero_()
+            self.ranks.total(values)
 
     def _shares(self) -> tuple[dict[str, Share], dict[str, Share]]:
         """Shares of the parameters that this rank holds, and those that it saves and averages. They differ under ZeRO 0 only."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,12 @@ from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
 from launch.training.frozen_models import FrozenModels
+from launch.training.measuring.validation import Stage, Validation
+from launch.training.planning import make_validation_plan
 from pipeline.loading.feature_reader import empty_text
 from pipeline.loading.loader import Loader
 from pipeline.planning.planner import Planner
+from pipeline.planning.validation_plan import ValidationPlan
 from pipeline.storage.shard_cache import ShardCache
 from tim import TransitionObjective, TransitionTransformer, alignment, codecs, transports
 from tim.attention.dispatch import AttentionRequirements, choose_backend
@@ -43,6 +47,7 @@ class Parts:
     ema: ShardedEMA
     parameters: int
     history: History
+    validation: Validation | None = None
 
 
 def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> Parts:
@@ -66,7 +71,8 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         teacher = ranks.run_on_all_ranks(lambda: make_teacher(chosen, width=params.z_dim, device=device, precision=config.train.precision))
 
     # data
-    loader = make_loader(config, planner, ranks=ranks, geometry=geometry, stochastic_codec=codec is not None and codec.is_stochastic)
+    reading = {"ranks": ranks, "geometry": geometry, "stochastic_codec": codec is not None and codec.is_stochastic}
+    loader = make_loader(config, planner, **reading)
     cleanup.callback(loader.close)
 
     # network and optimizer
@@ -88,7 +94,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     engine = make_engine(config.train, network, ranks=ranks)
     cleanup.callback(engine.close)
 
-    return Parts(
+    parts = Parts(
         planner=planner,
         loader=loader,
         frozen=frozen,
@@ -98,6 +104,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         parameters=parameters,
         history=history,
     )
+    return replace(parts, validation=make_validation(config, parts, ranks=ranks, reading=reading, cleanup=cleanup))
 
 
 def make_codec(section: CodecConfig, *, device: torch.device) -> Codec:
@@ -147,18 +154,46 @@ def make_objective(config: Config, *, pixels_per_cell: int, ranks: Ranks) -> Tra
     )
 
 
-def make_loader(config: Config, planner: Planner, *, ranks: Ranks, geometry: codecs.Geometry, stochastic_codec: bool) -> Loader:
-    section = config.loader
+def make_validation(config: Config, parts: Parts, *, ranks: Ranks, reading: Mapping[str, Any], cleanup: ExitStack) -> Validation | None:
+    """reading: further arguments of `make_loader`. Raises ValueError if there are no images to validate on."""
+    if config.validation is None:
+        return None
+    plan, kinds = config.plan, (config.objective.diffusion_share, config.objective.consistency_share)
+
+    def stage_at(step: int) -> Stage:
+        diffusion, consistency = plan.kind_shares_at(step, first=kinds)
+        return Stage(plan.at(step).max_tokens, shares=(diffusion, consistency, max(0.0, 1 - diffusion - consistency)))
+
+    validation = Validation(
+        config.validation,
+        stage_at=stage_at,
+        plan_at=lambda step: make_validation_plan(config, parts.planner, step=step, ranks=ranks.size),
+        make_loader=lambda images: make_loader(config, images, **reading),
+        frozen=parts.frozen,
+        objective=parts.objective,
+        engine=parts.engine,
+        ema=parts.ema,
+        ranks=ranks,
+    )
+    cleanup.callback(validation.close)
+    return validation
+
+
+def make_loader(
+    config: Config, planner: Planner | ValidationPlan, *, ranks: Ranks, geometry: codecs.Geometry, stochastic_codec: bool
+) -> Loader:
+    """The loader of training steps, or that of a validation: its draws do not depend on the run's seed, and it needs no teacher."""
+    section, trains = config.loader, isinstance(planner, Planner)
     return Loader(
         planner,
-        seed=config.seed,
+        seed=config.seed if trains else 0,
         rank=ranks.rank,
         world_size=ranks.size,
         lockstep=config.train.lockstep,
         channels=geometry.channels,
         factor=geometry.factor,
         stochastic_codec=stochastic_codec,
-        teacher=config.objective.alignment is not None,
+        teacher=trains and config.objective.alignment is not None,
         cache=make_cache(section),
         device=ranks.device,
         **section.model_dump(include={"workers", "prefetch", "max_bad_fraction", "on_bad_shard", "verify", "timeout"}),

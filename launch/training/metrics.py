@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoints.run_folder import METRICS
+from launch.training.measuring.validation import in_words
 from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
@@ -190,6 +191,7 @@ class ProgressLine:
         self._quiet = quiet
         self._started = time.monotonic()
         self._first = done
+        self._validation = ""  # the last one, in words
         self._live = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -214,7 +216,8 @@ class ProgressLine:
         figures = None
         if row:
             speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
-            figures = f"loss {row['loss']:.4f} · {speed} · fill {row['fill']:.1%}"
+            self._validation = in_words(row) or self._validation
+            figures = " · ".join(filter(None, [f"loss {row['loss']:.4f}", self._validation, speed, f"fill {row['fill']:.1%}"]))
         if self._live:
             self._live.update(self._task, completed=step, description=figures)
         elif figures and not self._quiet and (time.monotonic() - self._last >= SECONDS_BETWEEN_LINES or step == self._steps):

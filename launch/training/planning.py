@@ -10,12 +10,14 @@ from typing import Any
 import pyarrow.compute as pc
 
 from launch.arguments import one_config, split_overrides
+from launch.config.data_sections import CorpusConfig
 from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
 from launch.training.checks import check_features, check_models
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.tags import TagShuffle
 from pipeline.planning.planner import PlanConfig, Planner
+from pipeline.planning.validation_plan import ValidationPlan
 from pipeline.storage.remote import is_remote
 from pipeline.streams.corpus_view import CorpusView
 from pipeline.streams.size_only_corpus import read_sizes
@@ -29,28 +31,9 @@ def make_planner(config: Config) -> Planner:
     """
     if not config.corpus:
         raise ConfigError("corpus: missing; give it in the file, or as corpus=PATH on the command line")
-    check_shards = config.loader.on_bad_shard == "error"
-    sources = [
-        CorpusView(
-            Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
-            weight=entry.weight,
-            repeats=entry.repeats,
-            cap=entry.cap,
-            where=entry.where,
-            exclude=entry.exclude,
-        )
-        for entry in config.corpus
-    ]
-    corpora = [source.corpus for source in sources]
-    _check_cache(config, corpora)
-    for corpus in corpora:
-        if corpus.features is not None:
-            check_features(corpus.features, config)
-    if config.network.params.num_classes is not None:
-        for corpus in corpora:
-            _check_classes(corpus, classes=config.network.params.num_classes)
+    share = None if config.validation is None else config.validation.share
     return Planner(
-        sources,
+        _open_corpora(config, config.corpus, validation_share=share),
         plan=config.plan,
         seed=config.seed,
         width=config.network.params.hidden_size,
@@ -60,6 +43,25 @@ def make_planner(config: Config) -> Planner:
         caption_weights=config.text.caption_weights,
         shuffle_tags=TagShuffle(**tags.model_dump()) if (tags := config.text.shuffle_tags) else None,
     )
+
+
+def make_validation_plan(config: Config, planner: Planner, *, step: int = 0, ranks: int = 1) -> ValidationPlan:
+    """The held-out images of the planner's corpora, or those of `validation.corpus`, at the sizes that step `step` trains.
+
+    Raises ValueError if there are none, or if a corpus is invalid or has other features than the planner's.
+    """
+    section = config.validation
+    assert section is not None
+    sources = [source.held_out() for source in planner.sources]
+    if section.corpus:
+        sources = _open_corpora(config, section.corpus)
+        corpora = planner.corpora[0], *(source.corpus for source in sources)
+        needed, *others = (set(corpus.features.parts) if corpus.features else set() for corpus in corpora)
+        if any(other != needed for other in others):
+            kind = f"features with {', '.join(sorted(needed))}" if needed else "no features"
+            raise ConfigError(f"validation.corpus: needs {kind}, as the corpus that is trained on")
+    plan, width = planner.plan.at(step), config.network.params.hidden_size
+    return ValidationPlan(sources, plan=plan, width=width, images=section.images, ranks=ranks)
 
 
 def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
@@ -108,12 +110,14 @@ def check_ready(config: Config) -> Path:
     """Validate once before training processes are started. Returns the run_dir.
 
     Raises:
-        ValueError: run_dir, corpus or teacher weights are missing, a corpus is invalid, the codec is not available, or the plan is
-            impossible.
+        ValueError: run_dir, corpus or teacher weights are missing, a corpus is invalid, the codec is not available, the plan is
+            impossible, or there is nothing to validate on.
     """
     run_dir = required_run_dir(config)
     check_models(config)
-    make_planner(config)
+    planner = make_planner(config)
+    if config.validation is not None:
+        make_validation_plan(config, planner)
     return run_dir
 
 
@@ -122,6 +126,32 @@ def required_run_dir(config: Config) -> Path:
     if config.run_dir is None:
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
     return config.run_dir
+
+
+def _open_corpora(config: Config, entries: Sequence[CorpusConfig], *, validation_share: float | None = None) -> list[CorpusView]:
+    """Open and check corpora. Raises ValueError if one is invalid or lacks the required classes or features."""
+    check_shards = config.loader.on_bad_shard == "error"
+    sources = [
+        CorpusView(
+            Corpus.open(entry.path, name=entry.name, features=entry.features, check_shards=check_shards),
+            weight=entry.weight,
+            repeats=entry.repeats,
+            cap=entry.cap,
+            where=entry.where,
+            exclude=entry.exclude,
+            validation_share=validation_share,
+        )
+        for entry in entries
+    ]
+    corpora = [source.corpus for source in sources]
+    _check_cache(config, corpora)
+    for corpus in corpora:
+        if corpus.features is not None:
+            check_features(corpus.features, config)
+    if config.network.params.num_classes is not None:
+        for corpus in corpora:
+            _check_classes(corpus, classes=config.network.params.num_classes)
+    return sources
 
 
 def _step_folder(path: Path) -> Path:

@@ -133,8 +133,9 @@ def _take_steps(
     while trainer.step < config.train.steps and not requests.stop:
         measure = trainer.take_step()
         last = trainer.step == config.train.steps
-        if last or trainer.step % config.log.every == 0:
-            row = trainer.meter.row(trainer.step, measure)
+        validated = trainer.validate(last=last)
+        if last or validated or trainer.step % config.log.every == 0:
+            row = {**trainer.meter.row(trainer.step, measure), **validated}
             if writer:
                 writer.write(row)
         progress.show(trainer.step, row)

@@ -21,6 +21,7 @@ from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
 from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
+from launch.training.measuring.validation import in_words
 from launch.training.metrics import Meter, StepMeasure
 from launch.training.step_losses import StepLosses, Sums
 from pipeline.bounded_counter import listed
@@ -225,6 +226,16 @@ class Trainer:
             return None
         unconditional = self.parts.frozen.no_condition(images)
         return Guide(self.guidance_network, unconditional, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
+
+    def validate(self, *, last: bool) -> dict[str, Any]:
+        """Validation losses for the metrics, if a validation is due; {} otherwise. last: whether the run ends with this step."""
+        validation = self.parts.validation
+        if validation is None or not validation.is_due(self.step, last=last):
+            return {}
+        columns = validation.measure(self.step)
+        self.log(f"step {self.step} · {in_words(columns)} · {columns['validation_images']} images")
+        self.meter.pause()
+        return columns
 
     def save(self, saver: BackgroundSaver) -> None:
         """Start to write a checkpoint of this step."""

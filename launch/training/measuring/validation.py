@@ -1,0 +1,155 @@
+"""Loss on images that are not trained on, for the weights and for their average.
+
+Every image is measured once for each kind that is trained (r = t, r = 0, r < t), at times and noise that depend on its id alone. Losses
+are the unweighted errors that `loss` in the metrics is the mean of, without guidance in the target. Per-image errors are summed in float64,
+so that the means are the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from launch.config.data_sections import ValidationConfig
+from launch.distributed.heartbeat import HEARTBEAT
+from launch.distributed.ranks import Ranks
+from launch.engine.ema import ShardedEMA
+from launch.engine.engine import Engine
+from launch.training.frozen_models import FrozenModels
+from launch.training.measuring.bins import SIZES, size_bins, size_columns
+from pipeline.cost import DIFFUSION, KIND_NAMES
+from pipeline.loading.loader import Batch, Loader
+from pipeline.planning.validation_plan import ValidationPlan
+from tim.objective import TransitionObjective
+
+Columns = dict[str, float | None]
+
+
+class Stage(NamedTuple):
+    """What a validation needs to know of the plan at a step. shares: of images by kind; max_tokens: of an image."""
+
+    max_tokens: int
+    shares: tuple[float, ...]
+
+
+class Validation:
+    """The validation of a run. Every method but `is_due` must be called by all ranks.
+
+    Args:
+        section: of the configuration.
+        stage_at: the plan's stage at a step.
+        plan_at: the images at a step; those of one stage are opened once.
+        make_loader: opens a loader of the images.
+    """
+
+    def __init__(
+        self,
+        section: ValidationConfig,
+        *,
+        stage_at: Callable[[int], Stage],
+        plan_at: Callable[[int], ValidationPlan],
+        make_loader: Callable[[ValidationPlan], Loader],
+        frozen: FrozenModels,
+        objective: TransitionObjective,
+        engine: Engine,
+        ema: ShardedEMA,
+        ranks: Ranks,
+    ) -> None:
+        self._section = section
+        self._stage_at, self._plan_at, self._make_loader = stage_at, plan_at, make_loader
+        self._frozen, self._engine, self._ema, self._ranks = frozen, engine, ema, ranks
+        self._objective = objective
+        self._without_derivative = copy.copy(objective)  # for r = t: no rank has anything to differentiate
+        self._without_derivative.equal_forwards = False
+        self._open: dict[int, tuple[ValidationPlan, Loader]] = {}
+        self._images_at(0)
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        return last or step % self._section.every == 0
+
+    @torch.no_grad()
+    def measure(self, step: int) -> Columns:
+        """Columns for the metrics of a step that has been taken."""
+        HEARTBEAT.section("validate")
+        stage = self._stage_at(step - 1)
+        plan, loader = self._images_at(step - 1)
+        columns = self._columns(plan, loader, shares=stage.shares, suffix="")
+        with self._engine.holding(self._ema.average):
+            columns |= self._columns(plan, loader, shares=stage.shares, suffix="_ema")
+        return columns
+
+    def close(self) -> None:
+        for _, loader in self._open.values():
+            loader.close()
+
+    def _images_at(self, step: int) -> tuple[ValidationPlan, Loader]:
+        key = self._stage_at(step).max_tokens
+        if key not in self._open:
+            plan = self._ranks.run_on_all_ranks(lambda: self._plan_at(step))
+            self._open[key] = plan, self._make_loader(plan)
+        return self._open[key]
+
+    def _columns(self, plan: ValidationPlan, loader: Loader, *, shares: tuple[float, ...], suffix: str) -> Columns:
+        """Mean losses of the present weights: of all kinds in their shares, by kind, and of all kinds by size."""
+        used = {kind: share for kind, share in enumerate(shares) if share > 0}
+        sums, counts = self._sums(plan, loader, kinds=tuple(used))
+        images = max(1.0, float(counts.sum()))
+        by_kind = {kind: float(of_kind.sum()) / images for kind, of_kind in zip(used, sums, strict=True)}
+        mixed = np.tensordot(np.array([*used.values()]), sums, axes=1)
+        columns = {
+            "validation_loss": float(mixed.sum()) / images,
+            **{f"validation_loss_{KIND_NAMES[kind]}": loss for kind, loss in by_kind.items()},
+            **size_columns(mixed, counts, prefix="validation_loss_tokens"),
+        }
+        named = {f"{name}{suffix}": loss if math.isfinite(loss) else None for name, loss in columns.items()}
+        return named if suffix else {"validation_images": round(images), **named}
+
+    def _sums(self, plan: ValidationPlan, loader: Loader, *, kinds: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Sums of errors over all ranks, (kinds, sizes), and numbers of images, (sizes,)."""
+        total = np.zeros((len(kinds) + 1, SIZES))
+        loader.load_state_dict({"step": 0})
+        steps = iter(loader)
+        for _ in range(plan.steps):
+            HEARTBEAT.section("validate")
+            for batch in next(steps).batches:
+                HEARTBEAT.section("validate", keys=batch.ids)
+                total += self._of_pack(batch, kinds=kinds)
+        loader.close()
+        summed = self._ranks.sum(torch.from_numpy(total)).numpy()
+        return summed[:-1], summed[-1]
+
+    def _of_pack(self, batch: Batch, *, kinds: tuple[int, ...]) -> NDArray[np.float64]:
+        """(kinds + 1, sizes) sums of errors by kind, then the number of images."""
+        latents, condition = self._frozen.latents(batch), self._frozen.condition(batch)
+        errors = [
+            (self._without_derivative if kind == DIFFUSION else self._objective)(
+                self._engine,
+                latents,
+                condition,
+                noise=batch.noise,
+                kinds=torch.full_like(batch.kinds, kind),
+                uniforms=batch.uniforms,
+                weights=batch.weights,
+                derivative_network=self._engine.module,
+            ).raw
+            for kind in kinds
+        ]
+        real = batch.weights.numpy() > 0
+        cells = self._objective.patch_size**2
+        sizes = size_bins([noise.shape[-2] * noise.shape[-1] // cells for noise in batch.noise])[real]
+        values = [*torch.stack(errors).cpu().double().numpy()[:, real], np.ones(len(sizes))]
+        return np.stack([np.bincount(sizes, weights=each, minlength=SIZES) for each in values])
+
+
+def in_words(row: Mapping[str, object]) -> str:
+    """The validation losses of a row of the metrics, for a progress line; "" without them."""
+    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
+    if not isinstance(loss, float):
+        return ""
+    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")
