@@ -30,8 +30,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ShardRef:
-    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, and the paths of the tar, of the
-    file with texts and JSON, and of the features ("" if there are none)."""
+    """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the paths of the tar, of the
+    file with texts and JSON, and of the features ("" if there are none), and the loss weight of the corpus."""
 
     corpus: int
     shard: int
@@ -39,6 +39,7 @@ class ShardRef:
     tar: str
     texts: str
     features_tar: str = ""
+    loss_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ class PlannedSample:
     flip: bool
     visit: int  # number of times this sample was planned before
     cost: float
+    loss_weight: float = 1.0  # of its corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class StepTable:
             flip=bool(columns.flip[row]),
             visit=int(columns.visit[row]),
             cost=float(self.costs[row]),
+            loss_weight=shard.loss_weight,
         )
 
 

@@ -85,9 +85,10 @@ def restore_plan(
     """
     data, past = state["data"], History.from_json(state.get("history", {}))
     changes = planner.changes_since(data)
+    weights = [f"changed since the checkpoint: {change}" for change in planner.loss_weights_since(data)]
     if not changes:
         target.load_state_dict(data)
-        return past, ["--replan: no effect, the inputs of the plan have not changed"] * replan
+        return past, weights + ["--replan: no effect, the inputs of the plan have not changed"] * replan
     step = data["step"]
     descriptions = [_describe_change(change, config=config) for change in changes]
     is_recorded = any(each.step == step and each.plan_hash == planner.plan_hash for each in recorded.replans)
@@ -98,7 +99,7 @@ def restore_plan(
         raise ConfigError(f"the plan of {folder} differs: {'; '.join(descriptions)}: {remedy}")
     target.replan(data)
     history = past.with_replan(Replan(step=step, plan_hash=planner.plan_hash, changes=tuple(descriptions)))
-    notes = [str(history.replans[-1])]
+    notes = [*weights, str(history.replans[-1])]
     if is_recorded and replan:
         notes.append(f"--replan: no effect, the inputs of the plan have not changed since the replan at step {step}")
     return history, notes

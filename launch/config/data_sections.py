@@ -32,6 +32,9 @@ class CorpusConfig(Section):
     """Keep only images whose row in the corpus's tables satisfies this expression: 'clip >= 0.28 and width*height > 5e5'."""
     exclude: Annotated[Path, Field(strict=False)] | None = None
     """A parquet file; images whose key is in its column `key` are excluded."""
+    loss_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Factor of the loss of its images, such as 0.5 for regularisation images. Does not change which images a step has, and the sum of the
+    losses is still divided by their number. Can be changed when a run is resumed."""
 
     @model_validator(mode="after")
     def _check(self) -> CorpusConfig:

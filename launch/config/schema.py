@@ -25,7 +25,7 @@ __all__ = ["Config", "ConfigError", "TextConfig", "TrainConfig", "digest", "to_y
 
 class Config(Section):
     corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(as_corpora)] = ()
-    """A path, or a list of {path, name, features, weight, repeats, cap, where, exclude}."""
+    """A path, or a list of {path, name, features, weight, repeats, cap, where, exclude, loss_weight}."""
     run_dir: Path | None = None
     """Output folder; an existing run in it is resumed."""
     seed: int = Field(default=0, ge=0)

@@ -139,6 +139,7 @@ def _open_corpora(config: Config, entries: Sequence[CorpusConfig], *, validation
             cap=entry.cap,
             where=entry.where,
             exclude=entry.exclude,
+            loss_weight=entry.loss_weight,
             validation_share=validation_share,
         )
         for entry in entries

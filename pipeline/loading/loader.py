@@ -36,8 +36,9 @@ class Batch:
     """One pack of B images of different sizes in planned order, as pixels and captions or as features.
 
     `images` are uint8 (3, h, w), in memory (h, w, 3); `noise` float32 (C, h/factor, w/factor); `captions` are "" and `labels` (B,) int64
-    −1 if dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32, 0 for an
-    unreadable sample (replaced by a black image of one stride) and for the dummy of an empty pack, whose id is "". `tokens` is the
+    −1 if dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32 of
+    the losses: the corpus's `loss_weight`, 0 for an unreadable sample (replaced by a black image of one stride) and for the dummy of an
+    empty pack, whose id is "". `tokens` is the
     planned number.
 
     Cached features replace their inputs, all in float32: `latents`, shaped like `noise`, replace images (empty list); `texts`, (M, F)
@@ -272,7 +273,7 @@ class Loader:
             parts = self._on_device(flat).split([math.prod(shape) for shape in shapes])
             return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-        weights = torch.full((len(pack.sizes),), 1.0 if samples else 0.0)
+        weights = torch.tensor([sample.loss_weight for sample in samples] or [0.0])
         for failure in pack.failures:
             weights[failure.position] = 0
             self._note_failure(failure, samples[failure.position])

@@ -32,8 +32,8 @@ def export_steps(planner: Planner, *, file: Path, steps: int, ranks: int = 1, pr
 
     Keys of a sample: `id` (corpus name / key), `key`, `tar`, `offset` and `length` (of the image's file in the tar, in bytes), `resize`
     ([height, width] to scale the upright image to), `height` and `width` (to cut from the centre of that), `tokens`, `kind` (`diffusion`:
-    r = t, `consistency`: r = 0, `transition`: r < t), `caption` (which of its captions, −1: dropped), `label` (−1: none or dropped), `flip`
-    and `visit` (how often it was planned before).
+    r = t, `consistency`: r = 0, `transition`: r < t), `caption` (which of its captions, −1: dropped), `label` (−1: none or dropped),
+    `flip`, `visit` (how often it was planned before) and `loss_weight` (of its corpus).
 
     Returns the counts of `steps`, `packs` and `images`. Raises ValueError for an impossible number of steps or ranks, or if a table cannot
     be read.
@@ -72,6 +72,7 @@ def _sample(sample: PlannedSample) -> dict[str, Any]:
         "label": sample.label,
         "flip": sample.flip,
         "visit": sample.visit,
+        "loss_weight": sample.loss_weight,
     }
 
 
@@ -87,7 +88,7 @@ def export_buckets(planner: Planner, *, folder: Path, progress: Progress = no_pr
     and draws kinds, captions and the order of batches itself.
 
     Returns the counts of `images`, `buckets` and `batches`. Raises ValueError for a plan that buckets cannot hold (another stride than a
-    multiple of 32, a schedule, or weight, repeats or cap of a corpus), and for a corpus that `tim prepare` did not write.
+    multiple of 32, a schedule, or weight, repeats, cap or loss_weight of a corpus), and for a corpus that `tim prepare` did not write.
     """
     _check_bucketable(planner)
     folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +129,8 @@ def _check_bucketable(planner: Planner) -> None:
     for source in planner.sources:
         if source.weight is not None or source.repeats != 1 or source.cap is not None:
             raise ValueError(f"corpus {source.name}: buckets hold every sample once, leave out weight, repeats and cap")
+        if source.loss_weight != 1:
+            raise ValueError(f"corpus {source.name}: the official code weights every sample alike, leave out loss_weight")
 
 
 def _extension(corpus: Corpus) -> str:

@@ -34,6 +34,22 @@ def counts_of(sources: Sequence[CorpusView]) -> dict[str, dict[str, int]]:
     return {source.name: {"samples": source.corpus.count, "excluded": source.excluded} for source in sources}
 
 
+def loss_weights_of(sources: Sequence[CorpusView]) -> dict[str, float]:
+    """Loss weights of the corpora that have one other than 1."""
+    return {source.name: source.loss_weight for source in sources if source.loss_weight != 1}
+
+
+def loss_weight_changes(state: Mapping[str, Any], *, sources: Sequence[CorpusView]) -> list[PlanChange]:
+    """Differences between the loss weights of `sources` and those in a saved state, for corpora that the saved plan had, too."""
+    saved, known = state.get("loss_weights", {}), state.get("counts", {})
+    pairs = [(source, saved.get(source.name, 1.0)) for source in sources if source.name in known]
+    return [
+        PlanChange(f"corpus {source.name}:", f"loss_weight was {before:g} and is {source.loss_weight:g}")
+        for source, before in pairs
+        if before != source.loss_weight
+    ]
+
+
 def plan_changes(state: Mapping[str, Any], *, inputs: Mapping[str, Any], sources: Sequence[CorpusView]) -> list[PlanChange]:
     """Differences between `inputs`, those of a plan over `sources`, and the inputs in a saved state.
 

@@ -18,7 +18,7 @@ from pipeline.cost import CONSISTENCY, DIFFUSION, TRANSITION
 from pipeline.digests import json_digest
 from pipeline.planned_steps import Pack, PlannedSample, SampleTable, Step, StepTable
 from pipeline.planning.config import PlanConfig
-from pipeline.planning.plan_changes import PlanChange, PlanChangedError, counts_of, plan_changes
+from pipeline.planning.plan_changes import PlanChange, PlanChangedError, counts_of, loss_weight_changes, loss_weights_of, plan_changes
 from pipeline.planning.plan_statistics import count_samples
 from pipeline.planning.shard_group import ShardGroup
 from pipeline.streams.corpus_view import CorpusView
@@ -42,7 +42,7 @@ class Planner:
     """The endless, seeded, resumable sequence of steps over one or more corpora.
 
     Args:
-        corpora: the training data; a `CorpusView` adds weight, repeats, cap, where and exclude to a corpus.
+        corpora: the training data; a `CorpusView` adds weight, repeats, cap, where, exclude and loss_weight to a corpus.
         plan: the plan section, with its stride.
         seed: determines every draw of the plan.
         width: the network's width, for the cost of attention.
@@ -135,6 +135,7 @@ class Planner:
             "plan_hash": self.plan_hash,
             "inputs": self._inputs,
             "counts": counts_of(self.sources),
+            "loss_weights": loss_weights_of(self.sources),
             "step": self._step,
             "groups": [group.state_dict() for group in self._groups],
         }
@@ -168,6 +169,10 @@ class Planner:
         if state["plan_hash"] == self.plan_hash:
             return []
         return plan_changes(state, inputs=self._inputs, sources=self.sources)
+
+    def loss_weights_since(self, state: Mapping[str, Any]) -> list[PlanChange]:
+        """Differences between the loss weights of corpora and those in a saved state. The plan is the same with any of them."""
+        return loss_weight_changes(state, sources=self.sources)
 
     @staticmethod
     def _check_format(state: dict[str, Any]) -> None:

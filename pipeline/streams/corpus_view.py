@@ -1,4 +1,4 @@
-"""A corpus in a plan: selected rows (`where`, `exclude`, the size rule), and their share (`weight`, `repeats`, `cap`)."""
+"""A corpus in a plan: selected rows (`where`, `exclude`, the size rule), share (`weight`, `repeats`, `cap`) and loss weight."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class CorpusView:
         where: use only rows that match this expression (`pipeline.corpus.row_filter`).
         exclude: a parquet file; rows with a key in its column `key` are left out.
         validation_share: share of the samples, by hash of their ids, that is kept for validation and left out.
+        loss_weight: factor of the loss of its samples. Not a part of `identity`: no draw and no pack depends on it.
 
     Samples that a sidecar marks as taken down are left out, too. Raises ValueError, in one line, if `where` does not fit the corpus's
     columns, or if `exclude` is not such a file.
@@ -50,7 +51,10 @@ class CorpusView:
         where: str | None = None,
         exclude: Path | None = None,
         validation_share: float | None = None,
+        loss_weight: float = 1.0,
     ) -> None:
+        if loss_weight <= 0:
+            raise ValueError(f"corpus {corpus.name}: loss_weight {loss_weight:g} must be above 0: leave the corpus out instead")
         if weight is not None and repeats != 1:
             raise ValueError(f"corpus {corpus.name}: weight and repeats both set how much of it is used: give one of them")
         self.corpus = corpus
@@ -58,6 +62,7 @@ class CorpusView:
         self.weight = weight
         self.repeats = repeats
         self.cap = cap
+        self.loss_weight = loss_weight
         self._where = None if where is None else Where(where)
         self._excluded = None if exclude is None else _read_excluded(exclude, name=corpus.name)
         self._validation_share = validation_share

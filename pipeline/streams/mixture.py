@@ -122,6 +122,7 @@ class Mixture:
                 tar=shard.path,
                 texts=source.corpus.texts(position),
                 features_tar=source.corpus.features_tar(position),
+                loss_weight=source.loss_weight,
             )
             for number, source in enumerate(sources)
             for position, shard in enumerate(source.corpus.shards)

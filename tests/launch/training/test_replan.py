@@ -230,3 +230,13 @@ def test_weights_of_another_network_are_refused_or_loaded_as_far_as_they_fit(
     for name, value in weights(folder, 1).items():
         if name not in loaded.not_loaded:
             torch.testing.assert_close(value, network.state_dict()[name], rtol=0, atol=1e-9)
+
+
+def test_a_changed_loss_weight_is_logged_and_needs_no_replan(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = rows(run(name="run"))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000006")
+    (tmp_path / "run" / "latest").write_text("step-000004\n")
+    capsys.readouterr()
+    found = rows(run(f"corpus={{path: {tmp_path / 'corpus'}, loss_weight: 0.5}}"))
+    assert "changed since the checkpoint: corpus corpus: loss_weight was 1 and is 0.5" in capsys.readouterr().err
+    assert [row[:2] for row in found] == [row[:2] for row in kept]  # steps and samples
