@@ -28,6 +28,9 @@ class Member:
         return self.offset >= 0
 
 
+NO_MEMBER = Member(-1, -1)
+
+
 @dataclass(frozen=True, slots=True)
 class ShardRef:
     """A shard of a plan: positions in the planner's corpora and in the corpus's shards, the corpus's name, the paths of the tar, of the
@@ -69,15 +72,16 @@ class PlannedSample:
     visit: int  # number of times this sample was planned before
     cost: float
     loss_weight: float = 1.0  # of its corpus
+    mask: Member = NO_MEMBER
 
 
 @dataclass(frozen=True, slots=True)
 class SampleTable:
     """n samples that the size rule keeps, with their draws, as arrays of length n.
 
-    `shard` is the shard's index over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 8): offset and length of
-    image, text, json and features, offset −1 if a sample has none. `captions` is their number, at least 1; `caption` the drawn one, −1 if
-    the condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
+    `shard` is the shard's index over all corpora, `row` the position in it, `visit` the epoch. `members` is (n, 10): offset and length of
+    image, text, json, features and mask, offset −1 if a sample has none. `captions` is their number, at least 1; `caption` the drawn one,
+    −1 if the condition is dropped. Images of a step get their kinds in the order of `kind_draw`.
     """
 
     shard: Ints
@@ -171,6 +175,7 @@ class StepTable:
             visit=int(columns.visit[row]),
             cost=float(self.costs[row]),
             loss_weight=shard.loss_weight,
+            mask=Member(offset=offsets[8], length=offsets[9]),
         )
 
 

@@ -42,8 +42,8 @@ class Losses(NamedTuple):
     """Losses of a pack.
 
     loss: scalar Σ weight·loss over the pack's images, to be divided by the step's planned image count; raw: (B,) detached squared error
-    plus cosine term per image, before weighting; alignment: (B,) detached distance from the alignment teacher, 0 without one; repeated:
-    whether the derivative overflowed and was repeated in float32.
+    plus cosine term per image, before weighting, a mean over the trained part of a masked image; alignment: (B,) detached distance from the
+    alignment teacher, 0 without one; repeated: whether the derivative overflowed and was repeated in float32.
     """
 
     loss: Tensor
@@ -65,6 +65,23 @@ class Guide(NamedTuple):
     w_gt: float = 1.0
     w_cond: float = 0.75
     interval: tuple[float, float] = (0.3, 0.8)
+
+
+class Mask(NamedTuple):
+    """Loss masks of a pack. cells: (T, p·p), the share of the loss of each cell of a token; shares: (B,) their mean over each image."""
+
+    cells: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, masks: Sequence[Tensor], packed: PackedTokens) -> Mask:
+        """Masks (1, h, w) of the images of a pack."""
+        cells = PackedTokens.from_latents(masks, packed.patch_size).tokens
+        return cls(cells, packed.mean_per_image(cells.mean(-1)))
+
+    def mean(self, packed: PackedTokens, masked: Tensor) -> Tensor:
+        """Mean over the trained part of each image of values that are multiplied with the mask, (T,) → (B,); 0 without such a part."""
+        return packed.mean_per_image(masked) / self.shares.clamp(min=torch.finfo(self.shares.dtype).tiny)
 
 
 class TransitionObjective:
@@ -133,6 +150,7 @@ class TransitionObjective:
         kinds: Tensor,
         uniforms: Tensor,
         weights: Tensor,
+        masks: Sequence[Tensor] | None = None,
         derivative_network: Network | None = None,
         guide: Guide | None = None,
         teacher: Tensor | None = None,
@@ -140,8 +158,9 @@ class TransitionObjective:
         """Loss of one pack.
 
         latents, noise: B tensors (C, h, w) of equal shapes; kinds: (B,) on the CPU; uniforms: (B, 2) in (0, 1) on the CPU, the times'
-        draws; weights: (B,), 0 for a missing sample; derivative_network: evaluates the derivative (default: `network`); guide: model
-        guidance of the target; teacher: (T, z_dim) tokens to align the network's projection with (REPA, arXiv 2410.06940).
+        draws; weights: (B,), 0 for a missing sample; masks: B tensors (1, h, w), the share of the loss of each latent cell;
+        derivative_network: evaluates the derivative (default: `network`); guide: model guidance of the target; teacher: (T, z_dim) tokens
+        to align the network's projection with (REPA, arXiv 2410.06940).
         """
         t, r = self.draw_times(uniforms, kinds, latents)
         return self.at_times(
@@ -152,6 +171,7 @@ class TransitionObjective:
             t=t,
             r=r,
             weights=weights,
+            masks=masks,
             derivative_network=derivative_network,
             guide=guide,
             teacher=teacher,
@@ -177,11 +197,15 @@ class TransitionObjective:
         t: Tensor,
         r: Tensor,
         weights: Tensor,
+        masks: Sequence[Tensor] | None = None,
         derivative_network: Network | None = None,
         guide: Guide | None = None,
         teacher: Tensor | None = None,
     ) -> Losses:
-        """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError if r > t."""
+        """Loss of one pack at given times t and r, (B,) float64 on the CPU. Raises ValueError if r > t.
+
+        A mask multiplies the loss of each cell and is not made up for: the rest of the image counts as much as without a mask.
+        """
         if (r > t).any():
             index = int((r > t).nonzero()[0])
             raise ValueError(
@@ -199,30 +223,38 @@ class TransitionObjective:
             target = target + self._guidance(guide, noisy, self.transport.ideal(clean.tokens, noise_tokens, t_tokens), condition, t=t)
 
         inputs = noisy, self._time_input(t, clean), self._time_input(r, clean), condition
+        mask = None if masks is None else Mask.of(masks, clean)
         if teacher is None:
             out, misaligned = network(*inputs), torch.zeros(len(t), device=device)
         else:
             out, projection = cast(AlignedNetwork, network)(*inputs, return_alignment=True)
-            misaligned = out.mean_per_image(1 - F.cosine_similarity(projection.float(), teacher.float(), dim=-1))
+            distances = 1 - F.cosine_similarity(projection.float(), teacher.float(), dim=-1)
+            misaligned = out.mean_per_image(distances) if mask is None else mask.mean(out, distances * mask.cells.mean(-1))
 
-        raw = self.distance(out, target)
+        raw = self.distance(out, target, mask)
         errors = (
             self.time_weight(t, r).to(device, torch.float32, non_blocking=True) * raw / (raw.detach() + 1e-5) + self.alignment * misaligned
         )
+        if mask is not None:
+            errors = mask.shares * errors
         return Losses((weights.to(device, non_blocking=True) * errors).sum(), raw.detach(), misaligned.detach(), repeated)
 
-    def distance(self, out: PackedTokens, target: Tensor) -> Tensor:
-        """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C).
+    def distance(self, out: PackedTokens, target: Tensor, mask: Mask | None = None) -> Tensor:
+        """(B,) mean squared error plus mean over pixels of 1 − cosine over channels (TiM, eq. 12 ff.). target: (T, p·p·C). With a mask,
+        means over the trained part.
 
         In the cosine, vectors shorter than `MIN_NORM` count in proportion to their norm: a new network outputs zero, where the cosine is
         undefined and its gradient unbounded.
         """
-        squared = (out.tokens - target).square().mean(-1)
+        squared = (out.tokens - target).square()
         pixels = (len(target), out.patch_size**2, -1)
         predicted, expected = out.tokens.view(pixels), target.view(pixels)
         norms = predicted.norm(dim=-1).clamp(min=MIN_NORM) * expected.norm(dim=-1).clamp(min=MIN_NORM)
-        cosine = ((predicted * expected).sum(-1) / norms).mean(-1)
-        return out.mean_per_image(squared + 1 - cosine)
+        cosine = (predicted * expected).sum(-1) / norms
+        if mask is None:
+            return out.mean_per_image(squared.mean(-1) + 1 - cosine.mean(-1))
+        squared = (squared.view(pixels) * mask.cells[:, :, None]).flatten(1)
+        return mask.mean(out, squared.mean(-1) + mask.cells.mean(-1) - (cosine * mask.cells).mean(-1))
 
     def time_weight(self, t: Tensor, r: Tensor) -> Tensor:
         """(B,) weight of each image, from the length of its transition."""

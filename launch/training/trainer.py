@@ -135,6 +135,7 @@ class Trainer:
             kinds=batch.kinds,
             uniforms=batch.uniforms,
             weights=batch.weights,
+            masks=batch.masks,
             derivative_network=parts.engine.module,
             guide=self._guide(len(batch.ids)),
             teacher=parts.frozen.teacher_tokens(batch),

@@ -29,6 +29,8 @@ from pipeline.size_rule import SizeRule
 from pipeline.storage.remote import is_remote, read_file
 
 FORMAT = 1
+MASK_COLUMNS = {"mask_path": pa.string(), "mask_offset": pa.int64(), "mask_length": pa.int64()}
+"""Columns of tables of shards with loss masks; null in all rows of other shards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +257,9 @@ class Corpus:
     def _with_missing_columns(self, table: pa.Table, *, columns: Sequence[str], path: str) -> pa.Table:
         """Add columns that only other shards have, as nulls: the tars of an index may have different columns."""
         for name in columns:
+            if name in MASK_COLUMNS and name not in table.column_names:
+                table = table.append_column(name, pa.nulls(table.num_rows, MASK_COLUMNS[name]))
+                continue
             if name not in table.column_names and name not in self.schema.names:
                 raise ValueError(f"{path} has no column '{name}': make the corpus again with this version")
             kind = table.schema.field(name).type if name in table.column_names else None

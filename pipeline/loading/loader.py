@@ -39,11 +39,11 @@ class Batch:
     −1 if dropped or absent; `kinds` (B,) int64; `uniforms` (B, 2) float64 in (0, 1) for the times; `weights` (B,) float32 of
     the losses: the corpus's `loss_weight`, 0 for an unreadable sample (replaced by a black image of one stride) and for the dummy of an
     empty pack, whose id is "". `tokens` is the
-    planned number.
+    planned number. `masks` are None or float32 (1, h/factor, w/factor): the share of the loss of each cell, 1 for images without a mask.
 
     Cached features replace their inputs, all in float32: `latents`, shaped like `noise`, replace images (empty list); `texts`, (M, F)
     each, replace captions (""). `teacher` (T, D) holds the alignment teacher's tokens. `codec_noise`, shaped like `noise`, is for a
-    stochastic codec. Images, latents, teacher and noise are on the loader's device, the rest is on the host.
+    stochastic codec. Images, latents, teacher, masks and noise are on the loader's device, the rest is on the host.
     """
 
     ids: list[str]
@@ -59,6 +59,7 @@ class Batch:
     latents: list[Tensor] | None = None
     texts: list[Tensor] | None = None
     teacher: Tensor | None = None
+    masks: list[Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +293,7 @@ class Loader:
             latents=split(pack.latents, cells),
             texts=None if pack.texts is None else list(pack.texts.split(pack.text_lengths)),
             teacher=None if pack.teacher is None else self._on_device(pack.teacher),
+            masks=split(pack.masks, [(1, height, width) for _, height, width in cells]),
         )
 
     def _on_device(self, flat: Tensor) -> Tensor:

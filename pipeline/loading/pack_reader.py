@@ -20,7 +20,8 @@ from pipeline.corpus.record_fields import read_fields
 from pipeline.corpus.tags import TagShuffle
 from pipeline.corpus.text_decoding import decode_text
 from pipeline.errors import kind_and_line
-from pipeline.images import load_image
+from pipeline.images import Rejection, load_image
+from pipeline.images.masks import MASK_EXTENSION, BadMask, load_mask
 from pipeline.loading.feature_reader import FeatureDecoder, SampleFeatures
 from pipeline.planned_steps import Member, PlannedSample
 from pipeline.randomness import generator, generators, to_uniform
@@ -36,7 +37,7 @@ class Failure(NamedTuple):
 
 
 class FetchedPack(NamedTuple):
-    """The bytes of a pack: image, text, json and features of every sample, or the error of reading them.
+    """The bytes of a pack: image, text, json, features and mask of every sample, or the error of reading them.
 
     Empty for parts that a sample does not have or need.
     """
@@ -46,6 +47,7 @@ class FetchedPack(NamedTuple):
     texts: list[memoryview | OSError]
     records: list[memoryview | OSError]
     features: list[memoryview | OSError]
+    masks: list[memoryview | OSError]
 
 
 class ReadPack(NamedTuple):
@@ -54,7 +56,8 @@ class ReadPack(NamedTuple):
     `pixels` is uint8, all images concatenated, (h, w, 3) each; `noise` float32, (C, h/factor, w/factor) each; `sizes` are (h, w) in
     pixels; `uniforms` is (B, 2). A failed sample is a black image of one stride. For a stochastic codec, `codec_noise` is like `noise`.
     Features give `latents`, float32 like `noise`, zero for a failed sample; `texts`, float32 (M, F) with M in `text_lengths`; and
-    `teacher`, float32 (T, D). Parts that are not read are None.
+    `teacher`, float32 (T, D). `masks` is float32, (1, h/factor, w/factor) each, if a sample has a loss mask. Parts that are not read are
+    None.
     """
 
     pixels: Tensor | None
@@ -68,6 +71,7 @@ class ReadPack(NamedTuple):
     texts: Tensor | None = None
     text_lengths: tuple[int, ...] = ()
     teacher: Tensor | None = None
+    masks: Tensor | None = None
 
 
 class DecodePack(Protocol):
@@ -118,7 +122,8 @@ class PackReader:
 
     def fetch(self, samples: Sequence[PlannedSample]) -> FetchedPack:
         """Read the bytes of a pack, from all its shards at once."""
-        ranges: list[list[ByteRange]] = [[], [], [], []]
+        ranges: list[list[ByteRange]] = [[], [], [], [], []]
+        has_masks = any(sample.mask.exists for sample in samples)
         for sample in samples:
             if self._pixels:
                 ranges[0].append(ByteRange(sample.tar, sample.image.offset, sample.image.length))
@@ -127,6 +132,9 @@ class PackReader:
                 ranges[2].append(_text_range(sample, sample.json))
             if self._features:
                 ranges[3].append(ByteRange(sample.features_tar, sample.features.offset, sample.features.length))
+            if has_masks:
+                place = (sample.mask.offset, sample.mask.length) if sample.mask.exists else (sample.image.offset, 0)
+                ranges[4].append(ByteRange(sample.tar, *place))
         contents = iter(self._shards.read_parts([part for parts in ranges for part in parts]))
         empty: list[memoryview | OSError] = [memoryview(b"")] * len(samples)
         return FetchedPack(samples, *([next(contents) for _ in parts] or empty for parts in ranges))
@@ -146,9 +154,10 @@ class PackReader:
         sizes: list[tuple[int, int]] = []
         captions: list[str] = []
         features: list[SampleFeatures] = []
+        masks: list[NDArray[np.float32] | None] = []
         failures: list[Failure] = []
         filled = 0
-        for position, (sample, data, text, record, encoded) in enumerate(zip(*fetched, strict=True)):
+        for position, (sample, data, text, record, encoded, mask_data) in enumerate(zip(*fetched, strict=True)):
             try:
                 if position in lost:
                     raise ValueError(lost[position])
@@ -156,16 +165,18 @@ class PackReader:
                 image = _decode_image(sample, data) if self._pixels else None
                 caption = self._caption(sample, text, record) if self._captions else ""
                 encoded_parts = self._features.decode(sample, encoded) if self._features else None
+                mask = self._mask(sample, mask_data) if sample.mask.exists else None
                 size = sample.height, sample.width
             except Exception as error:  # a truncated shard, a damaged image, caption or safetensors file
                 reason = lost[position] if position in lost else kind_and_line(error)
                 failures.append(Failure(position=position, reason=reason, bad_shard=isinstance(error, BadShard)))
-                image, caption, encoded_parts, size = None, "", blank, (self._stride, self._stride)
+                image, caption, encoded_parts, mask, size = None, "", blank, None, (self._stride, self._stride)
             if image is not None:
                 pixels[filled : filled + image.size].reshape(*size, 3)[:] = image
             filled += 3 * size[0] * size[1]
             sizes.append(size)
             captions.append(caption)
+            masks.append(mask)
             if encoded_parts is not None:
                 features.append(encoded_parts)
         begin(-1)
@@ -184,7 +195,25 @@ class PackReader:
             texts=_concatenated(texts),
             text_lengths=tuple(map(len, texts)),
             teacher=_concatenated([each.teacher for each in features if each.teacher is not None]),
+            masks=self._joined_masks(masks, sizes=sizes),
         )
+
+    def _mask(self, sample: PlannedSample, data: memoryview | OSError) -> NDArray[np.float32]:
+        """The loss mask of a sample. Raises ValueError that names it, and OSError."""
+        crop = sample.height, sample.width
+        content = _bytes(data)
+        try:
+            return load_mask(content, resize=sample.resize, crop=crop, flip=sample.flip, factor=self._factor, slack=self._stride)
+        except (BadMask, Rejection) as error:
+            raise BadMask(f"its mask {sample.key}.{MASK_EXTENSION} {error}") from error
+
+    def _joined_masks(self, masks: Sequence[NDArray[np.float32] | None], *, sizes: Sequence[tuple[int, int]]) -> Tensor | None:
+        """All masks, concatenated, with ones for samples without one; None if no sample has one."""
+        if all(mask is None for mask in masks):
+            return None
+        shapes = [(height // self._factor, width // self._factor) for height, width in sizes]
+        filled = [np.ones(shape, np.float32) if mask is None else mask for mask, shape in zip(masks, shapes, strict=True)]
+        return torch.from_numpy(np.concatenate([mask.reshape(-1) for mask in filled]))
 
     def _caption(self, sample: PlannedSample, text: memoryview | OSError, record: memoryview | OSError) -> str:
         caption = decode_caption(sample, text, record)

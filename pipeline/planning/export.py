@@ -33,7 +33,8 @@ def export_steps(planner: Planner, *, file: Path, steps: int, ranks: int = 1, pr
     Keys of a sample: `id` (corpus name / key), `key`, `tar`, `offset` and `length` (of the image's file in the tar, in bytes), `resize`
     ([height, width] to scale the upright image to), `height` and `width` (to cut from the centre of that), `tokens`, `kind` (`diffusion`:
     r = t, `consistency`: r = 0, `transition`: r < t), `caption` (which of its captions, −1: dropped), `label` (−1: none or dropped),
-    `flip`, `visit` (how often it was planned before) and `loss_weight` (of its corpus).
+    `flip`, `visit` (how often it was planned before), `loss_weight` (of its corpus) and `mask` ([offset, length] of its loss mask, or
+    null).
 
     Returns the counts of `steps`, `packs` and `images`. Raises ValueError for an impossible number of steps or ranks, or if a table cannot
     be read.
@@ -73,6 +74,7 @@ def _sample(sample: PlannedSample) -> dict[str, Any]:
         "flip": sample.flip,
         "visit": sample.visit,
         "loss_weight": sample.loss_weight,
+        "mask": [sample.mask.offset, sample.mask.length] if sample.mask.exists else None,
     }
 
 

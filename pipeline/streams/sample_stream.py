@@ -24,7 +24,8 @@ from pipeline.streams.shuffle import shard_order, window_order
 
 _MEMBERS = ("image_offset", "image_length", "text_offset", "text_length", "json_offset", "json_length")
 _SHARDS_KEPT = 16  # at least, so that a small corpus is read once
-_COLUMNS = ("key", "label", "captions", *_MEMBERS)
+_MASK = ("mask_offset", "mask_length")
+_COLUMNS = ("key", "label", "captions", *_MEMBERS, *_MASK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +189,10 @@ class SampleStream:
         table, targets = self._source.select(shard, rule=self._rule, columns=_COLUMNS)
         kept = np.flatnonzero(targets.left_out == 0)
         keys = np.array(table.column("key").to_pylist(), dtype=object)[kept]
-        members = np.stack([*(integers(table, member) for member in _MEMBERS), *np.full((2, table.num_rows), -1)], axis=1)[kept]
+        located = [[integers(table, name) for name in names] for names in (_MEMBERS, _MASK)]
+        members = np.stack([*located[0], *np.full((2, table.num_rows), -1), *located[1]], axis=1)[kept]
         if self._source.corpus.features is not None:
-            members[:, 6:] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
+            members[:, 6:8] = self._source.corpus.locate_features(shard, table=table.take(pa.array(kept)), crops=targets.crops[kept])
         zeros = np.zeros(len(kept), dtype=np.int64)
         samples = SampleTable(
             shard=np.full(len(kept), self._first_shard + shard),
