@@ -24,7 +24,7 @@ def settings(like: str | None, *, overrides: Sequence[str]) -> EncodeConfig:
     """
     raw = yaml_file.read(None, overrides=overrides)
     if like is not None:
-        raw.values = _merge(required_settings(load_config(like)), raw.values)
+        raw.values = merge(required_settings(load_config(like)), raw.values)
     return yaml_file.check(raw, EncodeConfig)
 
 
@@ -92,10 +92,10 @@ def _devices() -> int:
     return torch.cuda.device_count()
 
 
-def _merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """Merge mappings recursively; values of `override` win."""
     merged = dict(base)
     for key, value in override.items():
         inner = merged.get(key)
-        merged[key] = _merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+        merged[key] = merge(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
     return merged

@@ -20,7 +20,9 @@ from pipeline.storage.atomic import publish_text, remove_temporary_files
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
-BEFORE_CONFIG = {LOCK, "ranks", "stacks", "slurm"}  # written before config.yaml, and left by a start that was killed
+FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES = "finetune.yaml", "corpus", "features"  # of a run that `tim finetune` starts
+# written before config.yaml, and left by a start that was killed
+BEFORE_CONFIG = {LOCK, "ranks", "stacks", "slurm", FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES}
 DRAWS = (
     "text.caption_dropout",
     "text.caption_weights",

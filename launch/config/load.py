@@ -22,7 +22,12 @@ def load_config(source: str | Path | None, *, overrides: Sequence[str] = ()) -> 
     Raises:
         ConfigError: names file, line and key, and the nearest valid key, in one line.
     """
-    raw = expand_network_recipe(yaml_file.read(config_path(source), overrides=overrides))
+    return complete(yaml_file.read(config_path(source), overrides=overrides))
+
+
+def complete(raw: yaml_file.RawConfig) -> Config:
+    """The resolved configuration of a training run from values that were read or made. Raises ConfigError."""
+    raw = expand_network_recipe(raw)
     config = yaml_file.check(raw, Config)
     try:
         return resolve(config)
