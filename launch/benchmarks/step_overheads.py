@@ -1,7 +1,8 @@
-"""Cost of what a training step does besides gradients and update: averages, guards, heartbeat, background saves (`tim bench step`).
+"""Cost of what a training step does besides gradients and update (`tim bench step`): averages, guards, logging, heartbeat, saves.
 
 One trainer takes the same step again and again, on one rank under ZeRO 1. The variants take turns, in rotating order, and each is divided
-by the bare step of its turn. The bare step neither reads losses nor averages weights nor writes what it is doing.
+by the bare step of its turn. The bare step neither reads losses nor averages weights nor writes what it is doing. Logging reads losses and
+writes a row of metrics in every step, ten times as often as by default.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from launch.distributed.self_watch import watched
 from launch.engine.ema import ShardedEMA
 from launch.guards.loss_spikes import SpikeDetector
 from launch.training.build import Parts, build
+from launch.training.metrics import Meter, MetricsWriter, StepMeasure
 from launch.training.planning import make_planner
 from launch.training.step_losses import Sums
 from launch.training.trainer import Trainer
@@ -85,6 +87,11 @@ class _NoSpikes(SpikeDetector):
         return None
 
 
+class _NoMeter(Meter):
+    def add(self, measure: StepMeasure) -> None:
+        pass
+
+
 class _Repeated:
     """A loader that gives its first step again and again."""
 
@@ -105,8 +112,10 @@ def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack)
     assert config.run_dir is not None
     without = replace(parts, ema=ShardedEMA({}, decay=()))
     bare, averaging = (_Unguarded(config, some, ranks=ranks) for some in (without, parts))
-    bare.spikes = averaging.spikes = _NoSpikes()
-    guarded, full = (Trainer(config, some, ranks=ranks) for some in (without, parts))
+    guarded, logged, full = (Trainer(config, some, ranks=ranks) for some in (without, without, parts))
+    bare.spikes = averaging.spikes = logged.spikes = _NoSpikes()
+    bare.meter = averaging.meter = guarded.meter = _NoMeter()
+    writer = cleanup.enter_context(MetricsWriter(config.run_dir, step=0))
     section = CheckpointConfig(keep_last=1)
     follow_ups = FollowUps(config.run_dir, section)
     saver = cleanup.enter_context(BackgroundSaver(config.run_dir, section, ranks=ranks, follow_ups=follow_ups, log=lambda line: None))
@@ -115,6 +124,10 @@ def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack)
 
     def guarded_step(trainer: Trainer) -> None:
         trainer.take_step()
+        trainer.agree(stop=False)
+
+    def all_of_these(trainer: Trainer) -> None:
+        writer.write(trainer.row(trainer.take_step()))
         trainer.agree(stop=False)
 
     def save() -> int:
@@ -135,8 +148,9 @@ def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack)
         AGAIN: (nullcontext, bare.take_step),
         "average (EMA)": (nullcontext, averaging.take_step),
         "guards": (nullcontext, lambda: guarded_step(guarded)),
+        "logging": (nullcontext, lambda: writer.write(logged.row(logged.take_step()))),
         "heartbeat": (heartbeat, bare.take_step),
-        ALL: (heartbeat, lambda: guarded_step(full)),
+        ALL: (heartbeat, lambda: all_of_these(full)),
     }
     return variants, save
 

@@ -61,8 +61,8 @@ def step(
     """Benchmark a training step of the full objective.
 
     Packed, padded to the longest image, and in buckets of exactly equal sizes. Also measures the cost of the derivative, the packed
-    step's share of this device's matrix-product rate, and what averages, guards, heartbeat and background saves add to a training step on
-    a quarter of the batch.
+    step's share of this device's matrix-product rate, and what averages, guards, logging, heartbeat and background saves add to a
+    training step on a quarter of the batch.
 
     Example: tim bench step photos --max-tokens 1024
     """

@@ -1,9 +1,9 @@
 """Training metrics: rows in metrics.jsonl, TensorBoard curves, and a progress line.
 
-    {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_alignment": null, "lr": …,
-     "grad_norm": …, "images": 2560, "tokens": 81920, "failed": 0, "skipped_steps": 0, "bad_samples": 0, "loss_spikes": 0, "rollbacks": 0,
-     "repeated_derivatives": 0, "fill": 0.97, "images_per_second": …, "tokens_per_second": …, "seconds": …, "ids_digest": "…",
-     "first_ids": […]}
+    {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_t_0_20": …, "loss_tokens_64": …,
+     "lr": …, "grad_norm": …, "images": 2560, "tokens": 81920, …, "seconds": …, "seconds_data": …, "ids_digest": "…", "first_ids": […]}
+
+docs/training.md describes every column. Those of `launch.training.measuring.usage` and of a validation are added to `Meter.row`.
 
 `loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind (null if there were none). The
 minimised loss is not logged: it is normalised by each image's own error, so its value is not informative. `loss_alignment` is the mean
@@ -20,13 +20,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoints.run_folder import METRICS
-from launch.training.measuring.validation import in_words
+from launch.training.measuring.bins import BINNED, bin_columns, finite_or_none
+from launch.training.measuring.section_clock import SectionClock
 from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
@@ -47,11 +48,17 @@ class Sums:
     raw: list[float] = field(default_factory=lambda: [0.0] * len(KIND_NAMES))
     raw_images: list[int] = field(default_factory=lambda: [0] * len(KIND_NAMES))
     alignment: float | None = None
+    binned: list[float] = field(default_factory=lambda: [0.0] * BINNED)
+    flops: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class StepMeasure:
-    """One step, summed over ranks. raw, raw_images: error sums and image counts by kind; alignment: sum of distances from the teacher."""
+    """One step, summed over ranks.
+
+    raw, raw_images: error sums and image counts by kind; alignment: sum of distances from the teacher; binned, flops: as in
+    `launch.training.step_losses.Sums`.
+    """
 
     ids: tuple[str, ...]
     raw: Sequence[float]
@@ -64,6 +71,8 @@ class StepMeasure:
     tokens: int
     fill: float
     alignment: float | None = None
+    binned: Sequence[float] = (0.0,) * BINNED
+    flops: float = 0.0
 
 
 class Meter:
@@ -72,6 +81,7 @@ class Meter:
     def __init__(self) -> None:
         self._since = Sums()
         self._total: dict[str, int] = dict.fromkeys(COUNTERS, 0)
+        self.clock = SectionClock()
         self._seconds = 0.0
         self._digest = ""
         self._clock = time.monotonic()
@@ -86,6 +96,8 @@ class Meter:
         since.tokens += measure.tokens
         since.raw = [a + b for a, b in zip(since.raw, measure.raw, strict=True)]
         since.raw_images = [a + int(b) for a, b in zip(since.raw_images, measure.raw_images, strict=True)]
+        since.binned = [a + b for a, b in zip(since.binned, measure.binned, strict=True)]
+        since.flops += measure.flops
         if measure.alignment is not None:
             since.alignment = (since.alignment or 0.0) + measure.alignment
         total["images"] += measure.images
@@ -114,20 +126,28 @@ class Meter:
             "step": step,
             "loss": sum(since.raw) / max(1, sum(since.raw_images)),
             **kinds,
+            **bin_columns(since.binned),
             "loss_alignment": None if since.alignment is None else since.alignment / max(1, sum(since.raw_images)),
             "lr": last.lr,
-            "grad_norm": _finite(since.grad_norm / since.steps),
+            "grad_norm": finite_or_none(since.grad_norm / since.steps),
             **self._total,
             "fill": since.fill / since.steps,
             "images_per_second": since.images / seconds,
             "tokens_per_second": since.tokens / seconds,
+            "flops_per_second": since.flops / seconds,
             "seconds": self._seconds,
+            **self.clock.columns(),
             "ids_digest": self._digest,
             "first_ids": list(last.ids[:FIRST_IDS]),
         }
         self._since = Sums()
         self._row_seconds = 0.0
         return row
+
+    @property
+    def seconds(self) -> float:
+        """Training time since the start of the run."""
+        return self._seconds
 
     def pause(self) -> None:
         """Exclude the time until now from the training time."""
@@ -140,11 +160,13 @@ class Meter:
             "seconds": self._seconds,
             "row_seconds": self._row_seconds,
             "digest": self._digest,
+            "sections": self.clock.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._since = Sums(**state["since"])
         self._total = {**dict.fromkeys(COUNTERS, 0), **state["total"]}
+        self.clock.seconds |= state.get("sections", {})  # not in older checkpoints
         self._seconds, self._row_seconds, self._digest = state["seconds"], state["row_seconds"], state["digest"]
         self.pause()
 
@@ -176,10 +198,24 @@ class MetricsWriter:
         self._tensorboard.close()
 
 
+def count_restarts(run_dir: Path, *, step: int) -> int:
+    """How often a run has been resumed, if it is resumed now after this step."""
+    before = [row for row in read_rows(run_dir / METRICS) if row["step"] <= step]
+    return 1 + (before[-1].get("restarts", 0) if before else 0)
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file. Ignores a last line truncated by a crash; raises ValueError for any other invalid line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def validation_in_words(row: Mapping[str, object]) -> str:
+    """The validation loss of a row, for a progress line; "" without one."""
+    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
+    if not isinstance(loss, float):
+        return ""
+    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")
 
 
 class ProgressLine:
@@ -216,7 +252,7 @@ class ProgressLine:
         figures = None
         if row:
             speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
-            self._validation = in_words(row) or self._validation
+            self._validation = validation_in_words(row) or self._validation
             figures = " · ".join(filter(None, [f"loss {row['loss']:.4f}", self._validation, speed, f"fill {row['fill']:.1%}"]))
         if self._live:
             self._live.update(self._task, completed=step, description=figures)
@@ -232,8 +268,3 @@ class ProgressLine:
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else None

@@ -135,7 +135,7 @@ def _take_steps(
         last = trainer.step == config.train.steps
         validated = trainer.validate(last=last)
         if last or validated or trainer.step % config.log.every == 0:
-            row = {**trainer.meter.row(trainer.step, measure), **validated}
+            row = {**trainer.row(measure), **validated}
             if writer:
                 writer.write(row)
         progress.show(trainer.step, row)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -21,12 +22,15 @@ from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
 from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
-from launch.training.measuring.validation import in_words
-from launch.training.metrics import Meter, StepMeasure
+from launch.training.measuring.image_facts import ImageFacts
+from launch.training.measuring.usage import Usage
+from launch.training.metrics import Meter, StepMeasure, count_restarts, validation_in_words
 from launch.training.step_losses import StepLosses, Sums
 from pipeline.bounded_counter import listed
 from pipeline.loading.loader import Batch, LoadedStep
+from tim import TransitionTransformer
 from tim.objective import Guide, Losses
+from tim.packed import Condition
 
 
 class Requests(NamedTuple):
@@ -47,11 +51,15 @@ class Trainer:
         self.guidance_network: GuidanceNetwork | None = None  # created at the first step with guidance
         self.saver: BackgroundSaver | None = None
         self.meter = Meter()
+        self.usage = Usage(ranks, precision=config.train.precision)
         self.spikes = SpikeDetector()
         self.step = 0
         self.log: Callable[[str], None] = lambda line: None
         self._skipped = 0  # consecutive steps
         self._first_of_stages = {stage.step for stage in config.plan.schedule}
+        self._waited = 0.0  # seconds for the data of the step in hand
+        params = cast(TransitionTransformer, parts.engine.module).params
+        self._facts = ImageFacts(parts.objective, params=params, alignment=config.objective.alignment is not None)
         self._steps: Iterator[LoadedStep] | None = None
 
     def agree(self, *, stop: bool, save: bool = False) -> Requests:
@@ -69,13 +77,18 @@ class Trainer:
         if self._steps is None:
             self._steps = iter(self.parts.loader)
             self.meter.pause()
+        start = time.monotonic()
         loaded = next(self._steps)
+        self._waited = time.monotonic() - start
         self._refresh_guidance_network()
 
         # forward and backward, pack by pack
-        sums = self._accumulate(loaded.batches, count=loaded.images)
-        if sums.all_suspects:
-            sums = self._leave_out_bad_samples(loaded, sums)
+        clock = self.meter.clock
+        with clock.measure("compute"):
+            sums = self._accumulate(loaded.batches, count=loaded.images)
+            if sums.all_suspects:
+                sums = self._leave_out_bad_samples(loaded, sums)
+        clock.seconds["data"] += sums.waited
         if loaded.images and not any(sums.raw_images):
             self.ranks.fail(
                 RuntimeError(f"none of the {loaded.images} images of step {self.step + 1} could be used: see the warnings above")
@@ -84,8 +97,9 @@ class Trainer:
         # update
         lr = learning_rate(self.step, self.config.train)
         engine, ema = self.parts.engine, self.parts.ema
-        result = engine.step(lr=lr)
-        ema.update(engine.fragments(), updates=self.step)
+        with clock.measure("optimizer"):
+            result = engine.step(lr=lr)
+            ema.update(engine.fragments(), updates=self.step)
         self.step += 1
         self._count_skipped(applied=result.applied, ids=loaded.ids)
 
@@ -102,6 +116,8 @@ class Trainer:
             tokens=loaded.tokens,
             fill=loaded.fill,
             alignment=sums.alignment if self.config.objective.alignment else None,
+            binned=sums.binned,
+            flops=sums.flops,
         )
         self.meter.add(measure)
         self.meter.count("repeated_derivatives", sums.repeated)
@@ -116,21 +132,22 @@ class Trainer:
 
     def _accumulate(self, batches: Sequence[Batch], *, count: int) -> Sums:
         """Forward and backward passes of this rank's packs. count: images planned in the step on all ranks."""
-        losses = StepLosses()
+        losses = StepLosses(self._facts)
         for batch in batches:
             HEARTBEAT.section("compute", keys=batch.ids)
-            of_pack = self._losses(batch)
+            condition = self.parts.frozen.condition(batch)
+            of_pack = self._losses(batch, condition)
             self.parts.engine.accumulate(of_pack.loss, count=count)
-            losses.add(batch, of_pack)
-        return losses.sums(self.ranks)
+            losses.add(batch, of_pack, condition)
+        return losses.sums(self.ranks, waited=self._waited)
 
-    def _losses(self, batch: Batch) -> Losses:
-        """Forward pass of one pack."""
+    def _losses(self, batch: Batch, condition: Condition | None = None) -> Losses:
+        """Forward pass of one pack. condition: of its images, if it is at hand."""
         parts = self.parts
         return parts.objective(
             parts.engine,
             parts.frozen.latents(batch),
-            parts.frozen.condition(batch),
+            parts.frozen.condition(batch) if condition is None else condition,
             noise=batch.noise,
             kinds=batch.kinds,
             uniforms=batch.uniforms,
@@ -228,13 +245,21 @@ class Trainer:
         unconditional = self.parts.frozen.no_condition(images)
         return Guide(self.guidance_network, unconditional, w_gt=guidance.w_gt, w_cond=guidance.w_cond, interval=guidance.interval)
 
+    def row(self, measure: StepMeasure) -> dict[str, Any]:
+        """Metrics since the last row. measure: of the last step."""
+        if self.usage.measure_rate(trained=self.meter.seconds):
+            self.meter.pause()
+        row = self.meter.row(self.step, measure)
+        return {**row, **self.usage.columns(row["flops_per_second"])}
+
     def validate(self, *, last: bool) -> dict[str, Any]:
         """Validation losses for the metrics, if a validation is due; {} otherwise. last: whether the run ends with this step."""
         validation = self.parts.validation
         if validation is None or not validation.is_due(self.step, last=last):
             return {}
-        columns = validation.measure(self.step)
-        self.log(f"step {self.step} · {in_words(columns)} · {columns['validation_images']} images")
+        with self.meter.clock.measure("validation"):
+            columns = validation.measure(self.step)
+        self.log(f"step {self.step} · {validation_in_words(columns)} · {columns['validation_images']} images")
         self.meter.pause()
         return columns
 
@@ -242,7 +267,8 @@ class Trainer:
         """Start to write a checkpoint of this step."""
         HEARTBEAT.section("save")
         metadata = checkpoint.CheckpointMetadata(step=self.step, world_size=self.ranks.size, config_hash=digest(self.config))
-        saver.start(metadata, self._part())
+        with self.meter.clock.measure("save"):
+            saver.start(metadata, self._part())
         self.meter.pause()
 
     def resume(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> list[str]:
@@ -256,6 +282,8 @@ class Trainer:
         if "spikes" in state:  # not in older checkpoints
             self.spikes.load_state_dict(state["spikes"])
         self.step = found.metadata.step
+        assert self.config.run_dir is not None
+        self.usage.restarts = count_restarts(self.config.run_dir, step=self.step) if self.ranks.is_main else 0
         return notes
 
     def _load_weights(self, found: checkpoint.Checkpoint, state: Mapping[str, Any]) -> list[str]:

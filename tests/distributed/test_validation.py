@@ -1,4 +1,4 @@
-"""The validation loss is the same for any number of ranks and under every ZeRO stage."""
+"""The validation loss and the metrics of a step are the same for any number of ranks and under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from launch.config.load import load_config
+from launch.training.metrics import read_rows
 from launch.training.train import train
 from tests.distributed import jobs
 
@@ -16,8 +17,9 @@ CONFIG = """\
 plan: {max_tokens: 64, tokens_per_pack: 128, packs_per_step: 2}
 network:
   params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}
-train: {steps: 2, lr: 1.0e-2, zero: 1, ema: 0.5}
-validation: {share: 0.3, images: 9}
+train: {steps: 3, lr: 1.0e-2, zero: 1, ema: 0.5}
+validation: {share: 0.3, images: 9, every: 2}
+checkpoint: {every: 2, keep_last: 9}
 loader: {workers: 0}
 log: {every: 1}
 """
@@ -39,13 +41,18 @@ def reports(config: Path, *, ranks: int) -> list[dict[str, Any]]:
 
 
 def check(config: Path, *, ranks: int) -> None:
-    expected = json.loads((config.parent / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    _, expected, after = read_rows(config.parent / "run" / "metrics.jsonl")
+    after["flops"] = after["flops_per_second"] * (after["seconds"] - expected["seconds"])
+    of_step = ["loss", "flops", *(name for name in after if name.startswith(("loss_t_", "loss_tokens_")))]
+    assert len(of_step) > 9
     found = reports(config, ranks=ranks)
     assert len(found) == 4
     for report in found:
         assert report["restored"] == [True] * ranks
         assert report["again"]
         assert len(report["columns"]) > 9
+        assert {name: report["next_row"][name] for name in of_step} == pytest.approx({name: after[name] for name in of_step}, rel=1e-4)
+        assert (report["next_row"]["ids_digest"], report["next_row"]["restarts"]) == (after["ids_digest"], 1)
         assert report["columns"] == pytest.approx({name: expected[name] for name in report["columns"]}, rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Run by test_validation.py on any number of ranks: the validation losses of a checkpoint under every ZeRO stage."""
+"""Run by test_validation.py on any number of ranks: the validation losses of a checkpoint, and the metrics of the step after it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ def measured(config_file: str, stage: int, ranks: Ranks) -> dict[str, Any]:
     assert config.run_dir is not None
     with ExitStack() as cleanup:
         trainer = Trainer(config, build(config, make_planner(config), ranks=ranks, cleanup=cleanup, is_new=False), ranks=ranks)
-        trainer.resume(checkpoint.find(config.run_dir), recorded=History(), replan=False)
+        trainer.resume(checkpoint.find(config.run_dir, step=2), recorded=History(), replan=False)
         engine, average = trainer.parts.engine, trainer.parts.ema.average
         held = [fragment.values for fragments in (engine.fragments(), average) for fragment in fragments.values()]
         before = [values.clone() for values in held]
         columns = trainer.validate(last=True)
         again = trainer.validate(last=True)
         same = all(torch.equal(one, other) for one, other in zip(before, held, strict=True))
-        return {"columns": columns, "again": columns == again, "restored": ranks.gather(same)}
+        measure = trainer.take_step()
+        row = {**trainer.row(measure), "flops": measure.flops}
+        return {"columns": columns, "again": columns == again, "restored": ranks.gather(same), "next_row": row}
 
 
 def main() -> None:

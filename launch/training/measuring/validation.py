@@ -8,8 +8,7 @@ so that the means are the same for any number of ranks.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
 from launch.training.frozen_models import FrozenModels
-from launch.training.measuring.bins import SIZES, size_bins, size_columns
+from launch.training.measuring.bins import SIZES, finite_or_none, size_bins, size_columns
 from pipeline.cost import DIFFUSION, KIND_NAMES
 from pipeline.loading.loader import Batch, Loader
 from pipeline.planning.validation_plan import ValidationPlan
@@ -103,11 +102,11 @@ class Validation:
         by_kind = {kind: float(of_kind.sum()) / images for kind, of_kind in zip(used, sums, strict=True)}
         mixed = np.tensordot(np.array([*used.values()]), sums, axes=1)
         columns = {
-            "validation_loss": float(mixed.sum()) / images,
-            **{f"validation_loss_{KIND_NAMES[kind]}": loss for kind, loss in by_kind.items()},
+            "validation_loss": finite_or_none(float(mixed.sum()) / images),
+            **{f"validation_loss_{KIND_NAMES[kind]}": finite_or_none(loss) for kind, loss in by_kind.items()},
             **size_columns(mixed, counts, prefix="validation_loss_tokens"),
         }
-        named = {f"{name}{suffix}": loss if math.isfinite(loss) else None for name, loss in columns.items()}
+        named = {f"{name}{suffix}": loss for name, loss in columns.items()}
         return named if suffix else {"validation_images": round(images), **named}
 
     def _sums(self, plan: ValidationPlan, loader: Loader, *, kinds: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -145,11 +144,3 @@ class Validation:
         sizes = size_bins([noise.shape[-2] * noise.shape[-1] // cells for noise in batch.noise])[real]
         values = [*torch.stack(errors).cpu().double().numpy()[:, real], np.ones(len(sizes))]
         return np.stack([np.bincount(sizes, weights=each, minlength=SIZES) for each in values])
-
-
-def in_words(row: Mapping[str, object]) -> str:
-    """The validation losses of a row of the metrics, for a progress line; "" without them."""
-    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
-    if not isinstance(loss, float):
-        return ""
-    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")

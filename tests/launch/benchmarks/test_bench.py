@@ -71,7 +71,7 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert min(found["derivative_over_forward_backward"], found["share_of_matmul_rate"], found["buckets_over_packed"]) > 0
     overheads = found["training_step"]
     assert overheads["images"] == 1
-    assert set(overheads["over_bare"]) == {"bare again", "average (EMA)", "guards", "heartbeat", "all of these"}
+    assert set(overheads["over_bare"]) == {"bare again", "average (EMA)", "guards", "logging", "heartbeat", "all of these"}
     assert min(*overheads["over_bare"].values(), *overheads["cpu_over_bare"].values()) > 0
     assert overheads["save"]["steps_meanwhile"] >= 1
 
