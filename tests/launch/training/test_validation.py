@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from launch.training.planning import check_ready, make_planner, make_validation_
 from launch.training.train import train
 from pipeline.loading.loader import Loader
 from pipeline.randomness import generator, to_uniform
+from tests import REPOSITORY
 from tests.pipeline.conftest import varied, write_corpus
 from tim import PackedText, codecs
 from tim.text import encoders
@@ -119,6 +121,14 @@ def test_the_plan_counts_the_split(folder: Path, capsys: pytest.CaptureFixture[s
     held_out = make_planner(configured(folder, "split", *HELD_OUT, "train.steps=4")).sample_counts["left_out"]["validation"]
     assert held_out > 7
     assert f"left out         {held_out}, validation {held_out}" in capsys.readouterr().out
+
+
+def test_every_column_of_a_row_is_documented(folder: Path) -> None:
+    table = (REPOSITORY / "docs" / "training.md").read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
+    names = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
+    written = {name for run in ("split", "other") for row in rows(folder, run) for name in row}
+    generic = {re.sub(r"_tokens_\d+", "_tokens_N", name).replace("_ema", "") for name in written}
+    assert generic == {name.replace("_ema", "") for name in names}
 
 
 def test_what_cannot_be_validated_is_found_before_the_start(folder: Path) -> None:
