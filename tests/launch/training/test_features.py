@@ -98,6 +98,26 @@ def test_a_run_from_features_is_the_run_from_images(config: Path, tmp_path: Path
         assert one == pytest.approx(other, rel=5e-3)
 
 
+def test_the_validation_loss_from_features_is_that_from_images(config: Path, tmp_path: Path, alone: Ranks) -> None:
+    """With guidance in the training, which the validation leaves out."""
+    corpus = Corpus.open(tmp_path / "corpus")
+    encode(corpus, tmp_path / "features", config, dtype=torch.float32)
+
+    def validated(*overrides: str) -> dict[str, float]:
+        loaded = load_config(config, overrides=[*overrides, "validation.share=0.5"])
+        with ExitStack() as cleanup:
+            trainer = Trainer(loaded, build(loaded, make_planner(loaded), ranks=alone, cleanup=cleanup), ranks=alone)
+            for _ in range(2):
+                trainer.take_step()
+            return trainer.validate(last=True)
+
+    found = validated()
+    assert found["validation_images"] > 1
+    assert found == validated(f"corpus={corpus.path}")
+    with pytest.raises(ConfigError, match=r"validation\.corpus: needs features with captions, latents, as the corpus that is trained on"):
+        check_ready(load_config(config, overrides=[f"run_dir={tmp_path / 'run'}", f"validation.corpus={corpus.path}"]))
+
+
 @pytest.fixture
 def real(config: Path, tmp_path: Path) -> list[str]:
     """Values of a config with an autoencoder that draws its latents, a text encoder, and an alignment teacher."""

@@ -58,6 +58,16 @@ def test_a_meter_that_was_saved_in_the_middle_of_a_row_goes_on(stop: int) -> Non
     assert [without_clock(row) for row in [*before, *after]] == [without_clock(row) for row in whole]
 
 
+def test_a_meter_of_an_older_checkpoint_goes_on() -> None:
+    meter, resumed = Meter(), Meter()
+    rows(meter, range(1, 3), every=3)
+    state = json.loads(json.dumps(meter.state_dict()))
+    del state["sections"], state["since"]["binned"], state["since"]["flops"]
+    resumed.load_state_dict(state)
+    (row,) = rows(resumed, range(3, 4), every=3)
+    assert without_clock(row) == without_clock(rows(Meter(), range(1, 4), every=3)[0])
+
+
 def test_the_digest_knows_the_order() -> None:
     one, other = Meter(), Meter()
     for step in (1, 2):
