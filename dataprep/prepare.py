@@ -191,6 +191,8 @@ def _input_counts(plan: Plan, *, examined: Examined, base: Base | None, images: 
         given = ", ".join(f"{key}={limit}" for key, limit in limits.items() if limit is not None)
         number = f"{plan.scaled_down} added images were" if base else f"{plan.scaled_down} images were"
         notes.append(f"{number} scaled down ({given})")
+    if plan.masked:
+        notes.append(f"{plan.masked} of {plan.kept} {'added ' if base else ''}images have a loss mask")
     if base is None and 0 < plan.labelled < plan.kept:
         notes.append(f"only {plan.labelled} of {plan.kept} samples have a class, so the shards have no .cls members")
     shards = plan.shards + (len(base.shards) if base else 0)

@@ -48,13 +48,14 @@ from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
 from pipeline.digests import file_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
+from pipeline.images.masks import MASK_EXTENSION
 from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import WORK, exclusive_lock, publish, publish_text
 from pipeline.storage.tar import BlockReader, Member, members
 
 _FILES = (INDEX, WIDS_INDEX, README, REPORT, MANIFEST)
 _NOT_IN_TAR = ("detail", "duplicate_of", "near_duplicate_of")  # "" in a row rebuilt from a tar
-_KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json"}
+_KINDS = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "cls": "cls", "json": "json", MASK_EXTENSION: "mask"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +128,20 @@ def read_table(task: TableTask, report: Callable[[int], None]) -> pa.Table:
             report(position)
             payloads = {what: os.pread(descriptor, member.length, member.offset) for what, member in found.items()}
             rows.append(_row(key, found=found, payloads=payloads, columns=task.columns, hashed=position not in task.skip))
-    return pa.Table.from_pylist(rows, schema=table_schema(task.columns.kinds))
+    return pa.Table.from_pylist(rows, schema=table_schema(task.columns))
 
 
 def _row(key: str, *, found: Mapping[str, Member], payloads: Mapping[str, bytes], columns: ExtraColumns, hashed: bool) -> dict[str, Any]:
     record = json.loads(payloads["json"])
     if "://" not in record["url"]:  # an input without a URL has its path there
         record = {**record, "url": "", "path": record["url"]}
+    masked = {"mask_path": record.get("mask_path", "")} if columns.has_masks else {}
     copied = ("caption", "captions", "width", "height", "original_width", "original_height", "sha256")
     return {
         **dict.fromkeys(_NOT_IN_TAR, ""),
         **{name: record[name] for name in copied},
         "source": record.get("source", ""),  # older shards do not name it
+        **masked,
         "key": key,
         "path": record.get("path") or record["url"],
         "status": "success",
@@ -295,7 +298,8 @@ def _seen_columns(folder: Path, *, shards: Sequence[ShardEntry]) -> tuple[dict[s
             kinds = {
                 name: {"type": kind, "number": kind != "string" and not isinstance(record.get(name), str)} for name, kind in types.items()
             }
-            return {"columns": kinds, "has_classes": row["cls_offset"] is not None}, image.rpartition(".")[2]
+            masks = {"has_masks": True} if "mask_offset" in file.schema_arrow.names else {}
+            return {"columns": kinds, "has_classes": row["cls_offset"] is not None, **masks}, image.rpartition(".")[2]
     raise ValueError(f"{folder}: no shard has both a table and a tar that can be read: prepare the corpus again")
 
 

@@ -20,7 +20,7 @@ from dataprep.index_tars import KIND, read_foreign
 from dataprep.job import begun_in
 from dataprep.row_schema import MEMBERS
 from dataprep.shards.manifest import INDEX, MANIFEST, README, REPORT, WIDS_INDEX, kept_rows, read_input_counts
-from dataprep.shards.writer import number_of_file
+from dataprep.shards.writer import number_of_file, with_mask_columns
 from dataprep.sidecars.writer import check_sidecars, sidecar_files
 from dataprep.sources.webdataset import open_tar
 from dataprep.workers.pool import LocalPool
@@ -28,8 +28,10 @@ from pipeline.corpus.corpus import read_manifest
 from pipeline.digests import file_digest, json_digest
 from pipeline.errors import one_line
 from pipeline.images import Rejection, read_image
+from pipeline.images.masks import MASK_EXTENSION, fits, read_mask
 from pipeline.progress import Progress, no_progress
 from pipeline.storage.atomic import TEMPORARY_SUFFIX, WORK
+from pipeline.storage.tar import BlockReader
 from pipeline.workers.pool import WorkerDied
 
 _MANY = 20  # problems listed per shard
@@ -116,7 +118,8 @@ def check_foreign_shard(check: ShardCheck, report: Callable[[int], None]) -> lis
                 problems.append(f"{name}: {row['key']}: its image crashes the decoder; the samples after it were not checked")
                 break
             image = tar.at(row["image_offset"], row["image_length"])
-            problems += [f"{name}: {row['key']}: {problem}" for problem in _check_image(image, row=row)]
+            found = [*_check_image(image, row=row), *_check_foreign_mask(tar, row=row)]
+            problems += [f"{name}: {row['key']}: {problem}" for problem in found]
     return _first(problems, of=name)
 
 
@@ -167,11 +170,11 @@ def _check_files(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) ->
 
 def _check_layout(tar_path: Path, *, rows: list[dict[str, Any]]) -> Iterator[str]:
     """Compare the members of the tar, in order, with the offsets and lengths in the table."""
-    extensions = {"text": "txt", "cls": "cls", "json": "json"}
+    extensions = {"text": "txt", "cls": "cls", "json": "json", "mask": MASK_EXTENSION}
     expected = []
     for row in rows:
         for member in MEMBERS:
-            if row[f"{member}_offset"] is not None:
+            if row.get(f"{member}_offset") is not None:
                 name = f"{row['key']}.{extensions.get(member, '')}"
                 expected.append((name, row[f"{member}_offset"], row[f"{member}_length"]))
     try:
@@ -207,6 +210,8 @@ def _check_sample(row: dict[str, Any], *, tar: Any) -> Iterator[str]:
         return tar.read(row[f"{member}_length"])
 
     yield from _check_image(payload("image"), row=row)
+    if row.get("mask_offset") is not None:
+        yield from _check_mask(payload("mask"), row=row)
     if payload("text") != row["caption"].encode("utf-8"):
         yield "its caption does not match the table"
     if row["cls_offset"] is not None and payload("cls") != str(row["label"]).encode("ascii"):
@@ -231,6 +236,22 @@ def _check_image(data: bytes, *, row: dict[str, Any]) -> Iterator[str]:
         yield f"its image cannot be read: {rejection}"
 
 
+def _check_mask(data: bytes, *, row: dict[str, Any], is_foreign: bool = False) -> Iterator[str]:
+    """Masks of prepared corpora have the size of their images, those of foreign tars their aspect ratio."""
+    size = row["height"], row["width"]
+    try:
+        found = read_mask(data).shape[:2]
+        if found != size and not (is_foreign and fits(found, size)):
+            yield f"its mask is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
+    except Rejection as rejection:
+        yield f"its mask cannot be read: {rejection}"
+
+
+def _check_foreign_mask(tar: BlockReader, *, row: dict[str, Any]) -> Iterator[str]:
+    if row.get("mask_offset") is not None:
+        yield from _check_mask(tar.at(row["mask_offset"], row["mask_length"]), row=row, is_foreign=True)
+
+
 def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) -> list[str]:
     """Check index.parquet: digest, one row group per shard with the kept rows of the shard, unique keys.
 
@@ -250,7 +271,9 @@ def _check_index(corpus: Path, *, manifest: dict[str, Any], is_growing: bool) ->
             rows = index.read_row_group(group)
             if not all(key.startswith(shard["table"].removesuffix(".parquet")) for key in rows.column("key").to_pylist()):
                 problems.append(f"{path.name}: a key of row group {group} does not belong to {shard['table']}: keys may be repeated")
-            if (corpus / shard["table"]).is_file() and not rows.equals(kept_rows(pq.read_table(corpus / shard["table"]))):
+            if (corpus / shard["table"]).is_file() and not rows.equals(
+                with_mask_columns(kept_rows(pq.read_table(corpus / shard["table"])), rows.schema)
+            ):
                 problems.append(f"{path.name}: row group {group} does not match the kept rows of {shard['table']}")
     except (pa.ArrowException, KeyError, OSError) as error:
         problems.append(f"{path.name}: cannot be read: {one_line(error)}")

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from dataprep.dedup.perceptual import perceptual_hash
 from dataprep.examine.captions import LANGUAGE, CaptionConfig, prepare_captions
 from dataprep.examine.filters import FilterConfig, Filters, Subject
+from dataprep.examine.masks import examine_mask
 from dataprep.examine.thumbnails import thumbnail
 from dataprep.row_schema import SCALED_DOWN
 from dataprep.sources.raw_sample import RawSample
@@ -134,7 +135,7 @@ def examine_piece(piece: Piece, report: Callable[[int], None]) -> ExaminedPiece:
                 rows.append({**_blank_row(sample), "reason": "crashed", "detail": _CRASHED})
             else:
                 rows.append(examine(sample, rules=piece.rules, filters=filters, spool=spool, shown=shown))
-        if any(row["is_spooled"] for row in rows):
+        if any(row["is_spooled"] or row["mask_path"] for row in rows):
             spool.flush()
             os.fsync(spool.fileno())
     return ExaminedPiece(rows=rows, table=piece.table, ends_chunk=piece.ends_chunk)
@@ -193,6 +194,11 @@ def examine(sample: RawSample, *, rules: Rules, filters: Filters, spool: BinaryI
     if rules.hashes:
         value = perceptual_hash(image.pixels)
         row["phash"] = "" if value is None else f"{value:016x}"
+    if sample.mask is not None:
+        stored = stored_height, stored_width
+        row |= examine_mask(sample.mask, image=image, stored=stored, max_decode_pixels=rules.images.max_decode_pixels, spool=spool)
+        if row["reason"]:
+            return row
     if is_scaled:
         image = _scaled(image, size=(stored_height, stored_width))
         row.update(width=stored_width, height=stored_height)
@@ -257,6 +263,7 @@ def _blank_row(sample: RawSample) -> dict[str, Any]:
         "input_bytes": 0,
         "is_spooled": False,
         "file": b"",
+        "mask_path": "",
     }
 
 

@@ -36,6 +36,11 @@ CHUNK_SCHEMA = pa.schema(
         ("file", pa.binary()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
+        # The loss mask: its name in the source ("" without one), and where it is in a spool file.
+        ("mask_path", pa.string()),
+        ("mask_file", pa.binary()),
+        ("mask_start", pa.int64()),
+        ("mask_bytes", pa.int64()),
     ]
 )
 

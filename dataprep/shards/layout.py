@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from dataprep.row_schema import SCALED_DOWN, TAKEN_DOWN
 Ints = NDArray[np.int64]
 
 _SAMPLE_OVERHEAD = 8 * 512 + 1024  # headers and padding of four members, names and numbers of the JSON
+_MASK_OVERHEAD = 2 * 512
 SCHEMA_MISMATCH, DUPLICATE, NEAR_DUPLICATE = "bad-record", "duplicate", "near-duplicate"
 DUPLICATE_OF = {DUPLICATE: "same bytes as", NEAR_DUPLICATE: "looks like"}  # details, before the name of the other image
 TAKEN_DOWN_COPY = "same bytes as an image that a corpus has taken down"  # detail
@@ -58,10 +59,11 @@ class ColumnKind:
 
 @dataclass(frozen=True, slots=True)
 class ExtraColumns:
-    """The extra columns of a corpus, and whether every sample has a class."""
+    """The extra columns of a corpus, whether every sample has a class, and whether its new shards have loss masks."""
 
     kinds: Mapping[str, ColumnKind]
     has_classes: bool
+    has_masks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Plan:
     rejected: Mapping[str, int]
     columns: ExtraColumns
     labelled: int
+    masked: int
     scaled_down: int
     left_out: tuple[str, ...]
 
@@ -115,6 +118,7 @@ class _Facts:
     prints: Fingerprints
     weights: Ints
     has_label: NDArray[np.bool_]
+    has_mask: NDArray[np.bool_]
     is_scaled: NDArray[np.bool_]
 
 
@@ -148,6 +152,8 @@ def make_plan(
     kept = int(is_kept.sum())
     if columns is None:
         columns = ExtraColumns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
+    masked = int((facts.has_mask & is_kept).sum())
+    columns = replace(columns, has_masks=columns.has_masks or masked > 0)
     names = sum(len(name) + 8 for name in columns.kinds)
     order = shuffled(len(is_kept), seed=seed)
     shard, row, number = _assign_to_shards(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
@@ -179,6 +185,7 @@ def make_plan(
         rejected={reason: count for reason, count in sorted(counts.items()) if count},
         columns=columns,
         labelled=labelled,
+        masked=masked,
         scaled_down=int((facts.is_scaled & is_kept).sum()),
         left_out=left_out,
     )
@@ -203,17 +210,28 @@ def _read_facts(tables: ChunkTables) -> _Facts:
     reason = np.zeros(tables.count, dtype=np.uint8)
     codes: dict[str, int] = {"": 0}
     weights = np.zeros(tables.count, dtype=np.int64)
-    has_label, is_scaled = np.zeros(tables.count, dtype=bool), np.zeros(tables.count, dtype=bool)
+    has_label, has_mask, is_scaled = (np.zeros(tables.count, dtype=bool) for _ in range(3))
     prints: list[Fingerprints] = []
     for number, table in enumerate(tables):
         here = slice(number * CHUNK_SIZE, number * CHUNK_SIZE + table.num_rows)
         reason[here] = [codes.setdefault(name, len(codes)) for name in table.column("reason").to_pylist()]
         weights[here] = _numbers(table, "length") + _numbers(table, "text_bytes")
         has_label[here] = table.column("label").is_valid().to_numpy()
+        mask_bytes = _numbers(table, "mask_bytes")
+        has_mask[here] = mask_bytes > 0
+        weights[here] += mask_bytes + _MASK_OVERHEAD * (mask_bytes > 0)
         is_scaled[here] = pc.call_function("match_substring", [table.column("detail")], pc.MatchSubstringOptions(SCALED_DOWN)).to_numpy()
         prints.append(Fingerprints.read(table, size="input_bytes"))
     prints_of_all = Fingerprints.join(prints)
-    return _Facts(reason=reason, names=list(codes)[1:], prints=prints_of_all, weights=weights, has_label=has_label, is_scaled=is_scaled)
+    return _Facts(
+        reason=reason,
+        names=list(codes)[1:],
+        prints=prints_of_all,
+        weights=weights,
+        has_label=has_label,
+        has_mask=has_mask,
+        is_scaled=is_scaled,
+    )
 
 
 def _is_taken_down(facts: _Facts, *, known: NDArray[np.uint64] | None) -> NDArray[np.bool_]:

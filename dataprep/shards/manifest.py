@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from dataprep.shards.layout import ColumnKind, ExtraColumns
 from dataprep.shards.store import Store
-from dataprep.shards.writer import ShardEntry, table_schema
+from dataprep.shards.writer import ShardEntry, table_schema, with_mask_columns
 from dataprep.workers.prefetch import prefetched
 from pipeline.corpus.corpus import FORMAT
 from pipeline.corpus.sidecars import SIDECARS
@@ -76,9 +76,10 @@ def write_corpus_files(
     with ExitStack() as files:  # left in reverse order
         manifest_file = files.enter_context(store.publish(MANIFEST))
         index_file = files.enter_context(store.publish(INDEX))
-        with pq.ParquetWriter(index_file, table_schema(columns.kinds), compression="zstd") as writer:
+        schema = table_schema(columns)
+        with pq.ParquetWriter(index_file, schema, compression="zstd") as writer:
             for shard, table in zip(shards, read_tables(store, shards=shards), strict=True):
-                writer.write_table(kept_rows(table), row_group_size=max(1, shard.count))
+                writer.write_table(with_mask_columns(kept_rows(table), schema), row_group_size=max(1, shard.count))
         index_file.flush()
         manifest = {
             "format": FORMAT,
@@ -88,6 +89,7 @@ def write_corpus_files(
             **count_entries(counts, shards=shards),
             "columns": {column: {"type": str(kind.table), "number": kind.is_number_in_json} for column, kind in columns.kinds.items()},
             "has_classes": columns.has_classes,
+            **({"has_masks": True} if columns.has_masks else {}),
             **identity,
             "config_hash": json_digest(identity["config"]),
             **({"growth": list(append_history)} if append_history else {}),
@@ -98,14 +100,16 @@ def write_corpus_files(
             files.enter_context(store.publish(SIDECARS)).write(sidecars.encode("utf-8"))
         files.enter_context(store.publish(WIDS_INDEX)).write(_pretty(lists))
         files.enter_context(store.publish(REPORT)).write(report(manifest).encode("utf-8"))
-        files.enter_context(store.publish(README)).write(_card(name=name, counts=counts, image_format=image_format).encode("utf-8"))
+        files.enter_context(store.publish(README)).write(
+            _card(name=name, counts=counts, columns=columns, image_format=image_format).encode("utf-8")
+        )
 
 
 def read_columns(manifest: Mapping[str, Any]) -> ExtraColumns:
     """The extra columns of a corpus."""
     types = {"string": pa.string(), "int64": pa.int64(), "double": pa.float64(), "bool": pa.bool_()}
     kinds = {name: ColumnKind(table=types[kind["type"]], is_number_in_json=kind["number"]) for name, kind in manifest["columns"].items()}
-    return ExtraColumns(kinds=kinds, has_classes=manifest["has_classes"])
+    return ExtraColumns(kinds=kinds, has_classes=manifest["has_classes"], has_masks=manifest.get("has_masks", False))
 
 
 def read_tables(store: Store, *, shards: Sequence[ShardEntry], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -125,8 +129,9 @@ def _pretty(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _card(*, name: str, counts: InputCounts, image_format: str) -> str:
+def _card(*, name: str, counts: InputCounts, columns: ExtraColumns, image_format: str) -> str:
     """A dataset card whose header makes `datasets.load_dataset(FOLDER)` read the shards as WebDataset."""
+    masks = "\n`KEY.mask.png` is its loss mask: white where the image is trained." if columns.has_masks else ""
     reasons = "".join(f"| {reason} | {count} |\n" for reason, count in counts.rejected.items())
     return f"""---
 configs:
@@ -144,7 +149,7 @@ configs:
 | --- | --- |
 | kept | {counts.kept} |
 {reasons}
-A sample is `KEY.{image_format}`, `KEY.txt` (its caption) and `KEY.json`; `KEY.cls` is its class where there are classes.
+A sample is `KEY.{image_format}`, `KEY.txt` (its caption) and `KEY.json`; `KEY.cls` is its class where there are classes.{masks}
 `000000.parquet` has one row per input of the shard, including rejected inputs with their reasons; `index.parquet` has the kept
 rows of all shards, with byte offsets.
 

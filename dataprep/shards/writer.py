@@ -15,15 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dataprep.examine.thumbnails import thumbnail
-from dataprep.row_schema import TABLE_FIELDS
+from dataprep.row_schema import MASK_FIELDS, TABLE_FIELDS
 from dataprep.shards.layout import ColumnKind, ExtraColumns
 from dataprep.shards.regroup import GROUP_SCHEMA, rows_of_shard
 from dataprep.shards.store import Store
 from pipeline.images import read_image
+from pipeline.images.masks import MASK_EXTENSION, encode_mask
 
 _MAX_THUMBNAILS = 8  # near duplicates of a shard that get one
 
@@ -81,8 +83,17 @@ def number_of_file(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def table_schema(columns: Mapping[str, ColumnKind]) -> pa.Schema:
-    return pa.schema([*TABLE_FIELDS, *((name, kind.table) for name, kind in columns.items())])
+def table_schema(columns: ExtraColumns) -> pa.Schema:
+    masks = MASK_FIELDS if columns.has_masks else ()
+    return pa.schema([*TABLE_FIELDS, *masks, *((name, kind.table) for name, kind in columns.kinds.items())])
+
+
+def with_mask_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table in the columns of `schema`: shards that were written before their corpus had masks lack those of masks."""
+    for name, kind in MASK_FIELDS:
+        if name in schema.names and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, kind))
+    return table.select(schema.names) if set(table.column_names) == set(schema.names) else table
 
 
 def finished_shards(store: Store, *, first: int, count: int, job: str) -> list[ShardEntry | None]:
@@ -108,7 +119,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
     """Write tar, table and stats of one shard, in this order. Raises RuntimeError if a source changed since it was examined."""
     stem = shard_name(task.number)
     tables: list[pa.Table] = []
-    schema = table_schema(task.columns.kinds)
+    schema = table_schema(task.columns)
     kept = shown = 0
     with task.store.publish(f"{stem}.tar") as stream:
         digesting = _DigestingStream(stream)
@@ -116,7 +127,7 @@ def write_shard(task: ShardTask, report: Callable[[int], None]) -> ShardEntry:
             for rows in rows_of_shard(task.groups, shard=task.index):
                 table_rows: list[dict[str, Any]] = []
                 for row in rows:
-                    table_row = _table_row(row, columns=task.columns.kinds)
+                    table_row = _table_row(row, columns=task.columns)
                     if row["key"]:
                         report(kept)
                         kept += 1
@@ -169,6 +180,8 @@ def sample_record(row: Mapping[str, Any], *, columns: Mapping[str, ColumnKind]) 
 def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], image: bytes, task: ShardTask) -> dict[str, int]:
     """Add the members of one sample; returns their offsets and lengths by column name."""
     record = sample_record(row, columns=task.columns.kinds)
+    if task.columns.has_masks:
+        record["mask_path"] = row["mask_path"] or ""
     payloads = {
         "image": (task.image_format, image),
         "text": ("txt", row["caption"].encode("utf-8")),
@@ -177,6 +190,8 @@ def _write_sample(tar: tarfile.TarFile, *, row: dict[str, Any], image: bytes, ta
     }
     if not task.columns.has_classes:
         del payloads["cls"]
+    if task.columns.has_masks:
+        payloads["mask"] = (MASK_EXTENSION, _read_mask(row, work=task.work))
     columns: dict[str, int] = {}
     for member, (extension, payload) in payloads.items():
         info = tarfile.TarInfo(f"{row['key']}.{extension}")
@@ -200,14 +215,24 @@ def _read_image(row: dict[str, Any], *, work: Path) -> bytes:
     return data
 
 
-def _table_row(row: dict[str, Any], *, columns: Mapping[str, ColumnKind]) -> dict[str, Any]:
+def _read_mask(row: dict[str, Any], *, work: Path) -> bytes:
+    """The mask of a sample, from the spool file of pass 1; white if it has none, so that all samples have the same members."""
+    if not row["mask_path"]:
+        return encode_mask(np.full((row["height"], row["width"]), 255, dtype=np.uint8))
+    with open(work / os.fsdecode(row["mask_file"]), "rb") as stream:
+        stream.seek(row["mask_start"])
+        return stream.read(row["mask_bytes"])
+
+
+def _table_row(row: dict[str, Any], *, columns: ExtraColumns) -> dict[str, Any]:
     extra = json.loads(row["extra"])
     return {
         **{name: row[name] for name in _COPIED},
+        **({"mask_path": row["mask_path"] or ""} if columns.has_masks else {}),
         "key": row["key"] or None,
         "status": "rejected" if row["reason"] else "success",
         "captions": row["captions"] or ([""] if row["key"] else []),
-        **{name: _typed(extra.get(name), kind=kind) for name, kind in columns.items()},
+        **{name: _typed(extra.get(name), kind=kind) for name, kind in columns.kinds.items()},
     }
 
 

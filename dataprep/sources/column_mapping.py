@@ -25,7 +25,8 @@ class ColumnConfig(BaseModel):
     name of the image file without its extension, with spaces for underscores and dashes. `label`: an integer class, or text, whose
     values become classes in sorted order. A dotted name is a part of a nested column: `conversations.0.value`, or `conversations.value`
     for all elements of a list. `folders`: use the name of an image's folder as its class (default: only if no image has other text).
-    `encoding`: of texts that are not UTF-8 and have no byte order mark.
+    `encoding`: of texts that are not UTF-8 and have no byte order mark. `masks`: a folder with the loss masks of an image folder, each with
+    the relative path of its image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,6 +36,7 @@ class ColumnConfig(BaseModel):
     label: str | None = Column
     folders: bool | None = None
     encoding: str | None = Column
+    masks: str | None = Column
 
     @field_validator("encoding")
     @classmethod

@@ -15,6 +15,7 @@ from dataprep.sources.column_mapping import FILE_NAME, ColumnConfig, choose, des
 from dataprep.sources.files.file_listing import Listing, folded
 from dataprep.sources.files.paths import base_name, join, read_texts
 from dataprep.sources.image_list import sample_of
+from dataprep.sources.masks import FolderMasks
 from dataprep.sources.raw_sample import RawSample
 from dataprep.sources.tabular.tables import Table
 from dataprep.sources.unread_files import UnreadFiles
@@ -53,6 +54,7 @@ class ImageFolder:
         self.root = None if is_remote(path) else Path(path).resolve()
         self.name = name
         self._files = files
+        self._masks = FolderMasks(path, files=files, elsewhere=columns.masks)
         self._metadata = _metadata_files(files)
         self._tables = {folder: Table(join(path, file), encoding=columns.encoding or "") for folder, file in self._metadata.items()}
         self._columns = {
@@ -89,6 +91,7 @@ class ImageFolder:
     def digest(self) -> str:
         """Digest of the names and sizes of all files, and of the contents of the metadata."""
         digest = self._files.digest()
+        digest.update(self._masks.digest().encode())
         for folder, table in self._tables.items():
             digest.update(f"{folder}\0{table.digest()}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
@@ -115,9 +118,11 @@ class ImageFolder:
         used = {*self._metadata.values(), *self._matched_in_case}  # besides images and texts of exactly their names
         for folder, names in self._files.folders():
             governed = self._is_governed(folder)
-            images = set() if governed else {_stem(name) for name in names if _is_image(name)}
+            images = set() if governed else {_stem(name) for name in names if self._is_input(folder, name)}
             for name in names:
                 file = folder + name
+                if self._masks.holds(file):
+                    continue
                 if _is_image(name):
                     number = self._files.number(file) if governed else None
                     unlisted += number is not None and not self._listed[number]
@@ -131,16 +136,20 @@ class ImageFolder:
         notes += [f"{count} file name(s) of the metadata were taken {how}" for how, count in sorted(self._matched.items())]
         if self._useless_json:
             notes.append(f"{self._useless_json} .json file(s) beside images and their texts are not JSON objects and were not used")
-        return [f"{self.name}: {note}" for note in (*notes, *unread.notes(), *self._files.notes)]
+        return [f"{self.name}: {note}" for note in (*notes, *self._masks.notes(), *unread.notes(), *self._files.notes)]
+
+    def _is_input(self, folder: str, name: str) -> bool:
+        """Whether a file is an image, not a mask."""
+        return _is_image(name) and not self._masks.holds(folder + name)
 
     def _images(self) -> Iterator[str]:
-        return (file for file in self._files if _is_image(file))
+        return (file for file in self._files if self._is_input("", file))
 
     def _own_images(self) -> Iterator[str]:
         """The images without metadata."""
         for folder, names in self._files.folders():
             if not self._is_governed(folder):
-                yield from (folder + name for name in names if _is_image(name))
+                yield from (folder + name for name in names if self._is_input(folder, name))
 
     def _is_governed(self, folder: str) -> bool:
         path = PurePosixPath(folder)
@@ -150,7 +159,9 @@ class ImageFolder:
         """Folder name → class, if requested, or if the images have no other text or class."""
         if requested is False:
             return {}
-        names = {PurePosixPath(folder).name for folder, names in self._files.folders() if any(map(_is_image, names))}
+        names = {
+            PurePosixPath(folder).name for folder, names in self._files.folders() if any(self._is_input(folder, name) for name in names)
+        }
         if requested is None:
             has_texts = self._metadata or self._suffixes or FILE_NAME in self._sidecar_columns.captions
             if has_texts or "" in names or len(names) < 2:
@@ -216,7 +227,7 @@ class ImageFolder:
         sample = replace(sample, path=inside, file=join(self.path, inside))
         if number is None:
             sample = replace(sample, reason="missing", detail=f"no such file in the folder{self._hint(inside)}")
-        return self._with_class(sample)
+        return self._completed(sample)
 
     def _find(self, file_name: str, *, folder: str) -> str | None:
         """The file that a row of metadata names, relative to the source; None if it is outside."""
@@ -254,7 +265,7 @@ class ImageFolder:
         images, ahead = tee((file, self._texts_of_image(file)) for file in self._own_images())
         contents = read_texts(join(self.path, text) for _, texts in ahead for text in texts)
         for file, names in images:
-            yield self._with_class(self._from_texts(file, texts=list(zip(names, islice(contents, len(names)), strict=True))))
+            yield self._completed(self._from_texts(file, texts=list(zip(names, islice(contents, len(names)), strict=True))))
 
     def _from_texts(self, file: str, *, texts: Sequence[tuple[str, bytes | OSError | None]]) -> RawSample:
         unread = next((content for _, content in texts if isinstance(content, OSError)), None)
@@ -286,7 +297,9 @@ class ImageFolder:
             extra=fields.extra,
         )
 
-    def _with_class(self, sample: RawSample) -> RawSample:
+    def _completed(self, sample: RawSample) -> RawSample:
+        """With its mask, and with its folder's class."""
+        sample = replace(sample, mask=self._masks.of(sample.path))
         name = PurePosixPath(sample.path).parent.name
         if name not in self._classes:
             return sample

@@ -133,6 +133,8 @@ def open_sources(
             source = _open(spec, name=name or _free_name(spec, taken=taken), config=config.model_copy(update={"columns": own}))
         except ValueError as error:
             raise ValueError(f"{name}={spec}: neither a setting nor a source: {error}" if name in given - {""} else str(error)) from error
+        if own.masks is not None and not isinstance(source, ImageFolder):
+            raise ValueError(f"{spec}: columns.masks={own.masks} is for image folders: put KEY.mask.png beside the images of shards")
         source.tags = config.tags
         opened.append(source)
     return opened

@@ -9,6 +9,17 @@ from pipeline.corpus.record_fields import Value
 
 
 @dataclass(frozen=True, slots=True)
+class RawMask:
+    """The loss mask of an input, `name` in its source: `data`, or `length` bytes at `offset` of `file`, or all of it, as in `RawSample`."""
+
+    name: str
+    file: str = ""
+    offset: int = 0
+    length: int | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class RawSample:
     """One input before its image is examined.
 
@@ -33,3 +44,4 @@ class RawSample:
     reason: str = ""
     detail: str = ""
     sha256: str = ""
+    mask: RawMask | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import pyarrow as pa
 from dataprep.row_schema import SEMANTIC_DUPLICATE, TABLE_COLUMNS, TAKEN_DOWN
 from dataprep.sources.column_mapping import ColumnConfig
 from dataprep.sources.files.paths import join
-from dataprep.sources.raw_sample import RawSample
+from dataprep.sources.raw_sample import RawMask, RawSample
 from dataprep.sources.tabular.tables import plain
-from pipeline.corpus.corpus import Corpus
+from pipeline.corpus.corpus import MASK_COLUMNS, Corpus
 from pipeline.corpus.record_fields import ColumnMapping, read_fields
 from pipeline.corpus.sidecars import SIDECARS, TAKEDOWN, TEXT_COLUMNS, provider
 from pipeline.digests import json_digest
 from pipeline.errors import one_line
+from pipeline.images.masks import MASK_EXTENSION
 from pipeline.storage.remote import is_remote, read_file
 
 MANIFEST = "manifest.json"
@@ -84,7 +85,7 @@ class CorpusSource:
         takedown = [TAKEDOWN] if self._takedown is not None else []
         chosen = [*self._caption_columns, *([self._label] if self._label else [])]
         wanted = dict.fromkeys([*_READ, *chosen, *self._extra, *self._filter_only, *takedown])
-        columns = [name for name in wanted if name in schema.names]
+        columns = [name for name in wanted if name in schema.names] + list(MASK_COLUMNS)
         for number in self._shards:
             _check_sidecar_files(self._corpus, number)
             for row in self._corpus.read(number, columns=columns).to_pylist():
@@ -124,7 +125,15 @@ class CorpusSource:
             extra=extra | ({TAGS: tags} if tags else {}),
             filter_only={name: row[name] or "" for name in self._filter_only},
             original_size=None if height is None or width is None else (height, width),
+            mask=_mask(row, tar=tar),
         )
+
+
+def _mask(row: Mapping[str, Any], *, tar: str) -> RawMask | None:
+    """The mask of a sample. One without a name is the white mask that `tim prepare` gave a sample without its own."""
+    if row["mask_offset"] is None or row["mask_path"] == "":
+        return None
+    return RawMask(f"{row['key']}.{MASK_EXTENSION}", file=tar, offset=row["mask_offset"], length=row["mask_length"])
 
 
 def is_corpus(folder: str) -> bool:

@@ -18,7 +18,7 @@ import zstandard
 
 from dataprep.sources.column_mapping import ColumnConfig, describe_encoding, of_json, with_file_name
 from dataprep.sources.files.paths import base_name, facts, is_unreachable, open_file
-from dataprep.sources.raw_sample import RawSample
+from dataprep.sources.raw_sample import RawMask, RawSample
 from dataprep.sources.tabular.tables import decompressed, plain
 from pipeline.bounded_counter import BoundedCounter, listed
 from pipeline.corpus.captions import MAX_TEXT_BYTES
@@ -140,9 +140,10 @@ class Shards:
         stated = with_file_name({**row, **record}, columns=self._columns, name=split_name(found.name)[0])
         fields = read_fields(stated, columns=self._columns)
         captions = tuple(texts)
-        data = None
+        data = mask_data = None
         if image and (is_remote(tar) or is_compressed) and image.length <= _MAX_REMOTE_BYTES:
             data = file.at(image.offset, image.length)
+            mask_data = file.at(found.mask.offset, found.mask.length) if found.mask else None
         return RawSample(
             source=self.name,
             path=path,
@@ -155,6 +156,9 @@ class Shards:
             extra=fields.extra,
             reason="" if image else "missing",
             detail="" if image else f"no image beside {found.name}",
+            mask=RawMask(found.mask.name, file=tar, offset=found.mask.offset, length=found.mask.length, data=mask_data)
+            if found.mask
+            else None,
         )
 
     def _texts_of(self, found: TarSample, *, file: BlockReader) -> tuple[dict[str, Value], list[str]]:

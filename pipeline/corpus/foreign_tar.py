@@ -20,6 +20,7 @@ from pipeline.corpus.tar_samples import TarSample, TarSamples, is_used, key_of, 
 from pipeline.corpus.text_decoding import UndecodableText, decode_text
 from pipeline.images import Rejection
 from pipeline.images.headers import Size, careful_size, quick_size
+from pipeline.images.masks import fits
 from pipeline.storage.tar import BlockReader, Member, members
 
 _MEMBERS = [f"{member}_{field}" for member in ("image", "text", "cls", "json") for field in ("offset", "length")]
@@ -33,6 +34,7 @@ SCHEMA = pa.schema(
         *((name, pa.int64()) for name in _MEMBERS),
     ]
 )
+_MASK_SCHEMA = pa.schema([(f"mask_{field}", pa.int64()) for field in ("offset", "length")])  # of tables with masks
 _CAPTIONS = {"caption", "captions", "text"}
 _NO_FIELDS = read_fields({})
 _MAX_COLUMNS = 256  # extra columns from JSON files
@@ -158,7 +160,20 @@ def _read(group: TarSample, *, contents: dict[int, _Content], groups: TarSamples
         if kind == "json" and sample.record is None and sample.problem is None:  # an unusable JSON file, not needed with a text
             del sample.locations[kind]
             groups.leave_out([member])
+    if group.mask is not None:
+        _read_mask(sample, group.mask, content=contents.pop(group.mask.offset, _Content()))
     return sample
+
+
+def _read_mask(sample: _Sample, mask: Member, *, content: _Content) -> None:
+    """Add the loss mask, of which only the header is read. A mask that cannot be used makes its sample unusable."""
+    sample.locations["mask"] = (mask.offset, mask.length)
+    problem = content.problem and f"{content.problem[0]}: {content.problem[1]}"
+    if content.size and sample.size and not fits(content.size, sample.size):
+        height, width = sample.size
+        problem = f"is {content.size[1]}x{content.size[0]} pixels, its image {width}x{height}: they need the same aspect ratio"
+    if problem:
+        sample.problem = sample.problem or ("bad-record", f"its mask {mask.name} {problem}")
 
 
 def _read_payload(sample: _Sample, kind: str, payload: bytes, *, name: str) -> None:
@@ -211,6 +226,10 @@ def _table(samples: Mapping[str, _Sample], *, sidecar_rows: Mapping[str, int], s
         extras.append(fields.extra)
     columns = list(zip(*rows, strict=True)) or [() for _ in SCHEMA]
     table = pa.table([pa.array(values, type=field.type) for values, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA)
+    if any("mask" in sample.locations for sample in samples.values()):
+        places = [sample.locations.get("mask", (None, None)) for sample in samples.values()]
+        for number, field in enumerate(_MASK_SCHEMA):
+            table = table.append_column(field, pa.array([place[number] for place in places], type=field.type))
     extra_columns = _sidecar_columns(sidecar, in_sidecar) if sidecar is not None else _record_columns(extras)
     for name, values in extra_columns:
         table = table.append_column(name, values)

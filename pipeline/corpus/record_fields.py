@@ -73,7 +73,8 @@ TAKEN = {
     "phash",
     "label",
     "thumbnail",
-} | {f"{member}_{what}" for member in ("image", "text", "cls", "json") for what in ("offset", "length")}
+    "mask_path",
+} | {f"{member}_{what}" for member in ("image", "text", "cls", "json", "mask") for what in ("offset", "length")}
 
 
 def read_fields(record: Mapping[str, Value], *, columns: ColumnMapping = STANDARD) -> Fields:

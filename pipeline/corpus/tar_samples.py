@@ -8,10 +8,11 @@ rule: the key ends at the first dot of the base name. If this gives a key withou
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.bounded_counter import BoundedCounter
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
+from pipeline.images.masks import MASK_EXTENSION
 from pipeline.storage.tar import Member
 
 TEXT_EXTENSIONS = ("txt", "text", "caption")  # in order of preference
@@ -39,6 +40,7 @@ class TarSample:
     texts: tuple[Member, ...] = ()
     json: Member | None = None
     cls: Member | None = None
+    mask: Member | None = None
     problem: tuple[str, str] | None = None
 
 
@@ -88,7 +90,21 @@ class TarSamples:
             yield from self._rejected(key, group, detail=f"{self._tar} has two members named {repeated.name}")
             return
         for part in parts:
+            yield from self._samples_with_mask(key, part)
+
+    def _samples_with_mask(self, key: str, part: Sequence[Member]) -> Iterator[TarSample]:
+        """The samples of a part. KEY.mask.png beside another image is the mask of that image."""
+        masks = [member for member in part if member.extension == MASK_EXTENSION and not member.problem]
+        others = [member for member in part if member not in masks]
+        if not masks or not any(kind_of(member) == "image" for member in others):
             yield from self._samples_of_part(key, part)
+            return
+        samples = list(self._samples_of_part(key, others))
+        if len(samples) == 1:
+            samples = [replace(samples[0], mask=masks[0])]
+        else:
+            self.leave_out(masks)
+        yield from samples
 
     def _samples_of_part(self, key: str, part: Sequence[Member]) -> Iterator[TarSample]:
         plain = [member for member in part if member.problem or "." not in member.extension]
