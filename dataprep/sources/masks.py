@@ -11,6 +11,7 @@ from dataprep.sources.files.paths import base_name, join, list_files
 from dataprep.sources.raw_sample import RawMask
 from pipeline.bounded_counter import MAX_NAMES, listed
 from pipeline.corpus.record_fields import IMAGE_EXTENSIONS
+from pipeline.errors import one_line
 
 _SUFFIXES = (".mask.png", "-masklabel.png")
 _FOLDERS = ("masks", "mask")
@@ -21,20 +22,25 @@ class FolderMasks:
     """The masks of an image folder.
 
     `path`: the folder or its URL, with these `files`. `elsewhere`: a folder with further masks, each with the relative path of its image
-    and any image extension. A folder `masks` or `mask` holds masks if the folder above has an image of the same name.
+    and any image extension. A folder `masks` or `mask` holds masks if the folder above has an image of the same name. Raises ValueError if
+    `elsewhere` cannot be listed.
     """
 
     def __init__(self, path: str, *, files: Listing, elsewhere: str | None = None) -> None:
         self._path = path
         self._files = files
         self._folders = frozenset(_mask_folders(files))
+        self._has_named = any(file.lower().endswith(_SUFFIXES) for file in files)  # few folders have masks: the others cost nothing
         self._elsewhere = elsewhere
-        self._others = None if elsewhere is None else list_files(elsewhere)
+        self._others = None if elsewhere is None else _list(elsewhere)
         self._used: set[str] = set()
+        self._used_elsewhere: set[str] = set()
 
     def holds(self, file: str) -> bool:
         """Whether a file of the folder is a mask, by its name or its folder."""
-        return file.lower().endswith(_SUFFIXES) or (bool(self._folders) and file[: len(file) - len(base_name(file))] in self._folders)
+        if self._has_named and file.lower().endswith(_SUFFIXES):
+            return True
+        return bool(self._folders) and file[: len(file) - len(base_name(file))] in self._folders
 
     def of(self, image: str) -> RawMask | None:
         """The mask of an image, if it has one. Those with their own name in the image's folder come first."""
@@ -44,12 +50,16 @@ class FolderMasks:
             return RawMask(name=file, file=join(self._path, file))
         if self._others is not None and self._elsewhere is not None:
             for file in _same_stem(self._others, stem):
+                self._used_elsewhere.add(file)
                 return RawMask(name=join(self._elsewhere, file), file=join(self._elsewhere, file))
         return None
 
     def notes(self) -> list[str]:
         """A sentence on masks without an image. Complete once every image was asked for."""
-        orphans = [file for file in self._files if self.holds(file) and file not in self._used] if self._has_masks() else []
+        has_masks = self._has_named or self._folders
+        orphans = [file for file in self._files if self.holds(file) and file not in self._used] if has_masks else []
+        others = [file for file in self._others or () if file.lower().endswith(_IMAGES) and file not in self._used_elsewhere]
+        orphans += [join(self._elsewhere or "", file) for file in others]
         named = listed(orphans[:MAX_NAMES], count=len(orphans))
         return [f"{len(orphans)} mask(s) without an image of the same name were left out: {named}"] if orphans else []
 
@@ -58,15 +68,21 @@ class FolderMasks:
         return "" if self._others is None else self._others.digest().hexdigest()
 
     def _candidates(self, image: str, *, stem: str) -> Iterator[str]:
-        yield from (name for name in (f"{stem}{_SUFFIXES[0]}", f"{image}{_SUFFIXES[0]}", f"{stem}{_SUFFIXES[1]}") if name in self._files)
+        if self._has_named:
+            beside = f"{stem}{_SUFFIXES[0]}", f"{image}{_SUFFIXES[0]}", f"{stem}{_SUFFIXES[1]}"
+            yield from (name for name in beside if name in self._files)
         name = base_name(stem)
         folder = stem[: len(stem) - len(name)]
         for inner in _FOLDERS:
             if f"{folder}{inner}/" in self._folders:
                 yield from _same_stem(self._files, f"{folder}{inner}/{name}")
 
-    def _has_masks(self) -> bool:
-        return bool(self._folders) or any(file.lower().endswith(_SUFFIXES) for file in self._files)
+
+def _list(folder: str) -> Listing:
+    try:
+        return list_files(folder)
+    except OSError as error:
+        raise ValueError(f"columns.masks={folder}: {one_line(error)}") from error
 
 
 def _mask_folders(files: Listing) -> Iterator[str]:

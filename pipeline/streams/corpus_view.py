@@ -62,7 +62,7 @@ class CorpusView:
         self.weight = weight
         self.repeats = repeats
         self.cap = cap
-        self.loss_weight = loss_weight
+        self.loss_weight = float(loss_weight)
         self._where = None if where is None else Where(where)
         self._excluded = None if exclude is None else _read_excluded(exclude, name=corpus.name)
         self._validation_share = validation_share

@@ -246,15 +246,20 @@ def test_tars_of_others_are_indexed_and_prepared_with_their_masks(tmp_path: Path
 
     save(tmp_path / "mine" / "deep" / "a.jpg", scene(48, 64, seed=11))
     (tmp_path / "kohya" / "deep").mkdir(parents=True)
-    Image.fromarray(scene(48, 64, seed=11)).save(tmp_path / "kohya" / "deep" / "a.png")
+    for name in ("a", "spare"):
+        Image.fromarray(scene(48, 64, seed=11)).save(tmp_path / "kohya" / "deep" / f"{name}.png")
     elsewhere = {"columns": ColumnConfig(masks=str(tmp_path / "kohya"))}
     config = PrepareConfig.model_validate({"sources": {"mine": {"path": str(tmp_path / "mine"), **elsewhere}}})
     counts = prepare([str(tmp_path / "theirs.tar")], out=tmp_path / "both", config=config)
     assert (counts.kept, counts.rejected) == (3, {"bad-record": 3})
+    spare = f"mine: 1 mask(s) without an image of the same name were left out: {tmp_path / 'kohya' / 'deep' / 'spare.png'}"
+    assert spare in counts.notes
     assert {name: row["mask_path"] for name, row in rows(tmp_path / "both").items()} == {
         "0": "0.mask.png", "1": "", "a": str(tmp_path / "kohya" / "deep" / "a.png"),
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"theirs\.tar: columns\.masks=x is for image folders"):
         prepare([str(tmp_path / "theirs.tar")], out=tmp_path / "no", config=PrepareConfig(columns=ColumnConfig(masks="x")))
+    with pytest.raises(ValueError, match=r"columns\.masks=.*nowhere: .*No such file or directory"):
+        prepare([str(tmp_path / "mine")], out=tmp_path / "no", config=PrepareConfig(columns=ColumnConfig(masks=str(tmp_path / "nowhere"))))
     manifest = json.loads((tmp_path / "both" / "manifest.json").read_text())
     assert manifest["has_masks"] is True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from launch.config.load import load_config
 from launch.config.schema import Config, TrainConfig
 from launch.finetune_job import Base, add_length, defaults
 from launch.training.metrics import read_rows
+from tests import REPOSITORY
 from tests.isolation import isolated_process
 from tests.launch.test_cli import Tim, refused, tim
 from tests.tim.models import autoencoder, bert
@@ -89,6 +93,24 @@ def test_one_command_trains_the_model_on_photographs_and_goes_on(photos: Path, d
     sampled = tim("sample", out, "--prompt", "a hen", "--size", "48x32", "--steps", 1, "--out", tmp_path / "images")
     assert sampled.code == 0, sampled.err
     assert {Image.open(path).size for path in (tmp_path / "images").glob("*.png") if path.name != "grid.png"} == {(48, 32)}
+
+
+@pytest.mark.soak
+def test_a_killed_command_goes_on_where_it_stopped(photos: Path, demo_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = ["train.steps=30", "checkpoint.every=5", "log.every=1", "loader.workers=0"]
+    command = [sys.executable, "-m", "launch.cli", "finetune", str(photos), "--from", str(demo_model), "--out", str(out), *overrides]
+    for killed_at in (3, 12):
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not any(row["step"] >= killed_at for row in read_rows(out / "metrics.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.kill()
+        process.wait()
+        assert not (out / "model").exists()
+    subprocess.run(command, cwd=REPOSITORY, check=True, timeout=1200)
+    assert [row["step"] for row in read_rows(out / "metrics.jsonl")] == list(range(1, 31))
+    assert (out / "model" / "config.json").is_file()
 
 
 @pytest.mark.skipif("lora" not in TrainConfig.model_fields, reason="train.lora is not there")
