@@ -14,6 +14,7 @@ import typer
 
 from launch.commands.bench import bench
 from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
+from launch.commands.estimate import estimate
 from launch.commands.finetune import finetune
 from launch.commands.launch import launch
 from launch.commands.model import demo, export, plan, recipes, sample, train
@@ -22,7 +23,25 @@ from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
 # in the order of `tim --help`
-COMMANDS = (demo, prepare, index, encode, verify, report, score, annotate, recipes, plan, train, launch, finetune, plot, sample, export)
+COMMANDS = (
+    demo,
+    prepare,
+    index,
+    encode,
+    verify,
+    report,
+    score,
+    annotate,
+    recipes,
+    plan,
+    estimate,
+    train,
+    launch,
+    finetune,
+    plot,
+    sample,
+    export,
+)
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer does not export it
 
 app = typer.Typer(

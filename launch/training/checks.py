@@ -15,7 +15,7 @@ def check_models(config: Config) -> None:
     from tim import codecs
     from tim.text import encoders
 
-    parts = _cached_parts(config)
+    parts = cached_parts(config)
     try:
         if "latents" not in parts and config.codec.kind != "pixel":
             codecs.weights_folder(config.codec.kind, config.codec.path)
@@ -58,7 +58,7 @@ def check_features(features: Features, config: Config) -> None:
         _expect(features, "teacher", actual=features.teacher, expected=expected)
 
 
-def _cached_parts(config: Config) -> set[str]:
+def cached_parts(config: Config) -> set[str]:
     """Model outputs that all corpora provide as cached features."""
     cached = [set(Features.open(entry.features).parts) if entry.features else set() for entry in config.corpus]
     return set.intersection(*cached) if cached else set()

@@ -1,0 +1,168 @@
+"""Memory of the network's passes over a pack, from the network itself.
+
+The network runs with fake tensors, which have shapes but no values, for one and two blocks and two numbers of tokens. Bytes grow linearly
+with tokens and with blocks, in the forward pass and in the backward pass, so that four passes give those of any pack and depth. Parameters
+that are not trained keep no input for their gradient.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from launch.hardware.tensor_memory import TensorMemory
+from tim import PackedText, PackedTokens, TransitionTransformer
+from tim.layers import autocast
+from tim.model_kinds import Dtype
+from tim.packed import Condition
+
+TRACED_TOKENS = (4096, 8192)  # of the packs that are traced
+Pass = Literal["train", "evaluate"]
+Limit = Callable[[nn.Module], None]
+
+
+class Line(NamedTuple):
+    """A number of bytes that grows with the tokens of a pack."""
+
+    fixed: float
+    per_token: float
+
+    def at(self, tokens: int) -> float:
+        return self.fixed + self.per_token * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class PassBytes:
+    """Bytes that a pass takes beyond weights and gradients, as a function of the pack: the most of several lines."""
+
+    lines: tuple[Line, ...]
+
+    def of(self, tokens: int) -> float:
+        return max(line.at(tokens) for line in self.lines)
+
+    def tokens_in(self, available: float) -> int:
+        """Largest number of tokens whose pass takes no more than the `available` bytes; 0 if there is none."""
+        return max(0, min(int((available - line.fixed) / line.per_token) for line in self.lines))
+
+
+def pass_bytes(
+    params: Mapping[str, Any],
+    *,
+    rope: str,
+    text_share: float,
+    kind: Pass = "train",
+    precision: Dtype = "fp32",
+    checkpoint_every: int = 0,
+    alignment: bool = False,
+    limit: Limit | None = None,
+) -> PassBytes:
+    """Memory of a pass over packs with `text_share` tokens of captions per token of images.
+
+    Args:
+        params: complete, with the published names.
+        kind: train: forward and backward, with the gradients of earlier packs there; evaluate: forward without gradient.
+        precision: of matrix products, by autocast. Its copies of weights count.
+        alignment: whether the pass returns the projection for the alignment teacher.
+        limit: makes a part of the network trainable.
+    """
+    every, depth = max(1, checkpoint_every), int(params["depth"])
+    depths = sorted({min(depth, every), min(depth, 2 * every)})
+    text_share = text_share if params.get("num_classes") is None else 0.0
+    peaks: dict[int, list[list[float]]] = {}  # by blocks: of the forward and the backward pass, by tokens
+    for blocks in depths:
+        case = json.dumps({**params, "depth": blocks, "encoder_depth": 1}, sort_keys=True)
+        traces = [_trace(case, rope, tokens, round(text_share * tokens), kind, precision, checkpoint_every, alignment, limit)
+                  for tokens in TRACED_TOKENS]  # fmt: skip
+        peaks[blocks] = [list(each) for each in zip(*traces, strict=True)]
+    lines = []
+    for phase in range(2):
+        low, high = (_extrapolate(depths, [peaks[blocks][phase][place] for blocks in depths], depth) for place in range(2))
+        slope = (high - low) / (TRACED_TOKENS[1] - TRACED_TOKENS[0])
+        lines.append(Line(low - slope * TRACED_TOKENS[0], slope))
+    return PassBytes(tuple(lines))
+
+
+def _extrapolate(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """Value at a place on the line through one or two points."""
+    if len(places) == 1:
+        return values[0]
+    return values[0] + (values[1] - values[0]) / (places[1] - places[0]) * (place - places[0])
+
+
+@lru_cache(maxsize=256)
+def _trace(
+    params: str,
+    rope: str,
+    tokens: int,
+    text: int,
+    kind: Pass,
+    precision: Dtype,
+    checkpoint_every: int,
+    alignment: bool,
+    limit: Limit | None,
+) -> tuple[int, int]:
+    """Peaks of the forward and the backward pass over one image, beyond weights and gradients. params: as JSON, so that it is hashable."""
+    with torch.device("meta"):
+        network = TransitionTransformer.from_official(json.loads(params), rope=rope)
+    network.configure_execution(checkpoint_every=checkpoint_every)
+    device, class_ids = torch.device("cpu"), torch.zeros(1, dtype=torch.int64)  # ids have values: the network checks them
+    with FakeTensorMode(allow_non_fake_inputs=True), TensorMemory() as memory:
+        network.to_empty(device=device)
+        if limit is not None:
+            limit(network)
+        parameters = list(network.parameters())
+        memory.add(parameters)
+        inputs = _inputs(network, class_ids, tokens=tokens, text=text)
+        if kind == "evaluate":
+            before = memory.now
+            memory.restart()
+            with torch.no_grad(), autocast(device, precision):
+                network(*inputs)
+            return memory.peak - before, memory.peak - before
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        before = memory.now
+        memory.restart()
+        with autocast(device, precision):
+            out, projection = network(*inputs, return_alignment=True) if alignment else (network(*inputs), None)
+        forward = memory.peak - before
+        loss = out.tokens.square().sum() if projection is None else out.tokens.square().sum() + projection.float().square().sum()
+        memory.restart()
+        loss.backward()
+        return forward, memory.peak - before
+
+
+def _inputs(
+    network: TransitionTransformer, class_ids: torch.Tensor, *, tokens: int, text: int
+) -> tuple[PackedTokens, torch.Tensor, torch.Tensor, Condition]:
+    """A pack of one image with a caption or a class."""
+    p = network.patch_size
+    packed = PackedTokens.from_latents([torch.empty(network.channels, p, tokens * p)], p)
+    times = torch.empty(1)
+    if network.classes is not None:
+        return packed, times, times, class_ids
+    return packed, times, times, PackedText.from_features([torch.empty(max(1, text), network.params["cap_feat_dim"])])
+
+
+class Parameter(NamedTuple):
+    """A parameter of a network: its shape, and whether it is trained."""
+
+    shape: tuple[int, ...]
+    trained: bool
+
+
+def parameters_of(params: Mapping[str, Any], *, limit: Limit | None = None) -> dict[str, Parameter]:
+    """The parameters of a network by name. Takes no memory."""
+    with torch.device("meta"):
+        network = TransitionTransformer.from_official(dict(params))
+        if limit is not None:
+            limit(network)
+    return {name: Parameter(tuple(each.shape), each.requires_grad) for name, each in network.named_parameters()}
