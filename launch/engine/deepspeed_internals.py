@@ -82,9 +82,11 @@ def check_config(library: Any, config: dict[str, Any]) -> None:
 
 
 def shares(engine: Any, *, shapes: Shapes, stage: int, rank: int) -> Iterator[tuple[str, Share]]:
-    """Yield this rank's share of each parameter under ZeRO 1 to 3."""
+    """Yield this rank's share of each trained parameter (those in `shapes`) under ZeRO 1 to 3."""
     zero = engine.optimizer
     for name, parameter in engine.module.named_parameters():
+        if name not in shapes:
+            continue
         if stage == 3:
             group, offset, count = _member(zero, "grad_position")[_member(zero, "get_param_id")(parameter)]
             weights, start = _member(zero, "fp32_partitioned_groups_flat")[group], rank * count
@@ -104,6 +106,16 @@ def parameters_by_vector(engine: Any) -> Iterator[tuple[Tensor, list[nn.Paramete
     """Yield the flat vectors of ZeRO 3 that the optimizer updates, and the parameters of which they hold a part."""
     zero = engine.optimizer
     yield from zip(_member(zero, "fp32_partitioned_groups_flat"), _member(zero, "fp16_groups"), strict=True)
+
+
+def whole_value(parameter: nn.Parameter, *, stage: int) -> Tensor:
+    """A copy of a parameter, gathered from all ranks under ZeRO 3. Must be called by all ranks."""
+    if stage < 3:
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 @contextmanager

@@ -18,11 +18,19 @@ from torch import Tensor, nn
 from launch.checkpoints.tensor_fragments import Fragment
 from launch.config.deepspeed_settings import merged
 from launch.distributed.ranks import Ranks
-from launch.engine.deepspeed_internals import Share, attached_deepspeed, check_config, parameters_by_vector, shares, weights_replaced
+from launch.engine.deepspeed_internals import (
+    Share,
+    attached_deepspeed,
+    check_config,
+    parameters_by_vector,
+    shares,
+    weights_replaced,
+    whole_value,
+)
 from launch.engine.moments import Pieces
 from launch.engine.muon import Column, Muon
 from launch.engine.optimizers import make_optimizer, uses_cpu_adam
-from launch.engine.parameter_groups import parameter_groups
+from launch.engine.parameter_groups import parameter_groups, trained_parameters
 from launch.engine.replicated import Replicated, owned_parameters, whole_parameters
 
 
@@ -35,7 +43,10 @@ class StepResult:
 
 
 class Engine:
-    """A network under DeepSpeed ZeRO (stage 0: not sharded) with an optimizer. Call it like the network. Weights stay in float32."""
+    """A network under DeepSpeed ZeRO (stage 0: not sharded) with an optimizer. Call it like the network. Weights stay in float32.
+
+    Parameters that need no gradient are frozen: they have no moments, and are not in `shapes`, fragments and checkpoints.
+    """
 
     def __init__(
         self,
@@ -60,7 +71,7 @@ class Engine:
         settings = deepspeed or {}
         library = attached_deepspeed()
         network.to(ranks.device).train()
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in trained_parameters(network)}
         grouping = {"weight_decay": weight_decay, "muon": optimizer == "muon", "lr_factors": lr_factors or {}}
         groups = ranks.run_on_all_ranks(lambda: parameter_groups(network, **grouping))
         settings = {**settings, "zero_force_ds_cpu_optimizer": uses_cpu_adam(optimizer, settings)}
@@ -104,8 +115,14 @@ class Engine:
         assert not result.applied, "only gradients that are not finite can be discarded"
 
     def fragments(self) -> dict[str, Fragment]:
-        """Views of the float32 master weights owned by this rank. The fragments of all ranks cover the whole network."""
+        """Views of the float32 master weights owned by this rank. The fragments of all ranks cover all trained parameters."""
         return {name: share.of(share.weights) for name, share in self._owned.items()}
+
+    def frozen(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield a copy of each frozen parameter. Must be called, and exhausted, by all ranks."""
+        for name, parameter in self.module.named_parameters():
+            if name not in self.shapes:
+                yield name, whole_value(parameter, stage=self.stage)
 
     def moments(self) -> dict[str, dict[str, Fragment]]:
         """Views of the optimizer's moments by kind and parameter, like `fragments`; empty before the first update."""
@@ -161,7 +178,7 @@ class Engine:
 
     def _muon_columns(self) -> dict[Tensor, list[Column]]:
         """Parts of the matrices in each flat vector of ZeRO 3."""
-        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        names = {id(parameter): name for name, parameter in trained_parameters(self.module)}
         size = self.ranks.size
         columns: dict[Tensor, list[Column]] = {}
         for vector, parameters in parameters_by_vector(self._engine):

@@ -13,6 +13,7 @@ from torch import nn
 
 from launch.engine.deepspeed_internals import Share
 from launch.engine.muon import Muon
+from launch.engine.parameter_groups import trained_parameters
 
 
 class Replicated(torch.optim.Optimizer):
@@ -47,8 +48,8 @@ class ReplicatedMuon(Replicated, Muon):
 
 
 def whole_parameters(network: nn.Module) -> dict[str, Share]:
-    """Every parameter as one share, which holds all of it."""
-    return {name: Share(0, parameter, 0, parameter.numel()) for name, parameter in network.named_parameters()}
+    """Every trained parameter as one share, which holds all of it."""
+    return {name: Share(0, parameter, 0, parameter.numel()) for name, parameter in trained_parameters(network)}
 
 
 def owned_parameters(sizes: Mapping[str, int], *, rank: int, ranks: int) -> list[str]:

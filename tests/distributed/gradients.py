@@ -20,7 +20,7 @@ def step_with_gradients(engine: Engine, *, lr: float) -> tuple[dict[str, Tensor]
 
     def step(*arguments: Any, **settings: Any) -> Any:
         for name, parameter in engine.module.named_parameters():
-            gradient = safe_get_full_grad(parameter)
+            gradient = safe_get_full_grad(parameter) if parameter.requires_grad else None
             if gradient is not None:
                 gradients[name] = gradient.clone()
         return update(*arguments, **settings)
