@@ -6,6 +6,7 @@ Decisions are arrays over the inputs, not objects: about 150 bytes per input, so
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -158,7 +159,6 @@ def make_plan(
     order = shuffled(len(is_kept), seed=seed)
     shard, row, number = _assign_to_shards(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
 
-    counts = dict(zip(facts.names, np.bincount(facts.reason[facts.reason > 0] - 1, minlength=len(facts.names)).tolist(), strict=True))
     drops_near = dedup.near == "drop"
     overruled = {
         TAKEN_DOWN: int(copies.sum()),
@@ -166,8 +166,6 @@ def make_plan(
         DUPLICATE: int((exact >= 0).sum()),
         NEAR_DUPLICATE: int((near >= 0).sum()) if drops_near else 0,
     }
-    for reason, count in overruled.items():
-        counts[reason] = counts.get(reason, 0) + count
     return Plan(
         shard=shard,
         row=row,
@@ -182,13 +180,20 @@ def make_plan(
         shards=int(shard.max(initial=-1)) + 1,
         digits=max(4, len(str(shards.max_samples - 1))),
         kept=kept,
-        rejected={reason: count for reason, count in sorted(counts.items()) if count},
+        rejected=_rejected(facts, overruled=overruled),
         columns=columns,
         labelled=labelled,
         masked=masked,
         scaled_down=int((facts.is_scaled & is_kept).sum()),
         left_out=left_out,
     )
+
+
+def _rejected(facts: _Facts, *, overruled: Mapping[str, int]) -> dict[str, int]:
+    """Numbers of rejected inputs by reason: of the tables, and those of inputs that the tables would keep."""
+    counts = Counter(overruled)
+    counts.update(dict(zip(facts.names, np.bincount(facts.reason[facts.reason > 0] - 1, minlength=len(facts.names)).tolist(), strict=True)))
+    return {reason: count for reason, count in sorted(counts.items()) if count}
 
 
 def shuffled(count: int, *, seed: int) -> Ints:
