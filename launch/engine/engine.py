@@ -7,8 +7,7 @@ and divided by the step's planned image count, so they do not depend on how imag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -138,24 +137,17 @@ class Engine:
         self._moments.load(pieces, self._held, updates=updates)
         self.updates = updates
 
-    @contextmanager
-    def holding(self, weights: Mapping[str, Fragment]) -> Iterator[None]:
-        """Exchange the network's weights for others, such as an average, and back at the end. Must be called by all ranks.
-
-        weights: with the layout of `fragments`. They hold the network's own weights meanwhile, so that no memory is needed. After an error
-        nothing is exchanged back, because the other ranks could not follow.
-        """
-        self._exchange(weights)
-        yield
-        self._exchange(weights)
-
     @torch.no_grad()
-    def _exchange(self, weights: Mapping[str, Fragment]) -> None:
+    def exchange(self, fragments: Mapping[str, Fragment]) -> None:
+        """Exchange the weights with fragments of the same elements, such as an average; done twice, it changes nothing.
+
+        Must be called by all ranks. Needs no further memory.
+        """
         with weights_replaced(self._engine, stage=self.stage):
-            for name, own in self.fragments().items():
-                kept = own.values.clone()
-                own.values.copy_(weights[name].values)
-                weights[name].values.copy_(kept)
+            for name, weights in self.fragments().items():
+                before = weights.values.clone()
+                weights.values.copy_(fragments[name].values)
+                fragments[name].values.copy_(before)
             if not self.stage:
                 self._share_owned()
 

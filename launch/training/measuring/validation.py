@@ -29,6 +29,8 @@ from tim.objective import TransitionObjective
 
 Columns = dict[str, float | None]
 
+_LEAST_SHARE = 1e-9  # of a kind; less is a rounding error
+
 
 class Stage(NamedTuple):
     """What a validation needs to know of the plan at a step. shares: of images by kind; max_tokens: of an image."""
@@ -79,8 +81,9 @@ class Validation:
         stage = self._stage_at(step - 1)
         plan, loader = self._images_at(step - 1)
         columns = self._columns(plan, loader, shares=stage.shares, suffix="")
-        with self._engine.holding(self._ema.average):
-            columns |= self._columns(plan, loader, shares=stage.shares, suffix="_ema")
+        self._engine.exchange(self._ema.average)  # an error leaves them exchanged: the other ranks could not follow back
+        columns |= self._columns(plan, loader, shares=stage.shares, suffix="_ema")
+        self._engine.exchange(self._ema.average)
         return columns
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Validation:
 
     def _columns(self, plan: ValidationPlan, loader: Loader, *, shares: tuple[float, ...], suffix: str) -> Columns:
         """Mean losses of the present weights: of all kinds in their shares, by kind, and of all kinds by size."""
-        used = {kind: share for kind, share in enumerate(shares) if share > 0}
+        used = {kind: share for kind, share in enumerate(shares) if share > _LEAST_SHARE}
         sums, counts = self._sums(plan, loader, kinds=tuple(used))
         images = max(1.0, float(counts.sum()))
         by_kind = {kind: float(of_kind.sum()) / images for kind, of_kind in zip(used, sums, strict=True)}

@@ -16,6 +16,7 @@ from dataprep.features.encode import encode as encode_corpus
 from launch.checkpoints.export import spec_of
 from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
+from launch.distributed.heartbeat import HEARTBEAT
 from launch.distributed.ranks import Ranks
 from launch.encode_job import required_settings
 from launch.training.build import build
@@ -109,7 +110,9 @@ def test_the_validation_loss_from_features_is_that_from_images(config: Path, tmp
             trainer = Trainer(loaded, build(loaded, make_planner(loaded), ranks=alone, cleanup=cleanup), ranks=alone)
             for _ in range(2):
                 trainer.take_step()
-            return trainer.validate(last=True)
+            columns = trainer.validate(last=True)
+            assert HEARTBEAT.state.section == "validate"
+            return columns
 
     found = validated()
     assert found["validation_images"] > 1

@@ -8,8 +8,10 @@ import torch
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
 from launch.distributed.ranks import Ranks
+from launch.hardware.matmul import measure_matmul_rate
 from launch.training.measuring.bins import bin_columns
 from launch.training.measuring.image_facts import ImageFacts
+from launch.training.measuring.usage import Usage
 from launch.training.step_losses import StepLosses
 from launch.training.train import train
 from pipeline.loading.loader import Batch
@@ -73,6 +75,17 @@ def test_a_loss_that_is_not_finite_names_its_suspects(alone: Ranks) -> None:
     tally.add(batch("c", "d", "e", weights=[1, 1, 1], kinds=[0, 0, 0]), losses(math.nan, [1.0, math.nan, 1.0], [0.0, 0.0, math.inf]))
     sums = tally.sums(alone)
     assert (sums.suspects, sums.all_suspects) == ([(1, 1), (1, 2)], 2)
+
+
+def test_the_rate_of_a_cpu_is_measured_once_and_not_in_short_runs(alone: Ranks) -> None:
+    usage = Usage(alone, precision="fp32")
+    assert not usage.measure_rate(trained=1.0)
+    assert usage.columns(1e9)["matmul_share"] is None
+    assert [usage.measure_rate(trained=60.0) for _ in range(2)] == [True, False]
+    columns = usage.columns(1e9)
+    assert columns["matmul_share"] == pytest.approx(1e9 / measure_matmul_rate(alone.device, torch.float32))
+    assert columns["peak_memory_device"] is None
+    assert columns["peak_memory_host"] > 2**26
 
 
 def test_a_run_needs_a_folder() -> None:

@@ -123,6 +123,14 @@ def test_the_plan_counts_the_split(folder: Path, capsys: pytest.CaptureFixture[s
     assert f"left out         {held_out}, validation {held_out}" in capsys.readouterr().out
 
 
+def test_seconds_are_counted_where_they_are_spent(folder: Path) -> None:
+    """A checkpoint after step 3 is in the row of step 4."""
+    found = rows(folder, "split")
+    assert all(row[f"seconds_{name}"] > 0 for row in found for name in ("data", "compute", "optimizer"))
+    assert [row["seconds_validation"] > 0 for row in found] == [False, False, True, True]
+    assert [row["seconds_save"] > 0 for row in found] == [False, False, False, True]
+
+
 def test_every_column_of_a_row_is_documented(folder: Path) -> None:
     table = (REPOSITORY / "docs" / "training.md").read_text().partition("\n## Metrics\n")[2].partition("\n## ")[0]
     names = {name for row in re.findall(r"^\| (`.*?) \|", table, re.M) for name in re.findall(r"`(\w+)`", row)}
