@@ -151,10 +151,8 @@ def make_plan(
 
     labelled = int((facts.has_label & is_kept).sum())
     kept = int(is_kept.sum())
-    if columns is None:
-        columns = ExtraColumns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
-    masked = int((facts.has_mask & is_kept).sum())
-    columns = replace(columns, has_masks=columns.has_masks or masked > 0)
+    columns = columns or ExtraColumns(kinds=_column_kinds(tables, is_kept=is_kept), has_classes=0 < kept == labelled)
+    columns = replace(columns, has_masks=columns.has_masks or bool((facts.has_mask & is_kept).any()))
     names = sum(len(name) + 8 for name in columns.kinds)
     order = shuffled(len(is_kept), seed=seed)
     shard, row, number = _assign_to_shards(order, is_kept=is_kept, weights=facts.weights + names + _SAMPLE_OVERHEAD, config=shards)
@@ -183,7 +181,7 @@ def make_plan(
         rejected=_rejected(facts, overruled=overruled),
         columns=columns,
         labelled=labelled,
-        masked=masked,
+        masked=int((facts.has_mask & is_kept).sum()),
         scaled_down=int((facts.is_scaled & is_kept).sum()),
         left_out=left_out,
     )
