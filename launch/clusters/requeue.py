@@ -16,10 +16,13 @@ def requeue(number: int, *, log: Callable[[str], None]) -> None:
     """Requeue this Slurm job if the signal `number`, which stopped the run, is SIGTERM. Slurm sends it before the time limit.
 
     The job script asks for it in time to save: `#SBATCH --signal=TERM@120 --requeue`. Does nothing outside a Slurm job. `log` prints a
-    line about the outcome.
+    line about the outcome. A job that is ending already is not requeued: `scancel` sends SIGTERM too.
     """
     job = _job()
     if job is None or number != signal.SIGTERM:
+        return
+    if (state := _state(job)) not in (None, "RUNNING"):
+        log(f"Slurm job {job} is {state}, by scancel or after its time: not requeued")
         return
     command = ["scontrol", "requeue", job]
     try:
@@ -34,6 +37,16 @@ def requeue(number: int, *, log: Callable[[str], None]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     log(f"warning: {' '.join(command)} failed ({problem}): submit the job again" if problem else f"requeued Slurm job {job}")
+
+
+def _state(job: str) -> str | None:
+    """Slurm's word for the state of a job; None if it cannot be told, as in a container."""
+    command = ["squeue", "--noheader", f"--jobs={job}", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 def _job() -> str | None:

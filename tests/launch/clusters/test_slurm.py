@@ -87,6 +87,16 @@ def test_tasks_of_an_array_do_not_touch_each_other(job: Job, monkeypatch: pytest
     assert lines == ["requeued Slurm job 70_3"]
 
 
+@pytest.mark.parametrize(("state", "requeued"), [("RUNNING", True), ("COMPLETING", False), ("", True)])
+def test_a_cancelled_job_is_not_requeued(job: Job, commands: Path, monkeypatch: pytest.MonkeyPatch, state: str, requeued: bool) -> None:
+    add_command(commands / "squeue", f'#!/bin/sh\n[ "$2" = --jobs=70 ] && echo {state}\n')
+    monkeypatch.setenv("SLURM_JOB_ID", "70")
+    lines: list[str] = []
+    requeue(15, log=lines.append)
+    assert Path("scontrol.log").exists() is requeued
+    assert lines == ["requeued Slurm job 70" if requeued else "Slurm job 70 is COMPLETING, by scancel or after its time: not requeued"]
+
+
 @pytest.mark.parametrize("array", [{}, {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}])
 def test_a_container_without_scontrol_asks_the_script_to_requeue(
     job: Job, commands: Path, monkeypatch: pytest.MonkeyPatch, array: dict[str, str]
