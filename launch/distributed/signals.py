@@ -88,6 +88,8 @@ def catch_signals() -> Iterator[Signals]:
         yield signals
     finally:
         signal.set_wakeup_fd(wakeup)
+        if signals.stop == signal.SIGTERM and "SLURM_JOB_ID" in os.environ:
+            previous[signal.SIGTERM] = signal.SIG_IGN  # Slurm sends it again when it requeues the job, which has saved
         for number, handler in previous.items():
             signal.signal(number, handler)
         os.close(writable)  # ends the thread

@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.processes import is_running
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 _SECONDS = 60
+_SECONDS_TO_END = 10
 # A requeued job waits as long as credentials are valid. Slurm 22.05 cannot tell cgroup v1 by itself.
 _CONFIG = """\
 ClusterName=tim
@@ -74,7 +77,15 @@ def slurm_cluster(folder: Path) -> Iterator[Path]:
     finally:
         for name in reversed(DAEMONS):
             with suppress(OSError, ValueError):
-                os.kill(int((folder / f"{name}.pid").read_text()), signal.SIGTERM)
+                _end(int((folder / f"{name}.pid").read_text()))
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)  # slurmd waits for a controller that is gone
 
 
 def _wait_until_idle(environment: dict[str, str]) -> None:
