@@ -14,6 +14,7 @@ import typer
 
 from launch.commands.bench import bench
 from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
+from launch.commands.doctor import doctor
 from launch.commands.estimate import estimate
 from launch.commands.finetune import finetune
 from launch.commands.launch import launch
@@ -41,6 +42,7 @@ COMMANDS = (
     plot,
     sample,
     export,
+    doctor,
 )
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer does not export it
 

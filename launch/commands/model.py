@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launch.arguments import check_guidance, check_prompts, one_config, parse_interval, parse_sizes, parse_steps, parse_times
+from launch.commands.dry_run import DryRun, DryRunRanks, show_dry_run
 from launch.commands.launch import print_result
 from launch.commands.options import ConfigArgument, Debug, Json, Replan
 from launch.commands.text_tables import describe_plan, describe_recipes
@@ -171,7 +172,14 @@ def _export_plan(planner: Planner, file: Path, *, format: str, steps: int, ranks
     console.result(f"{file}: {text}", data={"export": str(file), "format": format, **counts})
 
 
-def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False, debug: Debug = False) -> None:
+def train(
+    config: ConfigArgument,
+    replan: Replan = False,
+    dry_run: DryRun = False,
+    ranks: DryRunRanks = 1,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
     """Train in this process.
 
     Resumes an existing run in run_dir, whatever its number of processes was. A new run starts from random weights, or from train.init=PATH:
@@ -185,6 +193,9 @@ def train(config: ConfigArgument, replan: Replan = False, as_json: Json = False,
         from launch.training.train import train as train_run
 
         source, overrides = one_config(config)
+        if dry_run:
+            show_dry_run(load_config(source, overrides=overrides), ranks=ranks, console=console)
+            return
         done = train_run(load_config(source, overrides=overrides), replan=replan)
         if torchrun.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` prints it
             print_result(console, done.run_dir, steps=done.steps)

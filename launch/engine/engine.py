@@ -7,7 +7,7 @@ and divided by the step's planned image count, so they do not depend on how imag
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 

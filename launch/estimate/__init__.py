@@ -1,1 +1,1 @@
-"""What a run will need: memory by ZeRO stage, time and price, from its configuration."""
+"""What a run needs before it starts: memory, time and price, and whether everything is there."""

@@ -8,6 +8,7 @@ that are not trained keep no input for their gradient.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from launch.hardware.tensor_memory import TensorMemory
 from tim import PackedText, PackedTokens, TransitionTransformer
+from tim.flops import Lengths, activation_bytes
 from tim.layers import autocast
 from tim.model_kinds import Dtype
 from tim.packed import Condition
@@ -47,10 +49,6 @@ class PassBytes:
     def of(self, tokens: int) -> float:
         return max(line.at(tokens) for line in self.lines)
 
-    def tokens_in(self, available: float) -> int:
-        """Largest number of tokens whose pass takes no more than the `available` bytes; 0 if there is none."""
-        return max(0, min(int((available - line.fixed) / line.per_token) for line in self.lines))
-
 
 def pass_bytes(
     params: Mapping[str, Any],
@@ -73,7 +71,8 @@ def pass_bytes(
         limit: makes a part of the network trainable.
     """
     every, depth = max(1, checkpoint_every), int(params["depth"])
-    depths = sorted({min(depth, every), min(depth, 2 * every)})
+    first = 2 if alignment else 1  # the projection's activations, after the first block, stay while the next one runs
+    depths = sorted({min(depth, first * every), min(depth, (first + 1) * every)})
     text_share = text_share if params.get("num_classes") is None else 0.0
     peaks: dict[int, list[list[float]]] = {}  # by blocks: of the forward and the backward pass, by tokens
     for blocks in depths:
@@ -150,6 +149,15 @@ def _inputs(
     if network.classes is not None:
         return packed, times, times, class_ids
     return packed, times, times, PackedText.from_features([torch.empty(max(1, text), network.params["cap_feat_dim"])])
+
+
+def quick_pass_bytes(params: Mapping[str, Any], *, text_share: float, precision: Dtype, checkpoint_every: int) -> PassBytes:
+    """Memory of a training pass by formulas (`tim.flops`), at once and to 10 %: without alignment, and with all parameters trained."""
+    lengths = Lengths([TRACED_TOKENS[0]], None if params.get("num_classes") else [round(text_share * TRACED_TOKENS[0])])
+    kept = activation_bytes(params, lengths, precision="fp32" if precision == "fp32" else "bf16", checkpoint_every=checkpoint_every)
+    copies = 0 if precision == "fp32" else 2 * sum(math.prod(each.shape) for each in parameters_of(params).values())
+    lines = Line(0.0 if checkpoint_every else copies, kept / TRACED_TOKENS[0]), Line(copies, 0.0)
+    return PassBytes(lines)
 
 
 class Parameter(NamedTuple):

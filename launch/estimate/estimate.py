@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from launch.config.schema import Config
-from launch.estimate.activations import Parameter, PassBytes, parameters_of, pass_bytes
+from launch.estimate.activations import Parameter, PassBytes, parameters_of, pass_bytes, quick_pass_bytes
 from launch.estimate.frozen_models import FrozenMemory, frozen_memory
 from launch.estimate.memory import STAGES, Activations, RunFacts, Stage, StepMemory, largest_pack, step_memory
 from launch.estimate.trained_part import TrainedPart
@@ -33,11 +33,12 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What an estimate assumes. cached: latents, texts and teacher's tokens come from feature shards."""
+    """What an estimate assumes. cached: latents, texts and teacher's tokens come from feature shards; quick: activations by formula."""
 
     ranks: int
     device: Device
     cached: bool = False
+    quick: bool = False
 
 
 def estimate(config: Config, situation: Situation, *, progress: Progress = no_progress) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def estimate(config: Config, situation: Situation, *, progress: Progress = no_pr
 
 def setting_of(config: Config, situation: Situation, *, work: PlannedWork) -> Setting:
     """Memory of the run as it is configured."""
-    facts, activations = _facts(config, situation, work=work), _activations(config, work=work)
+    facts, activations = _facts(config, situation, work=work), _activations(config, work=work, quick=situation.quick)
     memory = step_memory(facts, activations, stage=config.train.zero)
     largest = largest_pack(facts, activations, stage=config.train.zero, available=situation.device.usable)
     return Setting(config.train.zero, str(config.train.checkpointing), memory, memory.peak <= situation.device.usable, largest)
@@ -135,8 +136,11 @@ def _facts(config: Config, situation: Situation, *, work: PlannedWork) -> RunFac
     )
 
 
-def _activations(config: Config, *, work: PlannedWork) -> Activations:
+def _activations(config: Config, *, work: PlannedWork, quick: bool) -> Activations:
     objective, params = config.objective, _params(config)
+    if quick:
+        settings: dict[str, Any] = {"precision": config.train.precision, "checkpoint_every": _every(config)}
+        return Activations(quick_pass_bytes(params, text_share=work.text_share, **settings), None, None)
     common: dict[str, Any] = {"rope": config.network.rope, "text_share": round(work.text_share, 3), "limit": TrainedPart.of(config)}
 
     def evaluation(precision: Any) -> PassBytes:
@@ -206,7 +210,7 @@ def _savings(config: Config, situation: Situation, *, work: PlannedWork, chosen:
     if _has_models(config, situation, work=work):
         candidates.insert(0, ("features of `tim encode` (corpus.features)", {}))
     for name, update in candidates:
-        place = Situation(current.ranks, current.device, cached=current.cached or not update)
+        place = replace(current, cached=current.cached or not update)
         tried = config.model_copy(update={"train": config.train.model_copy(update=update)})
         setting = setting_of(tried, place, work=work)
         if setting.memory.peak > peak * 0.98 or (update.get("zero") and (situation.ranks == 1 or config.train.zero >= update["zero"])):

@@ -19,6 +19,7 @@ from launch.estimate.activations import Parameter, PassBytes
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 FULL = 4  # bytes of a float32 number
+GATHERED = 2  # of a matrix's number that Muon gathers on a GPU
 BUCKET = 500_000_000  # DeepSpeed's default for reduce_bucket_size, in elements
 PERSISTENT = 100_000  # its default for stage3_param_persistence_threshold
 LIVE = 1_000_000_000  # its defaults for stage3_max_live_parameters and stage3_max_reuse_distance
@@ -30,7 +31,7 @@ class RunFacts:
 
     parameters: of the network; matrices: names of those that Muon updates; averages: number of averages on the device; packs: most packs
     of a step on a rank; tokens: of a pack; frozen, frozen_work: bytes of codec, text encoder and teacher, and of their activations;
-    guidance: bytes of the guidance network; settings: of DeepSpeed; half_gather: whether Muon gathers matrices in bfloat16, as on GPUs.
+    guidance: bytes of the guidance network; settings: of DeepSpeed.
     """
 
     parameters: Mapping[str, Parameter]
@@ -44,7 +45,6 @@ class RunFacts:
     frozen_work: float = 0.0
     guidance: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
-    half_gather: bool = True
 
     @property
     def total(self) -> int:
@@ -183,7 +183,7 @@ def _update(facts: RunFacts, *, stage: Stage) -> float:
     muon = 0.0
     if facts.optimizer == "muon" and stage:
         hidden = facts.trained_in(facts.matrices)
-        muon = hidden * (2 if facts.half_gather else FULL) + 2 * FULL * hidden / facts.ranks
+        muon = hidden * GATHERED + 2 * FULL * hidden / facts.ranks
     if stage == 0:
         return min(FULL * facts.trained, FULL * BUCKET)
     if stage == 3:

@@ -88,6 +88,11 @@ def choose_backend(needs: AttentionRequirements, wanted: str = "auto") -> str:
     return wanted
 
 
+def obstacles(needs: AttentionRequirements) -> dict[str, str | None]:
+    """Why each backend cannot be used for a call, None for those that can."""
+    return {name: _obstacle(name, needs) for name in BACKENDS}
+
+
 def _obstacle(name: str, needs: AttentionRequirements) -> str | None:
     """Why a backend cannot be used, or None."""
     backend = BACKENDS[name]

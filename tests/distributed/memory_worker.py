@@ -25,14 +25,21 @@ SIDES = ((16, 16), (24, 12))  # of the images of a pack, in tokens
 PATCH, CAPTION, FEATURES, STEPS, PACKS = 4, 8, 64, 2, 2  # packs of each rank
 
 
-def config_of(case: str, *, width: int = 256, depth: int = 4, images: int = 8) -> Config:
+def config_of(case: str, *, images: int) -> Config:
     stage, checkpointing, precision, optimizer = case.split("-")
     tokens = images // 2 * sum(height * columns for height, columns in SIDES)
     content: dict[str, Any] = {
         "plan": {"max_tokens": 288, "tokens_per_pack": tokens, "packs_per_step": 2 * PACKS},
         "text": {"max_tokens": CAPTION},
-        "network": {"params": {"depth": depth, "hidden_size": width, "num_heads": 4, "patch_size": PATCH, "cap_feat_dim": FEATURES}},
-        "train": {"steps": 1, "zero": int(stage), "checkpointing": checkpointing, "precision": precision, "optimizer": optimizer},
+        "network": {"params": {"depth": 4, "hidden_size": 256, "num_heads": 4, "patch_size": PATCH, "cap_feat_dim": FEATURES}},
+        "train": {
+            "steps": 1,
+            "zero": int(stage),
+            "checkpointing": checkpointing,
+            "precision": precision,
+            "optimizer": optimizer,
+            "ema": (0.9999, 0.999),
+        },
     }
     content["train"]["deepspeed"] = {"zero_optimization": {"reduce_bucket_size": 1_000_000}}
     return resolve(Config.model_validate(content))
@@ -53,9 +60,9 @@ def pack_of(images: int, *, seed: int) -> dict[str, Any]:
     }
 
 
-def measure(ranks: Ranks, case: str) -> dict[str, Any]:
-    config, memory = config_of(case), TensorMemory()
-    images = config.plan.tokens_per_pack // 272
+def measure(ranks: Ranks, case: str, *, images: int) -> dict[str, Any]:
+    """Bytes of tensors at the peaks of the second step, and whether averages in host memory are the same."""
+    config, memory = config_of(case, images=images), TensorMemory()
     packs = [pack_of(images, seed=ranks.rank * PACKS + number) for number in range(PACKS)]
     gc.collect()
     with memory:
@@ -63,42 +70,33 @@ def measure(ranks: Ranks, case: str) -> dict[str, Any]:
         memory.add(network.parameters())
         network.configure_execution(**execution(config.train, ranks.device, tokens_per_pack=config.plan.tokens_per_pack))
         engine = make_engine(config.train, network, ranks=ranks)
-        ema = ShardedEMA(engine.fragments(), decay=config.train.ema)
-        twin = ShardedEMA(engine.fragments(), decay=config.train.ema, device="cpu")
+        ema, twin = (ShardedEMA(engine.fragments(), decay=0.9999, device=device) for device in (None, "cpu"))
         objective = make_objective(config, pixels_per_cell=1, ranks=ranks)
-        setup = memory.now
         for step in range(STEPS):
             memory.restart()
-            between = memory.now
             for pack in packs:
                 latents, condition = pack["latents"], pack["condition"]
                 rest = {name: value for name, value in pack.items() if name not in ("latents", "condition")}
                 losses = objective(engine, latents, condition, derivative_network=engine.module, **rest)
                 engine.accumulate(losses.loss, count=images * PACKS * ranks.size)
             del losses
-            before_update, passes = memory.now, memory.peak
+            passes = memory.peak
             memory.restart()
             engine.step(lr=1e-4)
             for each in (ema, twin):
                 each.update(engine.fragments(), updates=step)
             update = memory.peak
-    found: dict[str, Any] = {
-        "parameters": sum(map(torch.Size.numel, map(torch.Size, engine.shapes.values()))),
-        "setup": setup,
-        "between": between,
-    }
-    found |= {"passes": passes, "before_update": before_update, "update": update, "after": memory.now}
     pairs = zip(ema.average.values(), twin.average.values(), strict=True)
-    found["equal averages"] = all(torch.equal(one.values, other.values) for one, other in pairs)
+    equal = all(torch.equal(one.values, other.values) for one, other in pairs)
     engine.close()
-    return found
+    return {"forward and backward": passes, "update": update, "equal averages": equal}
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, images = Path(sys.argv[1]), int(sys.argv[2])
     with process_group() as ranks:
-        for case in sys.argv[2:]:
-            (folder / f"{case}-{ranks.rank}.json").write_text(json.dumps(measure(ranks, case)))
+        for case in sys.argv[3:]:
+            (folder / f"{case}-{ranks.rank}.json").write_text(json.dumps(measure(ranks, case, images=images)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Check the weights of `train.init` by the headers of their files, without reading them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from launch.checkpoints import checkpoint
+from launch.checkpoints.initial_weights import weights_file
+from launch.checkpoints.run_folder import CONFIG
+from launch.config.schema import Config, ConfigError
+from tim import TransitionTransformer
+from tim.model_folder import folder as model_folder
+from tim.pretrained import weight_files
+from tim.pretrained.headers import read_header
+
+
+def check_initial(config: Config) -> str:
+    """Compare names and shapes with the network's. Returns one line about them.
+
+    Raises ConfigError if the weights are missing, or, with `train.init_strict`, differ from the network's.
+    """
+    path = config.train.init
+    if path is None:
+        return "none: random weights"
+    if path.startswith(weight_files.HUB):
+        return f"{path}: downloaded and checked when the run starts"
+    with torch.device("meta"):
+        network = TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True), rope=config.network.rope)
+    try:
+        given = _header(Path(path))
+        if config.train.init_strict:
+            network.load_official(given)
+            return f"{path}: {len(given)} tensors, all as in the network"
+    except ValueError as error:
+        raise ConfigError(f"train.init: {error}") from error
+    own = network.state_dict()
+    matching = sum(name in own and own[name].shape == tensor.shape for name, tensor in given.items())
+    if not matching:
+        raise ConfigError(f"train.init: {path}: none of its {len(given)} tensors matches the network by name and shape")
+    return f"{path}: {matching} of {len(own)} tensors of the network match"
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    """Tensors without values of a weight file, a model folder, a run or a checkpoint."""
+    if path.is_file():
+        return read_header(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder or weight file")
+    run = path.parents[1] if path.parent.name == checkpoint.CHECKPOINTS else path
+    if (run / CONFIG).is_file() and (run != path or checkpoint.newest(run) is not None):
+        found = checkpoint.find(run, step=None if run == path else int(path.name.removeprefix("step-")))
+        return {name: torch.empty(shape, device="meta") for name, shape in found.pieces("ema").shapes.items()}
+    folder = path / "model" if (path / CONFIG).is_file() else path
+    file = model_folder.weights_file(folder) if model_folder.is_model_folder(folder) else weights_file(folder)
+    if file is None:
+        raise ValueError(f"{folder}: a model folder without weights: copy the whole folder again")
+    return read_header(file)
