@@ -1,8 +1,8 @@
 """Memory of the network's passes over a pack, from the network itself.
 
-The network runs with fake tensors, which have shapes but no values, for one and two blocks and two numbers of tokens. Bytes grow linearly
-with tokens and with blocks, in the forward pass and in the backward pass, so that four passes give those of any pack and depth. Parameters
-that are not trained keep no input for their gradient.
+The network runs with fake tensors, which have shapes but no values, for one and two blocks and one large pack. Bytes grow linearly with
+tokens and with blocks, in the forward pass and in the backward pass, so that these two runs give those of any pack and depth. What does
+not grow with tokens are the copies of weights that autocast keeps. Parameters that are not trained keep no input for their gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tim.layers import autocast
 from tim.model_kinds import Dtype
 from tim.packed import Condition
 
-TRACED_TOKENS = (4096, 8192)  # of the packs that are traced
+TRACED_TOKENS = 8192  # of the packs that are traced
+HALF = 2  # bytes of a number in half precision
 Pass = Literal["train", "evaluate"]
 Limit = Callable[[nn.Module], None]
 
@@ -72,20 +73,31 @@ def pass_bytes(
     """
     every, depth = max(1, checkpoint_every), int(params["depth"])
     first = 2 if alignment else 1  # the projection's activations, after the first block, stay while the next one runs
-    depths = sorted({min(depth, first * every), min(depth, (first + 1) * every)})
-    text_share = text_share if params.get("num_classes") is None else 0.0
-    peaks: dict[int, list[list[float]]] = {}  # by blocks: of the forward and the backward pass, by tokens
+    depths = sorted({min(depth, first * every), min(depth, (first + 1) * every)}) if kind == "train" else [1]
+    text = round(text_share * TRACED_TOKENS) if params.get("num_classes") is None else 0
+    per_token: list[tuple[float, float]] = []
     for blocks in depths:
-        case = json.dumps({**params, "depth": blocks, "encoder_depth": 1}, sort_keys=True)
-        traces = [_trace(case, rope, tokens, round(text_share * tokens), kind, precision, checkpoint_every, alignment, limit)
-                  for tokens in TRACED_TOKENS]  # fmt: skip
-        peaks[blocks] = [list(each) for each in zip(*traces, strict=True)]
-    lines = []
-    for phase in range(2):
-        low, high = (_extrapolate(depths, [peaks[blocks][phase][place] for blocks in depths], depth) for place in range(2))
-        slope = (high - low) / (TRACED_TOKENS[1] - TRACED_TOKENS[0])
-        lines.append(Line(low - slope * TRACED_TOKENS[0], slope))
-    return PassBytes(tuple(lines))
+        part = {**params, "depth": blocks, "encoder_depth": 1}
+        peaks = _trace(json.dumps(part, sort_keys=True), rope, text, kind, precision, checkpoint_every, alignment, limit)
+        copies = _weight_copies(part, kind=kind, precision=precision, checkpoint_every=checkpoint_every, limit=limit)
+        per_token.append((max(0.0, peaks[0] - copies[0]) / TRACED_TOKENS, max(0.0, peaks[1] - copies[1]) / TRACED_TOKENS))
+    copies = _weight_copies(params, kind=kind, precision=precision, checkpoint_every=checkpoint_every, limit=limit)
+    slopes = [_extrapolate(depths, [each[phase] for each in per_token], depth) for phase in range(2)]
+    return PassBytes(tuple(Line(fixed, slope) for fixed, slope in zip(copies, slopes, strict=True)))
+
+
+def _weight_copies(
+    params: Mapping[str, Any], *, kind: Pass, precision: Dtype, checkpoint_every: int, limit: Limit | None
+) -> tuple[float, float]:
+    """Bytes of the weights' copies in half precision, at the end of the forward pass and in the backward pass.
+
+    Autocast keeps those of trained weights until it ends, and the backward pass needs all those of blocks that are not computed again.
+    """
+    if precision == "fp32":
+        return 0.0, 0.0
+    parameters = parameters_of(params, limit=limit).values()
+    total = HALF * sum(math.prod(each.shape) for each in parameters if each.trained or kind == "train")
+    return total, total if kind == "evaluate" or not checkpoint_every else total * (1 - 1 / checkpoint_every)
 
 
 def _extrapolate(places: Sequence[int], values: Sequence[float], place: int) -> float:
@@ -99,7 +111,6 @@ def _extrapolate(places: Sequence[int], values: Sequence[float], place: int) -> 
 def _trace(
     params: str,
     rope: str,
-    tokens: int,
     text: int,
     kind: Pass,
     precision: Dtype,
@@ -118,7 +129,7 @@ def _trace(
             limit(network)
         parameters = list(network.parameters())
         memory.add(parameters)
-        inputs = _inputs(network, class_ids, tokens=tokens, text=text)
+        inputs = _inputs(network, class_ids, tokens=TRACED_TOKENS, text=text)
         if kind == "evaluate":
             before = memory.now
             memory.restart()
@@ -153,10 +164,10 @@ def _inputs(
 
 def quick_pass_bytes(params: Mapping[str, Any], *, text_share: float, precision: Dtype, checkpoint_every: int) -> PassBytes:
     """Memory of a training pass by formulas (`tim.flops`), at once and to 10 %: without alignment, and with all parameters trained."""
-    lengths = Lengths([TRACED_TOKENS[0]], None if params.get("num_classes") else [round(text_share * TRACED_TOKENS[0])])
+    lengths = Lengths([TRACED_TOKENS], None if params.get("num_classes") else [round(text_share * TRACED_TOKENS)])
     kept = activation_bytes(params, lengths, precision="fp32" if precision == "fp32" else "bf16", checkpoint_every=checkpoint_every)
     copies = 0 if precision == "fp32" else 2 * sum(math.prod(each.shape) for each in parameters_of(params).values())
-    lines = Line(0.0 if checkpoint_every else copies, kept / TRACED_TOKENS[0]), Line(copies, 0.0)
+    lines = Line(0.0 if checkpoint_every else copies, kept / TRACED_TOKENS), Line(copies, 0.0)
     return PassBytes(lines)
 
 

@@ -140,7 +140,7 @@ def _activations(config: Config, *, work: PlannedWork, quick: bool) -> Activatio
     objective, params = config.objective, _params(config)
     if quick:
         settings: dict[str, Any] = {"precision": config.train.precision, "checkpoint_every": _every(config)}
-        return Activations(quick_pass_bytes(params, text_share=work.text_share, **settings), None, None)
+        return Activations(quick_pass_bytes(params, text_share=work.text_share, **settings), None, None, recomputed=_every(config) == 1)
     common: dict[str, Any] = {"rope": config.network.rope, "text_share": round(work.text_share, 3), "limit": TrainedPart.of(config)}
 
     def evaluation(precision: Any) -> PassBytes:
@@ -155,7 +155,8 @@ def _activations(config: Config, *, work: PlannedWork, quick: bool) -> Activatio
         alignment=objective.alignment is not None,
     )
     derivative = evaluation(objective.derivative_precision or "fp16") if moves else None
-    return Activations(train, derivative, None if objective.guidance is None else evaluation("bf16"))
+    guidance = None if objective.guidance is None else evaluation("bf16")
+    return Activations(train, derivative, guidance, recomputed=_every(config) == 1)
 
 
 def _frozen(config: Config, situation: Situation, *, work: PlannedWork) -> FrozenMemory:

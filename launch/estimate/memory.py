@@ -65,11 +65,15 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Passes of the network: train (forward and backward), derivative and guidance (forward without gradient, over twice the tokens)."""
+    """Passes of the network: train (forward and backward), derivative and guidance (forward without gradient, over twice the tokens).
+
+    recomputed: whether all blocks are checkpointed.
+    """
 
     train: PassBytes
     derivative: PassBytes | None
     guidance: PassBytes | None
+    recomputed: bool = False
 
     def evaluations(self, tokens: int) -> float:
         """Bytes of the most expensive pass without gradient."""
@@ -106,7 +110,7 @@ def step_memory(facts: RunFacts, activations: Activations, *, stage: Stage, toke
         "forward and backward": {**in_passes, "buffers": buffers},
         "update": {"gradients": gradients, "buffers": update},
     }
-    gathered = _gathered(facts, stage=stage)
+    gathered = _gathered(facts, stage=stage, recomputed=activations.recomputed)
     for phase in ("derivative", "forward and backward"):
         phases[phase]["gathered weights"] = gathered
     peak = max(phases, key=lambda phase: sum(phases[phase].values()))
@@ -168,11 +172,19 @@ def _buffers(facts: RunFacts, *, stage: Stage) -> float:
     return 0.0 if stage == 0 else bucket * (2 if facts.zero_settings.get("overlap_comm") and stage < 3 else 1)
 
 
-def _gathered(facts: RunFacts, *, stage: Stage) -> float:
-    """Whole weights that ZeRO 3 keeps between layers."""
+def _gathered(facts: RunFacts, *, stage: Stage, recomputed: bool) -> float:
+    """Whole weights that ZeRO 3 keeps between layers: up to its limit all of them, because it sees that the backward pass needs them again.
+
+    Blocks that are computed again are gathered one after another, beside small parameters, which stay.
+    """
     if stage < 3:
         return 0.0
-    return FULL * min(facts.total, facts.zero_settings.get("stage3_max_live_parameters", LIVE))
+    if not recomputed:
+        return FULL * min(facts.total, facts.zero_settings.get("stage3_max_live_parameters", LIVE))
+    limit = facts.zero_settings.get("stage3_param_persistence_threshold", PERSISTENT)
+    sizes = {name: math.prod(each.shape) for name, each in facts.parameters.items()}
+    block = sum(size for name, size in sizes.items() if name.startswith("blocks.0.") and size > limit)
+    return FULL * (block + sum(size for size in sizes.values() if size <= limit))
 
 
 def _update(facts: RunFacts, *, stage: Stage) -> float:

@@ -12,10 +12,9 @@ from launch.hardware.devices import find_device
 from tests.distributed import jobs, memory_worker
 
 RANKS = 2
-SHORT = ["2-full-bf16-adamw", "3-none-fp32-adamw"]
-LONG = [
-    f"{stage}-{checkpointing}-{rest}" for stage in range(4) for checkpointing in ("none", "full") for rest in ("fp32-adamw", "bf16-adamw")
-]
+SHORT = ["2-full-fp32-adamw", "3-none-fp32-adamw"]
+LONG = [f"{stage}-{checkpointing}-fp32-adamw" for stage in range(4) for checkpointing in ("none", "full")]
+HALF = [f"{stage}-{checkpointing}-bf16-adamw" for stage in (1, 3) for checkpointing in ("none", "full")]  # slow on CPUs: smaller packs
 
 
 def compare(folder: Path, cases: list[str], *, images: int) -> dict[str, tuple[float, float]]:
@@ -49,3 +48,8 @@ def test_estimated_peaks_are_the_measured_ones(tmp_path: Path) -> None:
 @pytest.mark.soak
 def test_estimated_peaks_of_all_stages(tmp_path: Path) -> None:
     check(compare(tmp_path, [*LONG, "2-none-fp32-muon", "2-none-fp32-adamw8bit"], images=8))
+
+
+@pytest.mark.soak
+def test_estimated_peaks_in_half_precision(tmp_path: Path) -> None:
+    check(compare(tmp_path, HALF, images=2))
