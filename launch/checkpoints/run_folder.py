@@ -22,7 +22,7 @@ METRICS = "metrics.jsonl"
 LOCK = "lock"
 FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES = "finetune.yaml", "corpus", "features"  # of a run that `tim finetune` starts
 # written before config.yaml, and left by a start that was killed
-BEFORE_CONFIG = {LOCK, "ranks", "stacks", "slurm", FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES}
+BEFORE_CONFIG = {LOCK, "logs", "ranks", "stacks", "slurm", FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES}
 DRAWS = (
     "text.caption_dropout",
     "text.caption_weights",

@@ -13,6 +13,7 @@ import typer
 from launch.arguments import one_config
 from launch.commands.options import ConfigArgument, Debug, Json, Replan
 from launch.console import STOPPED, Console, session
+from launch.logs.startup import STARTUP
 
 if TYPE_CHECKING:
     from launch.config.schema import Config
@@ -59,7 +60,7 @@ def launch(
 
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """
-    with session(as_json=as_json, debug=debug) as console:
+    with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch"):
         from launch.config.load import load_config
 
         source, overrides = one_config(config)
@@ -177,7 +178,10 @@ class _Launch:
     def _check(self) -> Path:
         from launch.training.planning import check_ready
 
-        return check_ready(self.config)
+        STARTUP.stage("checking corpus, models and plan")
+        run_dir = check_ready(self.config)
+        STARTUP.end()  # rank 0 goes on
+        return run_dir
 
 
 def print_result(console: Console, run_dir: Path, *, steps: int) -> None:

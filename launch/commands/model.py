@@ -15,6 +15,7 @@ from launch.commands.launch import print_result
 from launch.commands.options import ConfigArgument, Debug, Json, Replan
 from launch.commands.text_tables import describe_plan, describe_recipes
 from launch.console import Console, session
+from launch.logs.startup import STARTUP
 from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def train(
 
     Example: tim train photos corpus=corpus run_dir=runs/first train.steps=100
     """
-    with session(as_json=as_json, debug=debug) as console:
+    with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch and DeepSpeed"):
         from launch.config.load import load_config
         from launch.distributed import torchrun
         from launch.training.train import train as train_run

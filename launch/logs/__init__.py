@@ -1,0 +1,1 @@
+"""What a training shows and keeps: start-up, progress line, a log file per rank."""

@@ -1,0 +1,23 @@
+"""The progress line of a training."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch.logs.progress_line import ProgressLine
+
+
+def test_a_log_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"loss": 0.5, "images_per_second": 12.0, "tokens_per_second": 3400.0, "fill": 0.97}
+    with ProgressLine(steps=3, done=0, quiet=False) as progress:
+        progress.log("hello")
+        for step in (1, 2, 3):
+            progress.show(step, row)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "hello"
+    assert lines[1].startswith("step 1/3 · loss 0.5000 · 12.0 images/s · 3,400 tokens/s · fill 97.0%")
+    assert lines[-1].startswith("step 3/3")
+    with ProgressLine(steps=3, done=0, quiet=True) as progress:
+        progress.log("hello")
+        progress.show(1, row)
+    assert capsys.readouterr().err == ""
