@@ -15,7 +15,8 @@ from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
-StepSection = Literal["start", "data", "compute", "collective", "save", "validate"]
+StepSection = Literal["start", "data", "compute", "collective", "save", "validate", "preview"]
+TrackerKind = Literal["tensorboard", "wandb", "mlflow", "comet"]
 HANG_LIMITS: Mapping[StepSection, float] = {  # seconds
     "start": 3600,
     "data": 1800,
@@ -23,6 +24,7 @@ HANG_LIMITS: Mapping[StepSection, float] = {  # seconds
     "collective": 1800,
     "save": 3600,
     "validate": 3600,
+    "preview": 1800,
 }
 
 
@@ -82,7 +84,7 @@ class TrainConfig(Section):
     """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
     hang_timeout: Annotated[float, Field(ge=0)] | dict[StepSection, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Seconds that a rank may spend in one section of a step before it counts as hung and the job ends: one number for all sections, or
-    numbers by section. Sections not given: start, save and validate 3600, data, compute and collective 1800. 0: no limit."""
+    numbers by section. Sections not given: start, save and validate 3600, data, compute, collective and preview 1800. 0: no limit."""
 
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
@@ -182,3 +184,10 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl."""
+    trackers: tuple[TrackerKind, ...] = ("tensorboard",)
+    """Where rows and previews are shown besides: tensorboard (`RUN/tensorboard`), wandb, mlflow, comet; each needs its package. A resumed
+    run is continued there. wandb and comet store it in the run folder if they find no API key."""
+    project: str = Field(default="tim", min_length=1)
+    """Project of wandb and comet, experiment of mlflow."""
+    name: str | None = None
+    """Name of the run there; null: that of the run folder."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from launch.logs.rank_log import RANK_LOG
 from launch.logs.startup import STARTUP
+from launch.training.metrics import validation_in_words
 
 SECONDS_BETWEEN_LINES = 10.0
 _FIRST_STEP = "first step: loading data, warming up"
@@ -23,6 +24,7 @@ class ProgressLine:
         self._quiet = quiet
         self._started = time.monotonic()
         self._first = done
+        self._validation = ""  # the last one, in words
         self._live = None
         STARTUP.stage("first step")
         if not quiet and sys.stderr.isatty():
@@ -60,7 +62,8 @@ class ProgressLine:
         figures = None
         if row:
             speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
-            figures = f"loss {row['loss']:.4f} · {speed} · fill {row['fill']:.1%}"
+            self._validation = validation_in_words(row) or self._validation
+            figures = " · ".join(filter(None, [f"loss {row['loss']:.4f}", self._validation, speed, f"fill {row['fill']:.1%}"]))
         if self._live:
             self._bar.update(self._task, completed=step)
             self._figures.plain = figures or ("" if self._figures.plain == _FIRST_STEP else self._figures.plain)

@@ -7,22 +7,25 @@ from typing import Any
 
 from launch.config.schema import Config, ConfigError
 from launch.engine.optimizers import check_available
+from launch.trackers.backends import check_installed
 from pipeline.features.manifest import Features
 
 
 def check_models(config: Config) -> None:
-    """Raise ConfigError if a required codec, text encoder, alignment teacher or optimizer is not available."""
+    """Raise ConfigError if a required codec, text encoder, alignment teacher, optimizer or tracker is not available."""
     from tim import codecs
     from tim.text import encoders
 
+    check_installed(config.log.trackers)
     parts = cached_parts(config)
+    draws = bool(config.preview.prompts)
     try:
-        if "latents" not in parts and config.codec.kind != "pixel":
+        if ("latents" not in parts or draws) and config.codec.kind != "pixel":
             codecs.weights_folder(config.codec.kind, config.codec.path)
     except ValueError as error:
         raise ConfigError(f"codec.path: {error}") from error
     try:
-        if "captions" not in parts and config.condition == "text":
+        if ("captions" not in parts or draws) and config.condition == "text":
             encoders.tokenizer(config.text.kind, config.text.path, tokenizer_path=config.text.tokenizer, max_tokens=config.text.max_tokens)
     except ValueError as error:
         raise ConfigError(f"text.path: {error}") from error

@@ -1,4 +1,4 @@
-"""Training metrics: rows in metrics.jsonl, TensorBoard curves, and a progress line.
+"""Training metrics: rows in metrics.jsonl.
 
     {"step": 20, "loss": 0.93, "loss_diffusion": …, "loss_consistency": …, "loss_transition": …, "loss_t_0_20": …, "loss_tokens_64": …,
      "lr": …, "grad_norm": …, "images": 2560, "tokens": 81920, …, "seconds": …, "seconds_data": …, "ids_digest": "…", "first_ids": […]}
@@ -18,9 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
 FIRST_IDS = 4
-SECONDS_BETWEEN_LINES = 10.0
 COUNTERS = ("images", "tokens", "failed", "skipped_steps", "bad_samples", "loss_spikes", "rollbacks", "repeated_derivatives")
 
 
@@ -172,30 +170,30 @@ class Meter:
 
 
 class MetricsWriter:
-    """Append rows to RUN/metrics.jsonl and RUN/tensorboard. Rows after `step`, from an interrupted run, are removed."""
+    """Append rows to RUN/metrics.jsonl. Rows after `step`, from an interrupted run, are removed.
+
+    ahead: step of the last row before that, 0 if there was none. listeners: receive every new row.
+    """
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self._path = run_dir / METRICS
-        kept = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= step]
-        publish_text(self._path, "".join(kept))
+        rows = read_rows(self._path)
+        self.ahead: int = rows[-1]["step"] if rows else 0
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        publish_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and isinstance(value, (int, float)):
-                self._tensorboard.add_scalar(name, value, row["step"])
+        for listener in self.listeners:
+            listener(row)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
-        self._tensorboard.close()
 
 
 def count_restarts(run_dir: Path, *, step: int) -> int:
@@ -218,53 +216,6 @@ def validation_in_words(row: Mapping[str, object]) -> str:
     return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")
 
 
-class ProgressLine:
-    """Progress on standard error: live on a terminal, plain lines otherwise. `done`: steps already done when the run was resumed."""
-
-    def __init__(self, *, steps: int, done: int, quiet: bool) -> None:
-        self._steps = steps
-        self._last = -math.inf
-        self._quiet = quiet
-        self._started = time.monotonic()
-        self._first = done
-        self._validation = ""  # the last one, in words
-        self._live = None
-        if not quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24), TimeRemainingColumn())
-            self._live = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True))
-            self._live.start()
-            self._task = self._live.add_task("", total=steps, completed=done)
-
-    def log(self, text: str) -> None:
-        """Print a line above the progress line."""
-        if self._quiet:
-            return
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def show(self, step: int, row: dict[str, Any] | None) -> None:
-        """Advance to a step, and update the figures if there is a new row."""
-        figures = None
-        if row:
-            speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
-            self._validation = validation_in_words(row) or self._validation
-            figures = " · ".join(filter(None, [f"loss {row['loss']:.4f}", self._validation, speed, f"fill {row['fill']:.1%}"]))
-        if self._live:
-            self._live.update(self._task, completed=step, description=figures)
-        elif figures and not self._quiet and (time.monotonic() - self._last >= SECONDS_BETWEEN_LINES or step == self._steps):
-            self._last = time.monotonic()
-            per_step = (self._last - self._started) / max(1, step - self._first)
-            left = time.strftime("%H:%M:%S", time.gmtime(per_step * (self._steps - step)))
-            print(f"step {step}/{self._steps} · {figures} · {left} left", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.stop()
+def _finite(value: float) -> float | None:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else None

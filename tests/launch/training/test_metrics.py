@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.training.metrics import Meter, MetricsWriter, ProgressLine, StepMeasure, read_rows
+from launch.training.metrics import Meter, MetricsWriter, StepMeasure, read_rows
 
 
 def measure(step: int) -> StepMeasure:
@@ -85,22 +85,6 @@ def test_rows_that_an_interrupted_run_wrote_ahead_are_taken_back(tmp_path: Path)
         file.write('{"step": 4, "lo')  # the power went
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     with MetricsWriter(tmp_path, step=2) as writer:
+        assert writer.ahead == 3
         writer.write({"step": 3, "loss": 0.25})
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
-    assert list((tmp_path / "tensorboard").glob("events.*"))
-
-
-def test_a_log_gets_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"loss": 0.5, "images_per_second": 12.0, "tokens_per_second": 3400.0, "fill": 0.97}
-    with ProgressLine(steps=3, done=0, quiet=False) as progress:
-        progress.log("hello")
-        for step in (1, 2, 3):
-            progress.show(step, row)
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "hello"
-    assert lines[1].startswith("step 1/3 · loss 0.5000 · 12.0 images/s · 3,400 tokens/s · fill 97.0%")
-    assert lines[-1].startswith("step 3/3")
-    with ProgressLine(steps=3, done=0, quiet=True) as progress:
-        progress.log("hello")
-        progress.show(1, row)
-    assert capsys.readouterr().err == ""
