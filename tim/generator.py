@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,16 +50,19 @@ class Generator:
         device: torch.device | str = "cpu",
         dtype: Dtype | None = None,
         tokens_per_pack: int = 16384,
+        codec: codecs.Codec | None = None,
+        encode: Callable[[Sequence[str]], list[torch.Tensor]] | None = None,
     ) -> None:
+        """codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded."""
         self.network = network
         self.spec = spec
         self.device = torch.device(device)
         self.dtype: Dtype = dtype or default_dtype(self.device)
         self.tokens_per_pack = tokens_per_pack
         self.transport = transports.make(**spec.transport)
-        self.codec = codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
+        self.codec = codec or codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
         self.text = None
-        if spec.text is not None:
+        if spec.text is not None and encode is None:
             self.text = encoders.make(
                 spec.text["kind"],
                 spec.text.get("path"),
@@ -69,6 +72,7 @@ class Generator:
                 device=self.device,
                 precision=spec.text.get("precision", "fp32"),
             )
+        self._encode = encode if self.text is None else self.text.encode
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: Dtype | None = None) -> Generator:
@@ -164,9 +168,9 @@ class Generator:
             raise ValueError(f"size {width}x{height}: width and height must be multiples of {self.stride} pixels")
 
     def _condition(self, prompts: Sequence[Prompt]) -> Condition:
-        if self.text is None:
+        if self._encode is None:
             return torch.tensor(prompts, device=self.device)
-        return PackedText.from_features(self.text.encode([str(prompt) for prompt in prompts]))
+        return PackedText.from_features(self._encode([str(prompt) for prompt in prompts]))
 
     def _null_condition(self, pack: Sequence[_Request]) -> Condition | None:
         negatives = [request.negative for request in pack if request.negative is not None]

@@ -1,7 +1,8 @@
-"""Model sections: network, objective, sampling."""
+"""Model sections: network, objective, sampling, previews."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -152,3 +153,27 @@ class SamplingConfig(Section):
     def _interval_fits(self) -> SamplingConfig:
         check_interval(self.interval)
         return self
+
+
+class PreviewConfig(Section):
+    """Images drawn while training, at the same steps for any number of ranks: every prompt at every size in every number of steps."""
+
+    every: int = Field(default=500, ge=1)
+    """Steps between previews; another one is drawn at the end."""
+    prompts: tuple[int | str, ...] = ()
+    """Prompts, or classes of a class model; empty: no previews."""
+    sizes: tuple[str, ...] = ()
+    """Sizes as WIDTHxHEIGHT in pixels; empty: the largest square that `plan` allows."""
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 8), min_length=1)
+    """Numbers of sampling steps."""
+    guidance: float | None = Field(default=None, ge=0)
+    """Guidance scale; null: that of the model (`sampling.guidance`)."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial noise, the same in every preview."""
+    minutes: float = Field(default=5.0, gt=0)
+    """Time for one preview. Images that would exceed it are left out, those with the most steps and pixels first."""
+
+    @property
+    def pixel_sizes(self) -> list[tuple[int, int]]:
+        """Heights and widths of the resolved section."""
+        return [(int(height), int(width)) for width, height in (re.split("[xX×]", size) for size in self.sizes)]

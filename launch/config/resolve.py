@@ -5,8 +5,10 @@ Each step returns a new configuration. Resolving is idempotent.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from launch.arguments import MAX_PIXELS, SIZE
 from launch.config.data_sections import TextConfig
 from launch.config.deepspeed_settings import check_settings, read_settings
 from launch.config.model_sections import TRANSPORT_SETTINGS
@@ -20,7 +22,7 @@ def resolve(config: Config) -> Config:
     Raises:
         ConfigConflict: incompatible values.
     """
-    for step in (_resolve_deepspeed, _resolve_transport, _resolve_condition, _resolve_alignment, _resolve_codec):
+    for step in (_resolve_deepspeed, _resolve_transport, _resolve_condition, _resolve_alignment, _resolve_codec, _resolve_preview):
         config = step(config)
     return config
 
@@ -110,6 +112,39 @@ def _resolve_codec(config: Config) -> Config:
         raise ConfigConflict("network.params.in_channels", f"{problem}; {remedy}")
     plan = config.plan.model_copy(update={"stride": stride})
     return _with_params(config.model_copy(update={"plan": plan}), in_channels=codec.channels)
+
+
+def _resolve_preview(config: Config) -> Config:
+    """Fill in the size of previews: the largest square that the plan allows. Reject sizes and prompts that the model cannot draw."""
+    preview, plan, stride = config.preview, config.plan, config.plan.stride
+    assert stride is not None, "filled in by _resolve_codec"
+    for index, size in enumerate(preview.sizes):
+        _check_size(size, stride=stride, key=f"preview.sizes.{index}")
+    classes = config.network.params.num_classes
+    for index, prompt in enumerate(preview.prompts):
+        if classes is None and not isinstance(prompt, str):
+            why = f"got class {prompt}, but the model takes text; write a prompt, in quotation marks if it is a number"
+            raise ConfigConflict(f"preview.prompts.{index}", why)
+        if classes is not None and (not isinstance(prompt, int) or not 0 <= prompt < classes):
+            raise ConfigConflict(f"preview.prompts.{index}", f"got {prompt!r}, but the model takes classes from 0 to {classes - 1}")
+    if preview.sizes or not preview.prompts:
+        return config
+    side = max(1, math.isqrt(plan.max_tokens)) * stride
+    if plan.max_pixels is not None:
+        side = min(side, max(1, math.isqrt(plan.max_pixels) // stride) * stride)
+    return config.model_copy(update={"preview": preview.model_copy(update={"sizes": (f"{side}x{side}",)})})
+
+
+def _check_size(size: str, *, stride: int, key: str) -> None:
+    match = SIZE.fullmatch(size)
+    if match is None:
+        raise ConfigConflict(key, f"{size!r} is not WIDTHxHEIGHT; write for example 512x256")
+    width, height = int(match[1]), int(match[2])
+    if width * height > MAX_PIXELS:
+        raise ConfigConflict(key, f"{size} exceeds the maximum of 4096 x 4096 pixels")
+    if not width or not height or width % stride or height % stride:
+        nearest = "x".join(str(max(1, round(side / stride)) * stride) for side in (width, height))
+        raise ConfigConflict(key, f"{size}: sides must be multiples of the stride of {stride} pixels; the nearest size is {nearest}")
 
 
 def _with_params(config: Config, **params: int | float) -> Config:

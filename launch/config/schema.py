@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from launch.config import yaml_file
 from launch.config.data_sections import CodecConfig, CorpusConfig, LoaderConfig, TextConfig, ValidationConfig, as_corpora
-from launch.config.model_sections import NetworkConfig, ObjectiveConfig, SamplingConfig
+from launch.config.model_sections import NetworkConfig, ObjectiveConfig, PreviewConfig, SamplingConfig
 from launch.config.run_sections import CheckpointConfig, ClusterConfig, LogConfig, TrainConfig
 from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict, ConfigError
@@ -42,6 +42,7 @@ class Config(Section):
     loader: LoaderConfig = LoaderConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
+    preview: PreviewConfig = PreviewConfig()
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
 

@@ -34,6 +34,7 @@ SECTIONS = {
     "collective": "waiting for the other ranks",
     "save": "saving",
     "validate": "measuring the validation loss",
+    "preview": "drawing a preview",
 }
 DUMP_SIGNAL = signal.SIGUSR2
 _FILE_BYTES = 4096

@@ -67,6 +67,13 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_on_rank0(self, value: Result) -> list[Result]:
+        """Values of all ranks, in rank order; empty on other ranks than 0."""
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        with HEARTBEAT.collective():
+            dist.gather_object(value, values)
+        return values or []
+
     def broadcast(self, value: Result) -> Result:
         """Value of rank 0."""
         values = [value]

@@ -58,6 +58,9 @@ class Signals:
         self.is_interrupted = True
         return f"{name}: stopping without saving"
 
+    def asks_to_stop(self) -> bool:
+        return self.stop is not None
+
     def take_save_request(self) -> bool:
         """Whether a signal has asked to save since the last call."""
         asked, before = self._saves_asked, self._saves_taken

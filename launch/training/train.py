@@ -6,7 +6,7 @@ interrupted by a signal or a power cut therefore resumes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +27,14 @@ from launch.distributed.self_watch import watched
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.torchrun import die_with_launcher
 from launch.guards import bad_samples
+from launch.logs.progress_line import ProgressLine
+from launch.logs.rank_log import RANK_LOG
+from launch.logs.startup import STARTUP
+from launch.previews.drawing import Previews
+from launch.trackers.trackers import Trackers
 from launch.training.build import build
 from launch.training.checks import check_models
-from launch.training.metrics import MetricsWriter, ProgressLine
+from launch.training.metrics import MetricsWriter
 from launch.training.planning import make_planner
 from launch.training.start_report import start_report
 from launch.training.trainer import Trainer
@@ -58,6 +63,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         KeyboardInterrupt: a second Ctrl-C; nothing is saved.
     """
     die_with_launcher()
+    STARTUP.stage("planning")
     run_dir = config.run_dir
     if run_dir is None:
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
@@ -87,8 +93,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         notes = ["--replan: no effect, this run has no checkpoint yet"] * replan
         if found is not None:
             notes = trainer.resume(found, recorded=recorded, replan=replan)
-        ranks.run_on_rank0(lambda: run_folder.write_config(run_dir, config, history=trainer.history))
-        ranks.run_on_rank0(lambda: bad_samples.forget_after(run_dir, step=trainer.step))
+        ranks.run_on_rank0(lambda: _record_start(run_dir, trainer))
 
         # report
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
@@ -96,6 +101,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         start = start_report(config, ranks, parts.parameters, step=trainer.step, history=trainer.history, found=found, changes=changes)
         for line in (*start, *notes, *_caption_warning(config, planner, ranks=ranks)):
             progress.log(line)
+        previews = _watch(trainer, writer, log=progress.log, cleanup=cleanup)
 
         # checkpoints
         follow_ups = FollowUps(run_dir, config.checkpoint) if ranks.is_main else None
@@ -106,7 +112,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 
         # steps
         trainer.log = signals.log = progress.log
-        row = _take_steps(trainer, saver, signals=signals, writer=writer, progress=progress)
+        row = _take_steps(trainer, saver, previews, signals=signals, writer=writer, progress=progress)
         if trainer.step < config.train.steps:
             _stop(trainer, signals)
 
@@ -120,15 +126,42 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
 def _enter_run_folder(run_dir: Path, *, limits: Mapping[str, float], ranks: Ranks, cleanup: ExitStack) -> None:
     """Take the run's lock, then write there what this rank is doing, and watch for ranks that hang."""
     ranks.run_on_rank0(lambda: (cleanup.enter_context(run_folder.exclusive_lock(run_dir)), remove_states(run_dir)))
+    cleanup.enter_context(RANK_LOG.opened(run_dir, rank=ranks.rank, ranks=ranks.size))
     cleanup.enter_context(HEARTBEAT.opened(run_dir, rank=ranks.rank))
     cleanup.enter_context(watched(run_dir, limits=limits))
+    STARTUP.stage("loading models and checkpoint, starting DeepSpeed")
+
+
+def _record_start(run_dir: Path, trainer: Trainer) -> None:
+    run_folder.write_config(run_dir, trainer.config, history=trainer.history)
+    bad_samples.forget_after(run_dir, step=trainer.step)
+
+
+def _watch(trainer: Trainer, writer: MetricsWriter | None, *, log: Callable[[str], None], cleanup: ExitStack) -> Previews:
+    """Start the trackers, which receive the rows of the `writer` on rank 0. Returns the previews, which they also receive."""
+    config, parts = trainer.config, trainer.parts
+    codec, encoder = parts.frozen.codec, parts.frozen.encoder
+    previews = Previews(config, parts.engine, parts.ema, trainer.ranks, codec, encoder and encoder.encode, log=log)
+    previews.prepare()
+    if writer is not None:
+        trackers = cleanup.enter_context(Trackers(config, step=trainer.step, ahead=writer.ahead, log=log))
+        writer.listeners.append(trackers.write)
+        previews.show = trackers.show
+    return previews
 
 
 def _take_steps(
-    trainer: Trainer, saver: BackgroundSaver, *, signals: Signals, writer: MetricsWriter | None, progress: ProgressLine
+    trainer: Trainer,
+    saver: BackgroundSaver,
+    previews: Previews,
+    *,
+    signals: Signals,
+    writer: MetricsWriter | None,
+    progress: ProgressLine,
 ) -> dict[str, Any] | None:
-    """Take steps to the end of the run, or until a signal asks to stop; log and save. Returns the last row of the metrics."""
+    """Take steps to the end of the run, or until a signal asks to stop; log, save and draw. Returns the last row of the metrics."""
     config, signals.step = trainer.config, trainer.step + 1
+    previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop)  # if the run was killed before it was drawn
     row, requests = None, trainer.agree(stop=signals.stop is not None)
     while trainer.step < config.train.steps and not requests.stop:
         measure = trainer.take_step()
@@ -143,6 +176,8 @@ def _take_steps(
         is_due = last or saver.is_due(trainer.step)
         if is_due:
             trainer.save(saver)
+        if previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop):
+            trainer.meter.pause()
         signals.step = trainer.step + 1
         requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
         if (requests.stop or requests.save) and not is_due:

@@ -21,7 +21,10 @@ from tests.processes import is_running
 
 PATIENCE = 200.0  # seconds
 # What a training says of itself on standard error, and `tim launch` on standard output.
-_OWN_LINE = re.compile(r"\d+\.\d+M parameters · \d+ process|step \d+/\d+ · loss |saved \S+$|model: \S+$|\S+: trained for \d+ steps$")
+_OWN_LINE = re.compile(
+    r"starting: .*, \d+ s$|\d+\.\d+M parameters · \d+ process|step \d+/\d+ · (loss |the first one took )"
+    r"|saved \S+$|model: \S+$|\S+: trained for \d+ steps$"
+)
 
 
 _launched: list[subprocess.Popen[bytes]] = []

@@ -1,0 +1,1 @@
+"""Images drawn from a run's averaged weights, while it trains and afterwards."""

@@ -1,0 +1,104 @@
+"""Previews: the same images for any number of ranks and every ZeRO stage, and a training that does not notice them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch.config.load import load_config
+from launch.distributed.ranks import Ranks
+from launch.training.metrics import read_rows
+from launch.training.train import train
+from tests.distributed import jobs, preview_worker
+
+LAYOUTS = {1: ("0", "1", "2"), 2: ("0", "1", "2", "3"), 4: ("3", "1")}  # stages by number of ranks
+CONFIG = """\
+plan: {max_tokens: 64, tokens_per_pack: 128, packs_per_step: 2}
+network: {params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
+train: {steps: 6, lr: 1.0e-3, ema: 0.5}
+loader: {workers: 0}
+checkpoint: {every: 3}
+log: {every: 1}
+"""
+PREVIEW = "preview={every: 2, prompts: [a red circle, a blue cross], sizes: [32x16], steps: [1, 2]}"
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory, alone: Ranks) -> Path:
+    """Previews of one average, and reports of what they changed, for all layouts."""
+    folder = tmp_path_factory.mktemp("previews")
+    for stage in LAYOUTS[1]:
+        report = preview_worker.draw(preview_worker.config_of(folder / f"1-{stage}", f"train.zero={stage}"), alone)
+        (folder / f"1-{stage}" / "0.json").write_text(json.dumps(report))
+    for ranks in (2, 4):
+        jobs.run_ranks("tests.distributed.preview_worker", str(folder), *LAYOUTS[ranks], log=folder / "log", ranks=ranks)
+    return folder
+
+
+def test_images_do_not_depend_on_ranks_and_stage(drawn: Path) -> None:
+    first = pixels(drawn / "1-0" / "previews" / "step-000004.png")
+    assert len(np.unique(first)) > 100
+    for ranks, stages in LAYOUTS.items():
+        for stage in stages:
+            other = pixels(drawn / f"{ranks}-{stage}" / "previews" / "step-000004.png")
+            assert np.abs(other - first).max() <= 1, (ranks, stage)
+
+
+def test_weights_average_and_random_state_come_back_bit_by_bit(drawn: Path) -> None:
+    for ranks, stages in LAYOUTS.items():
+        for stage in stages:
+            for rank in range(ranks):
+                report = json.loads((drawn / f"{ranks}-{stage}" / f"{rank}.json").read_text())
+                assert report["passed"] == [False, True]
+                assert report["unchanged"], (ranks, stage, rank)
+                assert report["in_place"]
+                assert report["training"]
+                assert [line.startswith("preview of step 4: 12 images in ") for line in report["lines"]] == [True] * (rank == 0)
+
+
+def test_images_are_those_of_the_average_as_it_samples_after_export(tmp_path: Path, figures: Path) -> None:
+    """The last preview of a run shows what its model folder draws."""
+    from tim import Generator
+
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    config = load_config(tmp_path / "run.yaml", overrides=[f"corpus={figures}", f"run_dir={tmp_path / 'run'}", "train.steps=2", PREVIEW])
+    shown = train(config, quiet=True).run_dir / "previews" / "step-000002.png"
+    image = Generator.from_pretrained(tmp_path / "run" / "model")("a blue cross", height=16, width=32, steps=2, seed=0)[0]
+    grid = pixels(shown)
+    enlarged = np.asarray(image.resize((160, 80), Image.Resampling.NEAREST)).astype(int)
+    windows = [grid[top : top + 80, left : left + 160] for top in range(grid.shape[0] - 79) for left in (grid.shape[1] - 172,)]
+    assert min(np.abs(window - enlarged).max() for window in windows) <= 1
+
+
+def test_training_does_not_notice_previews_and_a_resumed_run_repeats_none(tmp_path: Path, figures: Path) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+
+    def run(name: str, *overrides: str) -> Path:
+        arguments = [f"corpus={figures}", f"run_dir={tmp_path / name}", *overrides]
+        jobs.run_ranks("launch.cli", "train", str(tmp_path / "run.yaml"), *arguments, log=tmp_path / f"{name}.log")
+        return tmp_path / name
+
+    without, with_previews = run("without", "train.zero=3"), run("with", "train.zero=3", PREVIEW, "train.steps=4")
+    previews = with_previews / "previews"
+    assert sorted(path.name for path in previews.iterdir()) == ["step-000002.png", "step-000004.png"]
+
+    shutil.rmtree(with_previews / "checkpoints" / "step-000004")  # as if killed before it was saved
+    before = {path: path.stat().st_mtime_ns for path in previews.iterdir()}
+    (previews / "step-000002.png").unlink()
+    run("with", "train.zero=3", PREVIEW)
+    assert sorted(path.name for path in previews.iterdir()) == ["step-000004.png", "step-000006.png"]
+    assert (previews / "step-000004.png").stat().st_mtime_ns == before[previews / "step-000004.png"]
+    assert "preview of step 6: 4 images in " in (tmp_path / "with.log").read_text()
+
+    columns = [name for name in read_rows(without / "metrics.jsonl")[0] if "second" not in name]
+    assert jobs.story(with_previews, columns=columns) == jobs.story(without, columns=columns)
