@@ -71,7 +71,7 @@ def load_mask(
     return cells
 
 
-def fits(one: tuple[int, int], other: tuple[int, int], *, slack: int = 1) -> bool:
+def fits(one: tuple[int, ...], other: tuple[int, ...], *, slack: int = 1) -> bool:
     """Whether two sizes have the same aspect ratio, up to `slack` pixels of rounding a side."""
     return abs(one[0] * other[1] - one[1] * other[0]) <= slack * max(sum(one), sum(other))
 

@@ -117,7 +117,7 @@ def test_a_killed_command_goes_on_where_it_stopped(photos: Path, demo_model: Pat
 def test_lora_leaves_the_base_as_it_is(photos: Path, demo_model: Path, tmp_path: Path, tim: Tim) -> None:
     done = tim("finetune", photos, "--from", demo_model, "--out", tmp_path / "run", "--lora", *SMALL, "--json")
     assert done.code == 0, done.err
-    assert load_config(tmp_path / "run" / "config.yaml").train.lora is not None
+    assert load_config(tmp_path / "run" / "config.yaml").train.model_dump()["lora"] is not None
     assert "adapters (LoRA)" in done.err
 
 
