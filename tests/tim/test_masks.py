@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,7 +106,7 @@ def test_the_distance_from_a_teacher_is_masked_too() -> None:
     projection = torch.randn(len(packed.tokens), 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     teacher = torch.randn(len(packed.tokens), 6, generator=torch.Generator().manual_seed(2))
 
-    def network(packed: PackedTokens, t: Tensor, r: Tensor, condition: object, **options: bool):
+    def network(packed: PackedTokens, t: Tensor, r: Tensor, condition: object, **options: bool) -> Any:
         out = packed._replace(tokens=packed.tokens * 0)
         return (out, projection) if options.get("return_alignment") else out
 
