@@ -20,6 +20,7 @@ from launch.commands.finetune import finetune
 from launch.commands.launch import launch
 from launch.commands.model import demo, export, plan, recipes, sample, train
 from launch.commands.plot import plot
+from launch.commands.preview import preview
 from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
@@ -39,6 +40,7 @@ COMMANDS = (
     train,
     launch,
     finetune,
+    preview,
     plot,
     sample,
     export,
