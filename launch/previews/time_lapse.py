@@ -6,11 +6,12 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image, ImageDraw, ImageFont
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.export import run_config, spec_of
+from launch.checkpoints.export import export, run_config
 from launch.config.model_sections import PreviewConfig
 from launch.config.resolve import resolve
 from launch.config.schema import Config, ConfigError
@@ -75,20 +76,18 @@ def _draw(run: Path, config: Config, steps: Sequence[int], *, frames: dict[int, 
     """Draw the frames of `steps` from the averaged weights of their checkpoints. `keep`: as previews of the run. Returns the steps."""
     from launch.distributed.device import choose_device
     from launch.sampling.model_source import make_generator
-    from tim import TransitionTransformer
+    from tim.model_folder.folder import load_model
 
     cells, section = cells_of(config.preview), config.preview
     device, generator = choose_device(), None
     with console.progress() as report:
         report("draw", 0, len(steps) * len(cells))
         for number, step in enumerate(steps):
-            weights = checkpoint.consolidate(checkpoint.find(run, step=step).folder, ema=True)
-            spec = spec_of(config, step=step)
+            with TemporaryDirectory(dir=run, prefix="preview-") as folder:
+                network, spec = load_model(export(run, out=Path(folder) / "model", step=step).folder)
             if generator is None:
-                network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
                 generator = make_generator(network, spec, device=device, dtype=config.train.precision)
-            generator.network.load_official(weights)
-            generator.spec = spec
+            generator.network, generator.spec = network.to(device).eval(), spec
             images = {}
             for index, cell in enumerate(cells):
                 settings = {"steps": cell.steps, "guidance": section.guidance, "seed": section.seed}

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from dataprep.prepare import PrepareConfig
 from launch.config.load import load_config, load_settings
+from launch.config.model_sections import PreviewConfig
 from launch.config.recipes import recipe_names, recipe_path
 from launch.config.schema import Config, ConfigError, digest, to_yaml
 from launch.training.checks import check_models
@@ -260,3 +261,24 @@ def test_what_there_is_to_say_of_sources() -> None:
     ):
         with pytest.raises(ConfigError, match=f"^command line: .*{message}"):
             load_settings(None, overrides=[override], schema=PrepareConfig)
+
+
+def test_previews_are_checked_before_the_training(good: Path) -> None:
+    def preview(*overrides: str) -> PreviewConfig:
+        return load_config(good, overrides=[*overrides, "plan.max_tokens=70"]).preview
+
+    assert preview().sizes == ()
+    assert preview("preview.prompts=[a fox]").sizes == ("16x16",)
+    assert preview("preview.prompts=[a fox]", "plan.max_pixels=200").sizes == ("14x14",)
+    assert preview("preview={prompts: [a fox], sizes: [8x6, 4x2]}").pixel_sizes == [(6, 8), (2, 4)]
+    for override, message in {
+        "preview.sizes=[9x8]": r"preview\.sizes\.0: 9x8: sides must be multiples of the stride of 2 pixels; the nearest size is 8x8",
+        "preview.sizes=[big]": r"preview\.sizes\.0: 'big' is not WIDTHxHEIGHT",
+        "preview.sizes=[8192x8192]": r"preview\.sizes\.0: 8192x8192 exceeds the maximum",
+        "preview.prompts=[7]": r"preview\.prompts\.0: got class 7, but the model takes text",
+        "preview.steps=[0]": r"preview\.steps",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            preview(override)
+    with pytest.raises(ConfigError, match=r"preview\.prompts\.1: got 1000, but the model takes classes from 0 to 999"):
+        preview("condition=class", "preview.prompts=[0, 1000]")

@@ -80,7 +80,7 @@ def test_two_resumes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len({each.run_id for each in runs}) == 1
     assert {(each.project, each.display_name) for each in runs} == {("tests", "first")}
     rows = [record.history for record in records if record.HasField("history")]
-    values = [{"".join(item.nested_key) or item.key: item.value_json for item in row.item} for row in rows]
+    values = [{(*item.nested_key, item.key)[0]: item.value_json for item in row.item} for row in rows]
     assert [int(each["_step"]) for each in values] == [2, 4, 6, 8, 10, 12]
     assert [int(each["_step"]) for each in values if "preview" in each] == [6, 12]
     assert float(values[-1]["loss"]) == 1 / 12
