@@ -57,7 +57,8 @@ def state(previews: Previews) -> list[Tensor]:
     """Copies of all that training uses on this rank."""
     engine, average = previews.engine, previews.ema.average
     held = [fragment.values for fragments in (engine.fragments(), average) for fragment in fragments.values()]
-    return [values.detach().clone() for values in [*held, *engine.module.parameters(), torch.random.get_rng_state()]]
+    shares = [getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters()]  # of ZeRO 3
+    return [values.detach().clone() for values in [*held, *shares, torch.random.get_rng_state()]]
 
 
 def draw(config: Config, ranks: Ranks, *, steps: Sequence[int] = (3, 4)) -> dict[str, Any]:
