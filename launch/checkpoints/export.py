@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +11,20 @@ from typing import Any, Literal, TypeAlias
 import torch
 import yaml
 
-from launch.checkpoints.averages import kind_of, saved_decays
+from launch.checkpoints.averages import saved_decays
+from launch.checkpoints.finetuned import adapter
+from launch.checkpoints.initial_weights import run_weights
 from launch.checkpoints.model_card import model_card
-from launch.config.load import load_config
-from launch.config.schema import Config, TextConfig
+from launch.checkpoints.model_spec import is_model, run_config, spec_of
 from tim import transports
 from tim.model_folder.folder import Contents, ModelSpec, is_model_folder, save_model, weights_file, write_folder
 from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, published_config
 from tim.pretrained.safetensors_files import MAX_SHARD_BYTES, LazyTensors
-from tim.pretrained.weight_files import HUB, PIPELINE
+from tim.pretrained.weight_files import PIPELINE
 
 Layout: TypeAlias = Literal["own", "published", "diffusers"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PUBLISHED_GUIDANCE = 2.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,9 @@ def export(
     decays = saved_decays(found.folder)
     if ema is True and len(decays) > 1:
         notes.append(f"exported the first of the averages with decay {', '.join(f'{decay:g}' for decay in decays)}: --ema chooses another")
-    pieces = found.pieces(kind_of(found.folder, ema))
-    weights = LazyTensors(pieces.shapes, dict.fromkeys(pieces.shapes, DTYPES[dtype]), pieces.tensor)
-    parameters = sum(map(math.prod, pieces.shapes.values()))
+    whole = run_weights(config, found, ema=ema)
+    weights = LazyTensors(whole.shapes, dict.fromkeys(whole.shapes, DTYPES[dtype]), whole.read)
+    parameters = sum(map(math.prod, whole.shapes.values()))
     what = "weights" if ema is False else "averaged weights" if ema is True else f"averaged weights (decay {ema:g})"
     card = model_card(config, found, weights=what, dtype=dtype, parameters=parameters)
     if layout == "published":
@@ -95,6 +94,25 @@ def export(
     else:
         home = run if out.resolve().is_relative_to(run.resolve()) else None
         save_model(out, weights, spec, home=home, copy_models=with_models, layout=layout, card=card, max_shard_bytes=max_shard_bytes)
+    return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
+
+
+def export_adapter(run: Path, *, out: Path, ema: bool | float = True, step: int | None = None, dtype: Dtype = "fp32") -> Exported:
+    """Export the adapters of a LoRA run to the folder `out`, in the key names of PEFT and of ComfyUI. Arguments as of `export`.
+
+    Raises ValueError if the run has no adapters or no such checkpoint, or `out` is something else.
+    """
+    from launch.checkpoints import checkpoint
+
+    config = run_config(run)
+    adapter.check_adapter_folder(out)
+    found = checkpoint.find(run, step=step)
+    adapters, base = adapter.adapters(run, found, ema=ema)
+    what = "weights" if ema is False else "averaged weights"
+    card = adapter.adapter_card(config, base, step=found.metadata.step, weights=what)
+    adapter.write_adapters(out, adapters, base, dtype=DTYPES[dtype], step=found.metadata.step, card=card)
+    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
+    parameters = sum(each.a.numel() + each.b.numel() for each in adapters.values())
     return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
 
 
@@ -141,52 +159,6 @@ def _has_newer_checkpoint(run: Path) -> bool:
     """Whether the run has saved a checkpoint after its `model/` was written."""
     latest = run / "latest"
     return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
-
-
-def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
-    """Model specification of a run after `step` steps (default: all). Guidance is on by default only if conditions were dropped in
-    training."""
-    sampling = config.sampling
-    default_guidance = PUBLISHED_GUIDANCE if config.condition_dropout else 1.0
-    return ModelSpec(
-        network=config.network.params.model_dump(exclude_none=True),
-        rope=config.network.rope,
-        transport={"kind": config.objective.transport, **config.objective.transport_settings()},
-        codec={"kind": config.codec.kind, **_weights(config.codec.path)},
-        text=_encoder(config.text) if config.condition == "text" else None,
-        sampling={
-            "steps": sampling.steps,
-            "guidance": default_guidance if sampling.guidance is None else sampling.guidance,
-            "interval": list(sampling.interval),
-            "shift": config.objective.shift if sampling.shift is None else sampling.shift,
-            "instantaneous": all(diffusion == 1 for diffusion, _ in config.kind_shares(before=step or config.train.steps)),
-        },
-    )
-
-
-def _encoder(text: TextConfig) -> dict[str, Any]:
-    encoder = {"kind": text.kind, "max_tokens": text.max_tokens, **_weights(text.path), **_weights(text.tokenizer, name="tokenizer")}
-    return encoder if text.path is None else {**encoder, "precision": text.precision}
-
-
-def _weights(path: str | None, *, name: str = "path") -> dict[str, str]:
-    """Path of a codec's or an encoder's weights, if it has any; local paths become absolute."""
-    if path is None:
-        return {}
-    return {name: path if path.startswith(HUB) else os.path.abspath(path)}
-
-
-def run_config(run: Path) -> Config:
-    """Load the resolved config of a run. Raises ValueError if `run` is not a run folder."""
-    if not run.is_dir():
-        raise ValueError(f"{run}: no such folder; give the run_dir of a training run")
-    if not (run / "config.yaml").is_file():
-        raise ValueError(f"{run}: not a run folder: it has no config.yaml")
-    return load_config(run / "config.yaml")
-
-
-def is_model(folder: Path) -> bool:
-    return is_model_folder(folder) and weights_file(folder) is not None
 
 
 def check_target(out: Path, *, layout: Layout = "own") -> None:

@@ -25,8 +25,8 @@ MAX_NAMED = 10
 class Initial:
     """Initial weights of a run: path, sha256, and number of loaded tensors.
 
-    For a run, the sha256 is that of its checkpoint's manifest. `not_loaded` are tensors of the network that stay randomly initialized,
-    `not_used` tensors of the file that the network does not have.
+    For a run, the sha256 is that of its checkpoint's manifest. `source` is the absolute path of the file or folder. `not_loaded`
+    are tensors of the network that stay randomly initialized, `not_used` tensors of the file that the network does not have.
     """
 
     path: str
@@ -34,6 +34,7 @@ class Initial:
     loaded: int
     not_loaded: tuple[str, ...] = ()
     not_used: tuple[str, ...] = ()
+    source: str | None = None
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors of {self.path} (sha256 {self.digest[:16]})"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.finetuned.base import FrozenBase, check_base
 from launch.checkpoints.history import History, Replan
 from launch.checkpoints.saving.disk import check_mounted
 from launch.checkpoints.saving.mirror import Mirror
@@ -50,8 +51,11 @@ def find_checkpoint(run_dir: Path, *, mirror: str | None) -> checkpoint.Checkpoi
     return found
 
 
-def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shapes) -> dict[str, Any]:
-    """Trainer state of a checkpoint. Raises ConfigError if its format, optimizer or network differs from the config's."""
+def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shapes, base: FrozenBase | None = None) -> dict[str, Any]:
+    """Trainer state of a checkpoint. base: this run's frozen weights.
+
+    Raises ConfigError if its format, optimizer, frozen weights or network differs from the config's.
+    """
     folder = found.folder
     if found.metadata.format != checkpoint.FORMAT:
         remedy = "resume with that version, or start another run; `tim export` can read its weights"
@@ -61,7 +65,11 @@ def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shape
         raise ConfigError(
             f"{folder} was written with train.optimizer={state['optimizer']}, not {config.train.optimizer}: resume with the same optimizer"
         )
-    if found.pieces("weights").shapes != shapes:
+    check_base(state, base, folder=folder)
+    if (saved := found.pieces("weights").shapes) != shapes:
+        if base is not None:
+            other = next(iter(saved.keys() ^ shapes.keys()), "the shapes of its parameters")
+            raise ConfigError(f"{folder} holds other trained parameters ({other}): restore train.lora.targets, train.freeze and alignment")
         raise ConfigError(f"{folder} holds a different network than the config: restore the config, or give another run_dir")
     return state
 

@@ -12,6 +12,8 @@ from launch.config.section import Section, Share, check_interval
 from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import Derivative, Dtype, NewCondition, RopeLayout, TeacherKind, TransportKind, Weighting
 
+LORA_TARGETS = ("blocks.*.attn.*", "blocks.*.cross_attn.*", "blocks.*.mlp.*")
+
 
 class NetworkParams(Section):
     """Parameters of the network, named as in the published TiM configs (`network.params`)."""
@@ -177,3 +179,21 @@ class PreviewConfig(Section):
     def pixel_sizes(self) -> list[tuple[int, int]]:
         """Heights and widths of the resolved section."""
         return [(int(height), int(width)) for width, height in (re.split("[xX×]", size) for size in self.sizes)]
+
+
+class LoraConfig(Section):
+    rank: int = Field(default=16, ge=1)
+    """Rank of the adapters (LoRA, arXiv 2106.09685)."""
+    alpha: float | None = Field(default=None, gt=0)
+    """Strength of the adapters: they change a matrix by alpha/rank · B·A. null: the rank."""
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = LORA_TARGETS
+    """Patterns of the linear layers that get an adapter, with `*`: full names, or their ends such as `attn.qkv`. Default: the matrices of
+    attention and MLP in all blocks."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each adapter's input channels that a step leaves out. Drawn from the seed, the step and the layer, and equal for all
+    images of a step, so that neither ranks nor ZeRO stage affect it."""
+
+    @property
+    def strength(self) -> float:
+        """`alpha`, or its default."""
+        return float(self.rank) if self.alpha is None else self.alpha

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from launch.config.deepspeed_settings import check_settings
+from launch.config.model_sections import LoraConfig
 from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict
 from tim.model_kinds import AttentionChoice, Precision
@@ -78,10 +79,14 @@ class TrainConfig(Section):
     compile: bool = False
     """Compile the blocks with torch.compile, for packs padded to plan.tokens_per_pack tokens. The first steps take minutes."""
     init: str | None = None
-    """Initial weights of a new run: a model folder, a run (its EMA weights), a file of published weights, or hf://OWNER/NAME. Ignored
-    when a run is resumed."""
+    """Initial weights of a new run: a model folder, a run (its EMA weights), a file of published weights, or hf://OWNER/NAME. A resumed
+    run reads them only with `lora` or `freeze`."""
     init_strict: bool = True
     """Reject weights of another network; false: load the tensors that match by name and shape, and report the others."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of parameter names that are not trained, with `*`, such as `[x_embedder.*, blocks.0.*]`."""
+    lora: LoraConfig | None = None
+    """Train adapters of low rank instead of the weights of `init`; {} for the defaults."""
     hang_timeout: Annotated[float, Field(ge=0)] | dict[StepSection, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Seconds that a rank may spend in one section of a step before it counts as hung and the job ends: one number for all sections, or
     numbers by section. Sections not given: start, save and validate 3600, data, compute, collective and preview 1800. 0: no limit."""
@@ -97,6 +102,8 @@ class TrainConfig(Section):
         if self.schedule == "wsd" and self.warmup + self.decay_steps > self.steps:
             why = f"{self.warmup} warm-up steps and {self.decay_steps} steps of decay exceed the {self.steps} steps of the run"
             raise ConfigConflict("decay", why)
+        if self.lora is not None and self.freeze:
+            raise ConfigConflict("freeze", "train.lora already freezes all weights of the network: leave train.freeze out")
         if self.compile and self.zero == 3:
             raise ConfigConflict("compile", "train.zero=3 gathers weights inside the compiled blocks: use zero 0, 1 or 2, or compile=false")
         if isinstance(self.deepspeed, dict):

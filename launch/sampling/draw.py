@@ -16,6 +16,7 @@ from launch.arguments import round_sizes
 from launch.caption_lengths import cut_prompts
 from launch.console import Console
 from launch.sampling.image_grid import grid
+from launch.sampling.loras import Lora
 from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
 from pipeline.storage.atomic import publish
 from tim.model_kinds import Dtype
@@ -69,20 +70,21 @@ def draw(
     out: Path,
     recipe: str | None = None,
     replacements: Replacements = NO_REPLACEMENTS,
+    loras: Sequence[Lora] = (),
     console: Console,
 ) -> tuple[list[Drawing], Path]:
     """Sample every prompt at every size (height, width) with every number of steps. Returns the images and the path of the grid.
 
     `model` is a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for
-    the network in `recipe`. `replacements` are other paths of its codec, text encoder and tokenizer. All images of one prompt and size
-    start from the same noise, so a row of the grid shows the effect of more steps.
+    the network in `recipe`. `replacements` are other paths of its codec, text encoder and tokenizer, `loras` are merged into its weights.
+    All images of one prompt and size start from the same noise, so a row of the grid shows the effect of more steps.
 
     Raises:
         ValueError: `model` is none of these, `out` is a file, a size is below the model's stride, or the model does not accept a prompt.
     """
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    generator = _open_generator(model, recipe=recipe, replacements=replacements, dtype=settings.dtype, console=console)
+    generator = _open_generator(model, recipe=recipe, replacements=replacements, loras=loras, dtype=settings.dtype, console=console)
     _check_prompts(generator, prompts, negative=settings.negative, console=console)
     settings = settings.with_defaults(generator.spec.sampling)
     rounded, remarks = round_sizes(sizes, stride=generator.stride)
@@ -111,8 +113,10 @@ def draw(
     return drawings, out / "grid.png"
 
 
-def _open_generator(model: Path, *, recipe: str | None, replacements: Replacements, dtype: Dtype | None, console: Console) -> Generator:
-    network, spec = open_model(model, recipe=recipe, replacements=replacements, log=console.line)
+def _open_generator(
+    model: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora], dtype: Dtype | None, console: Console
+) -> Generator:
+    network, spec = open_model(model, recipe=recipe, replacements=replacements, loras=loras, log=console.line)
 
     from launch.distributed.device import choose_device
 

@@ -5,16 +5,18 @@ Paths of codec, text encoder and tokenizer can be replaced, because the stored o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from launch.checkpoints.export import PUBLISHED_GUIDANCE, model_folder, spec_of
+from launch.checkpoints.export import model_folder
 from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights, load_weights, read_network_file
+from launch.checkpoints.model_spec import PUBLISHED_GUIDANCE, spec_of
 from launch.config.load import load_config
+from launch.sampling.loras import Lora, merge_loras
 from tim import Generator, TransitionTransformer, codecs, transports
 from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
 from tim.model_kinds import Dtype
@@ -37,12 +39,22 @@ NO_REPLACEMENTS = Replacements()
 
 
 def open_model(
+    path: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Callable[[str], None]
+) -> tuple[TransitionTransformer, ModelSpec]:
+    """Load network and specification of a model, and merge `loras` into it; `make_generator` loads its codec and text encoder.
+
+    `log` receives the choices made. Raises ValueError if there is no model, `recipe` is missing or not allowed, or a LoRA does not fit.
+    """
+    network, spec = _open_model(path, recipe=recipe, replacements=replacements, log=log)
+    merge_loras(network, loras)
+    for lora in loras:
+        log(f"LoRA: {lora}")
+    return network, spec
+
+
+def _open_model(
     path: Path, *, recipe: str | None, replacements: Replacements, log: Callable[[str], None]
 ) -> tuple[TransitionTransformer, ModelSpec]:
-    """Load network and specification of a model; `make_generator` loads its codec and text encoder.
-
-    `log` receives the choices made. Raises ValueError if there is no model, or `recipe` is missing or not allowed.
-    """
     if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")

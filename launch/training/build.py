@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launch.checkpoints.finetuned.base import FrozenBase
 from launch.checkpoints.history import History
 from launch.checkpoints.initial import load_initial
 from launch.config.data_sections import CodecConfig, LoaderConfig, TextConfig
@@ -17,6 +19,7 @@ from launch.config.schema import Config, ConfigError, TrainConfig
 from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
+from launch.finetuning.trainable import is_finetuned, limit_training
 from launch.training.frozen_models import FrozenModels
 from launch.training.measuring.validation import Stage, Validation
 from launch.training.planning import make_validation_plan
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Components that a training step needs. parameters: number of network parameters."""
+    """Components that a training step needs. parameters: number of network parameters; base: the frozen ones, None if all are trained."""
 
     planner: Planner
     loader: Loader
@@ -48,10 +51,17 @@ class Parts:
     parameters: int
     history: History
     validation: Validation | None = None
+    base: FrozenBase | None = None
+
+    @property
+    def trained(self) -> int | None:
+        """Number of parameters that are not frozen; None if all are trained."""
+        return None if self.base is None else sum(map(math.prod, self.engine.shapes.values()))
 
 
 def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> Parts:
-    """Build all components. Must be called by all ranks. `is_new`: a new run, which loads the weights of `train.init` if given.
+    """Build all components. Must be called by all ranks. `is_new`: a new run, which loads the weights of `train.init` if given. A run with
+    frozen weights always loads them.
 
     Raises:
         ValueError: a frozen model cannot be loaded or does not match the network.
@@ -78,7 +88,10 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     # network and optimizer
     torch.manual_seed(config.seed)
     network = make_network(config.network)
-    history = History(init=ranks.run_on_all_ranks(lambda: load_initial(network, config)) if is_new else None)
+    loads = is_new or is_finetuned(config)
+    init = ranks.run_on_all_ranks(lambda: load_initial(network, config)) if loads else None
+    base = ranks.run_on_rank0(lambda: FrozenBase.of(network, config, source=init and init.source))
+    ranks.run_on_all_ranks(lambda: limit_training(network, config))
     parameters = sum(parameter.numel() for parameter in network.parameters())
     frozen = FrozenModels(
         codec,
@@ -102,7 +115,8 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         engine=engine,
         ema=ShardedEMA(engine.fragments(), decay=config.train.ema, device="cpu" if config.train.ema_device == "cpu" else None),
         parameters=parameters,
-        history=history,
+        history=History(init=init if is_new else None),
+        base=base,
     )
     return replace(parts, validation=make_validation(config, parts, ranks=ranks, reading=reading, cleanup=cleanup))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from launch.config.schema import Config, ConfigError
 from launch.engine.optimizers import check_available
+from launch.finetuning.lora import check_peft
 from launch.trackers.backends import check_installed
 from pipeline.features.manifest import Features
 
@@ -33,6 +34,10 @@ def check_models(config: Config) -> None:
         check_available(config.train.optimizer)
     except ValueError as error:
         raise ConfigError(f"train.optimizer: {error}") from error
+    if config.train.lora is not None:
+        check_peft()
+        if config.train.init is None:
+            raise ConfigError("train.init: missing; train.lora needs the weights that its adapters are trained on")
     teacher = config.objective.alignment
     if teacher is not None and teacher.path is None and "teacher" not in parts:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")

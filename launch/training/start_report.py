@@ -14,9 +14,18 @@ from launch.distributed.ranks import Ranks
 
 
 def start_report(
-    config: Config, ranks: Ranks, parameters: int, *, step: int, history: History, found: Checkpoint | None, changes: Sequence[str]
+    config: Config,
+    ranks: Ranks,
+    parameters: int,
+    *,
+    trained: int | None = None,
+    step: int,
+    history: History,
+    found: Checkpoint | None,
+    changes: Sequence[str],
 ) -> Iterator[str]:
-    """Lines to log before the first step. found: checkpoint to resume from; changes: configuration keys that differ."""
+    """Lines to log before the first step. trained: number of `parameters` that are not frozen, if some are; found: checkpoint to resume
+    from; changes: configuration keys that differ."""
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
     processes, packs = _processes(ranks.size), config.plan.at(step).packs_per_step
     settings = f"ZeRO-{config.train.zero} · {config.train.precision} · {packs} packs of {config.plan.tokens_per_pack} tokens per step"
@@ -24,6 +33,8 @@ def start_report(
     if empty := -packs % ranks.size:
         idle = f"they may be idle for up to {empty / (packs + empty):.0%} of the time"
         yield f"warning: {packs} packs per step are not a multiple of {processes}: {idle}; see `tim plan --ranks {ranks.size}`"
+    if trained is not None:
+        yield f"training {trained:,} of {parameters:,} parameters: {_what_is_trained(config)}"
     if found is None and history.init is not None:
         yield f"initialized from {history.init}"
         yield from context_differences(config)
@@ -37,6 +48,13 @@ def start_report(
             yield f"changed since: {change}"
         if step >= config.train.steps:
             yield f"nothing to train: the run has {step} steps, and train.steps is {config.train.steps}; raise it to train on"
+
+
+def _what_is_trained(config: Config) -> str:
+    lora = config.train.lora
+    if lora is None:
+        return f"all but {', '.join(config.train.freeze)}"
+    return f"LoRA of rank {lora.rank}, alpha {lora.strength:g}" + (f", dropout {lora.dropout:g}" if lora.dropout else "")
 
 
 def _processes(number: int) -> str:

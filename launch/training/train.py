@@ -98,7 +98,8 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         # report
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
         progress = cleanup.enter_context(ProgressLine(steps=config.train.steps, done=trainer.step, quiet=quiet or not ranks.is_main))
-        start = start_report(config, ranks, parts.parameters, step=trainer.step, history=trainer.history, found=found, changes=changes)
+        told = {"step": trainer.step, "history": trainer.history, "found": found, "changes": changes}
+        start = start_report(config, ranks, parts.parameters, trained=parts.trained, **told)
         for line in (*start, *notes, *_caption_warning(config, planner, ranks=ranks)):
             progress.log(line)
         previews = _watch(trainer, writer, log=progress.log, cleanup=cleanup)

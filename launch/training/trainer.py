@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.finetuned import base
 from launch.checkpoints.history import History
 from launch.checkpoints.resuming import restore_plan, trainer_state
 from launch.checkpoints.saving.background import BackgroundSaver, Part
@@ -17,6 +18,8 @@ from launch.config.schema import Config, digest
 from launch.distributed.heartbeat import HEARTBEAT
 from launch.distributed.ranks import Ranks
 from launch.engine.learning_rate import learning_rate
+from launch.finetuning.lora import draw_dropout
+from launch.finetuning.trainable import limit_training
 from launch.guards import bad_samples
 from launch.guards.loss_spikes import SpikeDetector
 from launch.training import guidance_network
@@ -81,6 +84,7 @@ class Trainer:
         loaded = next(self._steps)
         self._waited = time.monotonic() - start
         self._refresh_guidance_network()
+        draw_dropout(self.parts.engine.module, seed=self.config.seed, step=self.step)
 
         # forward and backward, pack by pack
         clock = self.meter.clock
@@ -215,7 +219,7 @@ class Trainer:
         if self.meter.total("rollbacks") == train.max_rollbacks:
             remedy = "lower train.lr, or raise train.max_rollbacks"
             self.ranks.fail(RuntimeError(f"loss spike at step {self.step} after {train.max_rollbacks} rollbacks: {spike}: {remedy}"))
-        state = self.ranks.run_on_all_ranks(lambda: trainer_state(found, config=self.config, shapes=self.parts.engine.shapes))
+        state = self.ranks.run_on_all_ranks(lambda: self._trainer_state(found))
         self._load_weights(found, state)
         self.meter.count("rollbacks", 1)
         back = f"went back to the weights of step {found.metadata.step}; training goes on with step {self.step + 1}"
@@ -235,7 +239,8 @@ class Trainer:
     def _new_guidance_network(self) -> GuidanceNetwork:
         with torch.device("meta"):
             network = make_network(self.config.network)
-        return GuidanceNetwork(network, ranks=self.ranks)
+            limit_training(network, self.config)
+        return GuidanceNetwork(network, ranks=self.ranks, frozen=self.parts.engine.frozen())
 
     def _guide(self, images: int) -> Guide | None:
         """Guidance for the targets of a pack of `images` images; None before guidance starts."""
@@ -297,7 +302,7 @@ class Trainer:
 
     def _restore_state(self, found: checkpoint.Checkpoint, *, recorded: History, replan: bool) -> tuple[dict[str, Any], History, list[str]]:
         """Restore the plan of a checkpoint. Returns its trainer state, the run's history, and log lines."""
-        state = trainer_state(found, config=self.config, shapes=self.parts.engine.shapes)
+        state = self._trainer_state(found)
         past, notes = restore_plan(
             self.parts.loader,
             state,
@@ -308,6 +313,9 @@ class Trainer:
             replan=replan,
         )
         return state, past, notes
+
+    def _trainer_state(self, found: checkpoint.Checkpoint) -> dict[str, Any]:
+        return trainer_state(found, config=self.config, shapes=self.parts.engine.shapes, base=self.parts.base)
 
     def _part(self) -> Part:
         """This rank's part of a checkpoint."""
@@ -325,6 +333,7 @@ class Trainer:
             "meter": self.meter.state_dict(),
             "spikes": self.spikes.state_dict(),
             "history": self.history.to_json(),
+            base.KEY: None if self.parts.base is None else self.parts.base.to_json(),
         }
         replica = {} if self.guidance_network is None else {guidance_network.FILE: self.guidance_network.state_dict()}
         return part._replace(texts={checkpoint.TRAINER_STATE: json.dumps(state, indent=1)}, tensors=replica)

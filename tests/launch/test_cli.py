@@ -22,7 +22,22 @@ from launch.cli import main
 from tim import TransitionTransformer
 from tim.model_folder.folder import ModelSpec, save_model
 
-COMMANDS = ("demo", "prepare", "index", "encode", "verify", "report", "recipes", "plan", "train", "launch", "sample", "export", "estimate", "doctor")
+COMMANDS = (
+    "demo",
+    "prepare",
+    "index",
+    "encode",
+    "verify",
+    "report",
+    "recipes",
+    "plan",
+    "train",
+    "launch",
+    "sample",
+    "export",
+    "estimate",
+    "doctor",
+)
 PATCH = 8
 CONFIG = f"""\
 plan: {{max_tokens: 64, tokens_per_pack: 256, packs_per_step: 4}}

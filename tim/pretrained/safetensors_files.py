@@ -51,6 +51,10 @@ class LazyTensors:
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return cls(shapes, {name: tensor.dtype for name, tensor in tensors.items()}, tensors.__getitem__)
 
+    def all(self) -> dict[str, Tensor]:
+        """Read all tensors."""
+        return {name: self.read(name) for name in self.shapes}
+
     def bytes_of(self, name: str) -> int:
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 

@@ -1,0 +1,1 @@
+"""Checkpoints of runs that train a part of their weights: the frozen rest, merged weights, adapter files."""

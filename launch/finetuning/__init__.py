@@ -1,0 +1,1 @@
+"""Fine-tuning: which parameters are trained, and adapters of low rank."""
