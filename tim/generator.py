@@ -15,6 +15,7 @@ from tim.model_folder.folder import ModelSpec, load_model
 from tim.model_kinds import Dtype
 from tim.network import TransitionTransformer, check_classes
 from tim.packed import Condition, PackedText
+from tim.pretrained.lora_files import merge_adapters, read_adapters
 from tim.sampler import default_dtype, sample, time_grid
 from tim.text import encoders
 
@@ -75,9 +76,18 @@ class Generator:
         self._encode = encode if self.text is None else self.text.encode
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: torch.device | str = "cpu", dtype: Dtype | None = None) -> Generator:
-        """Load a model folder. Raises ValueError if it is not one."""
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: Dtype | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+    ) -> Generator:
+        """Load a model folder. loras: LoRA files and their scales, merged into the weights. Raises ValueError if one does not fit."""
         network, spec = load_model(folder, device=device)
+        for path, scale in loras:
+            merge_adapters(network, read_adapters(path), scale=scale, source=path)
         return cls(network, spec, device=device, dtype=dtype)
 
     @property

@@ -34,6 +34,12 @@ ExportAs = Annotated[
         "Default: steps."
     ),
 ]
+SamplingDtype = Annotated[
+    Dtype | None, typer.Option(help="Precision of the network's matrix products. Default: fp16 on a GPU, fp32 on the CPU.")
+]
+Loras = Annotated[
+    list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA file or PEFT folder to merge, and its strength; may be repeated.")
+]
 
 
 def demo(
@@ -229,10 +235,9 @@ def sample(
     codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the codec, instead of the model's.")] = None,
     text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the text encoder, instead of the model's.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Path of the tokenizer. Default: that of the text encoder.")] = None,
+    lora: Loras = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal images.")] = 0,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="Precision of the network's matrix products. Default: fp16 on a GPU, fp32 on the CPU.")
-    ] = None,
+    dtype: SamplingDtype = None,
     out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
     as_json: Json = False,
     debug: Debug = False,
@@ -250,6 +255,7 @@ def sample(
         if steps is not None and times is not None:
             raise ValueError(f"--steps {steps} and --times {times}: give one of them")
         from launch.sampling.draw import DrawSettings, draw
+        from launch.sampling.loras import parse_loras
         from launch.sampling.model_source import Replacements
 
         settings = DrawSettings(
@@ -262,10 +268,9 @@ def sample(
             stochasticity=stochasticity,
             dtype=dtype,
         )
-        replacements = Replacements(codec=codec, text=text, tokenizer=tokenizer)
-        drawings, grid = draw(
-            model, prompts=prompts, sizes=sizes, settings=settings, out=out, recipe=recipe, replacements=replacements, console=console
-        )
+        replaced = Replacements(codec=codec, text=text, tokenizer=tokenizer)
+        chosen: dict[str, Any] = {"recipe": recipe, "replacements": replaced, "loras": parse_loras(lora or [])}
+        drawings, grid = draw(model, prompts=prompts, sizes=sizes, settings=settings, out=out, console=console, **chosen)
         listed = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
         console.result(listed, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 
@@ -287,25 +292,33 @@ def export(
         typer.Option(help="own: config.json and weights; published: as --official; diffusers: folders transformer, vae, …."),
     ] = "own",
     dtype: Annotated[Dtype, typer.Option(help="Precision of the stored weights.")] = "fp32",
+    adapter: Annotated[
+        bool,
+        typer.Option("--adapter/--merged", help="Of a LoRA run: its adapters as files for PEFT and ComfyUI, or merged into the model."),
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Export a run's model.
 
     Writes a model folder with config.json, README.md and model.safetensors (in shards above 5 GB). With --with-models it has all files
-    needed for sampling.
+    needed for sampling. With --adapter, a folder of LoRA files instead.
 
     Example: tim export runs/first --out models/first
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.checkpoints.export import export as export_run
+        from launch.checkpoints.export import export_adapter
 
         if official and layout == "diffusers":
             raise ValueError("--official and --layout diffusers exclude each other: give one of them")
         if ema is not None and no_ema:
             raise ValueError("--ema and --no-ema exclude each other: give one of them")
-        settings = {"official": official, "with_models": with_models, "layout": layout, "dtype": dtype}
-        done = export_run(run, out=out, ema=not no_ema if ema is None else ema, step=step, **settings)
+        chosen: dict[str, Any] = {"out": out, "ema": not no_ema if ema is None else ema, "step": step, "dtype": dtype}
+        if adapter and (official or with_models or layout != "own"):
+            raise ValueError("--adapter has its own layout: leave out --official, --layout and --with-models")
+        settings = {"official": official, "with_models": with_models, "layout": layout}
+        done = export_adapter(run, **chosen) if adapter else export_run(run, **chosen, **settings)
         for note in done.notes:
             console.line(note)
         weights = "averaged weights" if done.ema else "weights"
