@@ -127,18 +127,6 @@ class Engine:
         """Views of the optimizer's moments by kind and parameter, like `fragments`; empty before the first update."""
         return self._moments.fragments(self._owned)
 
-    def exchange(self, fragments: Mapping[str, Fragment]) -> None:
-        """Exchange the weights with fragments of the same elements, bit by bit; done twice, it changes nothing. ZeRO 1 to 3 only.
-
-        Must be called by all ranks.
-        """
-        assert self.stage, "under ZeRO 0 each rank holds weights that other ranks own"
-        with weights_replaced(self._engine, stage=self.stage):
-            for name, weights in self.fragments().items():
-                before = weights.values.clone()
-                weights.values.copy_(fragments[name].values)
-                fragments[name].values.copy_(before)
-
     def load(self, pieces: Pieces, *, updates: int) -> None:
         """Load weights and moments saved by any number of ranks after `updates` updates. Must be called by all ranks.
 

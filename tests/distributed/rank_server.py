@@ -19,7 +19,15 @@ from pathlib import Path
 from launch.engine.deepspeed_internals import import_deepspeed
 from tim.text.byte_pairs import simple_tokenizer
 
-IMPORTED = ("launch.training.train", "launch.commands.model", "torch._dynamo", "torch.utils.tensorboard", "accelerate.tracking", "pandas", "peft")
+IMPORTED = (
+    "launch.training.train",
+    "launch.commands.model",
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "accelerate.tracking",
+    "pandas",
+    "peft",
+)
 
 
 def main() -> None:
