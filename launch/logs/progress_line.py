@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from launch.logs.rank_log import RANK_LOG
 from launch.logs.startup import STARTUP
-from launch.training.metrics import validation_in_words
 
 SECONDS_BETWEEN_LINES = 10.0
 _FIRST_STEP = "first step: loading data, warming up"
@@ -88,3 +88,11 @@ class ProgressLine:
         STARTUP.end()
         if self._live:
             self._live.stop()
+
+
+def validation_in_words(row: Mapping[str, object]) -> str:
+    """The validation loss of a row, for a progress line; "" without one."""
+    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
+    if not isinstance(loss, float):
+        return ""
+    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")

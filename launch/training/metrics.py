@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,14 +206,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics file. Ignores a last line truncated by a crash; raises ValueError for any other invalid line."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def validation_in_words(row: Mapping[str, object]) -> str:
-    """The validation loss of a row, for a progress line; "" without one."""
-    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
-    if not isinstance(loss, float):
-        return ""
-    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")
 
 
 def _finite(value: float) -> float | None:

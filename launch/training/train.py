@@ -105,11 +105,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         previews = _watch(trainer, writer, log=progress.log, cleanup=cleanup)
 
         # checkpoints
-        follow_ups = FollowUps(run_dir, config.checkpoint) if ranks.is_main else None
-        if follow_ups is not None and found is not None:
-            follow_ups.add_missing()
-        saver = BackgroundSaver(run_dir, config.checkpoint, ranks=ranks, follow_ups=follow_ups, log=progress.log)
-        trainer.saver = cleanup.enter_context(saver)
+        trainer.saver = saver = _open_saver(trainer, resumed=found is not None, log=progress.log, cleanup=cleanup)
 
         # steps
         trainer.log = signals.log = progress.log
@@ -149,6 +145,16 @@ def _watch(trainer: Trainer, writer: MetricsWriter | None, *, log: Callable[[str
         writer.listeners.append(trackers.write)
         previews.show = trackers.show
     return previews
+
+
+def _open_saver(trainer: Trainer, *, resumed: bool, log: Callable[[str], None], cleanup: ExitStack) -> BackgroundSaver:
+    """What writes checkpoints, and copies them where they are mirrored: at once those that an interrupted run has not copied."""
+    config, ranks = trainer.config, trainer.ranks
+    assert config.run_dir is not None
+    follow_ups = FollowUps(config.run_dir, config.checkpoint) if ranks.is_main else None
+    if follow_ups is not None and resumed:
+        follow_ups.add_missing()
+    return cleanup.enter_context(BackgroundSaver(config.run_dir, config.checkpoint, ranks=ranks, follow_ups=follow_ups, log=log))
 
 
 def _take_steps(

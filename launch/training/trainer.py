@@ -22,12 +22,13 @@ from launch.finetuning.lora import draw_dropout
 from launch.finetuning.trainable import limit_training
 from launch.guards import bad_samples
 from launch.guards.loss_spikes import SpikeDetector
+from launch.logs.progress_line import validation_in_words
 from launch.training import guidance_network
 from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
 from launch.training.measuring.image_facts import ImageFacts
 from launch.training.measuring.usage import Usage
-from launch.training.metrics import Meter, StepMeasure, count_restarts, validation_in_words
+from launch.training.metrics import Meter, StepMeasure, count_restarts
 from launch.training.step_losses import StepLosses, Sums
 from pipeline.bounded_counter import listed
 from pipeline.loading.loader import Batch, LoadedStep

@@ -94,7 +94,7 @@ def test_a_typo_is_blamed_before_the_key_that_it_makes_missing(good: Path) -> No
 
 ON_THE_COMMAND_LINE = {
     "train.stpes=3": "command line: train.stpes: unknown key; did you mean train.steps?",
-    "steps=3": "command line: steps: unknown key; did you mean train.steps or sampling.steps?",
+    "steps=3": "command line: steps: unknown key; did you mean train.steps or sampling.steps or preview.steps?",
     "train.steps=0": "command line: train.steps: input should be greater than or equal to 1, got 0",
     "train.steps=soon": "command line: train.steps: input should be a valid integer, got 'soon'",
     "train.steps": "command line: 'train.steps' is not of the form key=value",
