@@ -26,7 +26,7 @@ BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "launch.cli"],
     "accelerate": [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--cpu", "--mixed_precision=no"),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
         *("--dynamo_backend=no", "--multi_gpu", "--module", "launch.cli"),
     ],
     "deepspeed": [sys.executable, str(BIN / "deepspeed"), "--num_accelerators=2", "--module", "launch.cli"],

@@ -68,10 +68,10 @@ def wait_for(pattern: str, log: Path) -> None:
 
 
 def test_the_time_limit_and_scancel(slurm: None, figures: Path, tmp_path: Path) -> None:
-    """The limit of four minutes leaves two for the run; scancel ends it for good."""
+    """The limit of six minutes leaves four for start and run; scancel ends it for good."""
     run, config = tmp_path / "run", tmp_path / "run.yaml"
     config.write_text(f"corpus: {figures}\nrun_dir: {run}\n{CONFIG}")
-    job = launch(config, "cluster.time='4:00'")["job"]
+    job = launch(config, "cluster.time='6:00'")["job"]
     log = run / "slurm" / f"{job}.log"
     wait_for(rf"^requeued Slurm job {job}\n(.*\n)*.*stopped by a signal, checkpoint saved$", log)
     said = log.read_text()
