@@ -57,8 +57,14 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": _version("deepspeed"), "tim": _version("tim")}
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "unknown"
+        found["nccl"] = _nccl_version() if torch.cuda.is_available() else "unknown"
     return found
+
+
+def _nccl_version() -> str:
+    from torch.cuda import nccl
+
+    return ".".join(map(str, nccl.version()))
 
 
 def _version(package: str) -> str:

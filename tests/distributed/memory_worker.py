@@ -72,14 +72,15 @@ def measure(ranks: Ranks, case: str, *, images: int) -> dict[str, Any]:
         engine = make_engine(config.train, network, ranks=ranks)
         ema, twin = (ShardedEMA(engine.fragments(), decay=0.9999, device=device) for device in (None, "cpu"))
         objective = make_objective(config, pixels_per_cell=1, ranks=ranks)
+        passes = update = 0
         for step in range(STEPS):
             memory.restart()
             for pack in packs:
                 latents, condition = pack["latents"], pack["condition"]
                 rest = {name: value for name, value in pack.items() if name not in ("latents", "condition")}
-                losses = objective(engine, latents, condition, derivative_network=engine.module, **rest)
-                engine.accumulate(losses.loss, count=images * PACKS * ranks.size)
-            del losses
+                loss = objective(engine, latents, condition, derivative_network=engine.module, **rest).loss
+                engine.accumulate(loss, count=images * PACKS * ranks.size)
+                del loss
             passes = memory.peak
             memory.restart()
             engine.step(lr=1e-4)
