@@ -1,17 +1,28 @@
-"""Command `tim estimate`: memory, time and price of a run before it starts."""
+"""Before a run: `tim estimate` for memory, time and price, and `tim train --dry-run`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from launch.arguments import one_config
 from launch.commands.options import ConfigArgument, Debug, Json
-from launch.console import session
+from launch.console import Console, session
 
+if TYPE_CHECKING:
+    from launch.config.schema import Config
+
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check config, plan, shards, weights, models and memory; take no step and write nothing. Exit code 2 if something is wrong.",
+    ),
+]
+DryRunRanks = Annotated[int, typer.Option("--ranks", min=1, help="With --dry-run: number of processes that the memory is estimated for.")]
 COLUMNS = {
     "weights": ("weights", "gathered weights"),
     "grads": ("gradients",),
@@ -67,7 +78,7 @@ def describe(name: str, facts: Mapping[str, Any]) -> str:
         f"{facts['parameters'] / 1e6:,.1f}M parameters, {trained} · {facts['optimizer']} · {facts['precision']} · "
         f"packs of {facts['tokens_per_pack']:,} tokens, {facts['packs_per_rank']} for each rank",
         "",
-        "GB per GPU (* as configured, ! does not fit):",
+        "GB per GPU by ZeRO stage and checkpointing, and the largest pack in tokens (* as configured, ! does not fit):",
         *_table([*facts["settings"], *([] if _listed(chosen, facts["settings"]) else [chosen])], chosen=chosen),
         "",
         f"peak: {chosen['peak'] / 1e9:,.1f} GB in the phase {chosen['phase']}; host memory {facts['host_bytes'] / 1e9:,.1f} GB per rank "
@@ -93,7 +104,7 @@ def _key(setting: Mapping[str, Any]) -> tuple[int, str]:
 
 
 def _table(settings: Sequence[Mapping[str, Any]], *, chosen: Mapping[str, Any]) -> list[str]:
-    rows = [["ZeRO", "checkpointing", *COLUMNS, "peak", "largest pack"]]
+    rows = [["ZeRO", "ckpt", *COLUMNS, "peak", "largest"]]
     for setting in settings:
         parts = [sum(setting["parts"].get(part, 0.0) for part in names) for names in COLUMNS.values()]
         mark = "*" if _key(setting) == _key(chosen) else ""
@@ -102,3 +113,13 @@ def _table(settings: Sequence[Mapping[str, Any]], *, chosen: Mapping[str, Any]) 
         rows[-1].append(f"{setting['largest_pack']:,}" if setting["largest_pack"] else "none")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def show_dry_run(config: Config, *, ranks: int, console: Console) -> None:
+    """Check a run without a step, and print what was found. Raises SystemExit with code 2 if something is wrong."""
+    from launch.estimate.dry_run import dry_run
+
+    found = dry_run(config, ranks=ranks)
+    console.result("\n".join(found.lines()), data=found.to_json())
+    if not found.ok:
+        raise SystemExit(2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launch.arguments import check_guidance, check_prompts, one_config, parse_interval, parse_sizes, parse_steps, parse_times
-from launch.commands.dry_run import DryRun, DryRunRanks, show_dry_run
+from launch.commands.estimate import DryRun, DryRunRanks, show_dry_run
 from launch.commands.launch import print_result
 from launch.commands.options import ConfigArgument, Debug, Json, Replan
 from launch.commands.text_tables import describe_plan, describe_recipes
