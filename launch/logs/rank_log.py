@@ -75,7 +75,14 @@ class RankLog:
         """Also record Python's warnings, warnings and errors of all loggers, and errors of threads. They are shown as before."""
         show, thread_hook = warnings.showwarning, threading.excepthook
 
-        def show_and_record(message, category, filename, lineno, file=None, line=None) -> None:
+        def show_and_record(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
             show(message, category, filename, lineno, file, line)
             self.line(warnings.formatwarning(message, category, filename, lineno, line))
 

@@ -208,7 +208,7 @@ class Previews:
         except OSError as error:
             self.log(f"warning: the preview of step {step} was not written: {path}: {error.strerror or error}; the run goes on")
         else:
-            self.log(f"preview of step {step}: {len(drawn)} images in {seconds:.1f} s: {path}")
+            self.log(f"preview of step {step}: {len(drawn)} image{'s' * (len(drawn) != 1)} in {seconds:.1f} s: {path}")
         self.show(image, step)
 
     def _show_file(self, path: Path, *, step: int) -> None:

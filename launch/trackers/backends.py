@@ -130,10 +130,11 @@ class MLflow:
     def __init__(self, run_dir: Path, *, project: str, name: str, id: str | None) -> None:
         self.id = id
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
         self._tracker = _local("MLflowTracker")(experiment_name=project, run_id=id, run_name=name)
 
     def start(self, values: Mapping[str, Any]) -> str:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         is_new = self.id is None
         self._tracker.start()
@@ -146,7 +147,7 @@ class MLflow:
         self._tracker.log(dict(values), step=step)
 
     def show(self, image: Image.Image, *, step: int) -> None:
-        import mlflow
+        import mlflow  # pyright: ignore[reportMissingImports]
 
         mlflow.log_image(image, key=PREVIEW, step=step, synchronous=True)
 
@@ -162,7 +163,7 @@ class Comet:
     def __init__(self, run_dir: Path, *, project: str, name: str, id: str | None) -> None:
         os.environ.setdefault("COMET_DISABLE_AUTO_LOGGING", "1")
         os.environ.setdefault("COMET_LOGGING_CONSOLE", "ERROR")
-        import comet_ml
+        import comet_ml  # pyright: ignore[reportMissingImports]
 
         self.id = id or uuid.uuid4().hex
         self._folder = run_dir / "comet"

@@ -138,7 +138,8 @@ def _watch(trainer: Trainer, writer: MetricsWriter | None, *, log: Callable[[str
     """Start the trackers, which receive the rows of the `writer` on rank 0. Returns the previews, which they also receive."""
     config, parts = trainer.config, trainer.parts
     codec, encoder = parts.frozen.codec, parts.frozen.encoder
-    previews = Previews(config, parts.engine, parts.ema, trainer.ranks, codec, encoder and encoder.encode, log=log)
+    encode = None if encoder is None else encoder.encode
+    previews = Previews(config, parts.engine, parts.ema, trainer.ranks, codec, encode, log=log)
     previews.prepare()
     if writer is not None:
         trackers = cleanup.enter_context(Trackers(config, step=trainer.step, ahead=writer.ahead, log=log))

@@ -66,6 +66,34 @@ def test_weights_average_and_random_state_come_back_bit_by_bit(drawn: Path) -> N
                 assert [line.startswith("preview of step 4: 12 images in ") for line in report["lines"]] == [True] * (rank == 0)
 
 
+def test_what_goes_wrong_is_a_warning(tmp_path: Path, alone: Ranks) -> None:
+    def attempt(name: str, *overrides: str, stop: bool = False) -> tuple[list[str], list[int], Path]:
+        folder, lines, shown = tmp_path / name, [], []
+        previews = preview_worker.make_previews(preview_worker.config_of(folder, "train.zero=0", *overrides), alone)
+        previews.log, previews.show = lines.append, lambda image, step: shown.append(step)
+        if name == "full":
+            (folder / "previews").write_text("in the way")
+        assert previews.draw_if_due(4, stopping=lambda: stop)
+        previews.engine.close()
+        return lines, shown, folder / "previews" / "step-000004.png"
+
+    (late, done), shown, path = attempt("late", "preview.minutes=1e-9")
+    why = "preview.minutes=1e-09 is over: give fewer prompts, sizes or steps, or more minutes"
+    assert late == f"warning: preview of step 4: 11 of 12 images left out, {why}"
+    assert (done.startswith("preview of step 4: 1 image in "), shown, path.is_file()) == (True, [4], True)
+
+    (warning,), shown, path = attempt("full")
+    assert warning.startswith(f"warning: the preview of step 4 was not written: {path}: ")
+    assert warning.endswith("; the run goes on")
+    assert shown == [4]
+
+    assert attempt("stopped", stop=True)[:2] == ([], [])
+
+    (warning,), shown, _ = attempt("codec", "codec={kind: sd-vae, path: nowhere}", "preview.sizes=[32x32]")
+    assert warning.startswith("warning: no preview of step 4: ")
+    assert shown == []
+
+
 def test_images_are_those_of_the_average_as_it_samples_after_export(tmp_path: Path, figures: Path) -> None:
     """The last preview of a run shows what its model folder draws."""
     from tim import Generator

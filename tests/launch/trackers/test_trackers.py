@@ -36,7 +36,7 @@ def run_process(config: Config, steps: Sequence[int], *, ahead: int, preview: in
 
 def wandb_records(folder: Path) -> list[Any]:
     """The records of an offline run."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     (file,) = folder.glob("*.wandb")
     data, position, parts, records = file.read_bytes(), 7, b"", []
