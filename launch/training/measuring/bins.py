@@ -30,7 +30,8 @@ def binned(errors: Floats, *, times: Ints, sizes: Ints) -> Floats:
     """(BINNED,) sums and counts of errors by bin; all arguments are (n,)."""
     parts = ((times, TIMES), (sizes, SIZES))
     sums = [np.bincount(bins, weights=errors, minlength=count) for bins, count in parts]
-    return np.concatenate([*sums, *(np.bincount(bins, minlength=count) for bins, count in parts)])
+    counts = [np.bincount(bins, minlength=count) for bins, count in parts]
+    return np.concatenate([*sums, *counts]).astype(np.float64)
 
 
 def bin_columns(values: Sequence[float]) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ class SectionClock:
     """
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(SECTIONS, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(SECTIONS, 0.0)
 
     @contextmanager
     def measure(self, section: str) -> Iterator[None]:

@@ -146,4 +146,4 @@ class Validation:
         cells = self._objective.patch_size**2
         sizes = size_bins([noise.shape[-2] * noise.shape[-1] // cells for noise in batch.noise])[real]
         values = [*torch.stack(errors).cpu().double().numpy()[:, real], np.ones(len(sizes))]
-        return np.stack([np.bincount(sizes, weights=each, minlength=SIZES) for each in values])
+        return np.stack([np.bincount(sizes, weights=each, minlength=SIZES) for each in values]).astype(np.float64)
