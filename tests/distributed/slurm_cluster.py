@@ -89,13 +89,14 @@ def _end(pid: int) -> None:
 
 
 def _wait_until_idle(environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + _SECONDS
+    deadline, state = time.monotonic() + _SECONDS, ""
     while time.monotonic() < deadline:
         done = subprocess.run(["sinfo", "--noheader", "--format=%T"], env=environment, capture_output=True, text=True, check=False)
-        if done.stdout.strip() == "idle":
+        state = done.stdout.strip() or done.stderr.strip()
+        if state == "idle":
             return
         time.sleep(0.5)
-    raise RuntimeError(f"the node is {done.stdout.strip() or done.stderr.strip()}, not idle, after {_SECONDS} s")
+    raise RuntimeError(f"the node is {state}, not idle, after {_SECONDS} s")
 
 
 def _free_port() -> int:
