@@ -110,6 +110,7 @@ def test_a_hostfile_starts_both_machines(
     ssh.chmod(0o755)
     monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(jobs, "PATIENCE", 600.0)  # three processes import torch one after the other
     hosts = tmp_path / "hosts"
     hosts.write_text("".join(f"{name} slots=1\n" for name in namespaces))
     command = ["launch", str(config), "--hostfile", str(hosts), "--rdzv-endpoint", f"{ADDRESSES[0]}:29520"]
