@@ -29,8 +29,8 @@ COLUMNS = {
     "moments": ("moments",),
     "EMA": ("averages",),
     "frozen": ("codec", "text encoder", "teacher", "guidance network"),
-    "buffers": ("buffers",),
-    "activ.": ("activations",),
+    "temp.": ("buffers",),
+    "act.": ("activations",),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -172,10 +172,13 @@ def _memory(config: Config, device: torch.device, *, ranks: int) -> tuple[Settin
     size = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else UNLIMITED
     situation = Situation(ranks=ranks, device=Device(title=device.type, memory=size, bf16=1.0, fp32=1.0), quick=True)
     try:
-        setting = setting_of(config, situation, work=work_of(config.model_copy(update={"corpus": ()}), situation))
+        work = work_of(config.model_copy(update={"corpus": ()}), situation)
+        setting, cached = (setting_of(config, replace(situation, cached=each), work=work) for each in (False, True))
     except (ValueError, OSError) as error:
         return None, Check("memory", "problem", one_line(error, limit=500))
     said = f"about {setting.memory.peak / 1e9:,.1f} GB on each of {ranks} rank{'s' if ranks > 1 else ''}"
-    if setting.fits:
+    if not config.corpus and cached.memory.peak < 0.98 * setting.memory.peak:
+        said += f", {cached.memory.peak / 1e9:,.1f} GB with features of `tim encode`"
+    if setting.fits or (cached.fits and not config.corpus):
         return setting, Check("memory", "ok", f"{said}; `tim estimate` says more")
     return setting, Check("memory", "problem", f"{said}, the GPU has {size / 1e9:,.1f}: `tim estimate` says what to change")
