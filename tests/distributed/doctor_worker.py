@@ -27,16 +27,16 @@ def equal(ranks: Ranks) -> float:
 
 @contextmanager
 def shared_processor(ranks: Ranks, *, busy: bool) -> Iterator[None]:
-    """Give each rank a processor of its own, and rank 1's also to a process that is always busy."""
+    """Give each rank a processor of its own, and rank 1's also to processes that are always busy."""
     if not busy:
         yield
         return
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[ranks.rank]})
-    other = None if ranks.is_main else subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(0 if ranks.is_main else 3)]
     try:
         yield
     finally:
-        if other is not None:
+        for other in others:
             other.kill()
             other.wait()
 

@@ -36,7 +36,7 @@ def test_nodes_are_compared_with_the_median() -> None:
 
 @pytest.mark.soak
 def test_a_busy_processor_makes_a_rank_slow(tmp_path: Path) -> None:
-    """Rank 1 shares its processor with another process."""
+    """Rank 1 shares its processor with other processes."""
     result = tmp_path / "report.json"
     jobs.run_ranks("tests.distributed.doctor_worker", str(result), "busy", log=tmp_path / "log")
     _, real = json.loads(result.read_text())
