@@ -44,6 +44,7 @@ def overrides(recipe: str, parts: Path) -> list[str]:
     given = [f"corpus={parts / 'corpus'}", f"run_dir={parts / 'run'}"]
     given += [f"codec.path={parts / config.codec.kind}"] * (config.codec.kind != "pixel")
     given += [f"text.path={parts / config.text.kind}"] * (config.condition == "text" and config.text.kind != "lookup")
+    given += [f"train.init={parts / 'radio.pth'}"] * (config.train.lora is not None)
     return given + [f"objective.alignment.path={parts / 'radio.pth'}"] * (config.objective.alignment is not None)
 
 
