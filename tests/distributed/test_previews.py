@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from launch.config.load import load_config
 from launch.distributed.ranks import Ranks
 from launch.training.metrics import read_rows
-from launch.training.train import train
 from tests.distributed import jobs, preview_worker
 
 LAYOUTS = {1: ("0", "1", "2"), 2: ("0", "1", "2", "3"), 4: ("3", "1")}  # stages by number of ranks
@@ -99,8 +97,9 @@ def test_images_are_those_of_the_average_as_it_samples_after_export(tmp_path: Pa
     from tim import Generator
 
     (tmp_path / "run.yaml").write_text(CONFIG)
-    config = load_config(tmp_path / "run.yaml", overrides=[f"corpus={figures}", f"run_dir={tmp_path / 'run'}", "train.steps=2", PREVIEW])
-    shown = train(config, quiet=True).run_dir / "previews" / "step-000002.png"
+    arguments = [f"corpus={figures}", f"run_dir={tmp_path / 'run'}", "train.steps=2", PREVIEW]
+    jobs.run_ranks("launch.cli", "train", str(tmp_path / "run.yaml"), *arguments, log=tmp_path / "log", ranks=1)
+    shown = tmp_path / "run" / "previews" / "step-000002.png"
     image = Generator.from_pretrained(tmp_path / "run" / "model")("a blue cross", height=16, width=32, steps=2, seed=0)[0]
     grid = pixels(shown)
     enlarged = np.asarray(image.resize((160, 80), Image.Resampling.NEAREST)).astype(int)
