@@ -40,7 +40,7 @@ objective:
   guidance: {{w_gt: 0.5, interval: [0, 1], after: 1, refresh: 3}}
 text: {{caption_dropout: 0.3}}
 loader: {{workers: 0}}
-checkpoint: {{every: 2}}
+checkpoint: {{every: 1}}
 log: {{every: 1}}
 train:
   steps: 1000
@@ -92,7 +92,7 @@ def run_and_kill(figures: Path, base: Path, folder: Path, *, legs: Sequence[tupl
     done = 0
     for zero, ranks in legs[:-1]:
         job = jobs.start_ranks("launch.cli", "train", str(config), f"train.zero={zero}", log=log, ranks=ranks)
-        jobs.wait_for_row(broken, done + 3, job, log=log)
+        jobs.wait_for_row(broken, done + 3, job, log=log)  # so that the save of step done + 1 is concluded
         job.kill()
         found = checkpoint.newest(broken)
         assert found is not None
