@@ -171,6 +171,6 @@ def test_captions_are_read_from_where_they_are(tmp_path: Path) -> None:
     for row in rows(index(path.read_bytes())):
         members = {m: Member(*(-1 if row[f"{m}_{w}"] is None else row[f"{m}_{w}"] for w in ("offset", "length"))) for m in ("text", "json")}
         for number in range(max(1, len(row["captions"]))):
-            sample: Any = SimpleNamespace(tar=str(path), texts=str(path), caption=number, image=Member(0, 0), **members)
+            sample: Any = SimpleNamespace(tar=str(path), texts=str(path), caption=number, image=Member(0, 0), mask=Member(-1, -1), **members)
             fetched = reader.fetch([sample])
             assert decode_caption(sample, fetched.texts[0], fetched.records[0]) == (row["captions"] or [""])[number]
