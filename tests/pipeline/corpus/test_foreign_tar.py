@@ -18,7 +18,7 @@ from webdataset.writer import TarWriter
 from pipeline.corpus.corpus import Corpus
 from pipeline.corpus.foreign_tar import ForeignShard, index_tar
 from pipeline.loading.pack_reader import PackReader, decode_caption
-from pipeline.planned_steps import Member
+from pipeline.planned_steps import NO_MEMBER, Member
 from pipeline.storage.shard_reader import ShardReader
 from pipeline.storage.tar import BlockReader
 from tests.pipeline.storage.test_tar import FORMATS, write
@@ -171,6 +171,6 @@ def test_captions_are_read_from_where_they_are(tmp_path: Path) -> None:
     for row in rows(index(path.read_bytes())):
         members = {m: Member(*(-1 if row[f"{m}_{w}"] is None else row[f"{m}_{w}"] for w in ("offset", "length"))) for m in ("text", "json")}
         for number in range(max(1, len(row["captions"]))):
-            sample: Any = SimpleNamespace(tar=str(path), texts=str(path), caption=number, image=Member(0, 0), mask=Member(-1, -1), **members)
+            sample: Any = SimpleNamespace(tar=str(path), texts=str(path), caption=number, image=Member(0, 0), mask=NO_MEMBER, **members)
             fetched = reader.fetch([sample])
             assert decode_caption(sample, fetched.texts[0], fetched.records[0]) == (row["captions"] or [""])[number]
