@@ -59,7 +59,8 @@ class FolderMasks:
         has_masks = self._has_named or self._folders
         orphans = [file for file in self._files if self.holds(file) and file not in self._used] if has_masks else []
         others = [file for file in self._others or () if file.lower().endswith(_IMAGES) and file not in self._used_elsewhere]
-        orphans += [join(self._elsewhere or "", file) for file in others]
+        folder = base_name((self._elsewhere or "").rstrip("/"))
+        orphans += [f"{folder}/{file}" for file in others]
         named = listed(orphans[:MAX_NAMES], count=len(orphans))
         return [f"{len(orphans)} mask(s) without an image of the same name were left out: {named}"] if orphans else []
 

@@ -71,10 +71,10 @@ def add_adapters(network: nn.Module, targets: Sequence[str], section: LoraConfig
     if section.dropout:
         for name in targets:
             layer = network.get_submodule(name)
-            channels = layer.get_submodule("base_layer").weight.shape[1]
-            dropouts = layer.get_submodule("lora_dropout")
+            base, dropouts = layer.get_submodule("base_layer"), layer.get_submodule("lora_dropout")
+            assert isinstance(base, nn.Linear)
             assert isinstance(dropouts, nn.ModuleDict)
-            dropouts[ADAPTER] = ChannelDropout(section.dropout, channels=channels, layer=name)
+            dropouts[ADAPTER] = ChannelDropout(section.dropout, channels=base.in_features, layer=name)
 
 
 def draw_dropout(network: nn.Module, *, seed: int, step: int) -> None:

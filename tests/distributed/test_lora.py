@@ -193,10 +193,15 @@ def test_sampling_from_the_command_line(killed: Killed, base: Path, tmp_path: Pa
         assert main(["sample", *arguments, *options]) == 0
         images.append(Path(json.loads(capsys.readouterr().out)["images"][0]["path"]).read_bytes())
     assert images[0] == images[1]
-    assert main(["sample", str(base), "--lora", f"{adapter}:much", *options]) == 2
-    assert "'much' is not a number; give FILE or FILE:SCALE" in capsys.readouterr().err
-    assert main(["export", str(killed.broken), "--out", str(tmp_path / "x"), "--adapter", "--official"]) == 2
-    assert "--adapter has its own layout" in capsys.readouterr().err
+    refused = {
+        ("sample", str(base), "--lora", f"{adapter}:much", *options): "'much' is not a number; give FILE or FILE:SCALE",
+        ("export", str(killed.broken), "--out", str(tmp_path / "x"), "--adapter", "--official"): "--adapter has its own layout",
+    }
+    for command, problem in refused.items():
+        with pytest.raises(SystemExit) as ended:
+            main(command)
+        assert ended.value.code == 2
+        assert problem in capsys.readouterr().err
 
 
 def test_another_base_or_other_settings_are_refused(killed: Killed, base: Path, tmp_path: Path) -> None:
