@@ -80,10 +80,12 @@ class Validation:
         HEARTBEAT.section("validate")
         stage = self._stage_at(step - 1)
         plan, loader = self._images_at(step - 1)
+        self._engine.module.eval()  # no dropout in adapters
         columns = self._columns(plan, loader, shares=stage.shares, suffix="")
         self._engine.exchange(self._ema.average)  # an error leaves them exchanged: the other ranks could not follow back
         columns |= self._columns(plan, loader, shares=stage.shares, suffix="_ema")
         self._engine.exchange(self._ema.average)
+        self._engine.module.train()
         return columns
 
     def close(self) -> None:
@@ -138,6 +140,7 @@ class Validation:
                 kinds=torch.full_like(batch.kinds, kind),
                 uniforms=batch.uniforms,
                 weights=batch.weights,
+                masks=batch.masks,
                 derivative_network=self._engine.module,
             ).raw
             for kind in kinds

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from launch.cli import main
 from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
 from launch.distributed.ranks import Ranks
-from launch.training.build import make_network, make_objective
+from launch.finetuning.lora import draw_dropout
+from launch.training.build import build, make_network, make_objective
 from launch.training.metrics import read_rows
 from launch.training.planning import check_ready, make_planner, make_validation_plan
 from launch.training.train import train
+from launch.training.trainer import Trainer
 from pipeline.loading.loader import Loader
 from pipeline.randomness import generator, to_uniform
 from tests import REPOSITORY
@@ -146,3 +149,18 @@ def test_what_cannot_be_validated_is_found_before_the_start(folder: Path) -> Non
         configured(folder, "bad", f"validation.corpus={{path: {folder / 'other'}, repeats: 2}}")
     with pytest.raises(ValueError, match="none of the 40 samples of corpus is selected"):
         check_ready(configured(folder, "bad", "validation.share=1e-6", "train.steps=1"))
+
+
+def test_adapters_are_validated_without_dropout(folder: Path, alone: Ranks) -> None:
+    config = configured(folder, "dropout", *HELD_OUT, "train.steps=4", "train.lora={rank: 2, dropout: 0.5}")
+    with ExitStack() as cleanup:
+        trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
+        trainer.take_step()
+        validation = trainer.parts.validation
+        assert validation is not None
+        measured = []
+        for step in (7, 8):
+            draw_dropout(trainer.parts.engine.module, seed=0, step=step)
+            measured.append(validation.measure(1))
+        assert measured[0] == measured[1]
+        assert trainer.parts.engine.module.training
