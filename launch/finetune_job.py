@@ -180,7 +180,7 @@ def add_length(values: Mapping[str, Any], *, images: int, per_step: float, steps
 
 def add_previews(values: Mapping[str, Any], *, planner: Planner) -> dict[str, Any]:
     """The values with previews of some captions of the corpus, drawn from the averaged weights ten times in the run."""
-    if "preview" not in Config.model_fields or values["condition"] != "text":
+    if values["condition"] != "text":
         return dict(values)
     steps = values["train"]["steps"]
     preview = {"every": max(1, steps // _PREVIEWS), "prompts": _captions(planner)}
