@@ -172,7 +172,7 @@ class Encoders:
             return []
         assert self.codec is not None, "views have the sizes of a codec's rules"
         images = [view.pixels for view in views]
-        means, deviations = self.codec.latents(images)
+        means, deviations = self.codec.encode(images)
         found = [{latent_name(view.crop, flipped=view.flipped): mean} for view, mean in zip(views, means, strict=True)]
         for each, view, spread in zip(found, views, deviations or [], strict=False):
             each[latent_name(view.crop, flipped=view.flipped, deviation=True)] = spread

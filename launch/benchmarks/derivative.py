@@ -137,7 +137,7 @@ def _random_case(depth: int, grids: Sequence[tuple[int, int]]) -> Case:
         weights="random",
         network=network.to(device).requires_grad_(False),
         transport=transports.make(config.objective.transport),
-        latents=codecs.make("pixel").latents([_pixels(view, device) for view in views]).means,
+        latents=codecs.make("pixel").encode([_pixels(view, device) for view in views]).means,
         condition=PackedText.from_features(encoder.encode([figure.caption for figure in chosen])),
     )
 
@@ -155,7 +155,7 @@ def _trained_case(generator: Generator, prompts: Sequence[str | int], grids: Seq
         condition: Condition = torch.tensor(asked, device=generator.device)
     else:
         condition = PackedText.from_features(generator.text.encode([str(prompt) for prompt in asked]))
-    latents = generator.codec.latents([_pixels(image, generator.device) for image in drawn]).means
+    latents = generator.codec.encode([_pixels(image, generator.device) for image in drawn]).means
     return Case("trained", generator.network, generator.transport, latents, condition)
 
 

@@ -77,7 +77,7 @@ class ValidationConfig(Section):
 
 class CodecConfig(Section):
     kind: CodecKind = "pixel"
-    """Image codec: `pixel` trains on pixels, the others are diffusers autoencoders (`tim/codecs.py`)."""
+    """Image codec: `pixel` trains on pixels, the others are diffusers autoencoders (`tim/codecs/`)."""
     path: str | None = None
     """Weights of the autoencoder: a diffusers folder, a weight file in one, a pipeline, or hf://OWNER/NAME[/FOLDER]. Planning needs them
     only for `kl` and `tiny`."""

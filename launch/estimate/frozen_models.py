@@ -13,6 +13,7 @@ from pathlib import Path
 from launch.config.schema import Config
 from launch.training.checks import cached_parts
 from tim import codecs
+from tim.codecs.autoencoder import BATCH_PIXELS, TILE
 from tim.pretrained import weight_files
 from tim.pretrained.headers import read_header
 from tim.text import encoders
@@ -23,7 +24,7 @@ FULL = 4
 CODECS = {"sd-vae": 83.7e6, "kl": 83.8e6, "dc-ae": 312e6, "tiny": 2.4e6}
 TEXTS = {"open_clip": 123.7e6, "hf": 1.0e9}  # ViT-L/14's text tower; Gemma 3 1B
 TEACHERS = {"radio": 98.2e6, "dinov2": 86.6e6, "open_clip": 304e6}
-BATCH_ACTIVATIONS = 5e9  # of the codec per `codecs.BATCH_PIXELS`
+BATCH_ACTIVATIONS = 5e9  # of the codec per `BATCH_PIXELS`
 WORK_PER_TOKEN = 24  # float32 numbers per channel of a transformer's token, without gradient
 
 
@@ -47,9 +48,9 @@ def frozen_memory(config: Config, *, cached: bool, tokens: int, images: float) -
         path = config.codec.path
         counts["codec"] = _count(path, CODECS[config.codec.kind], lambda: codecs.location(config.codec.kind, path), "codec.path", notes)
         assert config.plan.stride is not None
-        largest = min(codecs.TILE**2, config.plan.max_tokens * config.plan.stride**2)
-        pixels = min(tokens * config.plan.stride**2, max(codecs.BATCH_PIXELS, largest))
-        work.append(BATCH_ACTIVATIONS * pixels / codecs.BATCH_PIXELS)
+        largest = min(TILE**2, config.plan.max_tokens * config.plan.stride**2)
+        pixels = min(tokens * config.plan.stride**2, max(BATCH_PIXELS, largest))
+        work.append(BATCH_ACTIVATIONS * pixels / BATCH_PIXELS)
     if "captions" not in parts and config.condition == "text":
         text = config.text
         width = config.network.params.cap_feat_dim or 0

@@ -37,7 +37,7 @@ class FrozenModels:
         if batch.latents is not None:
             return batch.latents
         assert self.codec is not None
-        means, deviations = self.codec.latents(batch.images)
+        means, deviations = self.codec.encode(batch.images)
         if deviations is None:
             return means
         assert batch.codec_noise is not None

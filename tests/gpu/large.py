@@ -21,6 +21,7 @@ from tests.gpu.case import TINY, Case, Inputs
 from tests.gpu.compile import compiler
 from tests.gpu.runner import Result
 from tim import TransitionObjective, codecs, sample, transports
+from tim.codecs.dc_ae import DCAE
 from tim.flops import Lengths, activation_bytes, forward_flops, step_flops
 from tim.network import OFFICIAL_PARAMS
 from tim.objective import CONSISTENCY, DIFFUSION, TRANSITION
@@ -88,7 +89,7 @@ def decode_4096(case: Case) -> Result:
 
         with torch.device(case.device):
             network = AutoencoderDC(**_DC_AE)
-        codec, name = codecs.Autoencoder(network, codecs.geometry("dc-ae"), device=case.device), "DC-AE, float32"
+        codec, name = DCAE(network, codecs.geometry("dc-ae"), device=case.device), "DC-AE, float32"
         latent = case.randn(codec.channels, side, side, seed=1)
     case.reset_peak()
     before = case.allocated_bytes()

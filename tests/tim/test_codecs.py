@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.tim.models import AUTOENCODERS, autoencoder
 from tim import codecs
+from tim.codecs import autoencoder as autoencoders
 
 KINDS = {"kl": (2, 6), "sd-vae": (8, 4), "dc-ae": (32, 32), "tiny": (4, 4)}
 
@@ -29,10 +30,10 @@ def test_latents_are_those_of_diffusers_scaled(kind: str, tmp_path: Path, monkey
     assert codecs.geometry(kind, folder) == (codec.factor, codec.channels) == KINDS[kind]
     assert codec.is_stochastic == codecs.is_stochastic(kind) == (kind in ("kl", "sd-vae"))
     pictures = images((64, 96), (32, 64), (64, 96), (96, 32))
-    monkeypatch.setattr(codecs, "BATCH_PIXELS", 1)
-    alone = codec.latents(pictures)
+    monkeypatch.setattr(autoencoders, "BATCH_PIXELS", 1)
+    alone = codec.encode(pictures)
     monkeypatch.undo()
-    together = codec.latents(pictures)
+    together = codec.encode(pictures)
 
     network: Any = getattr(diffusers, AUTOENCODERS[kind][0]).from_pretrained(folder).eval()
     scale, shift = network.config.scaling_factor, getattr(network.config, "shift_factor", None) or 0.0
@@ -60,9 +61,9 @@ def test_latents_are_those_of_diffusers_scaled(kind: str, tmp_path: Path, monkey
 def test_large_images_go_through_in_tiles(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = codecs.make(kind, autoencoder(tmp_path, kind))
     smooth = torch.linspace(0, 255, 3 * 256).view(3, 1, 256).expand(3, 256, 256).to(torch.uint8)
-    whole = codec.latents([smooth]).means[0]
-    monkeypatch.setattr(codecs, "TILE", 128)
-    tiled, small = codec.latents([smooth]).means[0], codec.latents([smooth[:, :128, :128]]).means[0]
+    whole = codec.encode([smooth]).means[0]
+    monkeypatch.setattr(autoencoders, "TILE", 128)
+    tiled, small = codec.encode([smooth]).means[0], codec.encode([smooth[:, :128, :128]]).means[0]
     assert tiled.shape == whole.shape
     assert not torch.equal(tiled, whole)
     keep = 64 // codec.factor

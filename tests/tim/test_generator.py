@@ -35,7 +35,7 @@ def folder(tiny: TransitionTransformer, tmp_path: Path) -> Path:
 def test_pixels_survive_the_codec() -> None:
     image = torch.arange(256, dtype=torch.uint8).repeat(3).view(3, 16, 16)
     codec = codecs.make("pixel")
-    latent = codec.latents([image]).means[0]
+    latent = codec.encode([image]).means[0]
     assert (float(latent.min()), float(latent.max())) == (-1.0, 1.0)
     assert torch.equal(codec.decode([latent])[0], image)
     assert codec.decode([torch.full((3, 1, 1), 7.0)])[0].tolist() == [[[255]]] * 3

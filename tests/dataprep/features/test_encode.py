@@ -97,7 +97,7 @@ def test_every_tensor_is_what_the_model_makes_of_it_alone(corpus: Corpus, models
                 for flip in (False, True) if not target.left_out else ():
                     data = pictures[sample["image_offset"] :][: sample["image_length"]]
                     pixels = load_image(data, resize=crop[:2], crop=crop[2:], flip=flip)
-                    means, deviations = codec.latents([torch.from_numpy(pixels.transpose(2, 0, 1).copy())])
+                    means, deviations = codec.encode([torch.from_numpy(pixels.transpose(2, 0, 1).copy())])
                     expected[latent_name(crop, flipped=flip)] = means[0]
                     assert deviations is not None
                     expected[latent_name(crop, flipped=flip, deviation=True)] = deviations[0]
@@ -237,7 +237,7 @@ def test_a_decoder_that_takes_its_process_down_costs_one_image(corpus: Corpus, t
 
 
 def test_numbers_that_do_not_fit_are_an_error(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codecs.PixelCodec, "latents", lambda self, images: codecs.Latents([image.float() * 1e6 for image in images], None))
+    monkeypatch.setattr(codecs.PixelCodec, "encode", lambda self, images: codecs.Latents([image.float() * 1e6 for image in images], None))
     with pytest.raises(ValueError, match=r"does not fit into float16: use dtype=bfloat16"):
         encoded(corpus, tmp_path / "features", codec={"kind": "pixel"}, patch_size=8)
     assert encoded(corpus, tmp_path / "other", codec={"kind": "pixel"}, patch_size=8, dtype="bfloat16").shards == 3

@@ -50,7 +50,7 @@ def write_run(folder: Path, *, bad: tuple[int, ...]) -> Path:
     remaining = iter(range(8))
 
     def encode(images: Sequence[Tensor]) -> list[Tensor]:
-        [latent] = codec.latents(images).means
+        [latent] = codec.encode(images).means
         return [latent * float("nan") if next(remaining) in bad else latent]
 
     metadata = {"kind": "pixel", "factor": codec.factor, "channels": codec.channels}

@@ -64,7 +64,7 @@ def encode(corpus: Corpus, folder: Path, config: Path, *, dtype: torch.dtype) ->
         corpus,
         rules=[rule],
         codec=metadata,
-        encode_images=lambda images: codec.latents(images).means,
+        encode_images=lambda images: codec.encode(images).means,
         text=ENCODER,
         encode_texts=encoder.encode,
         dtype=dtype,

@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_every_image_alone(folder: Path) -> None:
             shape = 3, sample.height, sample.width
             noise = torch.from_numpy(generator(0, "noise", 0, sample.id).standard_normal(shape, dtype="float32"))
             uniforms = torch.tensor(to_uniform(generator(0, "times", 0, sample.id).integers(0, 2**64, 2, dtype="uint64")))[None]
-            latents, condition = codec.latents(batch.images)[0], PackedText.from_features(encoder.encode(batch.captions))
+            latents, condition = codec.encode(batch.images)[0], PackedText.from_features(encoder.encode(batch.captions))
             for kind, of_kind in enumerate(losses.values()):
                 given = {"noise": [noise], "kinds": torch.tensor([kind]), "uniforms": uniforms, "weights": torch.ones(1)}
                 with torch.no_grad():

@@ -32,7 +32,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def latent(path: str | Path) -> torch.Tensor:
-    return codecs.make("kl", path).latents([IMAGE]).means[0]
+    return codecs.make("kl", path).encode([IMAGE]).means[0]
 
 
 def with_weights(vae: Path, folder: Path, name: str) -> Path:
