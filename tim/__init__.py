@@ -8,22 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tim import codecs, text, transports
-    from tim.generator import Generator
     from tim.model_folder.folder import ModelSpec
     from tim.network import TransitionTransformer
     from tim.objective import TransitionObjective
     from tim.packed import PackedText, PackedTokens, Segments
-    from tim.sampler import sample
+    from tim.sampling.generator import Generator
+    from tim.sampling.sampler import sample
 
 _MODULES = {
-    "Generator": "tim.generator",
+    "Generator": "tim.sampling.generator",
     "ModelSpec": "tim.model_folder.folder",
     "PackedText": "tim.packed",
     "PackedTokens": "tim.packed",
     "Segments": "tim.packed",
     "TransitionObjective": "tim.objective",
     "TransitionTransformer": "tim.network",
-    "sample": "tim.sampler",
+    "sample": "tim.sampling.sampler",
 }
 
 __all__ = [

@@ -16,7 +16,7 @@ from launch.sampling.model_source import NO_REPLACEMENTS, make_generator, open_m
 from pipeline.progress import Progress
 from tim import Generator
 from tim.model_kinds import Dtype
-from tim.sampler import default_dtype
+from tim.sampling.sampler import default_dtype
 
 HALF: tuple[Dtype, ...] = tuple(dtype for dtype in get_args(Dtype) if dtype != "fp32")
 

@@ -6,6 +6,7 @@ weights come back bit by bit, and so does the state of torch's random generators
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -104,7 +105,10 @@ class Previews:
         try:
             with averaged_weights(self.engine, self.ema.average, ranks=self.ranks) as network:
                 assert isinstance(network, TransitionTransformer)
-                generator = Generator(network, spec, device=device, dtype=precision, codec=codec, encode=encode)
+                one_forward: dict[str, Any] = {
+                    "tokens_per_pack": sys.maxsize
+                }  # per step, on all ranks: under ZeRO 3 they evaluate together
+                generator = Generator(network, spec, device=device, dtype=precision, codec=codec, encode=encode, **one_forward)
                 drawn, done, stopped = self._take_turns(generator, started, stopping=stopping)
         except NoMemory as error:
             raise _Failed(str(error)) from error

@@ -129,7 +129,7 @@ def _open_generator(
 
 def _check_prompts(generator: Generator, prompts: Sequence[str | int], *, negative: str | None, console: Console) -> None:
     """Reject prompts that the model does not accept; warn about those that its text encoder truncates."""
-    generator.check(prompts)
+    generator.check_prompts(prompts)
     if generator.text is None:
         return
     texts = [prompt for prompt in [*prompts, *([] if negative is None else [negative])] if isinstance(prompt, str)]

@@ -8,7 +8,7 @@ import pytest
 
 from launch.benchmarks.derivative import describe_derivative
 from launch.cli import main
-from tests.tim.test_generator import SPEC
+from tests.tim.sampling.test_generator import SPEC
 from tests.tim.tiny import tiny_network
 from tim.model_folder.folder import save_model
 from tim.objective import EPSILONS

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from launch.cli import main
-from tests.tim.test_generator import SPEC
+from tests.tim.sampling.test_generator import SPEC
 from tests.tim.tiny import tiny_network
 from tim.model_folder.folder import save_model
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.tim.test_generator import SPEC
+from tests.tim.sampling.test_generator import SPEC
 from tests.tim.tiny import tiny_network
 from tim import Generator, PackedText, PackedTokens, TransitionTransformer, layers, sample, transports
 from tim.attention.dispatch import attention
 from tim.model_kinds import Dtype
 from tim.packed import Condition
-from tim.sampler import default_dtype
+from tim.sampling.sampler import default_dtype
 
 OT = transports.make("ot_fm")
 NOISE = [torch.randn(3, h, w, generator=torch.Generator().manual_seed(h)) for h, w in ((8, 12), (16, 4))]
@@ -62,7 +62,7 @@ def test_matrix_products_are_in_the_dtype_and_the_rest_in_float32(
     tiny.register_forward_pre_hook(lambda _, inputs: times.append(float(inputs[1][0])))
     settings = {"guidance": 2.0, "null_condition": NULL, "stochasticity": 0.2, "seeds": [0, 1]}
     with torch.autocast("cpu", torch.bfloat16):  # what it runs under changes nothing
-        done = sample(tiny, NOISE, TEXT, transport=OT, steps=3, dtype=dtype, callback=lambda _, clean: states.extend(clean), **settings)
+        done = sample(tiny, NOISE, TEXT, transport=OT, steps=3, dtype=dtype, callback=lambda _, clean: states.extend(clean()), **settings)
     full = {key: {torch.float32} for key in ("state and times", "sines of times", "norms")}
     assert seen == {**full, "angles": {torch.complex64}, "matrix products": {low}, "attention": {low}}
     assert times == torch.tensor([1, 2 / 3, 1 / 3]).tolist(), "not rounded"
@@ -114,7 +114,7 @@ def test_an_evaluation_that_overflows_in_float16_is_repeated_in_float32(
 
     def drawn(dtype: Dtype) -> tuple[list[Tensor], list[str]]:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "tim.sampler"):
+        with caplog.at_level(logging.WARNING, "tim.sampling.sampler"):
             latents = sample(network, NOISE, TEXT, transport=OT, steps=2, dtype=dtype).latents
         return latents, caplog.messages
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.tim.test_objective import Gaussian
 from tim import PackedText, PackedTokens, TransitionTransformer, sample, transports
 from tim.packed import Condition
-from tim.sampler import time_grid
+from tim.sampling.times import time_grid
 
 OT = transports.make("ot_fm")
 TEXT = PackedText.from_features([torch.zeros(1, 1)])
@@ -92,7 +92,7 @@ def test_guidance_moves_away_from_the_null_condition_and_its_interval_is_closed(
 def test_the_callback_sees_the_clean_estimate() -> None:
     seen: list[tuple[int, Tensor]] = []
     noise = torch.ones(1, 2, 2)
-    result = sample(Gaussian(0.5), [noise], TEXT, transport=OT, steps=3, callback=lambda step, x: seen.append((step, x[0])))
+    result = sample(Gaussian(0.5), [noise], TEXT, transport=OT, steps=3, callback=lambda step, x: seen.append((step, x()[0])))
     assert [step for step, _ in seen] == [0, 1, 2]
     torch.testing.assert_close(seen[-1][1].float(), result.latents[0])
 

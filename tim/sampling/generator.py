@@ -1,0 +1,363 @@
+"""The high-level sampling API: prompts and sizes in, PIL images out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tim import codecs, transports
+from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
+from tim.model_kinds import Dtype
+from tim.network import TransitionTransformer, check_classes
+from tim.packed import Condition, PackedText
+from tim.pretrained.lora_files import merge_adapters, read_adapters
+from tim.pretrained.weight_files import HUB, local_folder
+from tim.sampling.edits import Edit, Frame, composite, pixels_of, start_of
+from tim.sampling.packs import TOKENS_PER_PACK, sampling_packs, tokens_within
+from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, completed, requests_of
+from tim.sampling.sampler import Second, Start, default_dtype, sample
+from tim.sampling.times import check_times, time_grid
+from tim.text import encoders
+
+Encode = Callable[[Sequence[str]], list[Tensor]]
+ROUND = 256  # images whose prompts are encoded together, before the first of them is drawn
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A drawn image.
+
+    index: of its request; request: with the model's defaults filled in; evaluations: network forwards, with those for guidance;
+    neighbours: number of other images in its pack.
+    """
+
+    index: int
+    request: ImageRequest
+    image: Image.Image
+    evaluations: int
+    neighbours: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of a pack, for a callback.
+
+    images: indices of the requests in the pack; step: steps taken, from 1 to `steps`, those of the longest image;
+    latents: computes the clean image that each image is heading for, (C, h, w) per image; callable until the callback returns.
+    """
+
+    images: tuple[int, ...]
+    step: int
+    steps: int
+    latents: Callable[[], list[Tensor]]
+
+
+class Generator:
+    """A network with its codec and text encoder.
+
+    Images of mixed sizes, prompts, steps, guidance and seeds share packs of up to `tokens_per_pack` tokens, which is also the limit of one
+    forward. An image depends only on its own arguments, never on its neighbours in the pack. `dtype` is the precision of the network by
+    autocast, `default_dtype` of the device if None; text encoder and codec have their own.
+    """
+
+    def __init__(
+        self,
+        network: TransitionTransformer,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype | None = None,
+        tokens_per_pack: int | None = None,
+        memory_gb: float | None = None,
+        codec: codecs.Codec | None = None,
+        encode: Encode | None = None,
+    ) -> None:
+        """device: None for the GPU if there is one. memory_gb: limit of the network's activations, in place of `tokens_per_pack`.
+        codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded."""
+        self.device = choose_device() if device is None else torch.device(device)
+        self.network = network.to(self.device).eval()
+        self.spec = spec
+        self.dtype: Dtype = dtype or default_dtype(self.device)
+        if memory_gb is not None and not (math.isfinite(memory_gb) and memory_gb > 0):
+            raise ValueError(f"memory_gb {memory_gb}: must be above 0")
+        within = TOKENS_PER_PACK if memory_gb is None else tokens_within(memory_gb, params=network.params, dtype=self.dtype)
+        self.tokens_per_pack = min(within, TOKENS_PER_PACK) if tokens_per_pack is None else tokens_per_pack
+        self.transport = transports.make(**spec.transport)
+        self.codec = codec or codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
+        self.text = None
+        if spec.text is not None and encode is None:
+            self.text = encoders.make(
+                spec.text["kind"],
+                spec.text.get("path"),
+                tokenizer_path=spec.text.get("tokenizer"),
+                width=network.params["cap_feat_dim"],
+                max_tokens=spec.text["max_tokens"],
+                device=self.device,
+                precision=spec.text.get("precision", "fp32"),
+            )
+        self._encode = encode if self.text is None else self.text.encode
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: Dtype | None = None,
+        memory_gb: float | None = None,
+        loras: Sequence[tuple[str | Path, float]] = (),
+    ) -> Generator:
+        """Load a model folder, the `model/` of a finished run folder, or a hub repository OWNER/NAME.
+
+        loras: LoRA files and their scales, merged into the weights. Raises ValueError if there is no model, or if a LoRA does not fit.
+        """
+        network, spec = load_model(_model_folder(model))
+        for path, scale in loras:
+            merge_adapters(network, read_adapters(path), scale=scale, source=path)
+        return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token side. Images of other sizes are drawn at the next multiples of it, and cropped."""
+        return self.codec.factor * self.network.patch_size
+
+    def __call__(
+        self,
+        prompt: Prompt | PromptMix | Sequence[Prompt | PromptMix],
+        *,
+        height: int | Sequence[int] | None = None,
+        width: int | Sequence[int] | None = None,
+        steps: int | Sequence[int] | None = None,
+        guidance: float | Sequence[float] | None = None,
+        seed: int | torch.Generator | Sequence[int | torch.Generator] = 0,
+        negative: Prompt | Sequence[Prompt] | None = None,
+        times: Sequence[float] | None = None,
+        interval: tuple[float, float] | None = None,
+        stochasticity: float | Sequence[float] = 0.0,
+        variation: Variation | Sequence[Variation | None] | None = None,
+        edit: Edit | Sequence[Edit | None] | None = None,
+        callback: Callable[[Step], None] | None = None,
+    ) -> list[Image.Image]:
+        """Sample images; the fields of `ImageRequest`, each one value for all images or a list with one per image, except for times and
+        interval. Returns them in order, with the number of network forwards in `info["evaluations"]`.
+
+        Raises ValueError, in a sentence, for lists of different lengths, an argument out of its range, a prompt of the wrong type and an
+        unknown class.
+        """
+        requests = requests_of(
+            prompt=prompt,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            negative=negative,
+            times=times,
+            interval=interval,
+            stochasticity=stochasticity,
+            variation=variation,
+            edit=edit,
+        )
+        images: list[Image.Image | None] = [None] * len(requests)
+        for drawn in self.draw(requests, callback=callback):
+            drawn.image.info["evaluations"] = drawn.evaluations
+            images[drawn.index] = drawn.image
+        return [image for image in images if image is not None]
+
+    def draw(self, requests: Sequence[ImageRequest], *, callback: Callable[[Step], None] | None = None) -> Iterator[Drawn]:
+        """Sample images, and yield each when it is finished, in an order that suits the packs. Memory does not grow with their number.
+
+        callback: called in every step of every pack. All requests are checked before the first image is drawn. Raises ValueError.
+        """
+        complete = [self.check(request) for request in requests]
+        return self._draw(complete, callback)
+
+    def check(self, request: ImageRequest) -> ImageRequest:
+        """The request with the model's defaults filled in. Raises ValueError if it cannot be drawn."""
+        complete = completed(request, defaults=self.spec.sampling, null_prompt=self._null_prompt)
+        self.check_prompts(complete.prompts)
+        if complete.times is not None:
+            check_times(complete.times, transport=self.transport)
+        else:
+            self._time_grid(complete)
+        if complete.stochasticity and self.spec.transport["kind"] != "ot_fm":
+            raise ValueError(f"stochasticity {complete.stochasticity}: only transport ot_fm has stochastic steps; set 0")
+        if complete.guidance != 1.0 and complete.negative is None:
+            raise ValueError(
+                f"guidance {complete.guidance:g}: this model was trained without a null class; set 1, or give a negative class"
+            )
+        return complete
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError for a prompt of the wrong type (text or class id) and for an unknown class."""
+        captions = [prompt for prompt in prompts if isinstance(prompt, str)]
+        classes = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        if self.network.classes is None and classes:
+            raise ValueError(f"prompt {classes[0]}: this model takes text, not class ids")
+        if self.network.classes is not None:
+            if captions:
+                raise ValueError(f"prompt {captions[0]!r}: this model takes class ids from 0 to {self.network.classes - 1}")
+            check_classes(classes, classes=self.network.classes, null=self.network.null_class)
+
+    def frame(self, request: ImageRequest) -> Frame:
+        """Where the image of a completed request lies in the one that is drawn."""
+        width, height = request.size
+        return Frame.around(width, height, stride=self.stride)
+
+    def _draw(self, requests: Sequence[ImageRequest], callback: Callable[[Step], None] | None) -> Iterator[Drawn]:
+        costs = [(request.grid_steps, self._tokens(request)) for request in requests]
+        packs = sampling_packs(costs, limit=self.tokens_per_pack)
+        for group in _rounds(packs):
+            features = self._features([requests[i] for pack in group for i in pack])
+            for pack in group:
+                yield from self._draw_pack(pack, [requests[i] for i in pack], features, callback)
+
+    def _draw_pack(
+        self, indices: list[int], pack: list[ImageRequest], features: dict[Prompt, Tensor], callback: Callable[[Step], None] | None
+    ) -> Iterator[Drawn]:
+        """Sample the images of one pack. features: those of all its prompts, for a model of captions."""
+        frames = [self.frame(request) for request in pack]
+        grids = [self._time_grid(request) for request in pack]
+
+        def report(step: int, latents: Callable[[], list[Tensor]]) -> None:
+            assert callback is not None
+            callback(Step(tuple(indices), step + 1, max(map(len, grids)) - 1, latents))
+
+        mixes = [
+            request.prompt if isinstance(request.prompt, PromptMix) else PromptMix(request.prompt, request.prompt, 0.0) for request in pack
+        ]
+        negatives = [request.negative for request in pack]
+        samples = sample(
+            self.network,
+            [self._noise(request, frame) for request, frame in zip(pack, frames, strict=True)],
+            self._condition([mix.first for mix in mixes], features),
+            transport=self.transport,
+            times=grids,
+            guidance=[1.0 if request.guidance is None else request.guidance for request in pack],
+            null_condition=self._condition([n for n in negatives if n is not None], features) if None not in negatives else None,
+            second=self._second(mixes, features),
+            interval=[request.interval or (0.0, 1.0) for request in pack],
+            starts=self._starts(pack, frames),
+            stochasticity=[request.stochasticity for request in pack],
+            seeds=[_seed(request.seed) for request in pack],
+            instantaneous=bool(self.spec.sampling.get("instantaneous", False)),
+            dtype=self.dtype,
+            max_tokens=self.tokens_per_pack,
+            callback=None if callback is None else report,
+        )
+        for k, pixels in enumerate(self.codec.decode(samples.latents)):
+            image = frames[k].crop(pixels)
+            if (edit := pack[k].edit) is not None:
+                image = composite(edit, image)
+            yield Drawn(indices[k], pack[k], _image(image), samples.evaluations[k], len(pack) - 1)
+
+    @property
+    def _null_prompt(self) -> Prompt | None:
+        """The unconditional prompt: the empty caption, the null class, or None if the model has no null class."""
+        return "" if self.network.classes is None else self.network.null_class
+
+    def _features(self, requests: Sequence[ImageRequest]) -> dict[Prompt, Tensor]:
+        """Features (M, F) of all prompts, each encoded once; none for a model of classes."""
+        if self._encode is None:
+            return {}
+        prompts = sorted({str(prompt) for request in requests for prompt in request.prompts})
+        return dict(zip(prompts, self._encode(prompts), strict=True))
+
+    def _condition(self, prompts: Sequence[Prompt], features: dict[Prompt, Tensor]) -> Condition:
+        if self._encode is None:
+            return torch.tensor(prompts, device=self.device)
+        return PackedText.from_features([features[prompt] for prompt in prompts])
+
+    def _second(self, mixes: Sequence[PromptMix], features: dict[Prompt, Tensor]) -> Second | None:
+        if not any(mix.share for mix in mixes):
+            return None
+        return Second(self._condition([mix.second for mix in mixes], features), [mix.share for mix in mixes])
+
+    def _starts(self, pack: Sequence[ImageRequest], frames: Sequence[Frame]) -> list[Start | None] | None:
+        """The images to start from, encoded; None if there are none."""
+        edits = [(request.edit, frame) for request, frame in zip(pack, frames, strict=True)]
+        given = [(edit, frame) for edit, frame in edits if edit is not None]
+        if not given:
+            return None
+        latents = iter(self.codec.encode([pixels_of(edit, frame) for edit, frame in given]).means)
+        return [None if edit is None else start_of(edit, frame, next(latents)) for edit, frame in edits]
+
+    def _noise(self, request: ImageRequest, frame: Frame) -> Tensor:
+        """(C, h, w), drawn on the CPU from the image's own seed: the same on every device and in every pack."""
+        shape = (self.codec.channels, frame.drawn_height // self.codec.factor, frame.drawn_width // self.codec.factor)
+        noise = _normal(shape, request.seed)
+        if request.variation is not None:
+            angle = request.variation.share * math.pi / 2  # unit variance at every share
+            noise = math.cos(angle) * noise + math.sin(angle) * _normal(shape, request.variation.seed)
+        return noise.to(self.device)
+
+    def _time_grid(self, request: ImageRequest) -> list[float]:
+        if request.times is not None:
+            return [float(t) for t in request.times]
+        frame, strength = self.frame(request), 1.0 if request.edit is None else request.edit.strength
+        pixels = frame.drawn_height * frame.drawn_width
+        return time_grid(request.grid_steps, transport=self.transport, pixels=pixels, shift=self.spec.sampling["shift"], strength=strength)
+
+    def _tokens(self, request: ImageRequest) -> int:
+        """Tokens of an image in a forward, with those for guidance and a second prompt."""
+        frame = self.frame(request)
+        copies = 1 + (request.guidance != 1.0) + isinstance(request.prompt, PromptMix)
+        return copies * (frame.drawn_height // self.stride) * (frame.drawn_width // self.stride)
+
+
+def choose_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _model_folder(model: str | Path) -> Path:
+    """The model folder at a path or hub address. Raises ValueError if there is none."""
+    name, path = str(model), Path(model)
+    if name.startswith(HUB):
+        return local_folder(name)
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return local_folder(HUB + name)
+    if path.is_dir() and not is_model_folder(path) and is_model_folder(path / "model"):
+        return path / "model"
+    if (path / "config.yaml").is_file():
+        raise ValueError(f"{path}: this run has no model/ yet: export a checkpoint with `tim export {path} --out FOLDER`")
+    return path
+
+
+def _rounds(packs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """Packs in groups of up to `ROUND` images, or one pack."""
+    group: list[list[int]] = []
+    for pack in packs:
+        if group and sum(map(len, group)) + len(pack) > ROUND:
+            yield group
+            group = []
+        group.append(pack)
+    if group:
+        yield group
+
+
+def _normal(shape: tuple[int, int, int], seed: int | torch.Generator) -> Tensor:
+    if isinstance(seed, torch.Generator):
+        return torch.randn(shape, generator=seed, device=seed.device).cpu()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _seed(seed: int | torch.Generator) -> int:
+    """A seed for the noise of stochastic steps."""
+    if isinstance(seed, torch.Generator):
+        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
+    return seed
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    """uint8 (C, H, W) → PIL image: RGB, L for one channel, RGBA for four."""
+    array: Any = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

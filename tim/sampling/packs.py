@@ -1,0 +1,37 @@
+"""Packs of images to sample together: images of similar numbers of steps, up to a limit of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tim.layers import mlp_width
+from tim.model_kinds import Dtype
+
+TOKENS_PER_PACK = 16384
+_WIDTHS = 14  # tensors as wide as the network that a block holds at its peak, and 3 as wide as its hidden layer
+
+
+def sampling_packs(costs: Sequence[tuple[int, int]], *, limit: int) -> list[list[int]]:
+    """Positions of images that are sampled together. costs: steps and tokens in a forward, per image; limit: tokens per pack.
+
+    A pack runs as long as its longest image, so images of many steps go first, together; an image above the limit goes alone.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i][0], -costs[i][1], i))
+    packs: list[list[int]] = []
+    room = 0
+    for position in order:
+        tokens = costs[position][1]
+        if not packs or tokens > room:
+            packs.append([])
+            room = limit
+        packs[-1].append(position)
+        room -= tokens
+    return packs
+
+
+def tokens_within(memory_gb: float, *, params: Mapping[str, Any], dtype: Dtype) -> int:
+    """Number of tokens in a forward whose activations take at most `memory_gb` GB (10⁹ bytes), at least 1."""
+    width = params["hidden_size"]
+    hidden = 3 * mlp_width(width) * (4 if dtype == "fp32" else 2)
+    return max(1, int(memory_gb * 1e9 / (4 * _WIDTHS * width + hidden)))
