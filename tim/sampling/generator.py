@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -58,6 +58,14 @@ class Step:
     step: int
     steps: int
     latents: Callable[[], list[Tensor]]
+
+
+class Conditions(NamedTuple):
+    """What the network is given for images: their prompts, what guidance leads away from, and prompts to mix in."""
+
+    condition: Condition
+    null: Condition | None
+    second: Second | None
 
 
 class Generator:
@@ -124,6 +132,15 @@ class Generator:
             merge_adapters(network, read_adapters(path), scale=scale, source=path)
         return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb)
 
+    def to(self, device: torch.device | str) -> Generator:
+        """Move network, codec and text encoder to a device."""
+        self.device = torch.device(device)
+        self.network.to(self.device)
+        self.codec.to(self.device)
+        if self.text is not None:
+            self.text.to(self.device)
+        return self
+
     @property
     def stride(self) -> int:
         """Pixels per token side. Images of other sizes are drawn at the next multiples of it, and cropped."""
@@ -187,7 +204,7 @@ class Generator:
         if complete.times is not None:
             check_times(complete.times, transport=self.transport)
         else:
-            self._time_grid(complete)
+            self.times_of(complete)
         if complete.stochasticity and self.spec.transport["kind"] != "ot_fm":
             raise ValueError(f"stochasticity {complete.stochasticity}: only transport ot_fm has stochastic steps; set 0")
         if complete.guidance != 1.0 and complete.negative is None:
@@ -207,6 +224,10 @@ class Generator:
                 raise ValueError(f"prompt {captions[0]!r}: this model takes class ids from 0 to {self.network.classes - 1}")
             check_classes(classes, classes=self.network.classes, null=self.network.null_class)
 
+    def conditions(self, requests: Sequence[ImageRequest]) -> Conditions:
+        """The conditions of completed requests, encoded."""
+        return self._conditions(requests, self._features(requests))
+
     def frame(self, request: ImageRequest) -> Frame:
         """Where the image of a completed request lies in the one that is drawn."""
         width, height = request.size
@@ -225,25 +246,22 @@ class Generator:
     ) -> Iterator[Drawn]:
         """Sample the images of one pack. features: those of all its prompts, for a model of captions."""
         frames = [self.frame(request) for request in pack]
-        grids = [self._time_grid(request) for request in pack]
+        grids = [self.times_of(request) for request in pack]
 
         def report(step: int, latents: Callable[[], list[Tensor]]) -> None:
             assert callback is not None
             callback(Step(tuple(indices), step + 1, max(map(len, grids)) - 1, latents))
 
-        mixes = [
-            request.prompt if isinstance(request.prompt, PromptMix) else PromptMix(request.prompt, request.prompt, 0.0) for request in pack
-        ]
-        negatives = [request.negative for request in pack]
+        conditions = self._conditions(pack, features)
         samples = sample(
             self.network,
             [self._noise(request, frame) for request, frame in zip(pack, frames, strict=True)],
-            self._condition([mix.first for mix in mixes], features),
+            conditions.condition,
             transport=self.transport,
             times=grids,
             guidance=[1.0 if request.guidance is None else request.guidance for request in pack],
-            null_condition=self._condition([n for n in negatives if n is not None], features) if None not in negatives else None,
-            second=self._second(mixes, features),
+            null_condition=conditions.null,
+            second=conditions.second,
             interval=[request.interval or (0.0, 1.0) for request in pack],
             starts=self._starts(pack, frames),
             stochasticity=[request.stochasticity for request in pack],
@@ -257,7 +275,7 @@ class Generator:
             image = frames[k].crop(pixels)
             if (edit := pack[k].edit) is not None:
                 image = composite(edit, image)
-            yield Drawn(indices[k], pack[k], _image(image), samples.evaluations[k], len(pack) - 1)
+            yield Drawn(indices[k], pack[k], image_of(image), samples.evaluations[k], len(pack) - 1)
 
     @property
     def _null_prompt(self) -> Prompt | None:
@@ -271,15 +289,22 @@ class Generator:
         prompts = sorted({str(prompt) for request in requests for prompt in request.prompts})
         return dict(zip(prompts, self._encode(prompts), strict=True))
 
+    def _conditions(self, requests: Sequence[ImageRequest], features: dict[Prompt, Tensor]) -> Conditions:
+        mixes = [each.prompt if isinstance(each.prompt, PromptMix) else PromptMix(each.prompt, each.prompt, 0.0) for each in requests]
+        first, second = [mix.first for mix in mixes], [mix.second for mix in mixes]
+        negatives = [request.negative for request in requests]
+        is_guided = any(negative is not None for negative in negatives)
+        given = [prompt if negative is None else negative for prompt, negative in zip(first, negatives, strict=True)]
+        return Conditions(
+            self._condition(first, features),
+            self._condition(given, features) if is_guided else None,
+            Second(self._condition(second, features), [mix.share for mix in mixes]) if any(mix.share for mix in mixes) else None,
+        )
+
     def _condition(self, prompts: Sequence[Prompt], features: dict[Prompt, Tensor]) -> Condition:
         if self._encode is None:
             return torch.tensor(prompts, device=self.device)
         return PackedText.from_features([features[prompt] for prompt in prompts])
-
-    def _second(self, mixes: Sequence[PromptMix], features: dict[Prompt, Tensor]) -> Second | None:
-        if not any(mix.share for mix in mixes):
-            return None
-        return Second(self._condition([mix.second for mix in mixes], features), [mix.share for mix in mixes])
 
     def _starts(self, pack: Sequence[ImageRequest], frames: Sequence[Frame]) -> list[Start | None] | None:
         """The images to start from, encoded; None if there are none."""
@@ -299,7 +324,8 @@ class Generator:
             noise = math.cos(angle) * noise + math.sin(angle) * _normal(shape, request.variation.seed)
         return noise.to(self.device)
 
-    def _time_grid(self, request: ImageRequest) -> list[float]:
+    def times_of(self, request: ImageRequest) -> list[float]:
+        """The sampling times of a completed request, from noise to image."""
         if request.times is not None:
             return [float(t) for t in request.times]
         frame, strength = self.frame(request), 1.0 if request.edit is None else request.edit.strength
@@ -357,7 +383,7 @@ def _seed(seed: int | torch.Generator) -> int:
     return seed
 
 
-def _image(pixels: Tensor) -> Image.Image:
+def image_of(pixels: Tensor) -> Image.Image:
     """uint8 (C, H, W) → PIL image: RGB, L for one channel, RGBA for four."""
     array: Any = pixels.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)

@@ -15,7 +15,7 @@ Prompt: TypeAlias = str | int  # a text, or a class id for a class model
 MAX_PIXELS = 4096 * 4096
 MAX_SIDE = 4 * 4096  # of an image much longer than wide
 MAX_STEPS = 10_000
-MAX_SEED = 2**63 - 1
+MAX_SEED = 2**64 - 1
 
 
 class PromptMix(NamedTuple):
@@ -128,7 +128,7 @@ def _check(request: ImageRequest) -> None:
     check_size(request.width, request.height)
     if request.steps is not None:
         _check_whole(request.steps, named="steps", low=1, high=MAX_STEPS)
-    _check_number(request.guidance, named="guidance")
+    _check_number(request.guidance, named="guidance", low=0)
     _check_number(request.stochasticity, named="stochasticity", low=0)
     if not isinstance(request.seed, torch.Generator):
         _check_whole(request.seed, named="seed", low=0, high=MAX_SEED)
