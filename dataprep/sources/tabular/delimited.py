@@ -156,7 +156,8 @@ class _Reader:
         if len(line) > MAX_LINE_BYTES:
             return f"a line of more than {MAX_LINE_BYTES} characters"
         if "\0" in line:
-            return f"a NUL at character {line.index(chr(0))}; if this is UTF-16, say columns.encoding=utf-16-le"
+            remedy = "" if self._is_stated else "; if this is UTF-16, say columns.encoding=utf-16-le"
+            return f"a NUL at character {line.index(chr(0))}{remedy}"
         return find_undecodable(line, codec=self._lines.codec, is_stated=self._is_stated)
 
     def _end(self) -> int:

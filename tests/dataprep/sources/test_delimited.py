@@ -143,3 +143,9 @@ def test_a_row_that_cannot_be_decoded_costs_itself() -> None:
     assert rows[1] == (3, {"file": "2.jpg", "caption": "two"})
     assert str(rows[0][1]).startswith("not UTF-8 at byte 9 (0xe9)")
     assert "NUL" in str(rows_of("file,caption\n1.jpg,one\n".encode("utf-16-le"))[0][1])
+
+
+def test_no_encoding_is_advised_where_one_is_stated() -> None:
+    for content in (b"file,caption\n1.jpg,caf\xe9\n", b"file,caption\n1.jpg,n\0l\n"):
+        assert "columns.encoding" in str(rows_of(content)[0][1])
+        assert "columns.encoding" not in str(rows_of(content, encoding="utf-8")[0][1])
