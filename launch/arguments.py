@@ -68,8 +68,8 @@ def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:
     raise ValueError(f"{option} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
 
 
-def parse_sizes(text: str) -> list[tuple[int, int]]:
-    """`"512x128,256x256"` (width × height) → [(128, 512), (256, 256)] (height, width), in pixels.
+def parse_sizes(text: str, *, option: str = "--size") -> list[tuple[int, int]]:
+    """`"512x128,256x256"` (width × height) → [(128, 512), (256, 256)] (height, width), in pixels. option: its name in messages.
 
     Raises:
         ValueError: invalid syntax, a side of zero, or more than 4096² pixels.
@@ -78,12 +78,12 @@ def parse_sizes(text: str) -> list[tuple[int, int]]:
     for part in _parts(text):
         match = SIZE.fullmatch(part)
         if match is None:
-            raise ValueError(f"--size {text}: '{part}' is not WIDTHxHEIGHT; write for example --size 512x128,256x256")
+            raise ValueError(f"{option} {text}: '{part}' is not WIDTHxHEIGHT; write for example {option} 512x128,256x256")
         width, height = int(match[1]), int(match[2])
         if not width or not height:
-            raise ValueError(f"--size {text}: '{part}' has a side of zero pixels")
+            raise ValueError(f"{option} {text}: '{part}' has a side of zero pixels")
         if width * height > MAX_PIXELS:
-            raise ValueError(f"--size {text}: '{part}' exceeds the maximum of 4096 x 4096 pixels")
+            raise ValueError(f"{option} {text}: '{part}' exceeds the maximum of 4096 x 4096 pixels")
         sizes.append((height, width))
     return _distinct(sizes)
 
