@@ -1,0 +1,1 @@
+"""Files of sampled images: formats, metadata, names, `samples.jsonl`, layouts of benchmarks."""

@@ -1,0 +1,117 @@
+"""The `parameters` text of A1111's web UI, which civitai, ComfyUI and most viewers read.
+
+    a red fox
+    Negative prompt: a dog
+    Steps: 8, Sampler: TiM, CFG scale: 2.5, Seed: 0, Size: 512x512, Model hash: 0123456789, Model: photos, Version: tim 0.1.0
+
+Written and read by the rules of its `modules/infotext_utils.py`: values with a comma, colon or line end are quoted as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+
+from launch.sampling.files.settings import MAX_SEED, Settings
+
+SAMPLER = "TiM"
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_NEGATIVE = "Negative prompt:"
+_HASH_DIGITS = 10  # of a digest, as A1111 shows it
+_LONGEST_LINE = 1 << 16  # characters of a line of parameters that is parsed
+_LONGEST_VALUE = 200  # characters of a value that is written
+
+
+def to_a1111(settings: Settings, *, longest: int | None = None) -> str:
+    """The settings as A1111's text, without NUL characters. longest: characters that are kept of each prompt."""
+    lines = [_shortened(_name(settings.prompt), longest)]
+    if settings.negative is not None:
+        lines.append(f"{_NEGATIVE} {_shortened(_name(settings.negative), longest)}")
+    lines.append(", ".join(f"{name}: {_quoted(value[:_LONGEST_VALUE])}" for name, value in _parameters(settings)))
+    return "\n".join(lines).replace("\0", "").encode("utf-8", "replace").decode()
+
+
+def from_a1111(text: str, *, width: int, height: int) -> Settings | None:
+    """The settings in A1111's text, as far as it has them; None if its last line is none of parameters. Size: that of the image."""
+    *lines, last = text.strip().split("\n")
+    found = dict(_PARAMETER.findall(last)) if len(last) <= _LONGEST_LINE else {}
+    if len(found) < 3 or "Steps" not in found:
+        return None
+    negative_line = next((index for index, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)), len(lines))
+    negative = "\n".join(lines[negative_line:]).strip().removeprefix(_NEGATIVE).strip()
+    return Settings(
+        prompt="\n".join(lines[:negative_line]).strip(),
+        negative=negative or None,
+        width=width,
+        height=height,
+        steps=_whole(found.get("Steps"), low=1, high=1 << 31),
+        guidance=_scale(found.get("CFG scale")),
+        seed=_whole(found.get("Seed"), low=0, high=MAX_SEED),
+        model=_unquoted(found.get("Model", "")) or None,
+    )
+
+
+def _parameters(settings: Settings) -> Iterator[tuple[str, str]]:
+    yield "Steps", str(settings.steps if settings.times is None else len(settings.times) - 1)
+    yield "Sampler", SAMPLER
+    if settings.guidance is not None:
+        yield "CFG scale", f"{settings.guidance:g}"
+    if settings.seed is not None:
+        yield "Seed", str(settings.seed)
+    yield "Size", f"{settings.width}x{settings.height}"
+    if settings.model_digest is not None:
+        yield "Model hash", settings.model_digest[:_HASH_DIGITS]
+    if settings.model is not None:
+        yield "Model", settings.model
+    if settings.strength is not None:
+        yield "Denoising strength", f"{settings.strength:g}"
+    if settings.interval is not None:
+        yield "Guidance interval", ",".join(f"{end:g}" for end in settings.interval)
+    if settings.times is not None:
+        yield "Times", ",".join(f"{time:g}" for time in settings.times)
+    if settings.stochasticity:
+        yield "Stochasticity", f"{settings.stochasticity:g}"
+    if settings.loras:
+        yield "LoRAs", ", ".join(f"{lora.name}: {lora.scale:g}" for lora in settings.loras)
+    hashes = [f"{lora.name}: {lora.digest[:_HASH_DIGITS]}" for lora in settings.loras if lora.digest]
+    if hashes:
+        yield "Lora hashes", ", ".join(hashes)
+    if settings.tim_version is not None:
+        yield "Version", f"tim {settings.tim_version}"
+
+
+def _name(prompt: str | int) -> str:
+    return prompt if isinstance(prompt, str) else f"class {prompt}"
+
+
+def _shortened(text: str, longest: int | None) -> str:
+    return text if longest is None or len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+def _unquoted(value: str) -> str:
+    if value.startswith('"'):
+        try:
+            return str(json.loads(value))
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _whole(value: str | None, *, low: int, high: int) -> int | None:
+    if value is None or not re.fullmatch(r"\d{1,20}", value.strip(), re.ASCII) or not low <= int(value) <= high:
+        return None
+    return int(value)
+
+
+def _scale(value: str | None) -> float | None:
+    try:
+        number = math.nan if value is None else float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number >= 0 else None
