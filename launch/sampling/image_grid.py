@@ -1,17 +1,23 @@
-"""Labelled grid of images of different sizes."""
+"""Labelled grids: of images of different sizes, and pages of thumbnails of image files."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 12
 FONT_SIZE = 16
 LABEL_CHARACTERS = 28
+LABEL_LINES = 8  # a longer label is cut
 SMALL = 160  # images with a longest side below this are enlarged for viewing
 LARGEST_GRID = 6144  # pixels per side; a larger grid is scaled down
+THUMBNAIL = 256  # pixels of the longer side
+COLUMNS = 10  # thumbnails side by side
+PER_PAGE = 100  # thumbnails
+MISSING = (225, 225, 225)  # colour in place of an image that is missing
 
 
 def grid(images: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], column_labels: Sequence[str]) -> Image.Image:
@@ -30,7 +36,7 @@ def grid(images: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], 
 
     font = ImageFont.load_default(size=FONT_SIZE)
     row_labels, column_labels = [_printable(label) for label in row_labels], [_printable(label) for label in column_labels]
-    labels = ["\n".join(part for line in label.splitlines() for part in textwrap.wrap(line, LABEL_CHARACTERS)) for label in row_labels]
+    labels = [_wrapped(label, lines=LABEL_LINES) for label in row_labels]
     label_sizes = [_text_size(label, font) for label in labels]
     left = max(width for _, width in label_sizes) + 2 * GAP
     top = max(_text_size(label, font)[0] for label in column_labels) + 2 * GAP
@@ -58,6 +64,66 @@ def grid(images: Sequence[Sequence[Image.Image]], *, row_labels: Sequence[str], 
             x += width + GAP
         y += height + GAP
     return canvas
+
+
+def grid_pages(files: Sequence[Sequence[Path | None]], *, row_labels: Sequence[str], column_labels: Sequence[str]) -> Iterator[Image.Image]:
+    """Pages with thumbnails of `files[row][column]`, at most `PER_PAGE` each; None and missing files are grey.
+
+    Memory is that of one page and one image, whatever the number of files. The rows of many columns go on on further pages.
+
+    Raises:
+        ValueError: as `grid`.
+    """
+    across = min(COLUMNS, len(column_labels)) or 1
+    for top in range(0, len(files), PER_PAGE // across):
+        rows = slice(top, top + PER_PAGE // across)
+        for left in range(0, len(column_labels), across):
+            columns = slice(left, left + across)
+            thumbnails = [[_thumbnail(file) for file in row[columns]] for row in files[rows]]
+            yield grid(thumbnails, row_labels=row_labels[rows], column_labels=column_labels[columns])
+
+
+def sheet_pages(files: Sequence[Path | None], *, labels: Sequence[str]) -> Iterator[Image.Image]:
+    """Pages with thumbnails in reading order, each above its own label, like `grid_pages`.
+
+    Raises:
+        ValueError: a wrong number of labels.
+    """
+    cells = list(zip(files, labels, strict=True))
+    across = min(COLUMNS, len(cells))
+    for start in range(0, len(cells), PER_PAGE):
+        page = [_captioned(_thumbnail(file), label) for file, label in cells[start : start + PER_PAGE]]
+        page += [Image.new("RGB", (1, 1), "white")] * (-len(page) % across)
+        rows = [page[first : first + across] for first in range(0, len(page), across)]
+        yield grid(rows, row_labels=[""] * len(rows), column_labels=[""] * across)
+
+
+def _thumbnail(file: Path | None) -> Image.Image:
+    """At most `THUMBNAIL` pixels a side. Images below `SMALL` pixels are enlarged by a whole number."""
+    if file is None or not file.exists():
+        return Image.new("RGB", (THUMBNAIL, THUMBNAIL), MISSING)
+    with Image.open(file) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        return _resized(image, float(-(-SMALL // max(image.size))) if max(image.size) < SMALL else 1.0)
+
+
+def _captioned(thumbnail: Image.Image, label: str) -> Image.Image:
+    """The thumbnail above its label."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    text = _wrapped(_printable(label), lines=LABEL_LINES)
+    height, width = _text_size(text, font)
+    cell = Image.new("RGB", (max(thumbnail.width, width), thumbnail.height + GAP + height), "white")
+    cell.paste(thumbnail, (0, 0))
+    ImageDraw.Draw(cell).multiline_text((0, thumbnail.height + GAP // 2), text, fill="black", font=font)
+    return cell
+
+
+def _wrapped(label: str, *, lines: int) -> str:
+    """The label in lines of at most `LABEL_CHARACTERS`, cut after so many of them."""
+    short = label[: 2 * lines * LABEL_CHARACTERS]
+    wrapped = [part for line in short.splitlines() for part in textwrap.wrap(line, LABEL_CHARACTERS)]
+    is_cut = len(wrapped) > lines or len(short) < len(label)
+    return "\n".join([*wrapped[: lines - 1], "…"] if is_cut else wrapped)
 
 
 def _scale(images: Sequence[Sequence[Image.Image]], *, left: int, top: int) -> float:
