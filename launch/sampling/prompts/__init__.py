@@ -1,0 +1,1 @@
+"""Lists of prompts with their settings, and the images that they ask for."""
