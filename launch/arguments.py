@@ -68,8 +68,9 @@ def one_of(value: str, *, option: str, known: tuple[Choice, ...]) -> Choice:
     raise ValueError(f"{option} {value}: expected {', '.join(known[:-1])} or {known[-1]}")
 
 
-def parse_sizes(text: str, *, option: str = "--size") -> list[tuple[int, int]]:
-    """`"512x128,256x256"` (width × height) → [(128, 512), (256, 256)] (height, width), in pixels. option: its name in messages.
+def parse_sizes(text: str, *, option: str = "--size", repeats: bool = False) -> list[tuple[int, int]]:
+    """`"512x128,256x256"` (width × height) → [(128, 512), (256, 256)] (height, width), in pixels. option: its name in messages; repeats:
+    keep a size that comes twice.
 
     Raises:
         ValueError: invalid syntax, a side of zero, or more than 4096² pixels.
@@ -85,11 +86,11 @@ def parse_sizes(text: str, *, option: str = "--size") -> list[tuple[int, int]]:
         if width * height > MAX_PIXELS:
             raise ValueError(f"{option} {text}: '{part}' exceeds the maximum of 4096 x 4096 pixels")
         sizes.append((height, width))
-    return _distinct(sizes)
+    return sizes if repeats else _distinct(sizes)
 
 
-def parse_steps(text: str) -> list[int]:
-    """`"1,2,4,8"` → [1, 2, 4, 8].
+def parse_steps(text: str, *, repeats: bool = False) -> list[int]:
+    """`"1,2,4,8"` → [1, 2, 4, 8]. repeats: keep a number that comes twice.
 
     Raises:
         ValueError: a value is not a whole number, or below 1.
@@ -101,7 +102,48 @@ def parse_steps(text: str) -> list[int]:
         if int(part) < 1:
             raise ValueError(f"--steps {text}: sampling needs at least 1 step, not {int(part)}")
         steps.append(int(part))
-    return _distinct(steps)
+    return steps if repeats else _distinct(steps)
+
+
+def parse_scales(text: str, *, repeats: bool = False) -> list[float]:
+    """`"1,2.5"` → [1.0, 2.5]: guidance scales. repeats: keep a scale that comes twice.
+
+    Raises:
+        ValueError: a value is not a finite number of at least 0.
+    """
+    try:
+        scales = [float(part) for part in _parts(text)]
+    except ValueError:
+        scales = [math.nan]
+    if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
+        raise ValueError(f"--guidance {text}: expected finite numbers of at least 0 (1: no guidance); write for example --guidance 1,2.5")
+    return scales if repeats else _distinct(scales)
+
+
+def parse_seeds(text: str, *, repeats: bool = False) -> list[int]:
+    """`"0,7"` → [0, 7]. repeats: keep a seed that comes twice.
+
+    Raises:
+        ValueError: a value is not a whole number, or negative.
+    """
+    parts = _parts(text)
+    if not all(re.fullmatch(r"\d{1,20}", part, re.ASCII) for part in parts):
+        raise ValueError(f"--seed {text}: expected whole numbers of at least 0; write for example --seed 0,1,2")
+    seeds = [int(part) for part in parts]
+    return seeds if repeats else _distinct(seeds)
+
+
+def parse_borders(text: str) -> tuple[int, int, int, int]:
+    """`"64,0,64,0"` → pixels at the left, top, right and bottom.
+
+    Raises:
+        ValueError: not four whole numbers of at least 0.
+    """
+    parts = _parts(text)
+    if len(parts) != 4 or not all(re.fullmatch(r"\d{1,6}", part, re.ASCII) for part in parts):
+        raise ValueError(f"--extend {text}: expected pixels at the left, top, right and bottom; write for example --extend 64,0,64,0")
+    left, top, right, bottom = (int(part) for part in parts)
+    return left, top, right, bottom
 
 
 def parse_times(text: str) -> list[float]:
@@ -142,17 +184,6 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def check_guidance(guidance: float) -> float:
-    """Check that a guidance scale is finite and at least 0 (1: no guidance).
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not math.isfinite(guidance) or guidance < 0:
-        raise ValueError(f"--guidance {guidance}: expected a finite number of at least 0 (1: no guidance)")
-    return guidance
-
-
 def check_prompts(prompts: Sequence[str], *, classes: Sequence[int]) -> Sequence[str | int]:
     """Return the given prompts: texts or classes.
 
@@ -161,25 +192,8 @@ def check_prompts(prompts: Sequence[str], *, classes: Sequence[int]) -> Sequence
     """
     if bool(prompts) == bool(classes):
         given = "both were given" if prompts else "neither was given"
-        raise ValueError(f"expected --prompt TEXT, or --class ID for a class model: {given}")
+        raise ValueError(f"expected a PROMPT or --prompt TEXT, or --class ID for a class model: {given}")
     return prompts or classes
-
-
-def round_sizes(sizes: Sequence[tuple[int, int]], *, stride: int) -> tuple[list[tuple[int, int]], list[str]]:
-    """Round sizes (height, width) down to multiples of `stride`. Returns them, and one remark per changed size.
-
-    Raises:
-        ValueError: a side is shorter than the stride.
-    """
-    rounded, remarks = [], []
-    for height, width in sizes:
-        if min(height, width) < stride:
-            raise ValueError(f"--size {width}x{height}: each side must be at least {stride} pixels, the stride of this model")
-        size = height // stride * stride, width // stride * stride
-        if size != (height, width):
-            remarks.append(f"size {width}x{height} rounded down to {size[1]}x{size[0]}, multiples of the model's stride of {stride} pixels")
-        rounded.append(size)
-    return _distinct(rounded), remarks
 
 
 def _numbers(text: str, *, option: str, example: str) -> list[float]:

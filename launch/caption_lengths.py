@@ -1,13 +1,10 @@
-"""Warnings about captions and prompts that exceed the text encoder's token limit."""
+"""Warnings about captions that exceed the text encoder's token limit."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from dataprep.report.caption_lengths import CaptionLengths, measure, sample_captions
 from launch.config.schema import Config
 from pipeline.planning.planner import Planner
-from tim.text.tokenizers import Tokenizer
 
 
 def caption_lengths(config: Config, planner: Planner) -> CaptionLengths | None:
@@ -22,13 +19,3 @@ def caption_lengths(config: Config, planner: Planner) -> CaptionLengths | None:
     except ValueError:
         return None
     return measure(sample_captions(planner.corpora), tokenizer=tokenizer)
-
-
-def cut_prompts(prompts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
-    """One warning per prompt that is truncated."""
-    lengths = zip(prompts, tokenizer.lengths(prompts), strict=True)
-    return [
-        f"prompt {prompt[:40]!r}{'…' * (len(prompt) > 40)} is truncated: its first {tokenizer.max_tokens} of {length} tokens are used"
-        for prompt, length in lengths
-        if length > tokenizer.max_tokens
-    ]

@@ -18,9 +18,10 @@ from launch.commands.doctor import doctor
 from launch.commands.estimate import estimate
 from launch.commands.finetune import finetune
 from launch.commands.launch import launch
-from launch.commands.model import demo, export, plan, recipes, sample, train
+from launch.commands.model import demo, export, plan, recipes, train
 from launch.commands.plot import plot
 from launch.commands.preview import preview
+from launch.commands.sample import sample
 from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 

@@ -114,8 +114,8 @@ def _cases(
     for depth in depths:
         yield _random_case(depth, grids)
     if model is not None:
-        network, spec = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
-        yield _trained_case(make_generator(network, spec, device=choose_device(), dtype="fp32"), prompts, grids)
+        opened = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
+        yield _trained_case(make_generator(opened.network, opened.spec, device=choose_device(), dtype="fp32"), prompts, grids)
 
 
 def _random_case(depth: int, grids: Sequence[tuple[int, int]]) -> Case:

@@ -10,7 +10,6 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.arguments import round_sizes
 from launch.distributed.device import choose_device
 from launch.sampling.model_source import NO_REPLACEMENTS, make_generator, open_model
 from pipeline.progress import Progress
@@ -31,13 +30,10 @@ def bench_precision(
     progress: Progress,
 ) -> dict[str, Any]:
     """Sample every prompt at every size (height, width) in each dtype. `model` is one that `tim sample` accepts."""
-    network, spec = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
+    opened = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
     device = choose_device()
-    generator = make_generator(network, spec, device=device)
-    rounded, remarks = round_sizes(sizes, stride=generator.stride)
-    for remark in remarks:
-        log(remark)
-    requests = list(product(prompts, rounded))
+    generator = make_generator(opened.network, opened.spec, device=device)
+    requests = list(product(prompts, sizes))
     levels: dict[str, dict[str, dict[str, float]]] = {dtype: {} for dtype in HALF}
     total = len(steps) * (1 + len(HALF))
     for number, count in enumerate(steps):

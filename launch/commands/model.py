@@ -1,4 +1,4 @@
-"""Commands for training and sampling: `tim demo`, `recipes`, `plan`, `train`, `sample`, `export`."""
+"""Commands for training: `tim demo`, `recipes`, `plan`, `train`, `export`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from launch.arguments import check_guidance, check_prompts, one_config, parse_interval, parse_sizes, parse_steps, parse_times
+from launch.arguments import one_config
 from launch.commands.estimate import DryRun, DryRunRanks, show_dry_run
 from launch.commands.launch import print_result
 from launch.commands.options import ConfigArgument, Debug, Json, Replan
@@ -33,12 +33,6 @@ ExportAs = Annotated[
         help="With --export: steps, or tim-buckets: the whole corpus once, in the two files of the official TiM code, in the folder FILE. "
         "Default: steps."
     ),
-]
-SamplingDtype = Annotated[
-    Dtype | None, typer.Option(help="Precision of the network's matrix products. Default: fp16 on a GPU, fp32 on the CPU.")
-]
-Loras = Annotated[
-    list[str] | None, typer.Option(metavar="FILE[:SCALE]", help="LoRA file or PEFT folder to merge, and its strength; may be repeated.")
 ]
 
 
@@ -206,73 +200,6 @@ def train(
         done = train_run(load_config(source, overrides=overrides), replan=replan)
         if torchrun.LAUNCHER not in os.environ and os.environ.get("RANK", "0") == "0":  # else `tim launch` prints it
             print_result(console, done.run_dir, steps=done.steps)
-
-
-def sample(
-    model: Annotated[
-        Path, typer.Argument(help="A model folder, the run_dir of a training run, an export of tim export --official, or a weight file.")
-    ],
-    size: Annotated[
-        str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels, rounded down to multiples of the model's stride.")
-    ],
-    prompt: Annotated[list[str] | None, typer.Option(help="Prompt; may be repeated.")] = None,
-    classes: Annotated[
-        list[int] | None, typer.Option("--class", min=0, metavar="ID", help="Class to sample, for a class model; may be repeated.")
-    ] = None,
-    steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps. Default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1: no guidance. Default: the model's.")] = None,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt. Default: the unconditional input.")] = None,
-    interval: Annotated[
-        str | None, typer.Option(metavar="LOW,HIGH", help="Times at which guidance acts, as shares of the noisiest time, ends included.")
-    ] = None,
-    times: Annotated[
-        str | None, typer.Option(metavar="T,T[,T]...", help="Sampling times instead of --steps: 1 (noise) to 0 for ot_fm.")
-    ] = None,
-    stochasticity: Annotated[float, typer.Option(min=0, help="Noise added in all but the first and the last step; ot_fm only.")] = 0.0,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME", help="With a weight file: the recipe or YAML file of its network, e.g. t2i-xl-1.")
-    ] = None,
-    codec: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the codec, instead of the model's.")] = None,
-    text: Annotated[str | None, typer.Option(metavar="[KIND=]PATH", help="Path of the text encoder, instead of the model's.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(metavar="PATH", help="Path of the tokenizer. Default: that of the text encoder.")] = None,
-    lora: Loras = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed; equal seeds give equal images.")] = 0,
-    dtype: SamplingDtype = None,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path("samples"),
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Sample images at any size.
-
-    Writes one PNG per prompt or class, size and number of steps, and a grid of all images, grid.png.
-
-    Example: tim sample runs/first --prompt "a red fox" --size 512x128,256x256 --steps 1,4,8 --out samples
-    """
-    with session(as_json=as_json, debug=debug) as console:
-        sizes = parse_sizes(size)
-        prompts = check_prompts(prompt or [], classes=classes or [])
-        stepped = None if times is None else parse_times(times)
-        if steps is not None and times is not None:
-            raise ValueError(f"--steps {steps} and --times {times}: give one of them")
-        from launch.sampling.draw import DrawSettings, draw
-        from launch.sampling.loras import parse_loras
-        from launch.sampling.model_source import Replacements
-
-        settings = DrawSettings(
-            steps=None if steps is None else parse_steps(steps),
-            guidance=None if guidance is None else check_guidance(guidance),
-            seed=seed,
-            negative=negative,
-            times=stepped,
-            interval=None if interval is None else parse_interval(interval),
-            stochasticity=stochasticity,
-            dtype=dtype,
-        )
-        replaced = Replacements(codec=codec, text=text, tokenizer=tokenizer)
-        chosen: dict[str, Any] = {"recipe": recipe, "replacements": replaced, "loras": parse_loras(lora or [])}
-        drawings, grid = draw(model, prompts=prompts, sizes=sizes, settings=settings, out=out, console=console, **chosen)
-        listed = "\n".join([*(str(drawing.path) for drawing in drawings), str(grid)])
-        console.result(listed, data={"images": [asdict(drawing) for drawing in drawings], "grid": grid})
 
 
 def export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,3 +18,22 @@ Replan = Annotated[
         "learning rate.",
     ),
 ]
+
+
+def typed_again(command: typer.Context) -> list[str]:
+    """The arguments of a command, as a command line that means the same."""
+    typed, positional = [], []
+    for parameter in command.command.params:
+        value = command.params[parameter.name or ""]
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        if parameter.param_type_name == "argument":
+            positional += [str(each) for each in values if each is not None]
+        elif value is True:
+            typed.append(parameter.opts[0])
+        elif value is not None and value is not False:
+            typed += [part for each in values for part in (parameter.opts[0], _text(each))]
+    return [*typed, "--", *positional]
+
+
+def _text(value: Any) -> str:
+    return str(getattr(value, "value", value))

@@ -18,6 +18,16 @@ def choose_device(index: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def checked_device(name: str) -> torch.device:
+    """The device of `--device NAME`. Raises ValueError for one that this machine does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not a device of this machine; give cpu, cuda or cuda:N") from error
+    return device
+
+
 def _keep_freed_memory() -> None:
     """Keep freed memory in the process. By default, glibc returns every block above 32 MB to the kernel.
 

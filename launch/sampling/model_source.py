@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,8 +17,9 @@ from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights
 from launch.checkpoints.model_spec import PUBLISHED_GUIDANCE, spec_of
 from launch.config.load import load_config
 from launch.sampling.loras import Lora, merge_loras
+from pipeline.digests import file_digest
 from tim import Generator, TransitionTransformer, codecs, transports
-from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
+from tim.model_folder.folder import ModelSpec, description_file, is_model_folder, load_model
 from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
 from tim.text import encoders
@@ -38,42 +39,52 @@ class Replacements:
 NO_REPLACEMENTS = Replacements()
 
 
+class OpenedModel(NamedTuple):
+    """network, spec: as loaded; digest: sha256 of its description, with the digests of its weights, or of its weight file."""
+
+    network: TransitionTransformer
+    spec: ModelSpec
+    digest: str
+
+
 def open_model(
     path: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Callable[[str], None]
-) -> tuple[TransitionTransformer, ModelSpec]:
+) -> OpenedModel:
     """Load network and specification of a model, and merge `loras` into it; `make_generator` loads its codec and text encoder.
 
     `log` receives the choices made. Raises ValueError if there is no model, `recipe` is missing or not allowed, or a LoRA does not fit.
     """
-    network, spec = _open_model(path, recipe=recipe, replacements=replacements, log=log)
-    merge_loras(network, loras)
+    opened = _open_model(path, recipe=recipe, replacements=replacements, log=log)
+    merge_loras(opened.network, loras)
     for lora in loras:
         log(f"LoRA: {lora}")
-    return network, spec
+    return opened
 
 
-def _open_model(
-    path: Path, *, recipe: str | None, replacements: Replacements, log: Callable[[str], None]
-) -> tuple[TransitionTransformer, ModelSpec]:
+def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, log: Callable[[str], None]) -> OpenedModel:
     if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
-        network, spec = load_model(model_folder(path, log=log))
-        return network, apply_replacements(spec, replacements)
+        folder = model_folder(path, log=log)
+        network, spec = load_model(folder)
+        return OpenedModel(network, apply_replacements(spec, replacements), file_digest(description_file(folder)))
     found = load_weights(path)
     spec = _spec_of_recipe(recipe, found=found) if recipe is not None else _spec_of_export(found, path=path, log=log)
     spec = apply_replacements(spec, replacements)
     network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
     network.load_official(found.state)
     log(f"{found.source}: rotary layout {spec.rope}")
-    return network, spec
+    described = found.source / NETWORK_FILE if found.source.is_dir() else found.source
+    return OpenedModel(network, spec, file_digest(described))
 
 
-def make_generator(network: TransitionTransformer, spec: ModelSpec, *, device: torch.device, dtype: Dtype | None = None) -> Generator:
+def make_generator(
+    network: TransitionTransformer, spec: ModelSpec, *, device: torch.device, dtype: Dtype | None = None, memory_gb: float | None = None
+) -> Generator:
     """Create the generator. Raises ValueError, naming the options to replace them, if its codec or text encoder cannot be loaded."""
     network = network.to(device).eval().requires_grad_(False)
     try:
-        return Generator(network, spec, device=device, dtype=dtype)
+        return Generator(network, spec, device=device, dtype=dtype, memory_gb=memory_gb)
     except ValueError as error:
         raise ValueError(f"{error} ({REMEDY})") from error
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from launch.arguments import (
-    check_guidance,
     one_config,
+    parse_borders,
     parse_interval,
+    parse_scales,
+    parse_seeds,
     parse_sizes,
     parse_steps,
     parse_times,
-    round_sizes,
     split_overrides,
     split_sources,
 )
@@ -66,25 +65,20 @@ def test_times_and_intervals() -> None:
             parse_interval(text)
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -1.0])
-def test_guidance_nonsense(scale: float) -> None:
-    with pytest.raises(ValueError, match="--guidance"):
-        check_guidance(scale)
-
-
-@given(height=st.integers(8, 5000), width=st.integers(8, 5000), stride=st.integers(1, 8))
-def test_sizes_are_rounded_down_and_it_is_said(height: int, width: int, stride: int) -> None:
-    ((rounded_height, rounded_width),), remarks = round_sizes([(height, width)], stride=stride)
-    assert rounded_height % stride == rounded_width % stride == 0
-    assert 0 <= height - rounded_height < stride
-    assert 0 <= width - rounded_width < stride
-    assert bool(remarks) == ((rounded_height, rounded_width) != (height, width))
-    assert not remarks or f"{rounded_width}x{rounded_height}" in remarks[0]
-
-
-def test_a_side_below_the_stride_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"--size 64x8.*16 pixels"):
-        round_sizes([(8, 64)], stride=16)
+def test_scales_seeds_and_borders() -> None:
+    assert parse_scales("1, 2.5,1") == [1.0, 2.5]
+    assert parse_scales("1,2.5,1", repeats=True) == [1.0, 2.5, 1.0]
+    assert parse_seeds("0, 7,7") == [0, 7]
+    assert parse_borders("64,0, 64,1") == (64, 0, 64, 1)
+    for text in ("nan", "inf", "-1", "1e400", "x", "", "1,,2"):
+        with pytest.raises(ValueError, match="--guidance"):
+            parse_scales(text)
+    for text in ("-1", "1.5", "x", "", "1,", "٣"):
+        with pytest.raises(ValueError, match="--seed"):
+            parse_seeds(text)
+    for text in ("1,2,3", "1,2,3,-4", "1,2,3,4,5", "a,b,c,d", ""):
+        with pytest.raises(ValueError, match="--extend"):
+            parse_borders(text)
 
 
 def test_sources_have_names_and_settings_have_dots() -> None:

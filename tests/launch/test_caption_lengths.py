@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from dataprep.report.caption_lengths import beyond_usual, measure, sample_captions
-from launch.caption_lengths import caption_lengths, cut_prompts
+from launch.caption_lengths import caption_lengths
 from launch.config.load import load_config
+from launch.sampling.cut_prompts import cut_prompts
 from launch.training.planning import make_planner
 from tests.pipeline.conftest import Sample, write_corpus
 from tim.text import encoders

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler  # pyright: ignore[reportMissingImports]
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput  # pyright: ignore[reportMissingImports]
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_flow_map_euler_discrete import FlowMapEulerDiscreteScheduler
 from torch import Tensor
 
 from tim.model_folder.folder import save_model
@@ -64,9 +64,11 @@ class TransitionPipeline(DiffusionPipeline):
         settings = Path(pretrained_model_name_or_path) / SCHEDULER
         if scheduler is None and settings.is_dir():
             scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(settings)
-        return cls(generator, scheduler)
+        return cls(generator, scheduler)  # pyright: ignore[reportArgumentType]  (its loader may also return a tuple)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    ) -> None:
         """Write a folder in diffusers' layout, with copies of codec and text encoder. Raises ValueError for other arguments."""
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: TransitionPipeline.save_pretrained takes a folder only")
@@ -80,7 +82,7 @@ class TransitionPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> TransitionPipeline:
         """Move to a device, with codec and text encoder; a dtype sets the precision of the network's matrix products."""
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if dtype is not None:
             self.generator.dtype = _dtype(dtype) or self.generator.dtype
         if device is not None:
@@ -118,8 +120,8 @@ class TransitionPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[[TransitionPipeline, int, float, dict[str, Any]], Mapping[str, Any] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Sample images.
+    ) -> Any:
+        """Sample images. Returns `ImagePipelineOutput`, whose `images` are as `output_type` says, or a tuple of them.
 
         Args:
             sigmas: decreasing times from 1 instead of `num_inference_steps`; the last, 0, is implied.
@@ -150,7 +152,7 @@ class TransitionPipeline(DiffusionPipeline):
         evaluate = self._evaluator(requests, state)
         self._interrupt = False
         self.scheduler.set_timesteps(sigmas=self.generator.times_of(requests[0])[:-1], device=self.device)
-        for step in self.progress_bar(range(len(self.scheduler.timesteps))):
+        for step in cast(Iterable[int], self.progress_bar(range(len(self.scheduler.timesteps)))):  # pyright: ignore
             timestep = self.scheduler.timesteps[step]
             sigma, target = (float(value) for value in self.scheduler.sigmas[step : step + 2])
             output = _predict(evaluate, state, sigma, target)

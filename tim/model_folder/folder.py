@@ -142,7 +142,12 @@ def write_folder(folder: str | Path, contents: Contents) -> None:
 
 def is_model_folder(folder: str | Path) -> bool:
     """Whether a folder has the description of a model, in our or the diffusers layout."""
-    return (_described(Path(folder)) / "config.json").is_file()
+    return description_file(folder).is_file()
+
+
+def description_file(folder: str | Path) -> Path:
+    """The config.json of a model folder, which describes all of it and has the digests of its files."""
+    return _described(Path(folder)) / "config.json"
 
 
 def weights_file(folder: str | Path) -> Path | None:

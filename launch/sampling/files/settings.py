@@ -17,6 +17,8 @@ _MACHINE = ("device", "tim_version", "torch_version")  # they change the roundin
 
 Count = Annotated[int, Field(ge=1)]
 Scale = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Border = Annotated[int, Field(ge=0)]  # pixels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,8 @@ class Settings:
 
     prompt and negative: text, or class of a class model. width and height in pixels. `times` replaces `steps`. interval: shares of the
     noisiest time at which guidance acts. seed: None if the image cannot be repeated. device: its kind, such as "cuda". model_digest,
-    init_image and mask: sha256. strength: share of the steps that change an initial image.
+    init_image and mask: sha256. strength: share of the noise range to start at from an initial image; extend: pixels added to it at the
+    left, top, right and bottom. second_prompt: mixed in, by its share; variation: seed and share of further noise.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
@@ -48,6 +51,9 @@ class Settings:
     guidance: Scale | None = None
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     negative: str | int | None = None
+    second_prompt: str | int | None = None
+    second_share: Share | None = None
+    variation: tuple[Annotated[int, Field(ge=0, le=MAX_SEED)], Share] | None = None
     times: tuple[float, ...] | None = None
     interval: tuple[float, float] | None = None
     stochasticity: Scale = 0.0
@@ -58,7 +64,9 @@ class Settings:
     loras: tuple[LoraSettings, ...] = ()
     init_image: str | None = None
     mask: str | None = None
-    strength: Scale | None = None
+    extend: tuple[Border, Border, Border, Border] | None = None
+    strength: Share | None = None
+    feather: Border | None = None
     tim_version: str | None = None
     torch_version: str | None = None
 
@@ -115,11 +123,15 @@ def _adapter() -> TypeAdapter[Settings]:
 
 def _plain(settings: Settings) -> dict[str, Any]:
     """Tuples as lists, and whole numbers in float fields as floats: 2 and 2.0 are the same setting."""
-    values = {**asdict(settings), "prompt": _text(settings.prompt), "negative": _text(settings.negative)}
-    for name in ("guidance", "stochasticity", "strength"):
+    values = asdict(settings)
+    for name in ("prompt", "negative", "second_prompt"):
+        values[name] = _text(values[name])
+    for name in ("guidance", "stochasticity", "strength", "second_share"):
         values[name] = None if values[name] is None else float(values[name])
     for name in ("times", "interval"):
         values[name] = None if values[name] is None else [float(value) for value in values[name]]
+    values["variation"] = None if settings.variation is None else [settings.variation[0], float(settings.variation[1])]
+    values["extend"] = None if settings.extend is None else list(settings.extend)
     values["loras"] = [{**lora, "scale": float(lora["scale"])} for lora in values["loras"]]
     return values
 

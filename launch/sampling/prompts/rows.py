@@ -23,6 +23,7 @@ class PromptRow:
     """A prompt, text or class, and its own settings; None: those of the command.
 
     place: where it stands, for messages. id: its name in a benchmark. size: (height, width) in pixels. record: the whole row as read.
+    second, share: a prompt to mix in, and how much of it.
     """
 
     prompt: str | int
@@ -35,6 +36,8 @@ class PromptRow:
     guidance: float | None = None
     count: int | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
+    second: str | int | None = None
+    share: float = 0.0
 
 
 def prompt_row(record: Mapping[str, Any], *, place: str) -> PromptRow:

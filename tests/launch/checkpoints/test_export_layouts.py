@@ -93,7 +93,7 @@ def test_shards_are_those_of_hugging_face(run: Path, tmp_path: Path, layout: str
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     for folder in (one, many):
-        network, spec = open_model(folder, recipe=None, replacements=NO_REPLACEMENTS, log=print)
+        network, spec, _ = open_model(folder, recipe=None, replacements=NO_REPLACEMENTS, log=print)
         assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
         assert spec.sampling["guidance"] == 2.5
     export(run, out=many, layout=layout)  # pyright: ignore[reportArgumentType]  (replaces it, with all its shards)

@@ -21,7 +21,7 @@ def test_the_dtype_of_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         assert main(["sample", str(tmp_path / "model"), "--prompt", "a", "--size", "32x32", "--out", str(out), *options]) == 0
         assert f"precision: {says}\n" in capsys.readouterr().err
-        return np.asarray(Image.open(next(out.glob("00-*.png"))), dtype=int)
+        return np.asarray(Image.open(next(out.glob("0000-*.png"))), dtype=int)
 
     exact = pixels("--dtype", "fp32", says="fp32 (--dtype)")
     half = pixels("--dtype", "bf16", says="bf16 (--dtype)")

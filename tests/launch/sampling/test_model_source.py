@@ -55,7 +55,7 @@ def latents(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, *, recipe: str | None = None, **replacements: str) -> Generator:
-    network, spec = open_model(path, recipe=recipe, replacements=Replacements(**replacements), log=lambda line: None)
+    network, spec, _ = open_model(path, recipe=recipe, replacements=Replacements(**replacements), log=lambda line: None)
     return make_generator(network, spec, device=torch.device("cpu"))
 
 
@@ -69,7 +69,7 @@ def test_an_official_export_says_all_that_sampling_needs(latents: Path, tmp_path
     pixels = new_run(tmp_path / "pixels", PIXELS)
     for run in (latents, pixels):
         export(run, out=tmp_path / f"{run.name}-official", official=True)
-        _, spec = open_model(tmp_path / f"{run.name}-official", recipe=None, replacements=Replacements(), log=print)
+        _, spec, _ = open_model(tmp_path / f"{run.name}-official", recipe=None, replacements=Replacements(), log=print)
         wanted = spec_of(load_config(run / "config.yaml"))
         assert (spec.rope, spec.codec, spec.text, spec.sampling) == (wanted.rope, wanted.codec, wanted.text, wanted.sampling)
         generator = opened(tmp_path / f"{run.name}-official")
@@ -85,7 +85,7 @@ def test_the_published_files_with_a_recipe(latents: Path, tmp_path: Path) -> Non
     recipe.write_text(LATENTS.replace(", path: CODEC", "").replace(", path: TEXT", ""))
     models = {"codec": str(tmp_path / "models" / "vae"), "text": str(tmp_path / "models" / "bert")}
     for name in ("t2i.safetensors", "t2i.bin", "official"):
-        network, spec = open_model(tmp_path / name, recipe=str(recipe), replacements=Replacements(**models), log=print)
+        network, spec, _ = open_model(tmp_path / name, recipe=str(recipe), replacements=Replacements(**models), log=print)
         assert spec.rope == ("rowcol" if name == "official" else "legacy")
         assert torch.equal(network.to_official()["final_layer.linear.bias"], weights["final_layer.linear.bias"])
         assert opened(tmp_path / name, recipe=str(recipe), **models)("a", **SIZE)[0].size == (32, 32)

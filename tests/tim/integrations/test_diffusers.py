@@ -16,7 +16,7 @@ from tests.tim.tiny import tiny_network
 from tim import Generator, PackedText, sample
 from tim.integrations.diffusers import TransitionPipeline
 
-SIZE = {"height": 8, "width": 12}
+SIZE: dict[str, Any] = {"height": 8, "width": 12}
 
 
 @pytest.fixture

@@ -1,0 +1,204 @@
+"""`tim sample`: every image to its own file as soon as it is finished, then the grid. What is there already is not drawn again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeAlias
+
+from launch.console import Console
+from launch.distributed.device import checked_device, choose_device
+from launch.sampling.cut_prompts import cut_prompts
+from launch.sampling.files.formats import ImageFormat
+from launch.sampling.files.grids import write_grids
+from launch.sampling.files.image_files import write_image
+from launch.sampling.files.layouts import Layout
+from launch.sampling.files.names import check_distinct, file_name, plan_images
+from launch.sampling.files.samples_file import Sample, append_sample, read_samples
+from launch.sampling.files.settings import Settings
+from launch.sampling.loras import Lora
+from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
+from launch.sampling.options import Wanted
+from launch.sampling.recorded import ModelFacts, settings_of
+from tim import Generator
+from tim.model_kinds import Dtype
+from tim.sampling.generator import Step
+from tim.sampling.requests import ImageRequest
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+Say: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The model and how it is run.
+
+    path: a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for the
+    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights.
+    """
+
+    path: Path
+    recipe: str | None = None
+    replacements: Replacements = NO_REPLACEMENTS
+    loras: Sequence[Lora] = ()
+    device: str | None = None
+    dtype: Dtype | None = None
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """Where and how images are written. layout: of a benchmark, in place of our names."""
+
+    folder: Path
+    form: ImageFormat
+    metadata: bool = True
+    overwrite: bool = False
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The images of a command, in order, the number of those that were drawn now, and the pages of the grid."""
+
+    samples: list[Sample]
+    drawn: int
+    grids: list[Path]
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An image, complete with the model's defaults, and its file in the folder."""
+
+    file: PurePosixPath
+    image: ImageRequest
+    settings: Settings
+
+
+def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions, console: Console) -> Drawn | None:
+    """Sample images. Every process that accelerate or torchrun started calls it with the same arguments and draws its share; the main
+    process gets the result, the others None.
+
+    Raises ValueError for a model that cannot be opened, an image that it cannot draw, and files with other settings in the folder;
+    OSError if a file cannot be written.
+    """
+    folder = output.folder
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out {folder}: is a file; give a folder")
+    with _team() as team:
+        is_main = team is None or team.is_main_process
+        say = console.line if is_main else _say_nothing
+        generator, facts = _open(model, team=team, say=say)
+        planned = _plan(images, generator=generator, facts=facts, output=output)
+        _say_cut_prompts(generator, [each.image for each in planned], say=say)
+        mine = planned if team is None else planned[team.process_index :: team.num_processes]
+        todo = _missing(mine, output=output)
+        if len(todo) < len(mine):
+            say(f"{len(mine) - len(todo)} of {len(mine)} images are in {folder} already")
+        if is_main and output.layout is not None:
+            output.layout.begin(folder, [each.request for each in images])
+        _draw(todo, generator=generator, output=output, console=console)
+        if team is not None:
+            team.wait_for_everyone()
+        return _finished(images, planned, drawn=len(todo), output=output) if is_main else None
+
+
+@contextmanager
+def _team() -> Iterator[PartialState | None]:
+    """The processes that share the work; None if there is only this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    import torch
+    from accelerate import PartialState
+
+    team = PartialState(cpu=not torch.cuda.is_available())
+    yield team
+    team.destroy_process_group()
+
+
+def _open(model: ModelOptions, *, team: PartialState | None, say: Say) -> tuple[Generator, ModelFacts]:
+    """The generator of this process. A run's checkpoint is exported by the main process, before the others look for it."""
+    with nullcontext() if team is None else team.main_process_first():
+        opened = open_model(model.path, recipe=model.recipe, replacements=model.replacements, loras=model.loras, log=say)
+    if model.device is not None:
+        device, why = checked_device(model.device), "--device"
+    else:
+        device = choose_device(0 if team is None else team.local_process_index)
+        why = f"{'a' if device.type == 'cuda' else 'no'} CUDA device is available"
+    say(f"device: {device.type} ({why})")
+    generator = make_generator(opened.network, opened.spec, device=device, dtype=model.dtype, memory_gb=model.memory_gb)
+    say(f"precision: {generator.dtype} ({'the default of this device' if model.dtype is None else '--dtype'})")
+    return generator, ModelFacts.of(generator, path=model.path, digest=opened.digest, loras=model.loras)
+
+
+def _plan(images: Sequence[Wanted], *, generator: Generator, facts: ModelFacts, output: OutputOptions) -> list[_Planned]:
+    """Every image with its file. Raises ValueError for an image that cannot be drawn, and if two have the same file."""
+    complete = [generator.check(each.image) for each in images]
+    settings = [settings_of(image, model=facts, edit=each.edit) for image, each in zip(complete, images, strict=True)]
+    for image in complete:
+        output.form.check_size(*image.size)
+    if output.layout is not None:
+        files = output.layout.paths([each.request for each in images], form=output.form)
+    else:
+        suffix = output.form.suffix
+        names = (file_name(own, index=each.request.index, suffix=suffix) for own, each in zip(settings, images, strict=True))
+        files = [PurePosixPath(name) for name in names]
+        check_distinct(files)
+    return [_Planned(*each) for each in zip(files, complete, settings, strict=True)]
+
+
+def _missing(planned: Sequence[_Planned], *, output: OutputOptions) -> list[_Planned]:
+    """The images that are not in the folder. Raises ValueError if other images have their names."""
+    folder = output.folder
+    recorded = {folder / sample.file: sample.settings for sample in read_samples(folder).values()}
+    wanted = {folder / each.file: each.settings for each in planned}
+    missing = set(plan_images(wanted, overwrite=output.overwrite, recorded=recorded))
+    return [each for each in planned if folder / each.file in missing]
+
+
+def _draw(todo: Sequence[_Planned], *, generator: Generator, output: OutputOptions, console: Console) -> None:
+    """Draw images and write each as soon as it is finished."""
+    folder, drawn = output.folder, 0
+    with console.progress() as report:
+
+        def count(step: Step) -> None:
+            report("draw", drawn, len(todo), note=f"step {step.step} of {step.steps} of {len(step.images)}")
+
+        for result in generator.draw([each.image for each in todo], callback=count):
+            planned = todo[result.index]
+            path = folder / planned.file
+            path.parent.mkdir(parents=True, exist_ok=True)  # only here, so that a rejected argument leaves no folder
+            write_image(path, result.image, planned.settings, form=output.form, metadata=output.metadata)
+            notes = {"evaluations": result.evaluations, "neighbours": result.neighbours}
+            append_sample(folder, Sample(planned.file, planned.settings, notes))
+            drawn += 1
+            report("draw", drawn, len(todo))
+
+
+def _finished(images: Sequence[Wanted], planned: Sequence[_Planned], *, drawn: int, output: OutputOptions) -> Drawn:
+    """What the folder holds at the end, with a grid of the images of this command."""
+    recorded = read_samples(output.folder)
+    samples = [recorded.get(each.file, Sample(each.file, each.settings, {})) for each in planned]
+    if output.layout is not None:
+        output.layout.finish(output.folder, [each.request for each in images], [each.file for each in planned])
+    return Drawn(samples, drawn, write_grids(output.folder, samples))
+
+
+def _say_cut_prompts(generator: Generator, images: Sequence[ImageRequest], *, say: Say) -> None:
+    """Name the prompts that the text encoder truncates."""
+    if generator.text is None:
+        return
+    texts = {prompt: None for image in images for prompt in image.prompts if isinstance(prompt, str)}
+    for remark in cut_prompts(list(texts), tokenizer=generator.text.tokenizer):
+        say(remark)
+
+
+def _say_nothing(line: str) -> None:
+    """Drop the lines of processes other than the main one."""

@@ -1,0 +1,109 @@
+"""From a request to the settings that an image's file records, and back for `tim sample --like`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from launch.sampling.editing import OpenedEdit
+from launch.sampling.files.settings import LoraSettings, Settings
+from launch.sampling.loras import Lora
+from pipeline.digests import file_digest
+from tim import Generator
+from tim.sampling.requests import ImageRequest, PromptMix, Variation
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What an image's file records of the model that drew it."""
+
+    name: str
+    digest: str
+    loras: tuple[LoraSettings, ...]
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, generator: Generator, *, path: Path, digest: str, loras: Sequence[Lora]) -> ModelFacts:
+        """path, digest: of the model; the path as typed."""
+        merged = tuple(LoraSettings(name=str(lora.path), scale=lora.scale, digest=_digest(lora.path)) for lora in loras)
+        return cls(str(path), digest, merged, generator.dtype, generator.device.type)
+
+
+def settings_of(image: ImageRequest, *, model: ModelFacts, edit: OpenedEdit | None) -> Settings:
+    """The settings of a completed request."""
+    first, second, share = image.prompt if isinstance(image.prompt, PromptMix) else (image.prompt, None, None)
+    width, height = image.size
+    assert isinstance(image.seed, int)
+    return Settings(
+        prompt=first,
+        second_prompt=second,
+        second_share=share,
+        width=width,
+        height=height,
+        steps=image.steps,
+        times=None if image.times is None else tuple(image.times),
+        guidance=image.guidance,
+        interval=image.interval,
+        seed=image.seed,
+        negative=image.negative,
+        stochasticity=image.stochasticity,
+        variation=None if image.variation is None else (image.variation.seed, image.variation.share),
+        init_image=None if edit is None else edit.image,
+        mask=None if edit is None else edit.mask,
+        extend=None if edit is None else edit.extend,
+        strength=None if edit is None else edit.edit.strength,
+        feather=None if edit is None else edit.edit.feather,
+        dtype=model.dtype,
+        device=model.device,
+        model=model.name,
+        model_digest=model.digest,
+        loras=model.loras,
+        tim_version=version("tim"),
+        torch_version=version("torch"),
+    )
+
+
+def request_of(settings: Settings, *, source: Path, edit: OpenedEdit | None) -> ImageRequest:
+    """The request that a file records. source: the file, for messages; edit: the image and mask it was drawn from, if any.
+
+    Raises ValueError if the seed is not recorded, or if the image or the mask is missing or another one.
+    """
+    if settings.seed is None:
+        raise ValueError(f"--like {source}: records no seed, so it cannot be repeated")
+    for option, recorded, given in (
+        ("--image", settings.init_image, None if edit is None else edit.image),
+        ("--mask", settings.mask, None if edit is None else edit.mask),
+    ):
+        if recorded != given:
+            why = "was drawn without it" if recorded is None else "was drawn from another file" if given else "was drawn from such a file"
+            raise ValueError(f"{option}: {source} {why}; {'leave it out' if recorded is None else f'give the one of sha256 {recorded}'}")
+    prompt = settings.prompt
+    if settings.second_prompt is not None:
+        prompt = PromptMix(settings.prompt, settings.second_prompt, settings.second_share or 0.0)
+    return ImageRequest(
+        prompt=prompt,
+        width=settings.width,
+        height=settings.height,
+        steps=None if settings.times is not None else settings.steps,
+        times=settings.times,
+        guidance=settings.guidance,
+        interval=settings.interval,
+        seed=settings.seed,
+        negative=settings.negative,
+        stochasticity=settings.stochasticity,
+        variation=None if settings.variation is None else Variation(*settings.variation),
+        edit=None if edit is None else edit.edit,
+    )
+
+
+def _digest(path: Path) -> str:
+    """sha256 of a LoRA file, or of the files of a PEFT folder."""
+    if path.is_file():
+        return file_digest(path)
+    files = {file.name: file_digest(file) for file in sorted(path.iterdir()) if file.is_file()}
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
