@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from launch.arguments import (
     check_prompts,
@@ -36,6 +38,8 @@ from launch.sampling.recorded import request_of
 from launch.sampling.typed_options import Typed
 from tim.model_kinds import Dtype
 
+RESULT = "TIM_SAMPLE_RESULT"  # file for the result of several processes
+
 
 def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
     """Draw the images and print their paths. arguments: the same command line, for several processes, whose workers print nothing.
@@ -49,8 +53,13 @@ def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
         _in_processes(typed, arguments, processes=processes, console=console)
         return
     done = _draw(typed, output=output, console=console)
-    if done is not None:
-        _print(done, output=output, console=console)
+    if done is None:
+        return
+    result = _result(done, folder=output.folder)
+    if RESULT in os.environ:
+        Path(os.environ[RESULT]).write_text(json.dumps(result), encoding="utf-8")
+    else:
+        _print(result, console=console)
 
 
 def _draw(typed: Typed, *, output: OutputOptions, console: Console) -> Drawn | None:
@@ -63,26 +72,30 @@ def _draw(typed: Typed, *, output: OutputOptions, console: Console) -> Drawn | N
 
 
 def _in_processes(typed: Typed, arguments: Sequence[str], *, processes: int, console: Console) -> None:
-    """Start several processes with this command. The main one prints the result."""
+    """Start several processes with this command, and print the result that the main one leaves in a file."""
     if typed.prompts == STANDARD_INPUT:
         raise ValueError(f"--prompts -: {processes} processes cannot share standard input; write the prompts to a file")
     if typed.device is not None:
         raise ValueError(f"--device {typed.device} is for one process; leave it out, or give --processes 1")
-    code = run_in_processes(["sample", *arguments], processes=processes)
-    if code:
-        console.failure(f"sampling ended with exit code {code}: see the lines above; the same command goes on", code=code)
-        raise SystemExit(code)
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        os.environ[RESULT] = str(result)
+        code = run_in_processes(["sample", *arguments], processes=processes)
+        if code:
+            console.failure(f"sampling ended with exit code {code}: see the lines above; the same command goes on", code=code)
+            raise SystemExit(code)
+        _print(json.loads(result.read_text(encoding="utf-8")), console=console)
 
 
-def _print(done: Drawn, *, output: OutputOptions, console: Console) -> None:
-    folder = output.folder
-    data = {
-        "images": [{"path": folder / sample.file, **sample.settings.as_dict(), **sample.notes} for sample in done.samples],
-        "drawn": done.drawn,
-        "grid": done.grids[0] if done.grids else None,
-        "grids": done.grids,
-    }
-    console.result("\n".join([*(str(folder / sample.file) for sample in done.samples), *map(str, done.grids)]), data=data)
+def _result(done: Drawn, *, folder: Path) -> dict[str, Any]:
+    """The result as values of JSON."""
+    images = [{"path": str(folder / sample.file), **sample.settings.as_dict(), **sample.notes} for sample in done.samples]
+    grids = [str(grid) for grid in done.grids]
+    return {"images": images, "drawn": done.drawn, "grid": grids[0] if grids else None, "grids": grids}
+
+
+def _print(result: dict[str, Any], *, console: Console) -> None:
+    console.result("\n".join([*(image["path"] for image in result["images"]), *result["grids"]]), data=result)
 
 
 def _output(typed: Typed) -> OutputOptions:

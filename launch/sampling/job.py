@@ -104,9 +104,8 @@ def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions
         if is_main and output.layout is not None:
             output.layout.begin(folder, [each.request for each in images])
         _draw(todo, generator=generator, output=output, console=console)
-        if team is not None:
-            team.wait_for_everyone()
-        return _finished(images, planned, drawn=len(todo), output=output) if is_main else None
+        drawn = sum(_of_all(len(todo), team))
+        return _finished(images, planned, drawn=drawn, output=output) if is_main else None
 
 
 @contextmanager
@@ -121,6 +120,13 @@ def _team() -> Iterator[PartialState | None]:
     team = PartialState(cpu=not torch.cuda.is_available())
     yield team
     team.destroy_process_group()
+
+
+def _of_all(value: int, team: PartialState | None) -> list[int]:
+    """The value of each process. Waits for all of them."""
+    from accelerate.utils import gather_object
+
+    return [value] if team is None else gather_object([value])
 
 
 def _open(model: ModelOptions, *, team: PartialState | None, say: Say) -> tuple[Generator, ModelFacts]:
