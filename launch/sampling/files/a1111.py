@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from launch.sampling.files.settings import MAX_SEED, Settings
 
 SAMPLER = "TiM"
-_PARAMETER = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+_PARAMETER = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 _HASH_DIGITS = 10  # of a digest, as A1111 shows it
-_LONGEST_LINE = 1 << 16  # characters of a line of parameters that is parsed
+_LONGEST_LINE = 1 << 14  # characters of a line of parameters that is parsed
 _LONGEST_VALUE = 200  # characters of a value that is written
 
 
@@ -54,7 +54,9 @@ def from_a1111(text: str, *, width: int, height: int) -> Settings | None:
 
 
 def _parameters(settings: Settings) -> Iterator[tuple[str, str]]:
-    yield "Steps", str(settings.steps if settings.times is None else len(settings.times) - 1)
+    steps = settings.steps if settings.times is None else len(settings.times) - 1
+    if steps is not None:
+        yield "Steps", str(steps)
     yield "Sampler", SAMPLER
     if settings.guidance is not None:
         yield "CFG scale", f"{settings.guidance:g}"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-PNG_LEVEL = 3  # of zlib: about two thirds of the time of Pillow's 6
-AVIF_SPEED = 8  # of 0 to 10: a third of the time of Pillow's 6 for files a quarter larger
+PNG_LEVEL = 3  # of zlib: about 60 % of the time of Pillow's 6, files about 14 % larger
+AVIF_SPEED = 8  # of 0 to 10: at most two thirds of the time of Pillow's 6, files 14 to 24 % larger
 QUALITIES = {"jpeg": 95, "webp": 90, "avif": 85}
 _SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp", ".avif": "avif"}
 _NAMES = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg", "webp": ".webp", "avif": ".avif"}
