@@ -130,6 +130,12 @@ def sample(
     batch: Batch = 8,
     steps: Annotated[int, typer.Option(min=1, help="Number of sampling steps.")] = 2,
     repeats: Repeats = 2,
+    lists: Annotated[
+        bool, typer.Option("--lists", help="Instead compare 64 prompts in one call with one by one, by the demo's network.")
+    ] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Instead measure the peak memory of images of 4096 x 4096 pixels, 1 and 8 of them.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -139,6 +145,12 @@ def sample(
     """
 
     def measure(grids: list[Grid], report: Progress) -> Data:
+        from launch.benchmarks import sampling
+
+        if lists:
+            return sampling.bench_lists(images=64, steps=steps, repeats=repeats, progress=report)
+        if memory:
+            return sampling.bench_memory(counts=(1, 8), steps=steps, progress=report)
         from launch.benchmarks.network import bench_sample
 
         return bench_sample(grids, width=width, depth=depth, batch=batch, steps=steps, repeats=repeats, progress=report)

@@ -39,6 +39,9 @@ def write_grids(folder: Path, samples: Sequence[Sample]) -> list[Path]:
     if len(columns) == 1 or all(len(row) == 1 for row in rows.values()):
         files = [path for row in rows.values() for path in row.values()]
         pages = sheet_pages(files, labels=labels)
+    elif len(rows) == 1:
+        (row,) = rows.values()
+        pages = sheet_pages([row[column] for column in columns], labels=[f"{labels[0]}\n{each}" for each in _column_labels(columns)])
     else:
         cells = [[row.get(column) for column in columns] for row in rows.values()]
         pages = grid_pages(cells, row_labels=labels, column_labels=_column_labels(columns))
