@@ -1,25 +1,17 @@
-"""The images of a preview, the order in which they are drawn, and the grid that shows them.
-
-RUN/previews/step-000500.png    a row for each prompt and size, a column for each number of steps
-"""
+"""The images of a preview, the order in which they are drawn, and the grid: a row for each prompt and size, a column for each number of
+steps."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from launch.config.model_sections import PreviewConfig
 from launch.sampling.image_grid import grid
-from pipeline.storage.atomic import publish
 
-FOLDER = "previews"
 LEFT_OUT = (225, 225, 225)  # colour in place of an image that was not drawn
 
 
@@ -49,16 +41,6 @@ def drawing_order(cells: Sequence[Cell]) -> list[int]:
     return sorted(range(len(cells)), key=lambda index: (cells[index].steps, cells[index].cost))
 
 
-def preview_path(run_dir: Path, step: int) -> Path:
-    return run_dir / FOLDER / f"step-{step:06d}.png"
-
-
-def preview_files(run_dir: Path) -> dict[int, Path]:
-    """The previews of a run by step, in order."""
-    found = {path.stem.removeprefix("step-"): path for path in (run_dir / FOLDER).glob("step-*.png")}
-    return {int(step): found[step] for step in sorted(found, key=lambda step: (len(step), step)) if step.isdigit()}
-
-
 def preview_grid(cells: Sequence[Cell], drawn: Mapping[int, Image.Image]) -> Image.Image:
     """The grid of all cells, grey where an image is missing. `drawn`: images by the index of their cell."""
     columns = len({cell.steps for cell in cells})
@@ -70,15 +52,3 @@ def preview_grid(cells: Sequence[Cell], drawn: Mapping[int, Image.Image]) -> Ima
         row_labels=[f"{name}\n{cell.width} x {cell.height}" for name, cell in zip(names, firsts, strict=True)],
         column_labels=[f"{cell.steps} step{'s' * (cell.steps > 1)}" for cell in cells[:columns]],
     )
-
-
-def write_preview(path: Path, image: Image.Image, *, step: int, section: PreviewConfig) -> None:
-    """Write a grid with its step, prompts, seed and guidance as text chunks, atomically. Raises OSError."""
-    chunks = PngInfo()
-    for name, value in (("step", step), ("prompts", list(section.prompts)), ("seed", section.seed), ("guidance", section.guidance)):
-        chunks.add_itxt(name, json.dumps(value, ensure_ascii=False))
-    content = io.BytesIO()
-    image.save(content, format="PNG", pnginfo=chunks)
-    path.parent.mkdir(exist_ok=True)
-    with publish(path) as stream:
-        stream.write(content.getvalue())

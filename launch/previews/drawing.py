@@ -25,7 +25,8 @@ from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
 from launch.previews.averaged_weights import NoMemory, averaged_weights
-from launch.previews.cells import Cell, cells_of, drawing_order, preview_grid, preview_path, write_preview
+from launch.previews.cells import Cell, cells_of, drawing_order, preview_grid
+from launch.previews.files import preview_path, write_preview
 from pipeline.errors import kind_and_line
 from tim import Generator
 from tim.codecs import Codec

@@ -17,7 +17,8 @@ from launch.config.resolve import resolve
 from launch.config.schema import Config, ConfigError
 from launch.config.yaml_file import ConfigConflict
 from launch.console import Console
-from launch.previews.cells import FOLDER, cells_of, preview_files, preview_grid, preview_path, write_preview
+from launch.previews.cells import cells_of, preview_grid
+from launch.previews.files import FOLDER, preview_files, preview_path, write_preview
 from launch.sampling.image_grid import GAP
 from pipeline.storage.atomic import publish
 
