@@ -63,7 +63,8 @@ def _copied(network: nn.Module, average: Mapping[str, Fragment], *, names: Mappi
     try:
         for name, parameter in parameters.items():
             if (fragment := average.get(name)) is not None:
-                copies[name][fragment.start : fragment.start + len(fragment.values)] = fragment.values.to(ranks.device)
+                part = copies[name][fragment.start : fragment.start + len(fragment.values)]
+                part.copy_(fragment.values)  # from any device, and without more memory here
             kept[name] = parameter.data
             parameter.data = ranks.total(copies[name]).view(parameter.shape).to(parameter.dtype)
         yield
