@@ -30,7 +30,7 @@ PREVIEW = "preview"  # name of the images
 class Backend(Protocol):
     """A tracker of one run. A new process continues the run of the earlier ones under the same `id`.
 
-    takes_back: whether rows that it has can be sent again after a resume.
+    takes_back: whether it forgets what it has of steps after the one where a run goes on.
     """
 
     takes_back: bool
@@ -58,11 +58,13 @@ def check_installed(kinds: tuple[TrackerKind, ...]) -> None:
             raise ConfigError(f"log.trackers: {kind} needs the package {name}: pip install {name}, or leave {kind} out")
 
 
-def make_backend(kind: TrackerKind, *, run_dir: Path, project: str, name: str, id: str | None, step: int) -> Backend:
-    """The tracker of a run that continues after `step`; id: what an earlier process has stored."""
+def make_backend(kind: TrackerKind, *, run_dir: Path, project: str, name: str, id: str | None, step: int, logged: int) -> Backend:
+    """The tracker of a run that goes on after `step`; id, logged: what earlier processes have stored, and the last step that they sent."""
     if kind == "tensorboard":
         return TensorBoard(run_dir, step=step)
-    return {"wandb": WandB, "mlflow": MLflow, "comet": Comet}[kind](run_dir, project=project, name=name, id=id)
+    if kind == "wandb":
+        return WandB(run_dir, project=project, name=name, id=id, logged=logged)
+    return {"mlflow": MLflow, "comet": Comet}[kind](run_dir, project=project, name=name, id=id)
 
 
 class TensorBoard:
@@ -94,9 +96,9 @@ class WandB:
 
     takes_back = False
 
-    def __init__(self, run_dir: Path, *, project: str, name: str, id: str | None) -> None:
+    def __init__(self, run_dir: Path, *, project: str, name: str, id: str | None, logged: int) -> None:
         self.id = id or uuid.uuid4().hex[:12]
-        self._run_dir = run_dir
+        self._run_dir, self._logged = run_dir, logged
         os.environ.setdefault("WANDB_SILENT", "true")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         settings = {"console": "off", "silent": os.environ["WANDB_SILENT"].lower() in ("true", "1")}
@@ -116,7 +118,10 @@ class WandB:
         self._tracker.log(dict(values), step=step)
 
     def show(self, image: Image.Image, *, step: int) -> None:
-        self._tracker.log_images({PREVIEW: [image]}, step=step)
+        """Steps only grow: a preview of a step before the last row is stored after it. Its caption has its own step."""
+        import wandb
+
+        self._tracker.log({PREVIEW: [wandb.Image(image, caption=f"step {step}")]}, step=max(step, self._logged + 1))
 
     def finish(self) -> None:
         self._tracker.finish()

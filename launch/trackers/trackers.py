@@ -1,10 +1,10 @@
 """Send the metrics and previews of a run to its trackers, from a thread of rank 0.
 
-    RUN/trackers.json    {"format": 1, "wandb": {"id": "…", "logged": 480}, …}
+    RUN/trackers.json    {"format": 1, "wandb": {"id": "…", "logged": 480, "shown": 400}, …}
 
 A resumed run goes on under the stored ids. `logged` is the last step that a tracker may have of earlier processes: steps that are taken
-again after a crash are not sent again, so the steps of a tracker only grow. RUN/metrics.jsonl has every row, and a tracker that fails is
-turned off without harm.
+again after a crash are not sent again, so the steps of a tracker only grow. `shown` is the step of the last preview that it has, which may
+be behind. RUN/metrics.jsonl has every row, and a tracker that fails is turned off without harm.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class Trackers:
         self._state = _read_state(config.run_dir / FILE)
         for kind in self._kinds:
             known = kind in self._state
-            entry = self._state.setdefault(kind, {"id": None, "logged": 0})
+            entry = self._state.setdefault(kind, {"id": None, "logged": 0, "shown": 0})
             entry["logged"] = max(entry["logged"], ahead) if known else 0
         self._backends: dict[TrackerKind, Backend] = {}
-        self._queue: queue.Queue[Callable[[TrackerKind, Backend], None] | None] = queue.Queue(maxsize=WAITING)
+        self._queue: queue.Queue[Callable[[Backend, dict[str, Any]], None] | None] = queue.Queue(maxsize=WAITING)
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
 
@@ -71,19 +71,27 @@ class Trackers:
         """Send the numbers of a row of the metrics."""
         step = row["step"]
         values = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
-        self._send(step, lambda backend: backend.write(values, step=step))
+
+        def write(backend: Backend, entry: dict[str, Any]) -> None:
+            if backend.takes_back or step > entry["logged"]:
+                backend.write(values, step=step)
+
+        self._send(write)
 
     def show(self, image: Image.Image, step: int) -> None:
-        """Send a preview."""
-        self._send(step, lambda backend: backend.show(image, step=step))
+        """Send a preview to the trackers that do not have it yet."""
 
-    def _send(self, step: int, action: Callable[[Backend], None]) -> None:
-        def send(kind: TrackerKind, backend: Backend) -> None:
-            if backend.takes_back or step > self._state[kind]["logged"]:
-                action(backend)
+        def show(backend: Backend, entry: dict[str, Any]) -> None:
+            if step > entry["shown"]:
+                backend.show(image, step=step)
+                entry["shown"] = step
+                self._write_state()
 
+        self._send(show)
+
+    def _send(self, action: Callable[[Backend, dict[str, Any]], None]) -> None:
         try:
-            self._queue.put_nowait(send)
+            self._queue.put_nowait(action)
         except queue.Full:
             self._dropped += 1
 
@@ -93,10 +101,10 @@ class Trackers:
         for kind in self._kinds:
             with self._turned_off_if_it_fails(kind):
                 self._start(kind)
-        while (send := self._queue.get()) is not None:
+        while (action := self._queue.get()) is not None:
             for kind, backend in list(self._backends.items()):
                 with self._turned_off_if_it_fails(kind):
-                    send(kind, backend)
+                    action(backend, self._state[kind])
         for kind, backend in list(self._backends.items()):
             with self._turned_off_if_it_fails(kind):
                 backend.finish()
@@ -104,7 +112,10 @@ class Trackers:
     def _start(self, kind: TrackerKind) -> None:
         log, entry = self._config.log, self._state[kind]
         name = log.name or self._run_dir.resolve().name
-        backend = make_backend(kind, run_dir=self._run_dir, project=log.project, name=name, id=entry["id"], step=self._step)
+        of_run = {"run_dir": self._run_dir, "project": log.project, "name": name}
+        backend = make_backend(kind, **of_run, id=entry["id"], step=self._step, logged=entry["logged"])
+        if backend.takes_back:
+            entry["shown"] = min(entry["shown"], self._step)
         entry["id"] = backend.id
         self._write_state()  # before it starts, so that no run of a killed process is forgotten
         where = backend.start(_flat(yaml.safe_load(to_yaml(self._config))))
@@ -132,9 +143,14 @@ def _read_state(path: Path) -> dict[str, Any]:
     """Entries by tracker; none if there is no file yet. A damaged file counts as none: trackers then show a second run."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {kind: {"id": content[kind]["id"], "logged": int(content[kind]["logged"])} for kind in content if kind != "format"}
+        return {kind: _entry(**content[kind]) for kind in content if kind != "format"}
     except (ValueError, KeyError, TypeError, OSError):
         return {}
+
+
+def _entry(*, id: str | None, logged: int, shown: int | None = None) -> dict[str, Any]:
+    """shown: not in files of older versions, whose previews were sent up to `logged`."""
+    return {"id": id, "logged": int(logged), "shown": int(logged if shown is None else shown)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -87,6 +87,32 @@ def test_two_resumes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert list((folders[0] / "files" / "media" / "images").glob("preview_6_*.png"))
 
 
+def test_a_preview_that_is_drawn_after_a_kill_is_shown_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(trackers, "CLOSING_SECONDS", 500.0)
+    run, lines = tmp_path / "run", []
+    run.mkdir()
+    config = config_of(run, "log={trackers: [tensorboard, wandb]}")
+    run_process(config, [2, 4, 6], ahead=0, preview=0, lines=lines)  # killed before the preview of step 6 was drawn
+    for step in (8, 10):  # both go on from the checkpoint of step 6
+        with Trackers(config, step=6, ahead=step - 2, log=lines.append) as sending:
+            sending.show(Image.new("RGB", (8, 4), "red"), 6)
+            sending.write({"step": step, "loss": 1 / step})
+    assert not [line for line in lines if "warning" in line]
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("preview")] == [6]
+    folders = sorted((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_ctime_ns)
+    rows = [record.history for folder in folders for record in wandb_records(folder) if record.HasField("history")]
+    values = [{".".join(item.nested_key) or item.key: item.value_json for item in row.item} for row in rows]
+    steps = [int(each["_step"]) for each in values]
+    assert steps == sorted(set(steps))
+    assert [(each["_step"], each["preview.captions"]) for each in values if "preview.captions" in each] == [("7", '["step 6"]')]
+
+
 def test_a_tracker_that_fails_warns_once(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("in the way")
     lines: list[str] = []
