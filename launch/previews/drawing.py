@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -26,13 +26,23 @@ from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
 from launch.previews.averaged_weights import NoMemory, averaged_weights
 from launch.previews.cells import Cell, cells_of, drawing_order, preview_grid
-from launch.previews.files import preview_path, write_preview
+from launch.previews.decoder import Decoder
+from launch.previews.files import begin_preview, has_begun, has_preview, preview_path, preview_settings, unfinished_path, write_preview
 from pipeline.errors import kind_and_line
 from tim import Generator
 from tim.codecs import Codec
 from tim.network import TransitionTransformer
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
+
+
+class _Turns(NamedTuple):
+    """This rank's images by the index of their cell, and how many cells all ranks have drawn. stopped: by a signal; problem: of a rank."""
+
+    drawn: dict[int, Image.Image]
+    done: int
+    stopped: bool = False
+    problem: str = ""
 
 
 @dataclass(slots=True)
@@ -53,7 +63,8 @@ class Previews:
     show: Callable[[Image.Image, int], None] = lambda image, step: None
     _cells: list[Cell] = field(default_factory=list)
     _features: dict[str, Tensor] = field(default_factory=dict)  # of the prompts and the empty caption
-    _pace: float = 0.0  # seconds per unit of cost in the last preview
+    _pace: float = 0.0  # seconds per unit of cost of the most expensive image so far: of a small one, little of the time is its cost
+    _most: int = 0  # its cost
 
     def __post_init__(self) -> None:
         self._cells = cells_of(self.config.preview)
@@ -75,23 +86,29 @@ class Previews:
         if not self._cells or not is_due:
             return False
         HEARTBEAT.section("preview")
-        path = self._path(step)
-        if self.ranks.broadcast(path.is_file()):
+        drawn, begun = self.ranks.broadcast(self._left_by_earlier_process(step))
+        if drawn:
             if self.ranks.is_main:
-                self._show_file(path, step=step)
-            return True
-        with self._same_random_state():
-            started = time.monotonic()
-            try:
-                drawn, left_out = self._draw(step, started, stopping=stopping)
-            except _Failed as failure:
-                self.log(f"warning: no preview of step {step}: {failure}; the run goes on")
-                return True
-        if self.ranks.device.type == "cuda":
-            torch.cuda.empty_cache()  # the copy of the weights
+                self._show_file(self._path(step), step=step)
+        elif begun:
+            self.log(f"warning: no preview of step {step}: the run ended while it was drawn; to try again, remove {self._unfinished(step)}")
+        else:
+            with self._same_random_state(), self._begun(step):
+                self._draw_and_publish(step, stopping=stopping)
+        return True
+
+    def _draw_and_publish(self, step: int, *, stopping: Callable[[], bool]) -> None:
+        started = time.monotonic()
+        try:
+            drawn, left_out = self._draw(step, started, stopping=stopping)
+        except _Failed as failure:
+            self.log(f"warning: no preview of step {step}: {failure}; the run goes on")
+            return
+        finally:
+            if self.ranks.device.type == "cuda":
+                torch.cuda.empty_cache()  # the copy of the weights
         if self.ranks.is_main and left_out is not None:
             self._publish(drawn, step=step, seconds=time.monotonic() - started, left_out=left_out)
-        return True
 
     # Drawing
 
@@ -101,41 +118,37 @@ class Previews:
         Raises _Failed on all ranks.
         """
         spec, precision, device = spec_of(self.config, step=step), self.config.train.precision, self.ranks.device
-        codec = self._load_codec(spec.codec)
+        decoder = Decoder(self._load_codec(spec.codec))
         encode = None if spec.text is None else self._encoded
         try:
             with averaged_weights(self.engine, self.ema.average, ranks=self.ranks) as network:
                 assert isinstance(network, TransitionTransformer)
-                one_forward: dict[str, Any] = {
-                    "tokens_per_pack": sys.maxsize
-                }  # per step, on all ranks: under ZeRO 3 they evaluate together
-                generator = Generator(network, spec, device=device, dtype=precision, codec=codec, encode=encode, **one_forward)
-                drawn, done, stopped = self._take_turns(generator, started, stopping=stopping)
+                # One forward per step on all ranks: under ZeRO 3 they evaluate together.
+                options: dict[str, Any] = {"device": device, "dtype": precision, "tokens_per_pack": sys.maxsize}
+                generator = Generator(network, spec, codec=decoder, encode=encode, **options)
+                turns = self._take_turns(generator, decoder, started, stopping=stopping)
         except NoMemory as error:
             raise _Failed(str(error)) from error
-        gathered = self.ranks.gather_on_rank0(drawn)
+        if turns.problem:  # not before all ranks have their weights back
+            raise _Failed(turns.problem)
+        gathered = self.ranks.gather_on_rank0(turns.drawn)
         images = {index: image for of_rank in gathered for index, image in of_rank.items()}
-        return images, None if stopped else len(self._cells) - done
+        return images, None if turns.stopped else len(self._cells) - turns.done
 
-    def _take_turns(
-        self, generator: Generator, started: float, *, stopping: Callable[[], bool]
-    ) -> tuple[dict[int, Image.Image], int, bool]:
-        """Draw one image per rank and turn while there is time. Returns this rank's images, the number drawn by all, and whether a signal
-        stopped them."""
+    def _take_turns(self, generator: Generator, decoder: Decoder, started: float, *, stopping: Callable[[], bool]) -> _Turns:
+        """Draw one image per rank and turn while there is time. An error of the network is raised under ZeRO 3, on one rank only."""
         ranks, order = self.ranks, drawing_order(self._cells)
         budget = 60 * self.config.preview.minutes
         drawn: dict[int, Image.Image] = {}
-        pace = 0.0
         for first in range(0, len(order), ranks.size):
             turn = order[first : first + ranks.size]
             cost = max(self._cells[index].cost for index in turn)
-            is_late = first > 0 and time.monotonic() - started + max(pace, self._pace) * cost > budget
+            is_late = first > 0 and time.monotonic() - started + self._pace * cost > budget
             late, stopped = ranks.sum(torch.tensor([is_late, stopping()], dtype=torch.float32)).tolist()
             if late or stopped:
-                return drawn, first, stopped > 0
+                return _Turns(drawn, first, stopped=stopped > 0)
             before = time.monotonic()
             mine = turn[ranks.rank] if ranks.rank < len(turn) else None
-            problem = ""
             try:
                 image = self._draw_cell(generator, mine, steps=max(self._cells[index].steps for index in turn))
                 if mine is not None and image is not None:
@@ -143,11 +156,12 @@ class Previews:
             except Exception as error:
                 if self.engine.stage == 3:  # the other ranks wait for this one's layers
                     raise
-                problem = kind_and_line(error)
-            self._raise_any(problem)
-            pace = max(pace, (time.monotonic() - before) / cost)
-        self._pace = pace
-        return drawn, len(order), False
+                decoder.problem = kind_and_line(error)
+            if problem := self._first_problem(decoder.problem):
+                return _Turns(drawn, first, problem=problem)
+            if cost >= self._most:
+                self._most, self._pace = cost, (time.monotonic() - before) / cost
+        return _Turns(drawn, len(order))
 
     def _draw_cell(self, generator: Generator, index: int | None, *, steps: int) -> Image.Image | None:
         """Draw a cell; None: nothing. Under ZeRO 3 every rank evaluates the network `steps` times, on one token if it has less to do."""
@@ -173,7 +187,8 @@ class Previews:
                 codec = codecs.make(description["kind"], description.get("path"), device=self.ranks.device)
             except Exception as error:
                 problem = kind_and_line(error)
-        self._raise_any(problem)
+        if first := self._first_problem(problem):
+            raise _Failed(first)
         assert codec is not None
         return codec
 
@@ -203,35 +218,70 @@ class Previews:
     # Results
 
     def _publish(self, drawn: dict[int, Image.Image], *, step: int, seconds: float, left_out: int) -> None:
-        """Write the grid and show it, on rank 0. A full disk is a warning."""
-        path, image = self._path(step), preview_grid(self._cells, drawn)
+        """Write the grid and show it, on rank 0. A failure, such as a full disk, is a warning."""
+        path = self._path(step)
         if left_out:
             why = f"preview.minutes={self.config.preview.minutes:g} is over: give fewer prompts, sizes or steps, or more minutes"
             self.log(f"warning: preview of step {step}: {left_out} of {len(self._cells)} images left out, {why}")
         try:
-            write_preview(path, image, step=step, section=self.config.preview)
-        except OSError as error:
-            self.log(f"warning: the preview of step {step} was not written: {path}: {error.strerror or error}; the run goes on")
+            image = preview_grid(self._cells, drawn)
+            self.show(image, step)
+            write_preview(path, image, settings=self._settings(step))
+        except Exception as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else kind_and_line(error)
+            self.log(f"warning: the preview of step {step} was not written: {path}: {why}; the run goes on")
         else:
             self.log(f"preview of step {step}: {len(drawn)} image{'s' * (len(drawn) != 1)} in {seconds:.1f} s: {path}")
-        self.show(image, step)
 
     def _show_file(self, path: Path, *, step: int) -> None:
         try:
             with Image.open(path) as image:
                 self.show(image.convert("RGB"), step)
-        except OSError as error:
-            self.log(f"warning: {path} cannot be read: {error}; remove it")
+        except Exception as error:
+            self.log(f"warning: {path} cannot be read: {kind_and_line(error)}; remove it")
+
+    # Files
+
+    def _left_by_earlier_process(self, step: int) -> tuple[bool, bool]:
+        """On rank 0: whether the preview of a step exists, and whether the run ended while it was drawn."""
+        if not self.ranks.is_main:
+            return False, False
+        settings = self._settings(step)
+        return has_preview(self._path(step), settings=settings), has_begun(self._unfinished(step), settings=settings)
+
+    @contextmanager
+    def _begun(self, step: int) -> Iterator[None]:
+        """Leave a file on rank 0 that remains if an error, or a kill, ends the run meanwhile: it would end it again after a restart."""
+        if not self.ranks.is_main:
+            yield
+            return
+        path, failed = self._unfinished(step), False
+        with suppress(OSError, ValueError):  # a full disk: the preview itself says so
+            begin_preview(path, settings=self._settings(step))
+        try:
+            yield
+        except Exception:
+            failed = True
+            raise
+        finally:
+            if not failed:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+    def _settings(self, step: int) -> dict[str, Any]:
+        return preview_settings(self.config.preview, step=step)
+
+    def _unfinished(self, step: int) -> Path:
+        assert self.config.run_dir is not None
+        return unfinished_path(self.config.run_dir, step)
 
     def _path(self, step: int) -> Path:
         assert self.config.run_dir is not None
         return preview_path(self.config.run_dir, step)
 
-    def _raise_any(self, problem: str) -> None:
-        """Raise _Failed on all ranks if any has a problem."""
-        first = next((found for found in self.ranks.gather(problem) if found), "")
-        if first:
-            raise _Failed(first)
+    def _first_problem(self, problem: str) -> str:
+        """The problem of the first rank that has one, on all ranks; "" if none has."""
+        return next((found for found in self.ranks.gather(problem) if found), "")
 
 
 class _Failed(Exception):

@@ -18,7 +18,7 @@ from launch.config.schema import Config, ConfigError
 from launch.config.yaml_file import ConfigConflict
 from launch.console import Console
 from launch.previews.cells import cells_of, preview_grid
-from launch.previews.files import FOLDER, preview_files, preview_path, write_preview
+from launch.previews.files import FOLDER, preview_files, preview_path, preview_settings, write_preview
 from launch.sampling.image_grid import GAP
 from pipeline.storage.atomic import publish
 
@@ -96,7 +96,7 @@ def _draw(run: Path, config: Config, steps: Sequence[int], *, frames: dict[int, 
                 report("draw", number * len(cells) + index + 1, len(steps) * len(cells))
             frames[step] = preview_grid(cells, images)
             if keep:
-                write_preview(preview_path(run, step), frames[step], step=step, section=section)
+                write_preview(preview_path(run, step), frames[step], settings=preview_settings(section, step=step))
     return list(steps)
 
 

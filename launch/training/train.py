@@ -6,7 +6,7 @@ interrupted by a signal or a power cut therefore resumes exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from launch.logs.progress_line import ProgressLine
 from launch.logs.rank_log import RANK_LOG
 from launch.logs.startup import STARTUP
 from launch.previews.drawing import Previews
+from launch.previews.files import forget_stale
 from launch.trackers.trackers import Trackers
 from launch.training.build import build
 from launch.training.checks import check_models
@@ -93,7 +94,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         notes = ["--replan: no effect, this run has no checkpoint yet"] * replan
         if found is not None:
             notes = trainer.resume(found, recorded=recorded, replan=replan)
-        ranks.run_on_rank0(lambda: _record_start(run_dir, trainer))
+        ranks.run_on_rank0(lambda: _record_start(run_dir, trainer, changes=changes, replan=replan))
 
         # report
         writer = cleanup.enter_context(MetricsWriter(run_dir, step=trainer.step)) if ranks.is_main else None
@@ -129,7 +130,8 @@ def _enter_run_folder(run_dir: Path, *, limits: Mapping[str, float], ranks: Rank
     STARTUP.stage("loading models and checkpoint, starting DeepSpeed")
 
 
-def _record_start(run_dir: Path, trainer: Trainer) -> None:
+def _record_start(run_dir: Path, trainer: Trainer, *, changes: Sequence[str], replan: bool) -> None:
+    forget_stale(run_dir, trainer.config, step=trainer.step, changes=changes, replan=replan)
     run_folder.write_config(run_dir, trainer.config, history=trainer.history)
     bad_samples.forget_after(run_dir, step=trainer.step)
 

@@ -19,6 +19,7 @@ from launch.engine.engine import Engine
 from launch.previews.drawing import Previews
 from pipeline.storage.atomic import publish_text
 from tim import TransitionTransformer
+from tim.codecs import PixelCodec
 
 SETTINGS = """\
 network: {params: {patch_size: 4, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
@@ -30,6 +31,11 @@ preview:
   steps: [1, 3]
   guidance: 2
 """
+
+
+class BrokenCodec(PixelCodec):
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        raise MemoryError("no room to decode")
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
@@ -61,8 +67,11 @@ def state(previews: Previews) -> list[Tensor]:
     return [values.detach().clone() for values in [*held, *shares, torch.random.get_rng_state()]]
 
 
-def draw(config: Config, ranks: Ranks, *, steps: Sequence[int] = (3, 4)) -> dict[str, Any]:
+def draw(config: Config, ranks: Ranks, *, steps: Sequence[int] = (3, 4), broken: bool = False) -> dict[str, Any]:
+    """broken: the last rank cannot decode."""
     previews, lines = make_previews(config, ranks), []
+    if broken and ranks.rank == ranks.size - 1:
+        previews.codec = BrokenCodec()
     previews.log = lines.append
     before, pointers = state(previews), [parameter.data_ptr() for parameter in previews.engine.module.parameters()]
     passed = [previews.draw_if_due(step, stopping=lambda: False) for step in steps]
@@ -78,7 +87,8 @@ def main() -> None:
     with process_group() as ranks:
         for stage in sys.argv[2:]:
             out = folder / f"{ranks.size}-{stage}"
-            report = draw(config_of(out, f"train.zero={stage}"), ranks)
+            number, _, broken = stage.partition("-")
+            report = draw(config_of(out, f"train.zero={number}"), ranks, broken=bool(broken))
             (out / f"{ranks.rank}.json").write_text(json.dumps(report))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from launch.training.metrics import read_rows
 from tests.distributed import jobs, preview_worker
 
 LAYOUTS = {1: ("0", "1", "2"), 2: ("0", "1", "2", "3"), 4: ("3", "1")}  # stages by number of ranks
+OTHER_LAYOUTS = {1: ("3",), 4: ("0", "2")}
 CONFIG = """\
 plan: {max_tokens: 64, tokens_per_pack: 128, packs_per_step: 2}
 network: {params: {patch_size: 8, depth: 2, hidden_size: 32, num_heads: 2, cap_feat_dim: 16}}
@@ -39,7 +41,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory, alone: Ranks) -> Path:
         report = preview_worker.draw(preview_worker.config_of(folder / f"1-{stage}", f"train.zero={stage}"), alone)
         (folder / f"1-{stage}" / "0.json").write_text(json.dumps(report))
     for ranks in (2, 4):
-        jobs.run_ranks("tests.distributed.preview_worker", str(folder), *LAYOUTS[ranks], log=folder / "log", ranks=ranks)
+        broken = ["3-broken"] * (ranks == 2)
+        jobs.run_ranks("tests.distributed.preview_worker", str(folder), *LAYOUTS[ranks], *broken, log=folder / "log", ranks=ranks)
     return folder
 
 
@@ -50,6 +53,25 @@ def test_images_do_not_depend_on_ranks_and_stage(drawn: Path) -> None:
         for stage in stages:
             other = pixels(drawn / f"{ranks}-{stage}" / "previews" / "step-000004.png")
             assert np.abs(other - first).max() <= 1, (ranks, stage)
+
+
+@pytest.mark.soak
+def test_nor_do_they_in_the_other_layouts(drawn: Path) -> None:
+    first = pixels(drawn / "1-0" / "previews" / "step-000004.png")
+    for ranks, stages in OTHER_LAYOUTS.items():
+        jobs.run_ranks("tests.distributed.preview_worker", str(drawn), *stages, log=drawn / "log", ranks=ranks)
+        for stage in stages:
+            assert np.abs(pixels(drawn / f"{ranks}-{stage}" / "previews" / "step-000004.png") - first).max() <= 1, (ranks, stage)
+
+
+def test_a_rank_that_cannot_decode_costs_the_preview_only(drawn: Path) -> None:
+    """Under ZeRO 3, where the other ranks wait for this one's layers."""
+    for rank in range(2):
+        report = json.loads((drawn / "2-3-broken" / f"{rank}.json").read_text())
+        assert report["lines"] == ["warning: no preview of step 4: MemoryError: no room to decode; the run goes on"]
+        assert report["unchanged"]
+        assert report["training"]
+    assert list((drawn / "2-3-broken" / "previews").iterdir()) == []
 
 
 def test_weights_average_and_random_state_come_back_bit_by_bit(drawn: Path) -> None:
@@ -90,6 +112,57 @@ def test_what_goes_wrong_is_a_warning(tmp_path: Path, alone: Ranks) -> None:
     (warning,), shown, _ = attempt("codec", "codec={kind: sd-vae, path: nowhere}", "preview.sizes=[32x32]")
     assert warning.startswith("warning: no preview of step 4: ")
     assert shown == []
+
+
+def test_a_preview_that_ended_the_run_is_not_tried_again(tmp_path: Path, alone: Ranks) -> None:
+    folder = tmp_path / "previews"
+
+    def attempt(*overrides: str, stopping: Callable[[], bool] = lambda: False) -> list[str]:
+        previews, lines = preview_worker.make_previews(preview_worker.config_of(tmp_path, "train.zero=0", *overrides), alone), []
+        previews.log = lines.append
+        try:
+            assert previews.draw_if_due(4, stopping=stopping)
+        finally:
+            previews.engine.close()
+        return lines
+
+    def fail(error: type[BaseException]) -> bool:
+        raise error
+
+    with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C
+        attempt(stopping=lambda: fail(KeyboardInterrupt))
+    assert list(folder.iterdir()) == []
+    with pytest.raises(ZeroDivisionError):
+        attempt(stopping=lambda: fail(ZeroDivisionError))
+    unfinished = folder / "step-000004.unfinished"
+    why = f"the run ended while it was drawn; to try again, remove {unfinished}"
+    assert attempt() == [f"warning: no preview of step 4: {why}"]
+    (line,) = attempt("preview.seed=1")
+    assert line.startswith("preview of step 4: 12 images in ")
+    assert [path.name for path in folder.iterdir()] == ["step-000004.png"]
+
+    assert attempt("preview.seed=1") == []
+    before = (folder / "step-000004.png").read_bytes()
+    (line,) = attempt("preview.seed=2")
+    assert line.startswith("preview of step 4: ")
+    assert (folder / "step-000004.png").read_bytes() != before
+
+
+def test_previews_of_a_training_that_went_another_way_are_drawn_again(tmp_path: Path, figures: Path) -> None:
+    (tmp_path / "run.yaml").write_text(CONFIG)
+
+    def run(*overrides: str) -> tuple[bytes, bytes]:
+        paths = [f"corpus={figures}", f"run_dir={tmp_path / 'run'}"]
+        arguments = [str(tmp_path / "run.yaml"), *paths, PREVIEW, "checkpoint.every=2", "train.steps=4", *overrides]
+        jobs.run_ranks("launch.cli", "train", *arguments, log=tmp_path / "log", ranks=1)
+        first, second = (tmp_path / "run" / "previews" / f"step-{step:06d}.png" for step in (2, 4))
+        return first.read_bytes(), second.read_bytes()
+
+    first, second = run()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000004")  # as if killed before it was saved
+    again, other = run("train.lr=2.0e-3")
+    assert again == first
+    assert other != second
 
 
 def test_images_are_those_of_the_average_as_it_samples_after_export(tmp_path: Path, figures: Path) -> None:
