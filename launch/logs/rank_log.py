@@ -51,7 +51,7 @@ class RankLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         restart = f", restart {attempt}" if attempt else ""
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)  # names of files need not be Unicode
         self.line(f"---- start: rank {rank} of {ranks}, process {os.getpid()} on {socket.gethostname()}{restart}")
         try:
             with self._recorded():

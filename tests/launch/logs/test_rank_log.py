@@ -45,6 +45,16 @@ def test_lines_warnings_records_and_tracebacks_are_kept_over_starts(tmp_path: Pa
     assert not [text for text in texts if "chatter" in text or "afterwards" in text]
 
 
+def test_names_that_are_not_unicode_do_not_end_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RankLog()
+    with log.opened(tmp_path, rank=0, ranks=1):
+        log.line("warning: caf\udce9.jpg is damaged")
+        log.line("two")
+    texts = [line[20:] for line in log_path(tmp_path, 0).read_text().splitlines()]
+    assert texts[1:] == ["warning: caf\\udce9.jpg is damaged", "two", "end: complete"]
+    assert capsys.readouterr().err == ""
+
+
 def test_a_full_disk_ends_the_log_and_not_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank-00000.log").symlink_to("/dev/full")
