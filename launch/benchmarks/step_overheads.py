@@ -2,7 +2,7 @@
 
 One trainer takes the same step again and again, on one rank under ZeRO 1. The variants take turns, in rotating order, and each is divided
 by the bare step of its turn. The bare step neither reads losses nor averages weights nor writes what it is doing. Logging reads losses and
-writes a row of metrics in every step, ten times as often as by default.
+writes a row to metrics.jsonl and TensorBoard in every step, ten times as often as by default; its calls are also timed by themselves.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dataprep.prepare import PrepareConfig, prepare
+from launch.benchmarks.logging_cost import LoggedTrainer, tensorboard_listener
 from launch.benchmarks.network import FEATURES, STRIDE, Grid, synchronise
 from launch.checkpoints.saving.background import BackgroundSaver
 from launch.checkpoints.saving.follow_ups import FollowUps
@@ -55,7 +56,7 @@ def bench_overheads(grids: Sequence[Grid], *, width: int, depth: int, precision:
         config = _config(Path(folder), grids, width=width, depth=depth, precision=precision)
         parts = _repeating(build(config, make_planner(config), ranks=ranks, cleanup=cleanup))
         loaded = next(iter(parts.loader))
-        variants, save = _variants(config, parts, ranks=ranks, cleanup=cleanup)
+        variants, save, logged = _variants(config, parts, ranks=ranks, cleanup=cleanup)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         added, steps = [], []
         for turn in range(turns + 1):
@@ -69,7 +70,9 @@ def bench_overheads(grids: Sequence[Grid], *, width: int, depth: int, precision:
             (seconds, _), taken = _seconds_of_save(save)
             added.append(seconds / times[BARE][-1][0] - taken)
             steps.append(taken)
-        return {"images": loaded.images, "tokens": loaded.tokens, "turns": turns, **_ratios(times), "save": _of_saves(added, steps)}
+        logging = logged.costs([cpu for _, cpu in times[BARE]])
+        of_step = {"images": loaded.images, "tokens": loaded.tokens, "turns": turns, **_ratios(times)}
+        return {**of_step, "logging": logging, "save": _of_saves(added, steps)}
 
 
 class _Unguarded(Trainer):
@@ -107,15 +110,18 @@ class _Repeated:
 Variants = Mapping[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[], object]]]
 
 
-def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack) -> tuple[Variants, Callable[[], int]]:
-    """Steps by name, each with what must be entered before; and a save, which returns how many steps were taken meanwhile."""
+def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack) -> tuple[Variants, Callable[[], int], LoggedTrainer]:
+    """Steps by name, each with what must be entered before; a save, which returns how many steps were taken meanwhile; and the trainer that
+    logs."""
     assert config.run_dir is not None
     without = replace(parts, ema=ShardedEMA({}, decay=()))
     bare, averaging = (_Unguarded(config, some, ranks=ranks) for some in (without, parts))
-    guarded, logged, full = (Trainer(config, some, ranks=ranks) for some in (without, without, parts))
+    guarded, full = (Trainer(config, some, ranks=ranks) for some in (without, parts))
+    writer = cleanup.enter_context(MetricsWriter(config.run_dir, step=0))
+    writer.listeners.append(tensorboard_listener(config, cleanup=cleanup))
+    logged = LoggedTrainer(config, without, ranks=ranks, writer=writer, cleanup=cleanup)
     bare.spikes = averaging.spikes = logged.spikes = _NoSpikes()
     bare.meter = averaging.meter = guarded.meter = _NoMeter()
-    writer = cleanup.enter_context(MetricsWriter(config.run_dir, step=0))
     section = CheckpointConfig(keep_last=1)
     follow_ups = FollowUps(config.run_dir, section)
     saver = cleanup.enter_context(BackgroundSaver(config.run_dir, section, ranks=ranks, follow_ups=follow_ups, log=lambda line: None))
@@ -148,11 +154,11 @@ def _variants(config: Config, parts: Parts, *, ranks: Ranks, cleanup: ExitStack)
         AGAIN: (nullcontext, bare.take_step),
         "average (EMA)": (nullcontext, averaging.take_step),
         "guards": (nullcontext, lambda: guarded_step(guarded)),
-        "logging": (nullcontext, lambda: writer.write(logged.row(logged.take_step()))),
+        "logging": (nullcontext, logged.take_and_log),
         "heartbeat": (heartbeat, bare.take_step),
         ALL: (heartbeat, lambda: all_of_these(full)),
     }
-    return variants, save
+    return variants, save, logged
 
 
 def _heartbeat(config: Config) -> ExitStack:

@@ -73,6 +73,9 @@ def test_step(capsys: pytest.CaptureFixture[str]) -> None:
     assert overheads["images"] == 1
     assert set(overheads["over_bare"]) == {"bare again", "average (EMA)", "guards", "logging", "heartbeat", "all of these"}
     assert min(*overheads["over_bare"].values(), *overheads["cpu_over_bare"].values()) > 0
+    logging = overheads["logging"]
+    assert min(logging["cpu_seconds_per_step"], logging["cpu_seconds_per_row"]) > 0
+    assert logging["share_of_step"]["row_in_every_step"] > logging["share_of_step"]["row_at_default"] > 0
     assert overheads["save"]["steps_meanwhile"] >= 1
 
 
