@@ -15,6 +15,7 @@ MIN_STEPS = 32  # in the window, before anything is a spike
 STEPS_IN_A_ROW = 3  # a single step may have difficult images
 DEVIATIONS = 8.0
 MIN_RISE = 0.2  # of the median
+OUTLIERS = 0.01  # share of a window that may be high without raising the limit
 
 _MAD_TO_DEVIATION = 1.4826  # for a normal distribution
 
@@ -22,9 +23,13 @@ _MAD_TO_DEVIATION = 1.4826  # for a normal distribution
 class SpikeDetector:
     """Watches the mean loss of each kind of image. The state is plain JSON; equal inputs give equal results on all ranks.
 
-    A spike is STEPS_IN_A_ROW steps of one kind far above the median of the window and above everything in it. The second condition holds
-    for any distribution: n independent steps are all followed by k higher ones with probability 1 / binomial(n + k, k), 4e-7 for a full
-    window. A step with few images of a kind has a heavy-tailed loss, which deviations from the median alone do not tell from a spike.
+    A spike is STEPS_IN_A_ROW steps of one kind far above the median of the window. If more than OUTLIERS of the window are that high
+    themselves, the loss has heavy tails, as that of steps with few images of a kind: then the steps of a spike must also be above
+    everything in the window. Fewer are isolated outliers, which do not hide a spike.
+
+    Both hold for any distribution of independent steps. n steps are followed by k that are higher than all of them with probability
+    1 / binomial(n + k, k), 4e-7 for a full window. With a share p of high steps, k in a row and at most OUTLIERS of the window have
+    probability p^k · P(binomial(n, p) ≤ OUTLIERS · n), at most 2e-6 for a full window.
     """
 
     def __init__(self) -> None:
@@ -67,7 +72,9 @@ class SpikeDetector:
             return math.inf
         median = statistics.median(window)
         deviation = _MAD_TO_DEVIATION * statistics.median(abs(value - median) for value in window)
-        return max(*window, median + max(DEVIATIONS * deviation, MIN_RISE * median))
+        limit = median + max(DEVIATIONS * deviation, MIN_RISE * median)
+        high = sum(value > limit for value in window)
+        return limit if high <= math.ceil(OUTLIERS * len(window)) else max(window)
 
     def state_dict(self) -> dict[str, Any]:
         return {"windows": [list(window) for window in self._windows], "high": [list(high) for high in self._high]}

@@ -58,6 +58,17 @@ def test_a_spike_above_heavy_tails_is_found(seed: int) -> None:
     assert found[-1]
 
 
+@pytest.mark.parametrize("kind", range(3))
+@pytest.mark.parametrize("outliers", [[100], [100, 140], [60, 101, 140]])
+def test_isolated_outliers_do_not_hide_a_later_spike(kind: int, outliers: list[int]) -> None:
+    steps = [list(means) for means in noisy(300, seed=10)]
+    for number in outliers:
+        steps[number][kind] = 1e4
+    for means in steps[290:]:
+        means[kind] = 9.0
+    assert spikes(SpikeDetector(), [(a, b, c) for a, b, c in steps])[0][0] == 290 + STEPS_IN_A_ROW - 1
+
+
 def test_high_steps_of_different_kinds_are_no_spike() -> None:
     steps = noisy(300, seed=9)
     steps[200:230] = [(9.0, 1.0, 1.0), (1.0, 9.0, 1.0), (1.0, 1.0, 9.0)] * 10
