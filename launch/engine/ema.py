@@ -63,7 +63,8 @@ class ShardedEMA:
             if decay in kinds:
                 pieces(kinds[decay]).read_into(self.averages[index])
             else:
-                self.averages[index] = _copy(weights, device=self.device)
+                for name, fragment in self.averages[index].items():
+                    fragment.values.copy_(weights[name].values)
                 notes.append(f"train.ema: the average with decay {decay:g} is new, it starts from the weights of this checkpoint")
         return notes
 

@@ -294,6 +294,7 @@ class Trainer:
 
     def _load_weights(self, found: checkpoint.Checkpoint, state: Mapping[str, Any]) -> list[str]:
         """Load weights, moments and averages of a checkpoint with the trainer's `state`. Returns log lines."""
+        self.guidance_network = None  # first, so that no two copies are held; without a saved one the next step makes it
         self.parts.engine.load(found.pieces, updates=state["updates"])
         notes = self.parts.ema.load(found.pieces, self.parts.engine.fragments(), saved=state.get("ema"))
         if (found.folder / guidance_network.FILE).is_file():
