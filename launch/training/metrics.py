@@ -83,6 +83,7 @@ class Meter:
         self._digest = ""
         self._clock = time.monotonic()
         self._row_seconds = 0.0
+        self.restarts = 0  # how often the run has been resumed
 
     def add(self, measure: StepMeasure) -> None:
         since, total = self._since, self._total
@@ -134,6 +135,7 @@ class Meter:
             "flops_per_second": since.flops / seconds,
             "seconds": self._seconds,
             **self.clock.columns(),
+            "restarts": self.restarts,
             "ids_digest": self._digest,
             "first_ids": list(last.ids[:FIRST_IDS]),
         }
@@ -158,12 +160,14 @@ class Meter:
             "row_seconds": self._row_seconds,
             "digest": self._digest,
             "sections": self.clock.seconds,
+            "restarts": self.restarts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._since = Sums(**state["since"])
         self._total = {**dict.fromkeys(COUNTERS, 0), **state["total"]}
         self.clock.seconds |= state.get("sections", {})  # not in older checkpoints
+        self.restarts = state.get("restarts", 0)  # likewise
         self._seconds, self._row_seconds, self._digest = state["seconds"], state["row_seconds"], state["digest"]
         self.pause()
 

@@ -28,7 +28,7 @@ from launch.training.build import Parts, make_network
 from launch.training.guidance_network import GuidanceNetwork
 from launch.training.measuring.image_facts import ImageFacts
 from launch.training.measuring.usage import Usage
-from launch.training.metrics import Meter, StepMeasure, count_restarts
+from launch.training.metrics import Meter, StepMeasure
 from launch.training.step_losses import StepLosses, Sums
 from pipeline.bounded_counter import listed
 from pipeline.loading.loader import Batch, LoadedStep
@@ -285,11 +285,10 @@ class Trainer:
         state, self.history, notes = self.ranks.run_on_all_ranks(lambda: self._restore_state(found, recorded=recorded, replan=replan))
         notes += self._load_weights(found, state)
         self.meter.load_state_dict(state["meter"])
+        self.meter.restarts += 1
         if "spikes" in state:  # not in older checkpoints
             self.spikes.load_state_dict(state["spikes"])
         self.step = found.metadata.step
-        assert self.config.run_dir is not None
-        self.usage.restarts = count_restarts(self.config.run_dir, step=self.step) if self.ranks.is_main else 0
         return notes
 
     def _load_weights(self, found: checkpoint.Checkpoint, state: Mapping[str, Any]) -> list[str]:

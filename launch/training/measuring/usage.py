@@ -16,10 +16,9 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Usage:
-    """Measures what all ranks use. restarts: how often the run has been resumed."""
+    """Measures what all ranks use."""
 
     def __init__(self, ranks: Ranks, *, precision: Precision) -> None:
-        self.restarts = 0
         self._ranks = ranks
         self._dtype = _DTYPES[precision]
         self._rate: float | None = None
@@ -49,6 +48,5 @@ class Usage:
             "matmul_share": flops_per_second / rate if measured == size else None,
             "peak_memory_device": round(max(peaks[:size])) if device.type == "cuda" else None,
             "peak_memory_host": round(max(peaks[size:])),
-            "restarts": self.restarts,
             "time": time.time(),
         }

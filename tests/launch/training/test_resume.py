@@ -43,6 +43,13 @@ def go_on(tmp_path: Path) -> GoOn:
     return run
 
 
+def test_restarts_are_counted_without_the_metrics(go_on: GoOn, tmp_path: Path) -> None:
+    assert [row["restarts"] for row in go_on(steps=2)] == [0, 0]
+    assert [row["restarts"] for row in go_on(steps=4)] == [0, 0, 1, 1]
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert [row["restarts"] for row in go_on(steps=6)] == [2, 2]
+
+
 def test_a_rollback_holds_one_guidance_network(go_on: GoOn, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[int] = []
     alive: WeakSet[GuidanceNetwork] = WeakSet()
