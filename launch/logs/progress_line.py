@@ -63,7 +63,7 @@ class ProgressLine:
         if row:
             speed = f"{row['images_per_second']:.1f} images/s · {row['tokens_per_second']:,.0f} tokens/s"
             self._validation = validation_in_words(row) or self._validation
-            figures = " · ".join(filter(None, [f"loss {row['loss']:.4f}", self._validation, speed, f"fill {row['fill']:.1%}"]))
+            figures = " · ".join(filter(None, [f"loss {_in_words(row['loss'])}", self._validation, speed, f"fill {row['fill']:.1%}"]))
         if self._live:
             self._bar.update(self._task, completed=step)
             self._figures.plain = figures or ("" if self._figures.plain == _FIRST_STEP else self._figures.plain)
@@ -90,9 +90,14 @@ class ProgressLine:
             self._live.stop()
 
 
-def validation_in_words(row: Mapping[str, object]) -> str:
+def validation_in_words(row: Mapping[str, Any]) -> str:
     """The validation loss of a row, for a progress line; "" without one."""
-    loss, average = row.get("validation_loss"), row.get("validation_loss_ema")
-    if not isinstance(loss, float):
+    if "validation_loss" not in row:
         return ""
-    return f"validation {loss:.4f}" + (f" (EMA {average:.4f})" if isinstance(average, float) else "")
+    if not row["validation_images"]:
+        return "validation without images"
+    return f"validation {_in_words(row['validation_loss'])} (EMA {_in_words(row['validation_loss_ema'])})"
+
+
+def _in_words(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

@@ -5,31 +5,33 @@
 
 docs/training.md describes every column. Those of `launch.training.measuring.usage` and of a validation are added to `Meter.row`.
 
-`loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind (null if there were none). The
-minimised loss is not logged: it is normalised by each image's own error, so its value is not informative. `loss_alignment` is the mean
-distance from the alignment teacher (null without one). `fill` and `grad_norm` are means over the steps. `images`, `tokens`, `failed`
-(images without weight, among them the `bad_samples` that made the loss non-finite), the other counts and `seconds` (training only) count
-from the start of the run. `ids_digest` chains the ids of all samples so far: two runs with equal digests saw the same samples in the same
-order.
+`loss` is the mean unweighted error of all images since the last row, `loss_KIND` that of one kind; null if there were none, or if it is not
+finite, which JSON cannot express. The minimised loss is not logged: it is normalised by each image's own error, so its value is not
+informative. `loss_alignment` is the mean distance from the alignment teacher (null without one). `fill` and `grad_norm` are means over the
+steps. `images`, `tokens`, `failed` (images without weight, among them the `bad_samples` that made the loss non-finite), the other counts,
+`restarts` and `seconds` (training only) count from the start of the run. `ids_digest` chains the ids of all samples so far: two runs with
+equal digests saw the same samples in the same order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launch.checkpoints.run_folder import METRICS
-from launch.training.measuring.bins import BINNED, bin_columns, finite_or_none
+from launch.training.measuring.bins import BINNED, bin_columns, finite_or_none, mean_or_none
 from launch.training.measuring.section_clock import SectionClock
 from pipeline.cost import KIND_NAMES
 from pipeline.storage.atomic import publish_text
 
 FIRST_IDS = 4
+_BUFFER = 1 << 20  # bytes, more than a row has
 COUNTERS = ("images", "tokens", "failed", "skipped_steps", "bad_samples", "loss_spikes", "rollbacks", "repeated_derivatives")
 
 
@@ -118,14 +120,13 @@ class Meter:
 
     def row(self, step: int, last: StepMeasure) -> dict[str, Any]:
         """Return the row for the steps since the last one, and start the next."""
-        since, seconds = self._since, max(self._row_seconds, 1e-9)
-        kinds = {f"loss_{kind}": total / n if n else None for kind, total, n in zip(KIND_NAMES, since.raw, since.raw_images, strict=True)}
+        since, seconds, images = self._since, max(self._row_seconds, 1e-9), sum(self._since.raw_images)
         row = {
             "step": step,
-            "loss": sum(since.raw) / max(1, sum(since.raw_images)),
-            **kinds,
+            "loss": mean_or_none(sum(since.raw), images),
+            **{f"loss_{kind}": mean_or_none(*sums) for kind, *sums in zip(KIND_NAMES, since.raw, since.raw_images, strict=True)},
             **bin_columns(since.binned),
-            "loss_alignment": None if since.alignment is None else since.alignment / max(1, sum(since.raw_images)),
+            "loss_alignment": None if since.alignment is None else mean_or_none(since.alignment, images),
             "lr": last.lr,
             "grad_norm": finite_or_none(since.grad_norm / since.steps),
             **self._total,
@@ -175,22 +176,43 @@ class Meter:
 class MetricsWriter:
     """Append rows to RUN/metrics.jsonl. Rows after `step`, from an interrupted run, are removed.
 
-    ahead: step of the last row before that, 0 if there was none. listeners: receive every new row.
+    ahead: step of the last row before that, 0 if there was none. last: the last row, None if there is none. listeners: receive every new
+    row, and every part that is added to one.
     """
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
-        self._path = run_dir / METRICS
-        rows = read_rows(self._path)
+        path = run_dir / METRICS
+        rows = read_rows(path)
+        kept = [row for row in rows if row["step"] <= step]
+        lines = [_line(row) for row in kept]
+        publish_text(path, "".join(lines))
         self.ahead: int = rows[-1]["step"] if rows else 0
+        self.last: dict[str, Any] | None = kept[-1] if kept else None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
-        publish_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = path.open("r+b", buffering=_BUFFER)
+        self._start = self._file.seek(0, os.SEEK_END) - len(lines[-1].encode() if lines else b"")  # of the last row
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        self._start = self._file.seek(0, os.SEEK_END)
+        self._put(row)
+        self._tell(row)
+
+    def add_to_last(self, columns: Mapping[str, Any]) -> None:
+        """Add columns to the last row."""
+        assert self.last is not None, "there is a row to add to"
+        self._put({**self.last, **columns})
+        self._tell({"step": self.last["step"], **columns})
+
+    def _put(self, row: dict[str, Any]) -> None:
+        """Write the last row, over a shorter one. A process that is killed leaves either: it is one call of the system."""
+        self._file.seek(self._start)
+        self._file.write(_line(row).encode())
         self._file.flush()
+        self.last = row
+
+    def _tell(self, part: dict[str, Any]) -> None:
         for listener in self.listeners:
-            listener(row)
+            listener(part)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -199,13 +221,14 @@ class MetricsWriter:
         self._file.close()
 
 
-def count_restarts(run_dir: Path, *, step: int) -> int:
-    """How often a run has been resumed, if it is resumed now after this step."""
-    before = [row for row in read_rows(run_dir / METRICS) if row["step"] <= step]
-    return 1 + (before[-1].get("restarts", 0) if before else 0)
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file. Ignores a last line truncated by a crash; raises ValueError for any other invalid line."""
+    """Rows of a metrics file. Ignores a last line truncated by a crash; raises ValueError for any other invalid line.
+
+    NaN and Infinity, which Python's JSON writes and other readers refuse, are None.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.endswith("\n")]

@@ -38,7 +38,7 @@ def bin_columns(values: Sequence[float]) -> dict[str, float | None]:
     """Mean losses by time, null for a bin without images, and by size, only of bins with images. values: (BINNED,)"""
     sums, counts = np.split(np.asarray(values), 2)
     by_time = {
-        f"loss_t_{name}": finite_or_none(total / count) if count else None
+        f"loss_t_{name}": mean_or_none(total, count)
         for name, total, count in zip(_TIME_NAMES, sums[:TIMES].tolist(), counts[:TIMES].tolist(), strict=True)
     }
     return {**by_time, **size_columns(sums[TIMES:], counts[TIMES:], prefix="loss_tokens")}
@@ -46,9 +46,14 @@ def bin_columns(values: Sequence[float]) -> dict[str, float | None]:
 
 def size_columns(sums: NDArray[np.float64], counts: NDArray[np.float64], *, prefix: str) -> dict[str, float | None]:
     """Mean losses by size, PREFIX_64 for images of 64 to 127 tokens, of the bins that have images."""
-    return {f"{prefix}_{2**size}": finite_or_none(float(sums[size] / counts[size])) for size in range(SIZES) if counts[size]}
+    return {f"{prefix}_{2**size}": mean_or_none(float(sums[size]), float(counts[size])) for size in range(SIZES) if counts[size]}
+
+
+def mean_or_none(total: float, count: float) -> float | None:
+    """Mean of `count` values with this sum; None if there are none, or if it is not finite."""
+    return finite_or_none(total / count) if count else None
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no infinity."""
+    """None in place of a number that JSON does not have."""
     return value if math.isfinite(value) else None

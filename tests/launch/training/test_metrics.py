@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,30 @@ def test_a_row_adds_up() -> None:
     json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_null(tmp_path: Path, bad: float) -> None:
+    meter = Meter()
+    last = replace(measure(1), raw=(0.1, 0.0, bad), grad_norm=bad, alignment=bad, binned=[bad] * len(measure(1).binned))
+    meter.add(last)
+    row = meter.row(1, last)
+    assert row["loss_diffusion"] == 0.1
+    assert [row[name] for name in ("loss", "loss_transition", "loss_alignment", "grad_norm", "loss_t_0_20")] == [None] * 5
+    json.dumps(row, allow_nan=False)
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps({'step': 1, 'loss': bad})}\n")  # by an older version
+    with MetricsWriter(tmp_path, step=1) as writer:
+        writer.write({**row, "step": 2})
+    assert [row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")] == [None, None]
+    assert (tmp_path / "metrics.jsonl").read_text().startswith('{"step": 1, "loss": null}\n')
+
+
+def test_steps_without_images_have_no_loss() -> None:
+    meter = Meter()
+    last = replace(measure(1), raw=(0.0,) * 3, raw_images=(0,) * 3, alignment=0.0)
+    meter.add(last)
+    row = meter.row(1, last)
+    assert (row["loss"], row["loss_diffusion"], row["loss_alignment"]) == (None, None, None)
+
+
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_a_meter_that_was_saved_in_the_middle_of_a_row_goes_on(stop: int) -> None:
     whole = rows(Meter(), range(1, 10), every=3)
@@ -88,3 +113,21 @@ def test_rows_that_an_interrupted_run_wrote_ahead_are_taken_back(tmp_path: Path)
         assert writer.ahead == 3
         writer.write({"step": 3, "loss": 0.25})
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+
+
+def test_columns_are_added_to_the_last_row(tmp_path: Path) -> None:
+    path, told = tmp_path / "metrics.jsonl", []
+    with MetricsWriter(tmp_path, step=0) as writer:
+        writer.listeners.append(told.append)
+        writer.write({"step": 1, "loss": 0.5})
+        writer.write({"step": 2, "seconds_validation": 0.0, "first_ids": ["é"]})
+        writer.add_to_last({"validation_loss": 0.25, "seconds_validation": 1.5})
+        complete = {"step": 2, "seconds_validation": 1.5, "first_ids": ["é"], "validation_loss": 0.25}
+        assert read_rows(path) == [{"step": 1, "loss": 0.5}, complete]
+        writer.write({"step": 3})
+    with MetricsWriter(tmp_path, step=2) as writer:
+        assert writer.last == complete
+        writer.add_to_last({"other": 1})
+        writer.write({"step": 3})
+    assert read_rows(path) == [{"step": 1, "loss": 0.5}, {**complete, "other": 1}, {"step": 3}]
+    assert told[2] == {"step": 2, "validation_loss": 0.25, "seconds_validation": 1.5}
