@@ -171,21 +171,23 @@ def _take_steps(
 ) -> dict[str, Any] | None:
     """Take steps to the end of the run, or until a signal asks to stop; log, save and draw. Returns the last row of the metrics."""
     config, signals.step = trainer.config, trainer.step + 1
+    _validate_missed(trainer, signals, writer)
     previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop)  # if the run was killed before it was drawn
     row, requests = None, trainer.agree(stop=signals.stop is not None)
     while trainer.step < config.train.steps and not requests.stop:
         measure = trainer.take_step()
         last = trainer.step == config.train.steps
-        validated = trainer.validate(last=last)
-        if last or validated or trainer.step % config.log.every == 0:
-            row = {**trainer.row(measure), **validated}
+        if last or trainer.step % config.log.every == 0 or trainer.is_validation_due(last=last):
+            row = trainer.row(measure)
             if writer:
                 writer.write(row)
-        progress.show(trainer.step, row)
         saver.after_step()
         is_due = last or saver.is_due(trainer.step)
         if is_due:
             trainer.save(saver)
+        if validated := _validate(trainer, signals, writer):
+            row = {**(row or {}), **validated}
+        progress.show(trainer.step, row)
         if previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop):
             trainer.meter.pause()
         signals.step = trainer.step + 1
@@ -194,6 +196,24 @@ def _take_steps(
             trainer.save(saver)
     saver.finish()
     return row
+
+
+def _validate(trainer: Trainer, signals: Signals, writer: MetricsWriter | None) -> dict[str, Any]:
+    """Measure the validation losses of a step, if they are due, and add them to its row. {} if a signal stopped that."""
+    columns = trainer.validate(last=trainer.step == trainer.config.train.steps, stopping=signals.asks_to_stop)
+    if columns:
+        columns |= trainer.meter.clock.column("validation")
+        if writer:
+            writer.add_to_last(columns)
+    return columns
+
+
+def _validate_missed(trainer: Trainer, signals: Signals, writer: MetricsWriter | None) -> None:
+    """Validate the step that the run resumes from, if it was killed or stopped before that was done."""
+    row = writer.last if writer else None
+    missed = row is not None and row["step"] == trainer.step and "validation_images" not in row
+    if trainer.ranks.broadcast(missed):
+        _validate(trainer, signals, writer)
 
 
 def _caption_warning(config: Config, planner: Planner, *, ranks: Ranks) -> list[str]:

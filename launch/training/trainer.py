@@ -61,6 +61,7 @@ class Trainer:
         self.log: Callable[[str], None] = lambda line: None
         self._skipped = 0  # consecutive steps
         self._first_of_stages = {stage.step for stage in config.plan.schedule}
+        self._has_warned_of_validation = False
         self._waited = 0.0  # seconds for the data of the step in hand
         params = cast(TransitionTransformer, parts.engine.module).params
         self._facts = ImageFacts(parts.objective, params=params, alignment=config.objective.alignment is not None)
@@ -258,15 +259,27 @@ class Trainer:
         row = self.meter.row(self.step, measure)
         return {**row, **self.usage.columns(row["flops_per_second"])}
 
-    def validate(self, *, last: bool) -> dict[str, Any]:
-        """Validation losses for the metrics, if a validation is due; {} otherwise. last: whether the run ends with this step."""
+    def is_validation_due(self, *, last: bool) -> bool:
+        """Whether this step is validated. last: whether the run ends with it."""
         validation = self.parts.validation
-        if validation is None or not validation.is_due(self.step, last=last):
+        return validation is not None and validation.is_due(self.step, last=last)
+
+    def validate(self, *, last: bool, stopping: Callable[[], bool]) -> dict[str, Any]:
+        """Validation losses for the metrics; {} if no validation is due, or a signal stopped it.
+
+        last: whether the run ends with this step; stopping: whether a signal asks this rank to stop.
+        """
+        validation = self.parts.validation
+        if validation is None or not self.is_validation_due(last=last):
             return {}
         with self.meter.clock.measure("validation"):
-            columns = validation.measure(self.step)
-        self.log(f"step {self.step} · {validation_in_words(columns)} · {columns['validation_images']} images")
+            columns = validation.measure(self.step, stopping=stopping)
         self.meter.pause()
+        if columns and columns["validation_images"]:
+            self.log(f"step {self.step} · {validation_in_words(columns)} · {columns['validation_images']} images")
+        elif columns and not self._has_warned_of_validation:
+            self._has_warned_of_validation = True
+            self.log(f"warning: step {self.step} has no validation loss: none of its images can be read, see the warnings above")
         return columns
 
     def save(self, saver: BackgroundSaver) -> None:

@@ -29,8 +29,8 @@ def measured(config_file: str, stage: int, ranks: Ranks) -> dict[str, Any]:
         engine, average = trainer.parts.engine, trainer.parts.ema.average
         held = [fragment.values for fragments in (engine.fragments(), average) for fragment in fragments.values()]
         before = [values.clone() for values in held]
-        columns = trainer.validate(last=True)
-        again = trainer.validate(last=True)
+        columns = trainer.validate(last=True, stopping=bool)
+        again = trainer.validate(last=True, stopping=bool)
         same = all(torch.equal(one, other) for one, other in zip(before, held, strict=True))
         measure = trainer.take_step()
         row = {**trainer.row(measure), "flops": measure.flops}

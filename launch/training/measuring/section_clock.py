@@ -24,8 +24,11 @@ class SectionClock:
         yield
         self.seconds[section] += time.monotonic() - start
 
+    def column(self, section: str) -> dict[str, float]:
+        """The column of a section, which starts again from zero."""
+        seconds, self.seconds[section] = self.seconds[section], 0.0
+        return {f"seconds_{section}": seconds}
+
     def columns(self) -> dict[str, float]:
-        """Columns of a row; the clock starts again from zero."""
-        columns = {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
-        self.seconds = dict.fromkeys(SECTIONS, 0.0)
-        return columns
+        """Columns of a row; all sections start again from zero."""
+        return {name: seconds for section in SECTIONS for name, seconds in self.column(section).items()}

@@ -21,7 +21,7 @@ from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
 from launch.training.frozen_models import FrozenModels
-from launch.training.measuring.bins import SIZES, finite_or_none, size_bins, size_columns
+from launch.training.measuring.bins import SIZES, mean_or_none, size_bins, size_columns
 from pipeline.cost import DIFFUSION, KIND_NAMES
 from pipeline.loading.loader import Batch, Loader
 from pipeline.planning.validation_plan import ValidationPlan
@@ -75,16 +75,21 @@ class Validation:
         return last or step % self._section.every == 0
 
     @torch.no_grad()
-    def measure(self, step: int) -> Columns:
-        """Columns for the metrics of a step that has been taken."""
+    def measure(self, step: int, *, stopping: Callable[[], bool]) -> Columns:
+        """Columns for the metrics of a step that has been taken.
+
+        stopping: whether a signal asks this rank to stop, which ends the validation before the next pack, with {} as its result.
+        """
         HEARTBEAT.section("validate")
-        stage = self._stage_at(step - 1)
+        shares = self._stage_at(step - 1).shares
         plan, loader = self._images_at(step - 1)
         self._engine.module.eval()  # no dropout in adapters
-        columns = self._columns(plan, loader, shares=stage.shares, suffix="")
-        self._engine.exchange(self._ema.average)  # an error leaves them exchanged: the other ranks could not follow back
-        columns |= self._columns(plan, loader, shares=stage.shares, suffix="_ema")
-        self._engine.exchange(self._ema.average)
+        columns = self._columns(plan, loader, shares=shares, suffix="", stopping=stopping)
+        if columns:
+            self._engine.exchange(self._ema.average)  # an error leaves them exchanged: the other ranks could not follow back
+            averaged = self._columns(plan, loader, shares=shares, suffix="_ema", stopping=stopping)
+            self._engine.exchange(self._ema.average)
+            columns = columns | averaged if averaged else {}
         self._engine.module.train()
         return columns
 
@@ -99,34 +104,45 @@ class Validation:
             self._open[key] = plan, self._make_loader(plan)
         return self._open[key]
 
-    def _columns(self, plan: ValidationPlan, loader: Loader, *, shares: tuple[float, ...], suffix: str) -> Columns:
-        """Mean losses of the present weights: of all kinds in their shares, by kind, and of all kinds by size."""
+    def _columns(
+        self, plan: ValidationPlan, loader: Loader, *, shares: tuple[float, ...], suffix: str, stopping: Callable[[], bool]
+    ) -> Columns:
+        """Mean losses of the present weights: of all kinds in their shares, by kind, and of all kinds by size. None without images.
+
+        {} if any rank was `stopping`.
+        """
         used = {kind: share for kind, share in enumerate(shares) if share > _LEAST_SHARE}
-        sums, counts = self._sums(plan, loader, kinds=tuple(used))
-        images = max(1.0, float(counts.sum()))
-        by_kind = {kind: float(of_kind.sum()) / images for kind, of_kind in zip(used, sums, strict=True)}
+        summed = self._sums(plan, loader, kinds=tuple(used), stopping=stopping)
+        if summed is None:
+            return {}
+        sums, counts = summed[:-1], summed[-1]
+        images = float(counts.sum())
         mixed = np.tensordot(np.array([*used.values()]), sums, axes=1)
         columns = {
-            "validation_loss": finite_or_none(float(mixed.sum()) / images),
-            **{f"validation_loss_{KIND_NAMES[kind]}": finite_or_none(loss) for kind, loss in by_kind.items()},
+            "validation_loss": mean_or_none(float(mixed.sum()), images),
+            **{f"validation_loss_{KIND_NAMES[kind]}": mean_or_none(float(row.sum()), images) for kind, row in zip(used, sums, strict=True)},
             **size_columns(mixed, counts, prefix="validation_loss_tokens"),
         }
         named = {f"{name}{suffix}": loss for name, loss in columns.items()}
         return named if suffix else {"validation_images": round(images), **named}
 
-    def _sums(self, plan: ValidationPlan, loader: Loader, *, kinds: tuple[int, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Sums of errors over all ranks, (kinds, sizes), and numbers of images, (sizes,)."""
+    def _sums(
+        self, plan: ValidationPlan, loader: Loader, *, kinds: tuple[int, ...], stopping: Callable[[], bool]
+    ) -> NDArray[np.float64] | None:
+        """(kinds + 1, sizes) sums of errors over all ranks, then numbers of images; None if any rank was `stopping`."""
         total = np.zeros((len(kinds) + 1, SIZES))
         loader.load_state_dict({"step": 0})
         steps = iter(loader)
         for _ in range(plan.steps):
             HEARTBEAT.section("validate")
+            if self._ranks.any(stopping()):
+                loader.close()
+                return None
             for batch in next(steps).batches:
                 HEARTBEAT.section("validate", keys=batch.ids)
                 total += self._of_pack(batch, kinds=kinds)
         loader.close()
-        summed = self._ranks.sum(torch.from_numpy(total)).numpy()
-        return summed[:-1], summed[-1]
+        return self._ranks.sum(torch.from_numpy(total)).numpy()
 
     def _of_pack(self, batch: Batch, *, kinds: tuple[int, ...]) -> NDArray[np.float64]:
         """(kinds + 1, sizes) sums of errors by kind, then the number of images."""

@@ -110,7 +110,7 @@ def test_the_validation_loss_from_features_is_that_from_images(config: Path, tmp
             trainer = Trainer(loaded, build(loaded, make_planner(loaded), ranks=alone, cleanup=cleanup), ranks=alone)
             for _ in range(2):
                 trainer.take_step()
-            columns = trainer.validate(last=True)
+            columns = trainer.validate(last=True, stopping=bool)
             assert HEARTBEAT.state.section == "validate"
             return columns
 

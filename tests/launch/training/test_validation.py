@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +22,7 @@ from launch.config.schema import Config, ConfigError
 from launch.distributed.ranks import Ranks
 from launch.finetuning.lora import draw_dropout
 from launch.training.build import build, make_network, make_objective
+from launch.training.measuring.validation import Validation
 from launch.training.metrics import read_rows
 from launch.training.planning import check_ready, make_planner, make_validation_plan
 from launch.training.train import train
@@ -151,6 +156,75 @@ def test_what_cannot_be_validated_is_found_before_the_start(folder: Path) -> Non
         check_ready(configured(folder, "bad", "validation.share=1e-6", "train.steps=1"))
 
 
+def without_clock(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without what differs between two runs of the same steps."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name and name not in ("time", "restarts", "peak_memory_host")}
+        for row in found
+    ]
+
+
+@pytest.mark.parametrize("ends", ["by a signal", "by an error"])
+def test_a_validation_that_is_interrupted_is_done_again_after_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch, ends: str) -> None:
+    """The checkpoint of its step does not wait for it. The rows are those of the run that was not interrupted."""
+    run = folder / f"run-{ends}"
+    saves, measured, of_pack = [], [], Validation._of_pack
+
+    def interrupted(self: Validation, *arguments: Any, **options: Any) -> Any:
+        saves.append([path.name[:11] for path in (run / "checkpoints").iterdir()])
+        measured.append(None)
+        if ends == "by an error":
+            raise RuntimeError("the network fails")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # another thread receives it
+        return of_pack(self, *arguments, **options)
+
+    monkeypatch.setattr(Validation, "_of_pack", interrupted)
+    config = configured(folder, ends, *HELD_OUT, "train.steps=4")
+    with pytest.raises(RuntimeError if ends == "by an error" else SystemExit):
+        train(config, quiet=True)
+    assert saves == [["step-000003"]]
+    assert ["validation_loss" in row for row in rows(folder, ends)] == [False] * 3
+    monkeypatch.undo()
+    train(config, quiet=True)
+    assert without_clock(rows(folder, ends)) == without_clock(rows(folder, "split"))
+    assert rows(folder, ends)[2]["seconds_validation"] > 0
+
+
+def test_a_validation_without_a_readable_image_has_no_loss(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "other", folder / "damaged", dirs_exist_ok=True)
+    tar = folder / "damaged" / "000000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    given = [f"validation.corpus={folder / 'damaged'}", "validation.every=1", "loader.max_bad_fraction=1", "train.steps=2"]
+    train(configured(folder, "damaged", *given))
+    assert capsys.readouterr().err.count("warning: step 1 has no validation loss: none of its images can be read") == 1
+    for row in rows(folder, "damaged"):
+        found = {name: value for name, value in row.items() if name.startswith("validation")}
+        assert found.pop("validation_images") == 0
+        assert {"validation_loss", "validation_loss_transition", "validation_loss_ema"} <= found.keys()
+        assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize("packs", [0, 1, 4])
+def test_a_stopped_validation_gives_no_number_and_leaves_the_weights(folder: Path, alone: Ranks, packs: int) -> None:
+    """Also while the average is measured."""
+    config = configured(folder, "stopped", *HELD_OUT, "train.steps=4", "plan.tokens_per_pack=64")
+    with ExitStack() as cleanup:
+        trainer = Trainer(config, build(config, make_planner(config), ranks=alone, cleanup=cleanup), ranks=alone)
+        trainer.take_step()
+        engine, average = trainer.parts.engine, trainer.parts.ema.average
+        held = [fragment.values for fragments in (engine.fragments(), average) for fragment in fragments.values()]
+        before = [values.clone() for values in held]
+        asked = iter([False] * packs + [True])
+        assert trainer.validate(last=True, stopping=lambda: next(asked)) == {}
+        assert next(asked, None) is None
+        assert all(torch.equal(one, other) for one, other in zip(before, held, strict=True))
+        assert engine.module.training
+        complete = trainer.validate(last=True, stopping=bool)
+        assert complete["validation_images"] == 7
+        assert complete["validation_loss"] != complete["validation_loss_ema"]
+
+
 def test_adapters_are_validated_without_dropout(folder: Path, alone: Ranks) -> None:
     config = configured(folder, "dropout", *HELD_OUT, "train.steps=4", "train.lora={rank: 2, dropout: 0.5}")
     with ExitStack() as cleanup:
@@ -161,6 +235,6 @@ def test_adapters_are_validated_without_dropout(folder: Path, alone: Ranks) -> N
         measured = []
         for step in (7, 8):
             draw_dropout(trainer.parts.engine.module, seed=0, step=step)
-            measured.append(validation.measure(1))
+            measured.append(validation.measure(1, stopping=bool))
         assert measured[0] == measured[1]
         assert trainer.parts.engine.module.training
