@@ -39,8 +39,7 @@ def place_mask(mask: Pixels, *, size: tuple[int, int], stored: tuple[int, int], 
         mask = np.asarray(Image.fromarray(mask).transpose(UPRIGHT[orientation]))
     if not fits(mask.shape[:2], size):
         raise BadMask(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its image {size[1]}x{size[0]}: they need the same aspect ratio")
-    if not mask.any():
-        raise BadMask("is black everywhere: nothing of the image would be trained")
+    _check_white(mask)
     return _resized(mask, stored)
 
 
@@ -62,6 +61,7 @@ def load_mask(
     mask = read_mask(bytes(data))
     if not fits(mask.shape[:2], resize, slack=slack):
         raise BadMask(f"is {mask.shape[1]}x{mask.shape[0]} pixels, its image scales to {resize[1]}x{resize[0]}: another aspect ratio")
+    _check_white(mask)
     top, left = (resize[0] - crop[0]) // 2, (resize[1] - crop[1]) // 2
     cut = _resized(mask, resize)[top : top + crop[0], left : left + crop[1]]
     cut = cut[:, ::-1] if flip else cut
@@ -74,6 +74,15 @@ def load_mask(
 def fits(one: tuple[int, ...], other: tuple[int, ...], *, slack: int = 1) -> bool:
     """Whether two sizes have the same aspect ratio, up to `slack` pixels of rounding a side."""
     return abs(one[0] * other[1] - one[1] * other[0]) <= slack * max(sum(one), sum(other))
+
+
+def _check_white(mask: Pixels) -> None:
+    """Raise BadMask for a mask that is black, or that has 0 and 1 in place of 0 and 255."""
+    brightest = int(mask.max())
+    if brightest == 0:
+        raise BadMask("is black everywhere: nothing of the image would be trained")
+    if brightest == 1:
+        raise BadMask("is nearly black: its brightest pixel is 1 of 255; write 255 (in a 16-bit file 65535) where the image is trained")
 
 
 def _resized(mask: Pixels, size: tuple[int, int]) -> Pixels:

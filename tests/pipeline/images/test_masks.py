@@ -103,9 +103,24 @@ def test_sizes_that_differ() -> None:
         place_mask(np.zeros((30, 20), np.uint8), size=(30, 20), stored=(30, 20))
     with pytest.raises(BadMask, match="is 30x20 pixels, its image scales to 64x64: another aspect ratio"):
         load_mask(png(scene(20, 30, seed=1)), resize=(64, 64), crop=(64, 64), flip=False, factor=8)
+    with pytest.raises(BadMask, match="is black everywhere"):
+        load_mask(png(np.zeros((64, 64), np.uint8)), resize=(64, 64), crop=(64, 64), flip=False, factor=8)
     edge = np.zeros((64, 70), np.uint8)
     edge[:, -3:] = 255
     with pytest.raises(BadMask, match="is black in all of the image that is trained"):
         load_mask(png(edge), resize=(64, 70), crop=(64, 64), flip=False, factor=8)
     assert fits((301, 199), (300, 200))
     assert not fits((320, 200), (300, 200))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_masks_of_ones_instead_of_white_are_refused(dtype: type) -> None:
+    """Arrays of 0 and 1 saved as they are, or 8-bit values in a 16-bit file: the image would count as nothing."""
+    ones = (scene(64, 64, seed=1) > 128).astype(dtype) * (255 if dtype == np.uint16 else 1)
+    said = r"is nearly black: its brightest pixel is 1 of 255; write 255 \(in a 16-bit file 65535\) where the image is trained"
+    with pytest.raises(BadMask, match=said):
+        place_mask(read_mask(png(ones)), size=(64, 64), stored=(64, 64))
+    with pytest.raises(BadMask, match=said):
+        load_mask(png(ones), resize=(64, 64), crop=(64, 64), flip=False, factor=8)
+    wide = (scene(64, 64, seed=1) > 128).astype(np.uint16) * 65535
+    assert set(np.unique(read_mask(png(wide)))) == {0, 255}
