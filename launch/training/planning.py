@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from launch.arguments import one_config, split_overrides
@@ -48,7 +49,8 @@ def make_planner(config: Config) -> Planner:
 def make_validation_plan(config: Config, planner: Planner, *, step: int = 0, ranks: int = 1) -> ValidationPlan:
     """The held-out images of the planner's corpora, or those of `validation.corpus`, at the sizes that step `step` trains.
 
-    Raises ValueError if there are none, or if a corpus is invalid or has other features than the planner's.
+    Raises ValueError if there are none, if a corpus is invalid or has other features than the planner's, or if the planner selects images
+    of `validation.corpus` as well.
     """
     section = config.validation
     assert section is not None
@@ -61,7 +63,10 @@ def make_validation_plan(config: Config, planner: Planner, *, step: int = 0, ran
             kind = f"features with {', '.join(sorted(needed))}" if needed else "no features"
             raise ConfigError(f"validation.corpus: needs {kind}, as the corpus that is trained on")
     plan, width = planner.plan.at(step), config.network.params.hidden_size
-    return ValidationPlan(sources, plan=plan, width=width, images=section.images, ranks=ranks)
+    validation = ValidationPlan(sources, plan=plan, width=width, images=section.images, ranks=ranks)
+    if section.corpus:
+        _check_not_trained(validation, planner)
+    return validation
 
 
 def typed_config(arguments: Sequence[str], *, checkpoint: Path | None = None) -> Config:
@@ -153,6 +158,22 @@ def _open_corpora(config: Config, entries: Sequence[CorpusConfig], *, validation
         for corpus in corpora:
             _check_classes(corpus, classes=config.network.params.num_classes)
     return sources
+
+
+def _check_not_trained(validation: ValidationPlan, planner: Planner) -> None:
+    """Raise ConfigError if a corpus of the planner selects images of the validation."""
+    places = {shard.path: (corpus.digest, number) for corpus in validation.corpora for number, shard in enumerate(corpus.shards)}
+    keys: dict[tuple[str, int], list[str]] = {}
+    for sample in (sample for pack in validation.packs for sample in pack.samples):
+        keys.setdefault(places[sample.tar], []).append(sample.key)
+    for source in planner.sources:
+        for number in range(len(source.corpus.shards)):
+            if held_out := keys.get((source.corpus.digest, number)):
+                table, targets = source.select(number, rule=validation.plan.size_rule, columns=("key",))
+                trained = set(table.column("key").filter(pa.array(targets.left_out == 0)).to_pylist())
+                if count := len(trained.intersection(held_out)):
+                    remedy = "select others with `where` or `exclude`, or give validation.share"
+                    raise ConfigError(f"validation.corpus: {count} of its images are trained on, as part of corpus {source.name}: {remedy}")
 
 
 def _step_folder(path: Path) -> Path:

@@ -152,6 +152,11 @@ def test_what_cannot_be_validated_is_found_before_the_start(folder: Path) -> Non
         configured(folder, "bad", "validation.every=3")
     with pytest.raises(ConfigError, match=r"weight, repeats and cap have no effect here"):
         configured(folder, "bad", f"validation.corpus={{path: {folder / 'other'}, repeats: 2}}")
+    same = folder / "corpus" / ".." / "corpus"
+    few = [f"validation.corpus={{path: {same}, where: 'width < 40'}}", "train.steps=1"]
+    with pytest.raises(ConfigError, match=r"validation\.corpus: \d+ of its images are trained on, as part of corpus corpus: select others"):
+        check_ready(configured(folder, "bad", *few))
+    check_ready(configured(folder, "bad", *few, f"corpus={{path: {folder / 'corpus'}, where: 'width >= 40'}}"))
     with pytest.raises(ValueError, match="none of the 40 samples of corpus is selected"):
         check_ready(configured(folder, "bad", "validation.share=1e-6", "train.steps=1"))
 
