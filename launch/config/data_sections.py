@@ -60,7 +60,7 @@ class ValidationConfig(Section):
     share: float | None = Field(default=None, gt=0, lt=1)
     """Share of each corpus that is never trained on, by hash of the sample ids: the same images in every run."""
     corpus: Annotated[tuple[CorpusConfig, ...], BeforeValidator(as_corpora)] = ()
-    """Other corpora, in the form of `corpus`, without weight, repeats and cap."""
+    """Other corpora, in the form of `corpus`, without weight, repeats and cap. Images that `corpus` selects as well are refused."""
     every: int = Field(default=500, ge=1)
     """Steps between validations; another one is at the end."""
     images: int = Field(default=512, ge=1)
