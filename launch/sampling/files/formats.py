@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import features
+
 PNG_LEVEL = 3  # of zlib: about 60 % of the time of Pillow's 6, files about 14 % larger
 AVIF_SPEED = 8  # of 0 to 10: at most two thirds of the time of Pillow's 6, files 14 to 24 % larger
 QUALITIES = {"jpeg": 95, "webp": 90, "avif": 85}
@@ -48,7 +50,8 @@ def image_format(name: str | None = None, *, path: Path | None = None, quality: 
         lossless: of WebP; PNG always is, JPEG and Pillow's AVIF, which converts colours, never are.
 
     Raises:
-        ValueError: an unknown format, a name and a suffix that differ, a quality out of range, or one that the format does not have.
+        ValueError: an unknown format, a name and a suffix that differ, a quality out of range, an option that the format does not have, or
+            a format that this build of Pillow lacks.
     """
     known = "png, jpeg, webp or avif"
     given = None if name is None else name.lower().removeprefix(".")
@@ -66,6 +69,8 @@ def image_format(name: str | None = None, *, path: Path | None = None, quality: 
         raise ValueError(f"--lossless: {chosen} always loses something; use --format png or webp")
     if quality is not None and (chosen == "png" or lossless):
         raise ValueError(f"--quality {quality}: {'png' if chosen == 'png' else '--lossless'} loses nothing; leave it out")
+    if chosen in ("webp", "avif") and not features.check(chosen):
+        raise ValueError(f"--format {chosen}: this build of Pillow cannot write it; use another format, or pip install --upgrade pillow")
     is_lossless = lossless or chosen == "png"
     return ImageFormat(
         name=chosen,

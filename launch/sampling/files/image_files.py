@@ -28,6 +28,7 @@ FORMATS_READ = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF", "BMP")
 _PARAMETERS, _TIM, _XMP_OF_PNG = "parameters", "tim", "XML:com.adobe.xmp"
 _LONGEST_IN_JPEG = 6_500  # characters of a prompt in an EXIF block of JPEG, which holds 64 kB
 _MODES = {"png": ("1", "L", "LA", "RGB", "RGBA"), "jpeg": ("L", "RGB"), "webp": ("RGB", "RGBA"), "avif": ("RGB", "RGBA")}
+_CARRIED = {"icc_profile", "exif", "xmp", "comment", "dpi", "transparency"}
 _REMEDY = "give an image that tim or A1111 wrote with its metadata"
 
 
@@ -46,8 +47,9 @@ def write_image(path: Path, image: Image.Image, settings: Settings, *, form: Ima
     if form.name == "jpeg" and image.mode in TRANSPARENT:
         raise ValueError(f"{path}: jpeg has no transparency; use --format png, webp or avif")
     stored = image if image.mode in _MODES[form.name] else image.convert("RGBA" if image.mode in TRANSPARENT else "RGB")
-    stored = image.copy() if stored is image and image.info else stored
-    stored.info = {}  # nothing of where the image came from
+    if _CARRIED & stored.info.keys():  # Pillow would write them; nothing of where the image came from is kept
+        stored = stored.copy() if stored is image else stored
+        stored.info = {}
     extra = _metadata(settings, form=form) if metadata else {}
     content = io.BytesIO()
     stored.save(content, **form.save_options(), **extra)
@@ -118,13 +120,16 @@ def _metadata(settings: Settings, *, form: ImageFormat) -> dict[str, Any]:
 def _read(image: Image.Image) -> Settings | None:
     """The settings in the metadata of an opened image, None if it has none. Raises NoSettings if ours are damaged."""
     packet = image.info.get("xmp", b"")
+    packet = packet.encode() if isinstance(packet, str) else packet
     segments = [body for name, body in getattr(image, "applist", []) if name == "APP1"]
-    ours = image.info.get(_TIM) or xmp.settings_in(packet.encode() if isinstance(packet, str) else packet, segments=segments)
+    ours = image.info.get(_TIM) or xmp.settings_in(packet, segments=segments)
     if isinstance(ours, str):
         try:
             return Settings.from_json(ours)
         except ValueError as error:
             raise NoSettings(str(error)) from error
+    if xmp.lacks_settings(packet):
+        raise NoSettings("has lost a part of its settings")
     text = image.info.get(_PARAMETERS)
     if not isinstance(text, str):
         text = comment_of(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))

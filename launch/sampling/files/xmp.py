@@ -56,6 +56,11 @@ def settings_in(xmp: bytes, *, segments: Sequence[bytes] = ()) -> str | None:
     return None
 
 
+def lacks_settings(xmp: bytes) -> bool:
+    """Whether an XMP packet is one of ours that names an extended packet. If `settings_in` found none, that one is damaged or gone."""
+    return b"<xmp:CreatorTool>tim" in xmp and b"<xmpNote:HasExtendedXMP>" in xmp
+
+
 def _properties(*, source: str, tool: str) -> str:
     return (
         f"<Iptc4xmpExt:DigitalSourceType>{escape(source)}</Iptc4xmpExt:DigitalSourceType><xmp:CreatorTool>{escape(tool)}</xmp:CreatorTool>"

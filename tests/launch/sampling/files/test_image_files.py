@@ -150,6 +150,13 @@ def test_options_that_do_not_go_together_are_named(options: dict, message: str) 
         image_format(**options)
 
 
+def test_a_format_that_pillow_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.features.check", lambda name: name != "avif")
+    assert image_format("webp").name == "webp"
+    with pytest.raises(ValueError, match="--format avif: this build of Pillow cannot write it"):
+        image_format("avif")
+
+
 def test_formats_by_name_and_suffix() -> None:
     assert [image_format(name).suffix for name in ("PNG", "jpg", "jpeg", ".webp", "avif")] == [".png", ".jpg", ".jpg", ".webp", ".avif"]
     assert image_format(path=Path("a.JPEG")).name == "jpeg"
@@ -265,6 +272,19 @@ def test_flipped_bytes_give_settings_or_one_sentence(tmp_path: Path, suffix: str
         read_settings(damaged)
     except NoSettings as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+@pytest.mark.parametrize("change", ["flip", "cut"])
+def test_settings_of_which_a_part_is_lost_are_not_replaced_by_a_cut_prompt(tmp_path: Path, change: str) -> None:
+    path = written(tmp_path / "a.jpg", replace(FULL, prompt="x" * 100_000))
+    content = bytearray(path.read_bytes())
+    place = content.index(b"http://ns.adobe.com/xmp/extension/")
+    if change == "flip":
+        content[place + 30_000] ^= 1
+    else:
+        content[place - 4 : place + 65_000 + len(b"http://ns.adobe.com/xmp/extension/") + 1 + 40] = b""
+    path.write_bytes(content)
+    refused(path, "has lost a part of its settings")
 
 
 def test_entities_in_a_foreign_packet_are_not_expanded(tmp_path: Path) -> None:
