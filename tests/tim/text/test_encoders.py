@@ -9,11 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.tim.families import FAMILIES, without_tokenizer
 from tests.tim.models import bert, clip, gemma, t5
 from tim.pretrained import weight_files
 from tim.text import encoders
 
 CAPTIONS = ["a small red image", "", "the 3 large blue image number 7 of 9", "the"]
+
+
+@pytest.fixture(scope="module")
+def bert_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bert(tmp_path_factory.mktemp("bert") / "model")
 
 
 @pytest.mark.parametrize(("write", "width"), [(bert, 24), (t5, 16), (gemma, 32)])
@@ -63,6 +69,29 @@ def test_captions_do_not_see_their_neighbours(kind: str, tmp_path: Path, monkeyp
     half = encoders.make(kind, tmp_path / "model", max_tokens=16, precision="bf16").encode(CAPTIONS)
     assert not torch.equal(half[0], together[0])
     torch.testing.assert_close(half[0], together[0], rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_captions_do_not_see_their_neighbours_in_any_family(family: str, bert_folder: Path, tmp_path: Path) -> None:
+    encoder = encoders.make("hf", without_tokenizer(tmp_path / family, family), tokenizer_path=bert_folder, max_tokens=32)
+    for caption, features in zip(CAPTIONS, encoder.encode(CAPTIONS), strict=True):
+        torch.testing.assert_close(features, encoder.encode([caption])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_batches_hold_captions_of_similar_lengths(bert_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = encoders.make("hf", bert_folder, max_tokens=64)
+    masks: list[torch.Tensor] = []
+    forward = encoder._forward  # pyright: ignore
+
+    def recorded(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        masks.append(mask)
+        return forward(ids, mask)
+
+    monkeypatch.setattr(encoder, "_forward", recorded)
+    captions = [" ".join(["red"] * count) for count in (1, 62, 3, 30, 2, 31, 60, 5)]
+    assert [len(features) for features in encoder.encode(captions)] == [3, 64, 5, 32, 4, 33, 62, 7]
+    assert [mask.sum(1).tolist() for mask in masks] == [[3, 4, 5, 7], [32], [33], [62, 64]]
+    assert all(bool(mask[-1].all()) for mask in masks)
 
 
 def test_what_cannot_be_had_is_named(tmp_path: Path) -> None:
