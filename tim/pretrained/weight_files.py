@@ -17,7 +17,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,18 +129,36 @@ def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loa
         yield Loadable(Path(temporary), arguments)
 
 
-def digest(path: str | Path, *, parts: Sequence[str] = (), weights: bool = True) -> str:
+def file_digest(file: Path) -> str:
+    """sha256 of a file in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest(path: str | Path, *, parts: Sequence[str] = (), weights: bool = True, of_file: Callable[[Path], str] = file_digest) -> str:
     """sha256 in hexadecimal of a file or of all model files of a folder; without `weights`, of the other files only.
 
-    Raises ValueError if there is no folder.
+    of_file: digest of each file, for example `DiskCache.file_digest`. Raises ValueError if there is no folder.
     """
     if Path(path).is_file():
-        return _file_digest(Path(path))
+        return of_file(Path(path))
     location = locate(path, parts=parts)
     if location.file is not None:
-        return _file_digest(location.file)
+        return of_file(location.file)
     included = [file for file in files(location) if weights or file.suffix in _DESCRIPTIONS]
-    return hashlib.sha256("\n".join(f"{file.name} {_file_digest(file)}" for file in included).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{file.name} {of_file(file)}" for file in included).encode()).hexdigest()
+
+
+def model_digest(path: str | Path, *, parts: Sequence[str] = (), of_file: Callable[[Path], str] = file_digest) -> str:
+    """`digest` of the weights at `path`, and if that is one file, of the descriptions beside it: all that a model depends on."""
+    found = locate(path, parts=parts)
+    weights = digest(path, parts=parts, of_file=of_file)
+    if found.file is None:
+        return weights
+    return hashlib.sha256(f"{weights} {digest(found.folder, weights=False)}".encode()).hexdigest()
 
 
 def files(location: Location) -> list[Path]:
@@ -217,11 +235,3 @@ def _snapshot(repository: str, patterns: list[str], *, name: str) -> Path:
     except Exception as error:  # anything that the hub, its cache and the network raise
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ValueError(f"{name} cannot be downloaded ({why}); give a local folder with config.json and safetensors instead") from error
-
-
-def _file_digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
