@@ -31,6 +31,7 @@ PIPELINE = "model_index.json"
 SAFE, PICKLE = ".safetensors", ".bin"
 _DESCRIPTIONS = (".json", ".txt", ".model")
 _TAKEN = (*_DESCRIPTIONS, SAFE)
+_CONFIGS = ("config.json", "open_clip_config.json")
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)  # of loading weights
 log = logging.getLogger(__name__)
 
@@ -153,12 +154,11 @@ def digest(path: str | Path, *, parts: Sequence[str] = (), weights: bool = True,
 
 
 def model_digest(path: str | Path, *, parts: Sequence[str] = (), of_file: Callable[[Path], str] = file_digest) -> str:
-    """`digest` of the weights at `path`, and if that is one file, of the descriptions beside it: all that a model depends on."""
+    """`digest` of the weights at `path`, and if that is one file, of the config beside it: all that a model computes with."""
     found = locate(path, parts=parts)
     weights = digest(path, parts=parts, of_file=of_file)
-    if found.file is None:
-        return weights
-    return hashlib.sha256(f"{weights} {digest(found.folder, weights=False)}".encode()).hexdigest()
+    configs = [] if found.file is None else [file for name in _CONFIGS if (file := found.folder / name).is_file()]
+    return hashlib.sha256(" ".join([weights, *map(of_file, configs)]).encode()).hexdigest()
 
 
 def files(location: Location) -> list[Path]:
