@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,18 +14,20 @@ from PIL import Image
 from torch import Tensor
 
 from tim import codecs, transports
-from tim.model_folder.folder import ModelSpec, is_model_folder, load_model
+from tim.disk_cache import DiskCache
+from tim.model_folder.folder import ModelSpec, load_model
 from tim.model_kinds import Dtype
 from tim.network import TransitionTransformer, check_classes
 from tim.packed import Condition, PackedText
 from tim.pretrained.lora_files import merge_adapters, read_adapters
-from tim.pretrained.weight_files import HUB, local_folder
 from tim.sampling.edits import Edit, Frame, composite, pixels_of, start_of
+from tim.sampling.live_view import LiveView, live_view_for
 from tim.sampling.packs import TOKENS_PER_PACK, sampling_packs, tokens_within
 from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, completed, requests_of
 from tim.sampling.sampler import Second, Start, default_dtype, sample
+from tim.sampling.sources import choose_device, model_folder
 from tim.sampling.times import check_times, time_grid
-from tim.text import encoders
+from tim.text.prompt_encoder import PromptEncoder
 
 Encode = Callable[[Sequence[str]], list[Tensor]]
 ROUND = 256  # images whose prompts are encoded together, before the first of them is drawn
@@ -51,13 +53,20 @@ class Step:
     """A step of a pack, for a callback.
 
     images: indices of the requests in the pack; step: steps taken, from 1 to `steps`, those of the longest image;
-    latents: computes the clean image that each image is heading for, (C, h, w) per image; callable until the callback returns.
+    latents: computes the clean image that each image is heading for, (C, h, w) per image; callable until the callback returns, like
+    `previews`. live_view: the generator's.
     """
 
     images: tuple[int, ...]
     step: int
     steps: int
     latents: Callable[[], list[Tensor]]
+    live_view: Callable[[], LiveView]
+
+    def previews(self) -> list[Image.Image]:
+        """The images so far, one pixel per cell of the latent, without decoding them."""
+        view = self.live_view()
+        return [image_of(view.rgb(latent)) for latent in self.latents()]
 
 
 class Conditions(NamedTuple):
@@ -87,9 +96,13 @@ class Generator:
         memory_gb: float | None = None,
         codec: codecs.Codec | None = None,
         encode: Encode | None = None,
+        cache: DiskCache | None = None,
     ) -> None:
         """device: None for the GPU if there is one. memory_gb: limit of the network's activations, in place of `tokens_per_pack`.
-        codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded."""
+
+        codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded. cache: of
+        prompt features and of the live view; None for the default one. Raises ValueError if codec or text encoder cannot be loaded.
+        """
         self.device = choose_device() if device is None else torch.device(device)
         self.network = network.to(self.device).eval()
         self.spec = spec
@@ -100,17 +113,10 @@ class Generator:
         self.tokens_per_pack = min(within, TOKENS_PER_PACK) if tokens_per_pack is None else tokens_per_pack
         self.transport = transports.make(**spec.transport)
         self.codec = codec or codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
+        self.cache = DiskCache.default() if cache is None else cache
         self.text = None
         if spec.text is not None and encode is None:
-            self.text = encoders.make(
-                spec.text["kind"],
-                spec.text.get("path"),
-                tokenizer_path=spec.text.get("tokenizer"),
-                width=network.params["cap_feat_dim"],
-                max_tokens=spec.text["max_tokens"],
-                device=self.device,
-                precision=spec.text.get("precision", "fp32"),
-            )
+            self.text = PromptEncoder(spec.text, width=network.params["cap_feat_dim"], device=self.device, cache=self.cache)
         self._encode = encode if self.text is None else self.text.encode
 
     @classmethod
@@ -127,7 +133,7 @@ class Generator:
 
         loras: LoRA files and their scales, merged into the weights. Raises ValueError if there is no model, or if a LoRA does not fit.
         """
-        network, spec = load_model(_model_folder(model))
+        network, spec = load_model(model_folder(model))
         for path, scale in loras:
             merge_adapters(network, read_adapters(path), scale=scale, source=path)
         return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb)
@@ -138,7 +144,7 @@ class Generator:
         self.network.to(self.device)
         self.codec.to(self.device)
         if self.text is not None:
-            self.text.to(self.device)
+            self.text.device = self.device
         return self
 
     @property
@@ -224,6 +230,11 @@ class Generator:
                 raise ValueError(f"prompt {captions[0]!r}: this model takes class ids from 0 to {self.network.classes - 1}")
             check_classes(classes, classes=self.network.classes, null=self.network.null_class)
 
+    @cached_property
+    def live_view(self) -> LiveView:
+        """Colours of latents without decoding them, fitted to the codec once."""
+        return live_view_for(self.codec, self.spec.codec, cache=self.cache)
+
     def conditions(self, requests: Sequence[ImageRequest]) -> Conditions:
         """The conditions of completed requests, encoded."""
         return self._conditions(requests, self._features(requests))
@@ -250,7 +261,7 @@ class Generator:
 
         def report(step: int, latents: Callable[[], list[Tensor]]) -> None:
             assert callback is not None
-            callback(Step(tuple(indices), step + 1, max(map(len, grids)) - 1, latents))
+            callback(Step(tuple(indices), step + 1, max(map(len, grids)) - 1, latents, lambda: self.live_view))
 
         conditions = self._conditions(pack, features)
         samples = sample(
@@ -287,7 +298,10 @@ class Generator:
         if self._encode is None:
             return {}
         prompts = sorted({str(prompt) for request in requests for prompt in request.prompts})
-        return dict(zip(prompts, self._encode(prompts), strict=True))
+        features = self._encode(prompts)
+        if self.text is not None and self.device.type != "cpu":
+            self.text.offload()
+        return dict(zip(prompts, features, strict=True))
 
     def _conditions(self, requests: Sequence[ImageRequest], features: dict[Prompt, Tensor]) -> Conditions:
         mixes = [each.prompt if isinstance(each.prompt, PromptMix) else PromptMix(each.prompt, each.prompt, 0.0) for each in requests]
@@ -337,25 +351,6 @@ class Generator:
         frame = self.frame(request)
         copies = 1 + (request.guidance != 1.0) + isinstance(request.prompt, PromptMix)
         return copies * (frame.drawn_height // self.stride) * (frame.drawn_width // self.stride)
-
-
-def choose_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _model_folder(model: str | Path) -> Path:
-    """The model folder at a path or hub address. Raises ValueError if there is none."""
-    name, path = str(model), Path(model)
-    if name.startswith(HUB):
-        return local_folder(name)
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        return local_folder(HUB + name)
-    if path.is_dir() and not is_model_folder(path) and is_model_folder(path / "model"):
-        return path / "model"
-    if (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: this run has no model/ yet: export a checkpoint with `tim export {path} --out FOLDER`")
-    return path
 
 
 def _rounds(packs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
