@@ -30,18 +30,27 @@ class Lengths:
 
 def forward_flops(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool = False) -> int:
     """One forward pass of a pack. params: complete, with the published names; alignment: include the projection."""
-    return _inputs(params, lengths) + _first_layers(params, lengths) + _rest(params, lengths, alignment=alignment)
+    return _first_layers(params, lengths) + _later_layers(params, lengths, alignment=alignment) + _attention(params, lengths)
 
 
-def backward_flops(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool = False) -> int:
-    """One backward pass: twice the forward, except that tokens and times need no gradient."""
-    return _first_layers(params, lengths) + 2 * (_inputs(params, lengths) + _rest(params, lengths, alignment=alignment))
+def backward_flops(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool = False, trained: float = 1.0) -> int:
+    """One backward pass. trained: share of the weights of matrices that are not frozen (of LoRA: of the adapters in all).
+
+    Each layer's product is taken once for the gradient of its input and once for that of its weights; tokens and times need no gradient.
+    Both products of attention are taken twice.
+    """
+    first, later = _first_layers(params, lengths), _later_layers(params, lengths, alignment=alignment)
+    return later + round(trained * (first + later)) + 2 * _attention(params, lengths)
 
 
-def step_flops(params: Mapping[str, Any], lengths: Lengths, *, moving: Sequence[int], alignment: bool = False) -> int:
-    """A training step: forward and backward of the pack, and two forwards of its r < t images, with indices `moving`."""
+def step_flops(params: Mapping[str, Any], lengths: Lengths, *, moving: Sequence[int], alignment: bool = False, trained: float = 1.0) -> int:
+    """A training step: forward and backward of the pack, and two forwards of its r < t images, with indices `moving`.
+
+    trained: as of `backward_flops`.
+    """
     derivative = 2 * forward_flops(params, lengths.of(moving)) if moving else 0
-    return forward_flops(params, lengths, alignment=alignment) + backward_flops(params, lengths, alignment=alignment) + derivative
+    backward = backward_flops(params, lengths, alignment=alignment, trained=trained)
+    return forward_flops(params, lengths, alignment=alignment) + backward + derivative
 
 
 def activation_bytes(params: Mapping[str, Any], lengths: Lengths, *, precision: str = "fp32", checkpoint_every: int = 0) -> int:
@@ -82,32 +91,33 @@ def _first_layers(params: Mapping[str, Any], lengths: Lengths) -> int:
     )
 
 
-def _inputs(params: Mapping[str, Any], lengths: Lengths) -> int:
-    """The rest of the embeddings."""
-    width = params["hidden_size"]
-    text = 0 if lengths.text is None else _linear(sum(lengths.text), *_swiglu(params["cap_feat_dim"], 4 * width, width))
-    return text + _linear(_times(params) * len(lengths.tokens), (width, width))
-
-
 def _times(params: Mapping[str, Any]) -> int:
     """Number of time embeddings per image in a forward pass."""
     return 1 + len(params["new_condition"].split(","))
 
 
-def _rest(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool) -> int:
-    """Blocks, final layer and projection."""
+def _later_layers(params: Mapping[str, Any], lengths: Lengths, *, alignment: bool) -> int:
+    """The rest of the embeddings, the layers of the blocks, final layer and projection."""
     width, tokens, images = params["hidden_size"], sum(lengths.tokens), len(lengths.tokens)
+    inputs = _linear(_times(params) * images, (width, width))
     modulations = 6 if lengths.text is None else 9
     block = _linear(images, *_swiglu(width, modulation_rank(params), modulations * width))
     block += _linear(tokens, (width, 3 * width), (width, width), *_swiglu(width, mlp_width(width), width))
-    block += 4 * width * sum(n * n for n in lengths.tokens)
     if params["distance_aware"]:
         block += _linear(images, (width, 3 * width))
     if lengths.text is not None:
+        inputs += _linear(sum(lengths.text), *_swiglu(params["cap_feat_dim"], 4 * width, width))
         block += _linear(tokens, (width, width), (width, width)) + _linear(sum(lengths.text), (width, 2 * width))
-        block += 4 * width * sum(n * m for n, m in zip(lengths.tokens, lengths.text, strict=True))
     final = _linear(images, *_swiglu(width, width // 2, 2 * width))
     final += _linear(tokens, (width, params["patch_size"] ** 2 * params["in_channels"]))
     hidden, out = params["projector_dim"], params["z_dim"]
     projection = _linear(tokens, (width, hidden), (hidden, hidden), (hidden, out)) if alignment else 0
-    return params["depth"] * block + final + projection
+    return inputs + params["depth"] * block + final + projection
+
+
+def _attention(params: Mapping[str, Any], lengths: Lengths) -> int:
+    """Products of queries, keys and values in all blocks."""
+    pairs = sum(n * n for n in lengths.tokens)
+    if lengths.text is not None:
+        pairs += sum(n * m for n, m in zip(lengths.tokens, lengths.text, strict=True))
+    return 4 * params["depth"] * params["hidden_size"] * pairs

@@ -13,6 +13,7 @@ from launch.estimate.frozen_models import FrozenMemory, frozen_memory
 from launch.estimate.memory import STAGES, Activations, RunFacts, Stage, StepMemory, largest_pack, step_memory
 from launch.estimate.trained_part import TrainedPart
 from launch.estimate.work import PlannedWork, planned_work
+from launch.finetuning.trainable import trained_share
 from launch.hardware.devices import Device
 from pipeline.progress import Progress, no_progress
 from tim.network import OFFICIAL_PARAMS
@@ -92,10 +93,9 @@ def setting_of(config: Config, situation: Situation, *, work: PlannedWork) -> Se
 def work_of(config: Config, situation: Situation) -> PlannedWork:
     """Operations of the run's steps."""
     parameters = parameters_of(_params(config), limit=TrainedPart.of(config))
-    matrices = [each for each in parameters.values() if len(each.shape) > 1]
-    trained, total = (sum(_count(each) for each in matrices if each.trained or everything) for everything in (False, True))
+    trained = trained_share((each.shape, each.trained) for each in parameters.values())
     every = _every(config)
-    return planned_work(config, ranks=situation.ranks, trained_share=trained / total, checkpointed_share=1 / every if every else 0.0)
+    return planned_work(config, ranks=situation.ranks, trained_share=trained, checkpointed_share=1 / every if every else 0.0)
 
 
 def _settings(config: Config, situation: Situation, *, work: PlannedWork) -> Iterator[Setting]:

@@ -14,7 +14,7 @@ from launch.training.planning import make_planner
 from pipeline.cost import DIFFUSION
 from pipeline.packing.rank_assignment import assign_to_ranks, step_makespan
 from pipeline.planned_steps import Step
-from tim.flops import Lengths, backward_flops, forward_flops
+from tim.flops import Lengths, forward_flops, step_flops
 
 PLANNED = 8  # steps of a stage that are planned
 
@@ -118,13 +118,12 @@ def _of_limits(config: Config, *, ranks: int) -> tuple[list[_PackWork], float, i
 
 
 def _flops(config: Config, pack: _PackWork, *, trained: float, twice: float) -> float:
-    """Operations of a pack in a step, recomputation included."""
+    """Operations of a pack in a step, recomputation and guidance included."""
     params: dict[str, Any] = config.network.params.model_dump(exclude_none=True)
     text = [config.text.max_tokens] * len(pack.tokens) if config.condition == "text" else None
     lengths, alignment = Lengths(list(pack.tokens), text), config.objective.alignment is not None
-    forward, backward = (each(params, lengths, alignment=alignment) for each in (forward_flops, backward_flops))
-    derivative = 2 * forward_flops(params, lengths.of(list(pack.moving))) if pack.moving else 0
-    guided = 0.0
+    step = step_flops(params, lengths, moving=list(pack.moving), alignment=alignment, trained=trained)
+    forward, guided = forward_flops(params, lengths, alignment=alignment), 0.0
     if (guidance := config.objective.guidance) is not None:
         guided = 2 * forward * (guidance.interval[1] - guidance.interval[0])
-    return forward * (1 + twice) + backward * (1 + trained) / 2 + derivative + guided
+    return step + twice * forward + guided

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -33,6 +35,12 @@ def frozen_names(network: nn.Module, config: Config) -> list[str]:
     if len(frozen) == len(names):
         raise ConfigError("train.freeze: matches all parameters, nothing is left to train: name fewer of them")
     return frozen
+
+
+def trained_share(parameters: Iterable[tuple[Sequence[int], bool]]) -> float:
+    """Share of the weights of matrices that is trained. parameters: the shape of each, and whether it is trained."""
+    counts = [(math.prod(shape), is_trained) for shape, is_trained in parameters if len(shape) > 1]
+    return sum(count for count, is_trained in counts if is_trained) / sum(count for count, _ in counts)
 
 
 def limit_training(network: nn.Module, config: Config) -> None:

@@ -19,7 +19,7 @@ from launch.config.schema import Config, ConfigError, TrainConfig
 from launch.distributed.ranks import Ranks
 from launch.engine.ema import ShardedEMA
 from launch.engine.engine import Engine
-from launch.finetuning.trainable import is_finetuned, limit_training
+from launch.finetuning.trainable import is_finetuned, limit_training, trained_share
 from launch.training.frozen_models import FrozenModels
 from launch.training.measuring.validation import Stage, Validation
 from launch.training.planning import make_validation_plan
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Components that a training step needs. parameters: number of network parameters; base: the frozen ones, None if all are trained."""
+    """Components that a training step needs.
+
+    parameters: number of network parameters; base: the frozen ones, None if all are trained; trained_share: of the weights of matrices.
+    """
 
     planner: Planner
     loader: Loader
@@ -49,6 +52,7 @@ class Parts:
     engine: Engine
     ema: ShardedEMA
     parameters: int
+    trained_share: float
     history: History
     validation: Validation | None = None
     base: FrozenBase | None = None
@@ -93,6 +97,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     base = ranks.run_on_rank0(lambda: FrozenBase.of(network, config, source=init and init.source))
     ranks.run_on_all_ranks(lambda: limit_training(network, config))
     parameters = sum(parameter.numel() for parameter in network.parameters())
+    share = trained_share((parameter.shape, parameter.requires_grad) for parameter in network.parameters())
     frozen = FrozenModels(
         codec,
         encoder,
@@ -115,6 +120,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         engine=engine,
         ema=ShardedEMA(engine.fragments(), decay=config.train.ema, device="cpu" if config.train.ema_device == "cpu" else None),
         parameters=parameters,
+        trained_share=share,
         history=History(init=init if is_new else None),
         base=base,
     )

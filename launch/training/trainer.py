@@ -63,8 +63,8 @@ class Trainer:
         self._first_of_stages = {stage.step for stage in config.plan.schedule}
         self._has_warned_of_validation = False
         self._waited = 0.0  # seconds for the data of the step in hand
-        params = cast(TransitionTransformer, parts.engine.module).params
-        self._facts = ImageFacts(parts.objective, params=params, alignment=config.objective.alignment is not None)
+        params, aligned = cast(TransitionTransformer, parts.engine.module).params, config.objective.alignment is not None
+        self._facts = ImageFacts(parts.objective, params=params, alignment=aligned, trained=parts.trained_share)
         self._steps: Iterator[LoadedStep] | None = None
 
     def agree(self, *, stop: bool, save: bool = False) -> Requests:

@@ -15,12 +15,16 @@ from tim.objective import TransitionObjective
 
 
 class ImageFacts:
-    """Facts of packs, from what is on the host. params: the network's, complete; alignment: whether its projection is trained."""
+    """Facts of packs, from what is on the host.
 
-    def __init__(self, objective: TransitionObjective, *, params: Mapping[str, Any], alignment: bool) -> None:
+    params: the network's, complete; alignment: whether its projection is trained; trained: share of the weights of matrices that is.
+    """
+
+    def __init__(self, objective: TransitionObjective, *, params: Mapping[str, Any], alignment: bool, trained: float) -> None:
         self._objective = objective
         self._params = params
         self._alignment = alignment
+        self._trained = trained
 
     def tokens(self, batches: Sequence[Batch]) -> list[int]:
         """Tokens of each image of the packs; 1 for a dummy."""
@@ -44,4 +48,4 @@ class ImageFacts:
         captions = [length for of_pack in text for length in of_pack]
         lengths = Lengths(self.tokens(batches), captions or None).of(real)
         positions = np.flatnonzero(moving[real]).tolist()
-        return step_flops(self._params, lengths, moving=positions, alignment=self._alignment)
+        return step_flops(self._params, lengths, moving=positions, alignment=self._alignment, trained=self._trained)

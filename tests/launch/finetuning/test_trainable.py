@@ -6,15 +6,19 @@ import json
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import tim.attention.sdpa
 from launch.config.load import load_config
 from launch.config.schema import Config, ConfigError
 from launch.engine.parameter_groups import parameter_groups, trained_parameters
 from launch.finetuning.lora import draw_dropout
-from launch.finetuning.trainable import limit_training
+from launch.finetuning.trainable import limit_training, trained_share
 from launch.training.checks import check_models
 from tests.tim.tiny import TINY, tiny_network
 from tim import PackedText, PackedTokens, TransitionTransformer
+from tim.flops import Lengths, step_flops
 
 PARAMS = {**TINY, "z_dim": 12, "projector_dim": 16, "encoder_depth": 1}
 ALIGNMENT = "objective.alignment={kind: radio, path: none}"
@@ -76,6 +80,26 @@ def test_adapters_are_trained_and_the_projection_of_an_alignment() -> None:
         config_of("train.lora={}", "train.freeze=['blocks.*']")
     with pytest.raises(ConfigError, match=r"train\.init: missing; train\.lora needs the weights"):
         check_models(config_of("train.lora={}"))
+
+
+@pytest.mark.parametrize("limit", ["train.lora={rank: 2}", "train.freeze=['blocks.[0-3].*', 'y_embedder.*', 'x_embedder.*']"])
+def test_frozen_weights_save_operations(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The formula against what torch counts in the forward and the backward pass."""
+    monkeypatch.setattr(tim.attention.sdpa, "PAIRS_PER_LAUNCH", 0)  # as in tests/tim/test_flops.py
+    tim.attention.sdpa.batching.cache_clear()
+    params = {**TINY, "hidden_size": 128, "depth": 6}
+    network = TransitionTransformer.from_official(params)
+    sizes = {"network.params": json.dumps({**params, "in_channels": None}), "train.steps": 1, "corpus": "none"}
+    limit_training(network, load_config(None, overrides=[*(f"{key}={value}" for key, value in sizes.items()), limit]))
+    trained = trained_share((parameter.shape, parameter.requires_grad) for parameter in network.parameters())
+    packed = PackedTokens.from_latents([torch.randn(3, 32, 48), torch.randn(3, 24, 24)], 2)
+    text = PackedText.from_features([torch.randn(length, 16) for length in (7, 3)])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network(packed, torch.tensor([0.7, 0.2]), torch.tensor([0.2, 0.1]), text).tokens.sum().backward()
+    lengths = Lengths(packed.segments.lengths, text.segments.lengths)
+    expected = counter.get_total_flops()
+    assert step_flops(network.params, lengths, moving=[], trained=trained) == pytest.approx(expected, rel=0.1)
+    assert step_flops(network.params, lengths, moving=[]) > 1.15 * expected
 
 
 def output(network: TransitionTransformer) -> torch.Tensor:

@@ -22,7 +22,7 @@ from tim.objective import Losses
 PARAMS = TransitionTransformer.from_official(
     {"patch_size": 2, "depth": 1, "hidden_size": 16, "num_heads": 1, "in_channels": 3, "cap_feat_dim": 8}
 ).params
-FACTS = ImageFacts(TransitionObjective(transports.make("ot_fm"), patch_size=2, shift=None), params=PARAMS, alignment=False)
+FACTS = ImageFacts(TransitionObjective(transports.make("ot_fm"), patch_size=2, shift=None), params=PARAMS, alignment=False, trained=0.5)
 
 
 def batch(*ids: str, weights: list[float], kinds: list[int]) -> Batch:
@@ -65,7 +65,7 @@ def test_a_step_adds_up_by_time_and_size_and_counts_its_work(alone: Ranks) -> No
     sums = tally.sums(alone, waited=0.25)
     by_time = {"loss_t_0_20": None, "loss_t_20_40": None, "loss_t_40_60": 1.0, "loss_t_60_80": None, "loss_t_80_100": 2.0}
     assert bin_columns(sums.binned) == {**by_time, "loss_tokens_4": 1.5}
-    assert sums.flops == step_flops(PARAMS, Lengths([4, 6, 4], [3, 5, 2]), moving=[1, 2])
+    assert sums.flops == step_flops(PARAMS, Lengths([4, 6, 4], [3, 5, 2]), moving=[1, 2], trained=0.5)
     assert sums.waited == 0.25
 
 
