@@ -53,6 +53,7 @@ OFFICIAL_PARAMS: dict[str, Any] = {
 TEXT_PARAMS: dict[str, Any] = {"cap_feat_dim": None}
 CLASS_PARAMS: dict[str, Any] = {"num_classes": 1000, "class_dropout_prob": 0.1}
 NEW_CONDITIONS = get_args(NewCondition)
+PROJECTOR = "projector."  # names of the projection for the alignment teacher, which is no part of the sampled network
 # Shapes, precisions and gradient modes that the blocks are compiled for, at most: the default of 8 would be exceeded, and then nothing
 # is compiled any more.
 COMPILED_SHAPES = 64
@@ -118,8 +119,8 @@ class TransitionTransformer(nn.Module):
         """
         given = unnested(weights) if isinstance(weights, Mapping) else read_weights(weights)
         own = self.state_dict()
-        given = {k: v for k, v in given.items() if self.projector is not None or not k.startswith("projector.")}
-        missing = [k for k in own if k not in given and not k.startswith("projector.")]
+        given = {k: v for k, v in given.items() if self.projector is not None or not k.startswith(PROJECTOR)}
+        missing = [k for k in own if k not in given and not k.startswith(PROJECTOR)]
         unexpected = [k for k in given if k not in own]
         shapes = [
             f"{k} {tuple(given[k].shape)} instead of {tuple(own[k].shape)}" for k in given if k in own and given[k].shape != own[k].shape

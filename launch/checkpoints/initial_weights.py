@@ -23,6 +23,7 @@ from pipeline.errors import one_line
 from tim import TransitionTransformer
 from tim.model_folder.folder import is_model_folder, read_spec
 from tim.model_folder.folder import load_weights as folder_weights
+from tim.network import PROJECTOR
 from tim.pretrained import weight_files
 from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
 from tim.pretrained.safetensors_files import INDEX, LazyTensors, check_files
@@ -80,7 +81,7 @@ def fill(network: TransitionTransformer, found: InitialWeights, config: Config) 
     Raises ConfigError naming the mismatches; with `train.init_strict`, any difference between the two networks.
     """
     parameters = network.state_dict()
-    given = {name: value for name, value in found.state.items() if network.projector is not None or not name.startswith("projector.")}
+    given = {name: value for name, value in found.state.items() if network.projector is not None or not name.startswith(PROJECTOR)}
     matching = {name: value for name, value in given.items() if name in parameters and parameters[name].shape == value.shape}
     if config.train.init_strict:
         _load_strictly(network, given, found=found, config=config)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from launch.config.schema import Config
+from launch.finetuning.lora import is_target
+from tim.network import PROJECTOR
 
-PROJECTOR = "projector."  # trained with adapters, too, if there is an alignment teacher
 BLOCK = re.compile(r"^blocks\.\d+\.")
 
 
@@ -43,7 +44,7 @@ class TrainedPart:
             parameter.requires_grad_(not frozen)
         if not self.rank:
             return
-        layers = [name for name, module in network.named_modules() if type(module) is nn.Linear and self._has_adapter(name)]
+        layers = [name for name, module in network.named_modules() if type(module) is nn.Linear and is_target(name, self.targets)]
         for name in layers:
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, _Adapted(network.get_submodule(name), rank=self.rank))
@@ -52,10 +53,6 @@ class TrainedPart:
         places = [f"blocks.{number}." for number in range(self.depth)] if BLOCK.match(name) else [""]
         names = [BLOCK.sub(place, name) if place else name for place in places]
         return all(any(fnmatchcase(each, pattern) for pattern in self.freeze) for each in names)
-
-    def _has_adapter(self, layer: str) -> bool:
-        """As in `train.lora.targets`: full names, or their ends from a dot on."""
-        return any(fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}") for pattern in self.targets)
 
 
 class _Adapted(nn.Module):

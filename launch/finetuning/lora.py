@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from launch.config.model_sections import LoraConfig
 from launch.config.schema import ConfigError
 from pipeline.randomness import generator
+from tim.network import PROJECTOR
 
 ADAPTER = "default"  # PEFT's name of a network's adapter, a part of parameter names
 PARTS = {"a": f".lora_A.{ADAPTER}.weight", "b": f".lora_B.{ADAPTER}.weight"}  # ends of parameter names, after the layer's
@@ -53,10 +54,18 @@ def linear_targets(network: nn.Module, section: LoraConfig) -> list[str]:
     """Names of the linear layers that get an adapter. Raises ConfigError if a pattern matches none."""
     layers = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     for pattern in section.targets:
-        if not any(_matches(name, pattern) for name in layers):
+        if not any(is_target(name, [pattern]) for name in layers):
             example = next((name for name in layers if name.startswith("blocks.")), layers[0])
             raise ConfigError(f"train.lora.targets: {pattern!r} matches no linear layer; names look like {example!r}")
-    return [name for name in layers if any(_matches(name, pattern) for pattern in section.targets)]
+    return [name for name in layers if is_target(name, section.targets)]
+
+
+def is_target(layer: str, targets: Sequence[str]) -> bool:
+    """Whether a linear layer gets an adapter: a pattern fits its name, or the end of it from a dot on.
+
+    Never the projection for an alignment teacher, which is no part of the sampled network, and is trained as a whole.
+    """
+    return not layer.startswith(PROJECTOR) and any(fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}") for pattern in targets)
 
 
 def add_adapters(network: nn.Module, targets: Sequence[str], section: LoraConfig) -> None:
@@ -89,8 +98,3 @@ def adapted_layers(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if name.endswith(PARTS["a"]):
             yield name.removesuffix(PARTS["a"])
-
-
-def _matches(layer: str, pattern: str) -> bool:
-    """Whether a pattern fits a layer's name, or the end of it from a dot on."""
-    return fnmatchcase(layer, pattern) or fnmatchcase(layer, f"*.{pattern}")

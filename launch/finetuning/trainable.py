@@ -10,8 +10,7 @@ from torch import nn
 
 from launch.config.schema import Config, ConfigError
 from launch.finetuning.lora import add_adapters, linear_targets
-
-PROJECTOR = "projector."  # projection for the alignment teacher: not a part of the sampled network
+from tim.network import PROJECTOR
 
 
 def is_finetuned(config: Config) -> bool:

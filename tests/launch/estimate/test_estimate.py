@@ -83,6 +83,12 @@ def test_adapters_need_less() -> None:
     width, hidden = 1152, 4 * 1152 * 2 // 3
     assert sum(map(math.prod, trained.values())) == 6 * 4 * (4 * width + 3 * (width + hidden))
     assert all("lora_" in name for name in trained)
+    everywhere = parameters_of(
+        {**PARAMS, "z_dim": 16, "encoder_depth": 1}, limit=TrainedPart(depth=6, targets=("*",), rank=4, alignment=True)
+    )
+    assert {name for name, each in everywhere.items() if each.trained and "lora_" not in name} == {
+        name for name in everywhere if name.startswith("projector.")
+    }
     whole, limited = (pass_bytes(PARAMS, rope="rowcol", text_share=0.25, limit=limit) for limit in (None, part))
     assert 0.3 * whole.of(4096) < limited.of(4096) < 0.95 * whole.of(4096)
     frozen = parameters_of(PARAMS, limit=TrainedPart(depth=6, freeze=("blocks.*", "x_embedder.*", "blocks.0.mlp.*")))

@@ -74,6 +74,13 @@ def test_adapters_are_trained_and_the_projection_of_an_alignment() -> None:
     adapted = {name.partition(".lora_")[0] for name, _ in trained_parameters(narrow) if ".lora_" in name}
     expected = ["final_layer.linear", *(f"final_layer.adaLN_modulation.{part}" for part in ("fc1_g", "fc1_x", "fc2"))]
     assert adapted == {"blocks.0.attn.qkv", "blocks.1.attn.qkv", *expected}
+    everywhere = {name for name, _ in trained_parameters(limited("train.lora={rank: 2, targets: ['*']}"))}
+    assert {name for name in everywhere if name.startswith("projector.")} == {
+        f"projector.{n}.{kind}" for n in (0, 2, 4) for kind in ("weight", "bias")
+    }
+    assert "x_embedder.proj.weight" not in everywhere
+    with pytest.raises(ConfigError, match=r"train\.lora\.targets: 'projector\.\*' matches no linear layer"):
+        limited("train.lora={targets: ['projector.*']}")
     with pytest.raises(ConfigError, match=r"train\.lora\.targets: 'qvk' matches no linear layer; names look like 'blocks\.0\.attn\.qkv'"):
         limited("train.lora={targets: [qvk]}")
     with pytest.raises(ConfigError, match=r"train\.freeze: train\.lora already freezes all weights"):
