@@ -65,11 +65,9 @@ def trainer_state(found: checkpoint.Checkpoint, *, config: Config, shapes: Shape
         raise ConfigError(
             f"{folder} was written with train.optimizer={state['optimizer']}, not {config.train.optimizer}: resume with the same optimizer"
         )
-    check_base(state, base, folder=folder)
-    if (saved := found.pieces("weights").shapes) != shapes:
-        if base is not None:
-            other = next(iter(saved.keys() ^ shapes.keys()), "the shapes of its parameters")
-            raise ConfigError(f"{folder} holds other trained parameters ({other}): restore train.lora.targets, train.freeze and alignment")
+    saved = found.pieces("weights").shapes
+    check_base(state, base, saved=saved, shapes=shapes, folder=folder)
+    if saved != shapes:
         raise ConfigError(f"{folder} holds a different network than the config: restore the config, or give another run_dir")
     return state
 

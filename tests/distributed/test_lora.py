@@ -154,6 +154,10 @@ def test_exports_draw_the_same_images(killed: Killed, base: Path, tmp_path: Path
         merged, adapter = tmp_path / f"merged-{ema}", tmp_path / f"adapter-{ema}"
         assert main(["export", str(killed.broken), "--out", str(merged), "--merged", *flags]) == 0
         assert main(["export", str(killed.broken), "--out", str(adapter), "--adapter", *flags]) == 0
+        assert (
+            f"alpha 8; {'averaged weights (decay 0.9)' if ema else 'weights'} of step {killed.steps} of"
+            in (adapter / "README.md").read_text()
+        )
         files = [adapter, adapter / "adapter_model.safetensors", adapter / "comfyui.safetensors"]
         for file in files[1:]:
             assert not [name for name in load_file(file) if "base_layer" in name]
@@ -245,8 +249,12 @@ def test_frozen_weights_of_a_new_network_are_drawn_again(figures: Path, tmp_path
     assert changed
     assert not [name for name in changed if name.startswith("blocks.0.")]
     assert not [name for name in checkpoint.find(tmp_path / "whole").pieces("exp_avg").shapes if name.startswith("blocks.0.")]
+    resumed = [f"run_dir={tmp_path / 'whole'}", "objective.guidance=null", "train.steps=4"]
+    for freeze, parameter in (
+        ("blocks.1.*", r"blocks\.0\.\S+ was not trained, and is now"),
+        ("blocks.*", r"blocks\.1\.\S+ was trained, and is not"),
+    ):
+        with pytest.raises(ValueError, match=rf"holds other trained parameters \({parameter}.*restore .*train\.freeze"):
+            train(load_config(config, overrides=[*resumed, f"train.freeze=[{freeze}]"]), quiet=True)
     with pytest.raises(ValueError, match=r"drawn from the seed, have sha256 \w+, not \w+ as in .*restore seed"):
-        train(
-            load_config(config, overrides=[f"run_dir={tmp_path / 'whole'}", "objective.guidance=null", "train.steps=4", "seed=1"]),
-            quiet=True,
-        )
+        train(load_config(config, overrides=[*resumed, "seed=1"]), quiet=True)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.checkpoints.checkpoint import TRAINER_STATE, read_trainer_state
+from launch.checkpoints.tensor_fragments import Shapes
 from launch.config.schema import Config, ConfigError
 from launch.finetuning.trainable import frozen_names, is_finetuned
 
@@ -52,7 +53,8 @@ class FrozenBase:
             raise ConfigError(
                 f"{folder} holds trained weights only, but its run's config.yaml has no train.lora or train.freeze: restore it"
             )
-        check_same(self, found, folder=folder)
+        _check_adapters(self, found, folder=folder)
+        _check_digest(self, found, folder=folder)
 
 
 def recorded_base(folder: Path) -> FrozenBase | None:
@@ -61,10 +63,11 @@ def recorded_base(folder: Path) -> FrozenBase | None:
     return None if recorded is None else FrozenBase(**recorded)
 
 
-def check_base(state: Mapping[str, Any], current: FrozenBase | None, *, folder: Path) -> None:
+def check_base(state: Mapping[str, Any], current: FrozenBase | None, *, saved: Shapes, shapes: Shapes, folder: Path) -> None:
     """Raise ConfigError if a run cannot resume from a checkpoint with the trainer's `state`, because its frozen weights or adapters differ.
 
-    current: those of this run.
+    Names what is trained first: other frozen weights have another digest, too. current: frozen weights of this run; saved, shapes: of the
+    trained parameters in the checkpoint, and of this run.
     """
     recorded = None if state.get(KEY) is None else FrozenBase(**state[KEY])
     if (recorded is None) != (current is None):
@@ -73,22 +76,43 @@ def check_base(state: Mapping[str, Any], current: FrozenBase | None, *, folder: 
             said = "trained only a part of the weights, but now neither train.lora nor train.freeze is given"
         raise ConfigError(f"{folder}: the run {said}: restore the config, or give another run_dir and train.init={folder}")
     if recorded is not None and current is not None:
-        check_same(recorded, current, folder=folder)
+        _check_adapters(recorded, current, folder=folder)
+        _check_trained(saved, shapes, folder=folder)
+        _check_digest(recorded, current, folder=folder)
 
 
-def check_same(recorded: FrozenBase, current: FrozenBase, *, folder: Path) -> None:
-    """Raise ConfigError naming the first difference between a checkpoint's frozen weights and the current ones."""
+def _check_adapters(recorded: FrozenBase, current: FrozenBase, *, folder: Path) -> None:
+    """Raise ConfigError naming the first difference between the adapters of a checkpoint and of a run."""
     if (recorded.lora is None) != (current.lora is None):
         raise ConfigError(f"{folder} was written with{'out' if recorded.lora is None else ''} train.lora: restore the config")
     for key, before in (recorded.lora or {}).items():
         now = (current.lora or {})[key]
         if now != before:
             raise ConfigError(f"{folder} was written with train.lora.{key}={before:g}, not {now:g}: restore it, or give another run_dir")
+
+
+def _check_trained(saved: Shapes, shapes: Shapes, *, folder: Path) -> None:
+    """Raise ConfigError naming a parameter that only the checkpoint or only the run trains, or that has another shape."""
+    remedy = "restore train.lora.targets, train.freeze and objective.alignment, or give another run_dir"
+    for name in sorted(saved.keys() | shapes.keys()):
+        before, now = saved.get(name), shapes.get(name)
+        if before != now:
+            differ = f"had shape {before}, and has {now} now"
+            if before is None or now is None:
+                differ = "was trained, and is not now" if now is None else "was not trained, and is now"
+            raise ConfigError(f"{folder} holds other trained parameters ({name} {differ}): {remedy}")
+
+
+def _check_digest(recorded: FrozenBase, current: FrozenBase, *, folder: Path) -> None:
+    """Raise ConfigError if the frozen weights of a checkpoint and of a run have other values."""
     if recorded.digest != current.digest:
         differ = f"{current.digest[:SHOWN]}, not {recorded.digest[:SHOWN]} as in {folder}"
         if recorded.source is None:
             raise ConfigError(f"the frozen weights, drawn from the seed, have sha256 {differ}: restore seed, network and train.freeze")
         remedy = f"give the weights that the run began with, train.init={recorded.source}, or another run_dir"
+        if not Path(recorded.source).exists() or recorded.source == current.source:
+            gone = "are not there any more" if recorded.source != current.source else "have changed"
+            remedy = f"the weights that the run began with, {recorded.source}, {gone}: restore them, or give another run_dir"
         raise ConfigError(f"train.init: the frozen weights of {current.source} have sha256 {differ}: {remedy}")
 
 
