@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 
 from launch.checkpoints import checkpoint
-from launch.checkpoints.history import Initial
+from launch.checkpoints.checkpoint import Checkpoint, read_trainer_state
+from launch.checkpoints.finetuned.base import recorded_base
+from launch.checkpoints.history import History, Initial
 from launch.checkpoints.initial_weights import differences, fill, load_weights, local
 from launch.checkpoints.model_spec import run_config, spec_of
 from launch.config.schema import Config, ConfigError
@@ -15,8 +17,10 @@ from tim.model_folder.folder import ModelSpec, is_model_folder, read_spec, weigh
 from tim.pretrained import weight_files
 
 
-def load_initial(network: TransitionTransformer, config: Config) -> Initial | None:
+def load_initial(network: TransitionTransformer, config: Config, *, found: Checkpoint | None = None) -> Initial | None:
     """Load the weights of `train.init`, if given, into a new network. Called on every rank; does not communicate.
+
+    found: checkpoint to resume from. Weights that it began with are read where they were found then: another run has gone on since.
 
     Raises ConfigError naming the mismatches; with `train.init_strict`, any difference between the two networks.
     """
@@ -24,18 +28,27 @@ def load_initial(network: TransitionTransformer, config: Config) -> Initial | No
     if path is None:
         return None
     try:
-        found = load_weights(local(path))
+        weights = load_weights(_recorded_source(found, path=path) or local(path))
     except ValueError as error:
         raise ConfigError(f"train.init: {error}") from error
-    given, matching = fill(network, found, config)
+    given, matching = fill(network, weights, config)
     return Initial(
         path=path,
-        digest=_digest(found.source),
+        digest=_digest(weights.source),
         loaded=len(matching),
         not_loaded=tuple(name for name in network.state_dict() if name not in matching),
         not_used=tuple(name for name in given if name not in matching),
-        source=os.path.abspath(found.source),
+        source=os.path.abspath(weights.source),
     )
+
+
+def _recorded_source(found: Checkpoint | None, *, path: str) -> Path | None:
+    """Where a run read its frozen weights, if it began with the same `train.init`, and they are still there."""
+    base = None if found is None else recorded_base(found.folder)
+    if found is None or base is None or base.source is None:
+        return None
+    began = History.from_json(read_trainer_state(found.folder).get("history", {})).init
+    return Path(base.source) if began is not None and began.path == path and Path(base.source).exists() else None
 
 
 def context_differences(config: Config) -> list[str]:

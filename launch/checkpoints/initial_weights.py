@@ -17,7 +17,7 @@ from launch.checkpoints.checkpoint import Checkpoint
 from launch.checkpoints.finetuned.base import recorded_base
 from launch.checkpoints.finetuned.merge import merged
 from launch.checkpoints.history import MAX_NAMED
-from launch.checkpoints.model_spec import is_model, run_config
+from launch.checkpoints.model_spec import finished_model, run_config
 from launch.config.schema import Config, ConfigError
 from pipeline.errors import one_line
 from tim import TransitionTransformer
@@ -50,8 +50,8 @@ class InitialWeights:
 def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
     """Load the weights of a trained network.
 
-    For a run, load its newest intact checkpoint (with `ema`, the average), or its `model/` if it has no checkpoint. A folder
-    RUN/checkpoints/step-000500 gives that step.
+    For a run, load its `model/`, or its newest intact checkpoint (with `ema`, the average) if that was saved later. Without `ema`, load
+    the checkpoint if there is one. A folder RUN/checkpoints/step-000500 gives that step.
 
     Raises ValueError naming the path if it is none of these, or damaged.
     """
@@ -153,9 +153,9 @@ def _load_model_folder(folder: Path) -> InitialWeights:
 
 def _load_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:
     config = run_config(run)
-    network = config.network
-    if step is None and checkpoint.newest(run) is None and is_model(run / "model"):
-        return _load_model_folder(run / "model")
+    network, finished = config.network, finished_model(run) if step is None else None
+    if finished is not None and (ema or checkpoint.newest(run) is None):
+        return _load_model_folder(finished)
     found = checkpoint.find(run, step=step)
     state = run_weights(config, found, ema=ema).all()
     return InitialWeights(found.folder, state, network.params.model_dump(exclude_none=True), network.rope)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoints.checkpoint import LATEST
 from launch.config.load import load_config
 from launch.config.schema import Config, TextConfig
 from tim.model_folder.folder import ModelSpec, is_model_folder, weights_file
@@ -54,6 +55,14 @@ def run_config(run: Path) -> Config:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run}: not a run folder: it has no config.yaml")
     return load_config(run / "config.yaml")
+
+
+def finished_model(run: Path) -> Path | None:
+    """RUN/model, unless the run has none or has saved a checkpoint since."""
+    model, latest = run / "model", run / LATEST
+    if not is_model(model):
+        return None
+    return None if latest.is_file() and latest.stat().st_mtime > (model / "config.json").stat().st_mtime else model
 
 
 def is_model(folder: Path) -> bool:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from launch.checkpoints import checkpoint
+from launch.checkpoints.finetuned.base import recorded_base
 from launch.checkpoints.initial_weights import weights_file
+from launch.checkpoints.model_spec import finished_model, run_config
 from launch.checkpoints.run_folder import CONFIG
 from launch.config.schema import Config, ConfigError
 from tim import TransitionTransformer
@@ -27,8 +29,7 @@ def check_initial(config: Config) -> str:
         return "none: random weights"
     if path.startswith(weight_files.HUB):
         return f"{path}: downloaded and checked when the run starts"
-    with torch.device("meta"):
-        network = TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True), rope=config.network.rope)
+    network = _network(config)
     try:
         given = _header(Path(path))
         if config.train.init_strict:
@@ -43,6 +44,12 @@ def check_initial(config: Config) -> str:
     return f"{path}: {matching} of {len(own)} tensors of the network match"
 
 
+def _network(config: Config) -> TransitionTransformer:
+    """The network of a configuration, without values."""
+    with torch.device("meta"):
+        return TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True), rope=config.network.rope)
+
+
 def _header(path: Path) -> dict[str, Tensor]:
     """Tensors without values of a weight file, a model folder, a run or a checkpoint."""
     if path.is_file():
@@ -50,10 +57,13 @@ def _header(path: Path) -> dict[str, Tensor]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder or weight file")
     run = path.parents[1] if path.parent.name == checkpoint.CHECKPOINTS else path
-    if (run / CONFIG).is_file() and (run != path or checkpoint.newest(run) is not None):
+    finished = finished_model(run) if run == path else None
+    if (run / CONFIG).is_file() and finished is None:
         found = checkpoint.find(run, step=None if run == path else int(path.name.removeprefix("step-")))
+        if recorded_base(found.folder) is not None:  # which holds a part of the weights only
+            return _network(run_config(run)).state_dict()
         return {name: torch.empty(shape, device="meta") for name, shape in found.pieces("ema").shapes.items()}
-    folder = path / "model" if (path / CONFIG).is_file() else path
+    folder = finished or path
     file = model_folder.weights_file(folder) if model_folder.is_model_folder(folder) else weights_file(folder)
     if file is None:
         raise ValueError(f"{folder}: a model folder without weights: copy the whole folder again")

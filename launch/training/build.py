@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launch.checkpoints.checkpoint import Checkpoint
 from launch.checkpoints.finetuned.base import FrozenBase
 from launch.checkpoints.history import History
 from launch.checkpoints.initial import load_initial
@@ -63,9 +64,9 @@ class Parts:
         return None if self.base is None else sum(map(math.prod, self.engine.shapes.values()))
 
 
-def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, is_new: bool = True) -> Parts:
-    """Build all components. Must be called by all ranks. `is_new`: a new run, which loads the weights of `train.init` if given. A run with
-    frozen weights always loads them.
+def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack, found: Checkpoint | None = None) -> Parts:
+    """Build all components. Must be called by all ranks. found: checkpoint to resume from. A new run loads the weights of `train.init`, if
+    given; a run with frozen weights always does.
 
     Raises:
         ValueError: a frozen model cannot be loaded or does not match the network.
@@ -92,8 +93,8 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     # network and optimizer
     torch.manual_seed(config.seed)
     network = make_network(config.network)
-    loads = is_new or is_finetuned(config)
-    init = ranks.run_on_all_ranks(lambda: load_initial(network, config)) if loads else None
+    loads = found is None or is_finetuned(config)
+    init = ranks.run_on_all_ranks(lambda: load_initial(network, config, found=found)) if loads else None
     base = ranks.run_on_rank0(lambda: FrozenBase.of(network, config, source=init and init.source))
     ranks.run_on_all_ranks(lambda: limit_training(network, config))
     parameters = sum(parameter.numel() for parameter in network.parameters())
@@ -121,7 +122,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
         ema=ShardedEMA(engine.fragments(), decay=config.train.ema, device="cpu" if config.train.ema_device == "cpu" else None),
         parameters=parameters,
         trained_share=share,
-        history=History(init=init if is_new else None),
+        history=History(init=init if found is None else None),
         base=base,
     )
     return replace(parts, validation=make_validation(config, parts, ranks=ranks, reading=reading, cleanup=cleanup))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
-from launch.checkpoints.checkpoint import Checkpoint
+from launch.checkpoints.checkpoint import CHECKPOINTS, Checkpoint
 from launch.checkpoints.history import History
 from launch.checkpoints.initial import context_differences
 from launch.config.schema import Config
@@ -38,6 +39,10 @@ def start_report(
     if found is None and history.init is not None:
         yield f"initialized from {history.init}"
         yield from context_differences(config)
+        source = Path(history.init.source or "")
+        if trained is not None and source.parent.name == CHECKPOINTS:
+            remedy = f"give its export instead: tim export {source.parents[1]} --out FOLDER"
+            yield f"warning: every resume and export reads the frozen weights in {source} again, which its run may remove: {remedy}"
     if found is not None:
         for problem in found.skipped:
             yield f"skipped damaged checkpoint: {problem}"

@@ -87,7 +87,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         )
 
         # parts
-        parts = build(config, planner, ranks=ranks, cleanup=cleanup, is_new=found is None)
+        parts = build(config, planner, ranks=ranks, cleanup=cleanup, found=found)
         trainer = Trainer(config, parts, ranks=ranks)
 
         # resume

@@ -24,8 +24,9 @@ def measured(config_file: str, stage: int, ranks: Ranks) -> dict[str, Any]:
     config = load_config(config_file, overrides=[f"train.zero={stage}"])
     assert config.run_dir is not None
     with ExitStack() as cleanup:
-        trainer = Trainer(config, build(config, make_planner(config), ranks=ranks, cleanup=cleanup, is_new=False), ranks=ranks)
-        trainer.resume(checkpoint.find(config.run_dir, step=2), recorded=History(), replan=False)
+        found = checkpoint.find(config.run_dir, step=2)
+        trainer = Trainer(config, build(config, make_planner(config), ranks=ranks, cleanup=cleanup, found=found), ranks=ranks)
+        trainer.resume(found, recorded=History(), replan=False)
         engine, average = trainer.parts.engine, trainer.parts.ema.average
         held = [fragment.values for fragments in (engine.fragments(), average) for fragment in fragments.values()]
         before = [values.clone() for values in held]
