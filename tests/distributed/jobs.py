@@ -131,15 +131,15 @@ def _rank_server() -> _RankServer:
     return _RankServer()
 
 
-def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> None:
+def wait_for_row(run_dir: Path, step: int, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path, patience: float = PATIENCE) -> None:
     """Wait until the run has logged a step; fail where it ends before."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         if any(row["step"] >= step for row in read_rows(run_dir / "metrics.jsonl")):
             return
         assert job.poll() is None, f"ended with {job.poll()}: {log.read_text()}"
         time.sleep(0.02)
-    raise AssertionError(f"no step {step} in {PATIENCE} s: {log.read_text()}")
+    raise AssertionError(f"no step {step} in {patience} s: {log.read_text()}")
 
 
 def wait_for_line(pattern: str, job: subprocess.Popen[bytes] | RankProcesses, *, log: Path) -> re.Match[str]:
