@@ -20,6 +20,14 @@ def saved_decays(folder: Path) -> list[float]:
     return json.loads(state.read_text(encoding="utf-8")).get("ema", []) if state.is_file() else []
 
 
+def weights_in_words(folder: Path, ema: bool | float) -> str:
+    """Which weights `kind_of` reads, for model cards."""
+    if ema is False:
+        return "weights"
+    decay = next(iter(saved_decays(folder)), None) if ema is True else ema
+    return "averaged weights" if decay is None else f"averaged weights (decay {decay:g})"
+
+
 def kind_of(folder: Path, ema: bool | float) -> str:
     """Kind of the weights to read: the latest (`ema` false), the first average (true), or that of a decay.
 

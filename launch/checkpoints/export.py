@@ -11,11 +11,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 import yaml
 
-from launch.checkpoints.averages import saved_decays
+from launch.checkpoints.averages import saved_decays, weights_in_words
+from launch.checkpoints.checkpoint import Checkpoint
 from launch.checkpoints.finetuned import adapter
 from launch.checkpoints.initial_weights import run_weights
 from launch.checkpoints.model_card import model_card
-from launch.checkpoints.model_spec import is_model, run_config, spec_of
+from launch.checkpoints.model_spec import finished_model, is_model, run_config, spec_of
 from tim import transports
 from tim.model_folder.folder import Contents, ModelSpec, is_model_folder, save_model, weights_file, write_folder
 from tim.model_kinds import Dtype
@@ -71,15 +72,11 @@ def export(
     found = checkpoint.find(run, step=step)
     spec = spec_of(config, step=found.metadata.step)
     published = _published(spec) if layout == "published" else {}
-    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
-    decays = saved_decays(found.folder)
-    if ema is True and len(decays) > 1:
-        notes.append(f"exported the first of the averages with decay {', '.join(f'{decay:g}' for decay in decays)}: --ema chooses another")
+    notes = _notes(found, ema=ema)
     whole = run_weights(config, found, ema=ema)
     weights = LazyTensors(whole.shapes, dict.fromkeys(whole.shapes, DTYPES[dtype]), whole.read)
     parameters = sum(map(math.prod, whole.shapes.values()))
-    what = "weights" if ema is False else "averaged weights" if ema is True else f"averaged weights (decay {ema:g})"
-    card = model_card(config, found, weights=what, dtype=dtype, parameters=parameters)
+    card = model_card(config, found, weights=weights_in_words(found.folder, ema), dtype=dtype, parameters=parameters)
     if layout == "published":
         if spec.rope != "legacy":
             notes.append("the published code swaps height and width: only square images give the same result")
@@ -108,12 +105,21 @@ def export_adapter(run: Path, *, out: Path, ema: bool | float = True, step: int 
     adapter.check_adapter_folder(out)
     found = checkpoint.find(run, step=step)
     adapters, base = adapter.adapters(run, found, ema=ema)
-    what = "weights" if ema is False else "averaged weights"
-    card = adapter.adapter_card(config, base, step=found.metadata.step, weights=what)
+    what = weights_in_words(found.folder, ema)
+    card = adapter.adapter_card(base, step=found.metadata.step, steps=config.train.steps, weights=what)
     adapter.write_adapters(out, adapters, base, dtype=DTYPES[dtype], step=found.metadata.step, card=card)
-    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
+    notes = _notes(found, ema=ema)
     parameters = sum(each.a.numel() + each.b.numel() for each in adapters.values())
     return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
+
+
+def _notes(found: Checkpoint, *, ema: bool | float) -> list[str]:
+    """Remarks on the choice of a checkpoint and of its average."""
+    notes = [f"skipped damaged checkpoint: {problem}" for problem in found.skipped]
+    decays = saved_decays(found.folder)
+    if ema is True and len(decays) > 1:
+        notes.append(f"exported the first of the averages with decay {', '.join(f'{decay:g}' for decay in decays)}: --ema chooses another")
+    return notes
 
 
 def _published(spec: ModelSpec) -> dict[str, Any]:
@@ -138,9 +144,9 @@ def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
         return path
     if not (path / "config.yaml").is_file():
         raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
-    if is_model(path / "model") and not _has_newer_checkpoint(path):
-        log(f"model: {path / 'model'}")
-        return path / "model"
+    if (finished := finished_model(path)) is not None:
+        log(f"model: {finished}")
+        return finished
 
     from launch.checkpoints import checkpoint
 
@@ -153,12 +159,6 @@ def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
         export(path, out=folder, step=found.metadata.step)
     log(f"model: {folder}")
     return folder
-
-
-def _has_newer_checkpoint(run: Path) -> bool:
-    """Whether the run has saved a checkpoint after its `model/` was written."""
-    latest = run / "latest"
-    return latest.is_file() and latest.stat().st_mtime > (run / "model" / "config.json").stat().st_mtime
 
 
 def check_target(out: Path, *, layout: Layout = "own") -> None:

@@ -70,10 +70,11 @@ def locked_work_folder(work: Path, *, place: str, folder: Path | None, part: str
 
 
 def remove_temporary_files(folders: Sequence[Path]) -> None:
-    """Remove what `publish` left behind in a process that was killed. Only for the one process that writes there."""
+    """Remove files that `publish` left behind in a process that was killed. Only for the one process that writes there."""
     for folder in folders:
         for file in folder.glob(f"*{TEMPORARY_SUFFIX}"):
-            file.unlink(missing_ok=True)
+            if not file.is_dir():  # a folder that was being written is removed when it is written again
+                file.unlink(missing_ok=True)
 
 
 def fsync_path(path: Path) -> None:

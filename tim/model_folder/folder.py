@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tim.model_folder import paths
+from tim.model_folder.replacing import replaced_folder
 from tim.network import TransitionTransformer
 from tim.pretrained.safetensors_files import (
     INDEX,
@@ -118,26 +118,19 @@ class Contents:
 
 def write_folder(folder: str | Path, contents: Contents) -> None:
     """Write a folder atomically, replacing an older one."""
-    folder = Path(folder)
-    partial = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    part = partial / contents.part
-    part.mkdir(parents=True)
-    files = write_shards(part, contents.weights, stem=contents.stem, metadata={"format": "pt"}, max_bytes=contents.max_shard_bytes)
-    for name, location in contents.models.items():
-        paths.copy(location, partial / name)
-        for file in sorted((partial / name).iterdir()):
-            files[os.path.relpath(file, part)] = file_facts(file)
-    if contents.part:
-        (partial / PIPELINE).write_text(paths.pipeline_index(partial, part=contents.part), encoding="utf-8")
-    for name, text in contents.texts.items():
-        (partial / name).write_text(text, encoding="utf-8")
-    (part / contents.config).write_text(contents.describe(files), encoding="utf-8")
-    _sync(part / contents.config)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
-    _sync(folder.parent)
+    with replaced_folder(folder) as partial:
+        part = partial / contents.part
+        part.mkdir(exist_ok=True)
+        files = write_shards(part, contents.weights, stem=contents.stem, metadata={"format": "pt"}, max_bytes=contents.max_shard_bytes)
+        for name, location in contents.models.items():
+            paths.copy(location, partial / name)
+            for file in sorted((partial / name).iterdir()):
+                files[os.path.relpath(file, part)] = file_facts(file)
+        if contents.part:
+            (partial / PIPELINE).write_text(paths.pipeline_index(partial, part=contents.part), encoding="utf-8")
+        for name, text in contents.texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+        (part / contents.config).write_text(contents.describe(files), encoding="utf-8")
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -216,11 +209,3 @@ def _content(path: Path) -> dict[str, Any]:
         found = content.get("format") if isinstance(content, dict) else None
         raise ValueError(f"{path}: format {found!r}, but this version of tim reads format {FORMAT}: use the version that wrote it")
     return content
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,8 +8,6 @@ README.md                                         what it was trained on
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from launch.checkpoints.averages import kind_of
 from launch.checkpoints.checkpoint import Checkpoint
 from launch.checkpoints.finetuned.base import FrozenBase, recorded_base
 from launch.checkpoints.finetuned.merge import adapters_of
-from launch.config.schema import Config
-from pipeline.storage.atomic import fsync_path
+from tim.model_folder.replacing import replaced_folder
 from tim.pretrained.lora_files import ALPHA, COMFYUI_PREFIX, PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, RANK, Adapter
 from tim.pretrained.safetensors_files import LazyTensors, write_file
 
@@ -40,8 +37,7 @@ def adapters(run: Path, found: Checkpoint, *, ema: bool | float) -> tuple[dict[s
 def write_adapters(out: Path, found: Mapping[str, Adapter], base: FrozenBase, *, dtype: torch.dtype, step: int, card: str) -> None:
     """Write the folder atomically, replacing an older one. Raises ValueError if `out` is something else."""
     check_adapter_folder(out)
-    assert base.lora is not None
-    rank, alpha = int(base.lora["rank"]), base.lora["alpha"]
+    rank, alpha = _settings(base)
     metadata = {"format": "pt", RANK: str(rank), ALPHA: f"{alpha:.9g}", "base_sha256": base.digest, "step": str(step)}
     peft: dict[str, Tensor] = {}
     comfyui: dict[str, Tensor] = {}
@@ -50,19 +46,12 @@ def write_adapters(out: Path, found: Mapping[str, Adapter], base: FrozenBase, *,
             peft[f"{PEFT_PREFIX}{layer}.{name}.weight"] = value.to(dtype)
             comfyui[f"{COMFYUI_PREFIX}{layer}.{name}.weight"] = value.to(dtype)
         comfyui[f"{COMFYUI_PREFIX}{layer}.alpha"] = torch.tensor(alpha)
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_file(partial / PEFT_WEIGHTS, LazyTensors.of(peft), metadata=metadata)
-    write_file(partial / COMFYUI_WEIGHTS, LazyTensors.of(comfyui), metadata=metadata)
     config = peft_config(list(found), rank=rank, alpha=alpha, source=base.source)
-    for name, text in ((PEFT_CONFIG, json.dumps(config, indent=2) + "\n"), ("README.md", card)):
-        (partial / name).write_text(text, encoding="utf-8")
-        fsync_path(partial / name)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(partial, out)
-    fsync_path(out.parent)
+    with replaced_folder(out) as partial:
+        write_file(partial / PEFT_WEIGHTS, LazyTensors.of(peft), metadata=metadata)
+        write_file(partial / COMFYUI_WEIGHTS, LazyTensors.of(comfyui), metadata=metadata)
+        for name, text in ((PEFT_CONFIG, json.dumps(config, indent=2) + "\n"), ("README.md", card)):
+            (partial / name).write_text(text, encoding="utf-8")
 
 
 def peft_config(layers: list[str], *, rank: int, alpha: float, source: str | None) -> dict[str, Any]:
@@ -90,10 +79,9 @@ def check_adapter_folder(out: Path) -> None:
         raise ValueError(f"{out}: exists and is not a folder of adapters; give a new folder")
 
 
-def adapter_card(config: Config, base: FrozenBase, *, step: int, weights: str) -> str:
-    """README.md of a folder of adapters."""
-    lora = config.train.lora
-    assert lora is not None
+def adapter_card(base: FrozenBase, *, step: int, steps: int, weights: str) -> str:
+    """README.md of a folder of adapters of step `step` of `steps`. weights: which they are, in words."""
+    rank, alpha = _settings(base)
     lines = [
         "---",
         "library_name: peft",
@@ -103,10 +91,18 @@ def adapter_card(config: Config, base: FrozenBase, *, step: int, weights: str) -
         "# LoRA for a Transition Model",
         "",
         f"- base weights: {base.source or 'drawn from the seed'}, sha256 `{base.digest}`",
-        f"- rank {lora.rank}, alpha {lora.strength:g}; {weights} of step {step:,} of {config.train.steps:,}",
+        f"- rank {rank}, alpha {alpha:g}; {weights} of step {step:,} of {steps:,}",
         f"- `{PEFT_WEIGHTS}` and `{PEFT_CONFIG}`: for PEFT; `{COMFYUI_WEIGHTS}`: for ComfyUI",
         "",
         "`tim sample MODEL --lora FOLDER --prompt …` merges it into the base model.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _settings(base: FrozenBase) -> tuple[int, float]:
+    """Rank and alpha. Raises ValueError if a checkpoint does not name them."""
+    try:
+        return int((base.lora or {})["rank"]), float((base.lora or {})["alpha"])
+    except KeyError as missing:
+        raise ValueError(f"the checkpoint's trainer.json does not name the adapters' {missing.args[0]}: export another --step") from None

@@ -14,6 +14,8 @@ from torch import Tensor
 from launch.checkpoints import checkpoint
 from launch.checkpoints.averages import average_kinds
 from launch.checkpoints.export import export, model_folder, spec_of
+from launch.checkpoints.finetuned.adapter import adapter_card
+from launch.checkpoints.finetuned.base import FrozenBase
 from launch.checkpoints.saving.background import Part
 from launch.checkpoints.tensor_fragments import Fragment
 from launch.cli import main
@@ -105,6 +107,23 @@ def test_one_of_several_averages_is_chosen_by_its_decay(run: Path, tmp_path: Pat
         export(run, out=tmp_path / "x", ema=0.999)
     with pytest.raises(ValueError, match=r"step-000003: no average with decay 0\.999; available: one without its decay"):
         export(run, out=tmp_path / "x", step=3, ema=0.999)
+
+
+def test_cards_name_the_average(run: Path, tmp_path: Path) -> None:
+    add_averages(run, step=5, decays=[0.5, 0.25])
+    for name, (ema, words) in {
+        "a": (True, "averaged weights (decay 0.5)"),
+        "b": (0.25, "averaged weights (decay 0.25)"),
+        "c": (False, "weights"),
+    }.items():
+        export(run, out=tmp_path / name, ema=ema)
+        assert f"| weights | {words}, fp32 |" in (tmp_path / name / "README.md").read_text()
+
+
+def test_adapters_without_their_settings_are_refused_in_one_line() -> None:
+    base = FrozenBase("0" * 64, source=None, lora={"rank": 4})
+    with pytest.raises(ValueError, match=r"trainer\.json does not name the adapters' alpha: export another --step"):
+        adapter_card(base, step=1, steps=2, weights="weights")
 
 
 def test_the_command_line_chooses_an_average(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ def test_a_run_in_use_is_refused_and_that_of_a_killed_process_is_not(tmp_path: P
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert (run / "lock").exists()
+    (run / "config.yaml").touch()
+    (run / "model.tmp").mkdir()  # the process was writing the model folder
     with exclusive_lock(run):
         pass
     assert not (run / "lock").exists()
