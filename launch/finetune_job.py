@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from launch import encode_job
 from launch.checkpoints.run_folder import CONFIG, FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES
 from launch.config import yaml_file
-from launch.config.load import complete
+from launch.config.load import complete, load_config
 from launch.config.model_sections import TRANSPORT_SETTINGS
 from launch.config.schema import Config, ConfigError, to_yaml
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
-from pipeline.storage.atomic import publish_text
+from pipeline.storage.atomic import TEMPORARY_SUFFIX, publish_text
 from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def finetune(
     from launch.training.planning import make_planner
 
     _check_output(out)
+    lora = lora or _typed(overrides, "lora") is not None
     found = read_base(base)
+    _check_continued(out, base=found.name, lora=lora)
     values = defaults(found, out=out, lora=lora, device_bytes=_device_bytes())
     check_models(_config(values, overrides))
 
@@ -86,7 +88,7 @@ def finetune(
     values["corpus"] = [{"path": corpus}]
     planner = make_planner(_config(values, overrides))
     images = _count_images(planner, corpus=corpus)
-    values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed_steps(overrides))
+    values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed(overrides, "steps"))
     values = add_previews(values, planner=planner)
     config = _config(values, overrides)
     publish_text(out / FINETUNE_CONFIG, to_yaml(config))
@@ -191,12 +193,26 @@ def _check_output(out: Path) -> None:
     """Raises ValueError unless `out` is new, empty, or a run that `tim finetune` started."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; give a folder")
-    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    names = sorted(path.name for path in out.iterdir() if path.suffix != TEMPORARY_SUFFIX) if out.is_dir() else []
     if not names or FINETUNE_CONFIG in names or names == [FINETUNE_CORPUS]:
         return
     if CONFIG in names:
         raise ValueError(f"--out {out}: a run that `tim finetune` did not start: continue it with `tim train {out / CONFIG}`")
     raise ValueError(f"--out {out}: not empty ({names[0]} is in it) and not a run: give a new folder")
+
+
+def _check_continued(out: Path, *, base: str, lora: bool) -> None:
+    """Raises ValueError if the run in `out` began with another model, or trains something else, or is the model itself."""
+    if Path(base).is_relative_to(os.path.abspath(out)):
+        raise ValueError(f"--from {base}: is in --out {out}, which would be continued: give another --out")
+    if not (out / FINETUNE_CONFIG).is_file():
+        return
+    before = load_config(out / FINETUNE_CONFIG).train
+    if (before.lora is not None) != lora:
+        what, remedy = ("all weights", "leave out --lora") if lora else ("adapters", "add --lora")
+        raise ValueError(f"--out {out}: the run there trains {what}: {remedy}, or give another --out")
+    if before.init is not None and before.init != base and Path(before.init).exists():
+        raise ValueError(f"--from {base}: the run in {out} began with {before.init}: give that, or another --out")
 
 
 def _config(values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
@@ -209,10 +225,10 @@ def _config(values: Mapping[str, Any], overrides: Sequence[str]) -> Config:
     return complete(raw)
 
 
-def _typed_steps(overrides: Sequence[str]) -> int | None:
-    """`train.steps` of the overrides."""
+def _typed(overrides: Sequence[str], key: str) -> Any:
+    """A key of the section `train` in the overrides."""
     train = yaml_file.read(None, overrides=overrides).values.get("train")
-    return train.get("steps") if isinstance(train, dict) else None
+    return train.get(key) if isinstance(train, dict) else None
 
 
 def _max_tokens(base: Base, *, stride: int) -> int:

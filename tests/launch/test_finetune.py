@@ -18,7 +18,7 @@ from launch.checkpoints.export import spec_of
 from launch.checkpoints.initial_weights import load_weights
 from launch.config.load import load_config
 from launch.config.schema import Config, TrainConfig
-from launch.finetune_job import Base, add_length, defaults
+from launch.finetune_job import Base, add_length, defaults, read_base
 from launch.training.metrics import read_rows
 from tests import REPOSITORY
 from tests.isolation import isolated_process
@@ -161,6 +161,20 @@ def test_what_cannot_work_is_said_before_the_work(photos: Path, demo_model: Path
     refused(attempt(out=tmp_path / "other"), "--out .*other: not empty .notes.txt is in it. and not a run: give a new folder")
     (tmp_path / "other" / "config.yaml").touch()
     refused(attempt(out=tmp_path / "other"), "a run that `tim finetune` did not start: continue it with `tim train .*config.yaml`")
+
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "finetune.yaml.host-1.tmp").touch()  # of a start that was killed
+    refused(attempt("train.lrr=1", out=tmp_path / "begun"), "command line: train.lrr: .*train.lr")
+    settings = defaults(read_base(str(demo_model)), out=tmp_path / "begun", lora=True, device_bytes=None)
+    (tmp_path / "begun" / "finetune.yaml").write_text(yaml.safe_dump(settings))
+    refused(attempt(out=tmp_path / "begun"), "--out .*begun: the run there trains adapters: add --lora, or give another --out")
+    for name in ("copy", "begun/model"):
+        shutil.copytree(demo_model, tmp_path / name)
+    refused(
+        attempt("train.lora={rank: 2}", base=tmp_path / "copy", out=tmp_path / "begun"),
+        f"--from .*copy: the run in .*begun began with {demo_model}: give that, or another --out",
+    )
+    refused(attempt(base=tmp_path / "begun" / "model", out=tmp_path / "begun"), "--from .*model: is in --out .*begun, .*give another --out")
 
     (tmp_path / "bare").mkdir()
     for number in range(4):
