@@ -104,7 +104,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/tim")):
+    for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/tim-cache")):
         caplog.clear()
         cache = DiskCache(folder)
         for name in ("x", "y"):
