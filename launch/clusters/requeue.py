@@ -27,16 +27,28 @@ def requeue(number: int, *, log: Callable[[str], None]) -> None:
     command = ["scontrol", "requeue", job]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
-        problem = done.stderr.strip() if done.returncode else ""
-    except FileNotFoundError as error:
-        problem = str(error)
-        if REQUEUE_FILE in os.environ:
-            Path(os.environ[REQUEUE_FILE]).touch()
-            log(f"Slurm job {job}: the job script will requeue it")
-            return
+        problem = (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else None
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
-    log(f"warning: {' '.join(command)} failed ({problem}): submit the job again" if problem else f"requeued Slurm job {job}")
+    if problem is None:
+        log(f"requeued Slurm job {job}")
+        return
+    try:
+        if _ask_job_script():
+            log(f"Slurm job {job}: the job script will requeue it")
+            return
+    except OSError as error:
+        problem += f"; {error.strerror}: {error.filename}"
+    log(f"warning: {' '.join(command)} failed ({problem}): submit the job again")
+
+
+def _ask_job_script() -> bool:
+    """Create the file by which the job script requeues the job. Returns False if the script waits for none. Raises OSError."""
+    file = os.environ.get(REQUEUE_FILE)
+    if file is None:
+        return False
+    Path(file).touch()
+    return True
 
 
 def _state(job: str) -> str | None:

@@ -70,7 +70,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         raise ConfigError("run_dir: missing; give it in the file, or as run_dir=PATH on the command line")
     check_models(config)
 
-    with quiet_if_connection_lost(), ExitStack() as cleanup:
+    with quiet_if_connection_lost(), ExitStack() as after_cleanup, ExitStack() as cleanup:
         # processes
         signals = cleanup.enter_context(catch_signals())
         ranks = cleanup.enter_context(process_group(timeout=config.train.group_timeout))
@@ -112,7 +112,7 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         trainer.log = signals.log = progress.log
         row = _take_steps(trainer, saver, previews, signals=signals, writer=writer, progress=progress)
         if trainer.step < config.train.steps:
-            _stop(trainer, signals)
+            _stop(trainer, signals, after_cleanup=after_cleanup)
 
         # model folder
         HEARTBEAT.section("save")
@@ -222,9 +222,10 @@ def _caption_warning(config: Config, planner: Planner, *, ranks: Ranks) -> list[
     return [f"warning: {lengths}"] if lengths is not None and lengths.cut else []
 
 
-def _stop(trainer: Trainer, signals: Signals) -> NoReturn:
-    """Exit after a signal. Under Slurm the job may be requeued."""
+def _stop(trainer: Trainer, signals: Signals, *, after_cleanup: ExitStack) -> NoReturn:
+    """Exit after a signal, which may have reached other ranks only. Under Slurm rank 0 may requeue the job, which ends its processes."""
     trainer.log(f"stopped by a signal after step {trainer.step}: run the same command again to continue")
-    if trainer.ranks.is_main and signals.stop is not None:
-        requeue(signals.stop, log=trainer.log)
+    number = max(trainer.ranks.gather(signals.stop or 0))
+    if trainer.ranks.is_main:
+        after_cleanup.callback(requeue, number, log=trainer.log)
     raise SystemExit(STOPPED)

@@ -57,10 +57,13 @@ def planned_digests(config: Config) -> list[str]:
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The surroundings of a Slurm job, and a stand-in for `scontrol` that records its arguments in the returned file."""
+    """The surroundings of a Slurm job, and a stand-in for `scontrol` that records its arguments in the returned file.
+
+    The real one ends the job: it also records whether the run still has its lock.
+    """
     command, calls = tmp_path / "bin/scontrol", tmp_path / "calls"
     command.parent.mkdir()
-    command.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    command.write_text(f'#!/bin/sh\n[ ! -e {tmp_path}/run/lock ] || echo locked >> {calls}\necho "$@" >> {calls}\n')
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")

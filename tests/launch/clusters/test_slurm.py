@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -118,6 +119,22 @@ def test_a_container_without_scontrol_asks_the_script_to_requeue(
     lines: list[str] = []
     requeue(15, log=lines.append)
     assert Path("asked").exists()
+    assert lines == ["Slurm job 41234: the job script will requeue it"]
+
+
+def test_a_request_that_cannot_be_written_is_a_warning(commands: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also from a container with a scontrol that does not reach the controller."""
+    monkeypatch.setenv("SLURM_JOB_ID", "41234")
+    monkeypatch.setenv("TIM_REQUEUE_FILE", str(tmp_path / "gone" / "asked"))
+    lines: list[str] = []
+    for path, why in (("/nowhere", r".*No such file or directory: 'scontrol'"), (str(commands), "no controller")):
+        add_command(commands / "scontrol", "#!/bin/sh\necho no controller >&2\nexit 1\n")
+        monkeypatch.setenv("PATH", path)
+        requeue(15, log=lines.append)
+        missing = rf"No such file or directory: {tmp_path}/gone/asked"
+        assert re.fullmatch(rf"warning: scontrol requeue 41234 failed \({why}; {missing}\): submit the job again", lines.pop())
+    (tmp_path / "gone").mkdir()
+    requeue(15, log=lines.append)
     assert lines == ["Slurm job 41234: the job script will requeue it"]
 
 
