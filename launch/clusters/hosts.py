@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shlex
@@ -18,13 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from launch.console import STOPPED
 from launch.distributed.signals import HANDLED
-from launch.distributed.supervisor import say
+from launch.distributed.supervisor import GRACE_AFTER_STOP, say
 
 PORT = 29500  # of the rendezvous on the first host
 # Passwords would be asked for on the terminal, by all hosts at once. A host that is gone is noticed after a minute.
 SSH = ("ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=30", "-o", "ServerAliveInterval=15", "-o", "ServerAliveCountMax=4")
 GRACE = 40.0  # seconds after a failure in which the other hosts can report theirs: longer than a supervisor's
+GRACE_AFTER_SAVE = GRACE_AFTER_STOP + 10.0  # the same after a host has saved and stopped
 KILL_SECONDS = 10.0
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")
 _EXACT = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
@@ -84,18 +87,31 @@ def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name in _EXACT or name.startswith(_PREFIXES)}
 
 
+def setup_lines(setup: Sequence[str]) -> list[str]:
+    """Lines of a shell script under `set -e` that run `cluster.setup`, and say so if one of them fails."""
+    failure = 'echo "cluster.setup: a line failed with exit code $?" >&2'
+    return [f"trap '{failure}' EXIT", *setup, "trap - EXIT"] if setup else []
+
+
 def ssh_command(host: str, *, setup: Sequence[str] = ()) -> list[str]:
-    """The command that starts `launch.clusters.host_agent` on a host. setup: shell lines to run there first."""
+    """The command that starts `launch.clusters.host_agent` on a host. setup: shell lines to run there first, in this folder.
+
+    Standard input is the job, which the set-up lines must not read.
+    """
     agent = [sys.executable, "-m", "launch.clusters.host_agent"]
     if path := os.environ.get("PYTHONPATH"):
         agent = ["env", f"PYTHONPATH={path}", *agent]
-    return [*SSH, host, " && ".join([*setup, f"cd {shlex.quote(os.getcwd())}", f"exec {shlex.join(agent)}"])]
+    lines = ["set -e", f"cd {shlex.quote(os.getcwd())}"]
+    if setup:
+        lines += ["exec 3<&0 </dev/null", *setup_lines(setup), "exec 0<&3 3<&-"]
+    return [*SSH, host, "\n".join([*lines, f"exec {shlex.join(agent)}"])]
 
 
 def run_on_hosts(commands: Mapping[str, Sequence[str]], *, environment: Mapping[str, str], setup: Sequence[str] = ()) -> int:
-    """Run a command on each host. Returns the exit code of the first that failed, 0 if none did.
+    """Run a command on each host. Returns the exit code of the first that failed, else 75 if one has saved and stopped, else 0.
 
-    Lines of output carry the host's name. Signals reach all hosts. If a host fails, the others have GRACE seconds to end by themselves.
+    Lines of output carry the host's name. Signals reach all hosts. If a host fails, the others have GRACE seconds to end by themselves,
+    and GRACE_AFTER_SAVE seconds if it has stopped.
 
     Raises:
         ValueError: ssh is not installed.
@@ -105,18 +121,27 @@ def run_on_hosts(commands: Mapping[str, Sequence[str]], *, environment: Mapping[
     width = max(map(len, commands))
     connections = [_Connection(host, command, environment, setup=setup, width=width) for host, command in commands.items()]
     with _forwarded_signals(connections):
-        code, failed_at, ended = 0, None, False
-        while living := [connection for connection in connections if connection.poll() is None]:
-            if failed_at is None and (failed := next((each for each in connections if each.poll()), None)):
-                code, failed_at = failed.exit_code, time.monotonic()
-            if failed_at is not None and not ended and time.monotonic() - failed_at > GRACE:
-                ended = True
-                for connection in living:
-                    say(f"ending {connection.host}")
-                    connection.end()
-            time.sleep(0.05)
+        failed = _wait(connections)
     codes = [connection.exit_code for connection in connections]  # waits for the last lines
-    return code or next((each for each in codes if each), 0)
+    return failed.exit_code if failed else max(codes, key=lambda code: (code not in (0, STOPPED), code))
+
+
+def _wait(connections: Sequence[_Connection]) -> _Connection | None:
+    """Wait until all hosts have ended, and end those that take too long after another one. Returns the first that has failed."""
+    failed, deadline, is_ending = None, math.inf, False
+    while living := [connection for connection in connections if connection.poll() is None]:
+        now, ends = time.monotonic(), [connection for connection in connections if connection.poll()]
+        if failed is None and (failed := next((each for each in ends if each.poll() != STOPPED), None)):
+            deadline = now + GRACE
+        elif ends and deadline == math.inf:
+            deadline = now + GRACE_AFTER_SAVE
+        if now > deadline and not is_ending:
+            is_ending = True
+            for connection in living:
+                say(f"ending {connection.host}")
+                connection.end()
+        time.sleep(0.05)
+    return failed
 
 
 class _Connection:

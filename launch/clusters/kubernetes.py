@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from launch.clusters.hosts import PORT
+from launch.clusters.hosts import PORT, setup_lines
 from launch.config.run_sections import ClusterConfig
 from launch.console import STOPPED
 
@@ -46,8 +46,9 @@ def manifest(run_dir: Path, cluster: ClusterConfig, *, config: str, arguments: S
         documents.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data})
         config = f"{_CONFIG_FOLDER}/config.yaml"
     place = ["--nproc-per-node", str(nproc), "--nnodes", str(nnodes), "--node-rank", "$(NODE_RANK)"]
-    typed = [argument.replace("$(", "$$(") for argument in arguments]  # Kubernetes expands $(NAME)
-    command = ["tim", "launch", config, *typed, *place, "--rdzv-endpoint", f"{name}-0.{name}:{PORT}"]
+    command = ["tim", "launch", _unexpanded(config), *map(_unexpanded, arguments), *place, "--rdzv-endpoint", f"{name}-0.{name}:{PORT}"]
+    if cluster.setup:
+        command = ["sh", "-ec", _unexpanded("\n".join([*setup_lines(cluster.setup), 'exec "$@"'])), "tim", *command]
     requests: dict[str, Any] = {"cpu": cluster.cpus or nproc * (workers + 2)}
     limits = {} if cluster.gres is None else {"nvidia.com/gpu": nproc}
     container = {
@@ -57,7 +58,7 @@ def manifest(run_dir: Path, cluster: ClusterConfig, *, config: str, arguments: S
         "workingDir": cluster.mounts[0].partition(":")[2],
         "env": [
             {"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": _RANK}}},
-            *({"name": key, "value": value} for key, value in cluster.env.items()),
+            *({"name": key, "value": _unexpanded(value)} for key, value in cluster.env.items()),
         ],
         "resources": {"requests": {**requests, **limits}, **({"limits": limits} if limits else {})},
     }
@@ -106,6 +107,11 @@ def _job(name: str, container: dict[str, Any], *, mounts: Sequence[str], nnodes:
         "template": {"spec": pod},
     }
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": name}, "spec": spec}
+
+
+def _unexpanded(text: str) -> str:
+    """A text in which Kubernetes does not replace $(NAME)."""
+    return text.replace("$(", "$$(")
 
 
 def _dns_name(text: str) -> str:

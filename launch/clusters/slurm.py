@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.clusters.hosts import GRACE_AFTER_SAVE, setup_lines
 from launch.clusters.requeue import REQUEUE_FILE
 from launch.config.run_sections import ClusterConfig
 
@@ -41,7 +42,7 @@ def job_script(job: Job, cluster: ClusterConfig) -> str:
     """The script for sbatch."""
     lines = ["#!/bin/bash", "# Written by `tim launch --slurm`. Submitted again, it resumes the run."]
     lines += [f"#SBATCH {option}" for option in _options(job, cluster)]
-    lines += ["", "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *cluster.setup]
+    lines += ["", "set -e", f"cd {shlex.quote(str(Path.cwd()))}", *setup_lines(cluster.setup)]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
     lines += [
         'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
@@ -90,8 +91,8 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
 
 
 def _step(job: Job, cluster: ClusterConfig) -> list[str]:
-    """The srun command, one line for each part. Once a node has ended, the others have a minute to do the same."""
-    srun = ["srun", "--ntasks-per-node=1", '--cpus-per-task="$SLURM_CPUS_PER_TASK"', "--wait=60"]
+    """The srun command, one line for each part. Once a node has ended, the others have some minutes to do the same."""
+    srun = ["srun", "--ntasks-per-node=1", '--cpus-per-task="$SLURM_CPUS_PER_TASK"', f"--wait={GRACE_AFTER_SAVE:.0f}"]
     inside: list[str] = []
     command = [sys.executable, "-m", "launch.cli"]
     if cluster.container is not None:

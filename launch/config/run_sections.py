@@ -149,7 +149,7 @@ class ClusterConfig(Section):
     options: tuple[str, ...] = ()
     """More options of sbatch, such as `--qos=high` or `--array=1-4%1`."""
     setup: tuple[str, ...] = ()
-    """Shell lines to run before the training, with Slurm and on the hosts of `--hostfile`: `module load cuda`."""
+    """Shell lines to run before the training, with `--slurm`, `--k8s` and `--hostfile`: `module load cuda`. If one fails, all ends."""
     env: dict[str, str] = Field(default={})
     """Environment variables of the training, with `--slurm`, `--k8s` and `--hostfile`."""
     container: str | None = None

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launch.console import STOPPED
 from launch.distributed.failures import SILENT, End, describe_end, describe_work, first_cause
 from launch.distributed.hangs import Ages, Suspicion, blame, describe_hang, find_hang
 from launch.distributed.heartbeat import FOLDER, RankState, read_state, state_path
@@ -19,6 +20,7 @@ from launch.distributed.stacks import write_stacks
 
 GRACE_AFTER_KILL = 3.0  # seconds that the other ranks have to end by themselves after one was killed
 GRACE_AFTER_EXIT = 30.0  # the same after one failed: it may be printing its error
+GRACE_AFTER_STOP = 240.0  # the same after one has saved and stopped: rank 0 closes trackers and requeues the job
 SECONDS_BETWEEN_CHECKS = 1.0
 PAUSE = 3.0  # seconds in which the launchers of other machines can write their ranks' stacks, before those lose their connection
 HEAD_START = 30.0  # seconds that the launcher of another machine has to end its hanging rank itself
@@ -71,10 +73,7 @@ class Supervisor:
             self._check_for_hangs()
         if self._failed_at is None:
             return bool(alive)
-        killed = any(end.code < 0 for end in self._ends.values())
-        quick = killed or self.run_dir is None  # without a run folder ranks do not wait for each other
-        grace = 0.0 if self._hanging else GRACE_AFTER_KILL if quick else GRACE_AFTER_EXIT
-        if alive and now - self._failed_at < grace:
+        if alive and now - self._failed_at < self._grace():
             return True
         self._kill(alive)
         for rank in self._ends:  # what a killed rank has started
@@ -121,6 +120,18 @@ class Supervisor:
                 self._ends[rank] = End(rank=rank, host=socket.gethostname(), code=code, state=self._local_state(rank))
                 if code and self._failed_at is None:
                     self._failed_at = time.monotonic()
+
+    def _grace(self) -> float:
+        """Seconds from the first failure in which the other ranks may end by themselves."""
+        codes = {end.code for end in self._ends.values() if end.code}
+        if self._hanging:
+            return 0.0
+        if codes == {STOPPED}:
+            return GRACE_AFTER_STOP
+        is_killed = any(code < 0 for code in codes)
+        return (
+            GRACE_AFTER_KILL if is_killed or self.run_dir is None else GRACE_AFTER_EXIT
+        )  # without a run folder ranks do not wait for each other
 
     def _check_for_hangs(self) -> None:
         found = find_hang([(state, self._ages.age(state)) for state in self._states()], self.limits)

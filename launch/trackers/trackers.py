@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipeline.storage.atomic import publish_text
 
 FILE = "trackers.json"
 WAITING = 1000  # rows and images that may wait for a slow tracker
-CLOSING_SECONDS = 120.0
+CLOSING_SECONDS = 60.0  # in all: a Slurm job has two minutes for its last step, the save and this
 
 
 class Trackers:
@@ -58,11 +59,12 @@ class Trackers:
         """Wait until all is sent, but not for ever."""
         if not self._kinds:
             return
+        deadline = time.monotonic() + CLOSING_SECONDS
         try:
             self._queue.put(None, timeout=CLOSING_SECONDS)
         except queue.Full:
             self._dropped += 1
-        self._thread.join(timeout=CLOSING_SECONDS)
+        self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
         if self._dropped or self._thread.is_alive():
             names = ", ".join(self._backends)
             self._log(f"warning: log.trackers: {names} too slow: not all was sent; metrics.jsonl has every row")

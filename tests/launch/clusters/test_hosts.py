@@ -90,6 +90,18 @@ def test_output_is_named_and_the_environment_is_handed_over(
     assert code == 1
 
 
+def test_setup_lines_are_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """They may end in comments and read standard input, run in the folder of the training, and must succeed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "activate").write_text("export SET=up")
+    command = [sys.executable, "-c", "import os; print(os.environ['SET'])"]
+    setup = [". ./activate  # the environment", "cat", "if true", "then echo set up; fi"]
+    assert run_on_hosts({"a": command}, environment={}, setup=setup) == 0
+    assert capfd.readouterr().err.splitlines() == ["a: set up", "a: up"]
+    assert run_on_hosts({"a": command}, environment={}, setup=["(exit 3)", "true"]) == 3
+    assert capfd.readouterr().err == "a: cluster.setup: a line failed with exit code 3\n"
+
+
 def test_a_host_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "GRACE", 1.0)
@@ -99,6 +111,17 @@ def test_a_host_that_fails_ends_the_others(tmp_path: Path, monkeypatch: pytest.M
     assert capfd.readouterr().err.splitlines() == ["b: no GPU", "ending a"]
     assert not is_running(int(Path("a.pid").read_text()))
     assert not Path("a.signal").exists(), "it could not save without b"
+
+
+def test_a_host_that_has_saved_waits_for_those_that_still_close(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 closes trackers and requeues the job. A failure after a stop is the result, and limits the wait."""
+    monkeypatch.setattr(module, "GRACE", 0.0)
+    stops, closes = ["sh", "-c", "exit 75"], ["sh", "-c", "sleep 1.5; exit 75"]
+    assert run_on_hosts({"a": stops, "b": closes}, environment={}) == 75
+    assert run_on_hosts({"a": stops, "b": ["sh", "-c", "sleep 1; exit 3"], "c": ["sleep", "600"]}, environment={}) == 3
+    monkeypatch.setattr(module, "GRACE_AFTER_SAVE", 0.5)
+    assert run_on_hosts({"a": stops, "b": ["sleep", "600"]}, environment={}) == 1
+    assert capfd.readouterr().err.splitlines() == ["ending c", "ending b"]
 
 
 def test_a_host_that_cannot_be_reached_is_named(capfd: pytest.CaptureFixture[str]) -> None:

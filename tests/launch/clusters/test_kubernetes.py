@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,19 @@ def test_every_pod_runs_tim_launch_at_its_place() -> None:
     assert debug == {"name": "NCCL_DEBUG", "value": "on"}, "a text, though YAML 1.1 reads `on` as true"
     assert container["resources"] == {"requests": {"cpu": 48, "nvidia.com/gpu": 8}, "limits": {"nvidia.com/gpu": 8}}
     assert container["workingDir"] == "/data"
+
+
+def test_setup_lines_run_before_and_nothing_is_expanded(tmp_path: Path) -> None:
+    """Kubernetes replaces $(NAME) by a variable, and $$( by $(."""
+    cluster = CLUSTER.model_copy(update={"setup": ("export A=$(echo up)  # set up", "echo $A"), "env": {"B": "$(HOME)"}})
+    (container,) = documents(cluster)["Job"]["spec"]["template"]["spec"]["containers"]
+    assert container["env"][1] == {"name": "B", "value": "$$(HOME)"}
+    command = [word.replace("$$(", "$(") for word in container["command"]]
+    (tmp_path / "tim").write_text('#!/bin/sh\necho "$A $1 $2"\n')
+    (tmp_path / "tim").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "up\nup launch photos\n"
 
 
 def test_volumes_are_those_that_containers_mount() -> None:

@@ -55,7 +55,7 @@ def test_every_node_runs_tim_launch_at_its_place(job: Job) -> None:
     shared = "-m|launch.cli|launch|my file.yaml|text.path=it's|--max-restarts|0|--nproc-per-node|8|--nnodes|2"
     place = [f"{shared}|--rdzv-endpoint|node-1:21234|--node-rank|{rank}|IN FO" for rank in range(2)]
     assert Path("ran").read_text().splitlines() == place
-    assert Path("srun.log").read_text().startswith("--ntasks-per-node=1 --cpus-per-task=32 --wait=60 sh -c")
+    assert Path("srun.log").read_text().startswith("--ntasks-per-node=1 --cpus-per-task=32 --wait=250 sh -c")
 
 
 def test_the_script_asks_for_what_the_config_says(job: Job) -> None:

@@ -90,6 +90,17 @@ def test_explained_exits_are_not_restarted(code: int, capfd: pytest.CaptureFixtu
     assert capfd.readouterr().err == ""
 
 
+def test_a_rank_that_has_stopped_waits_for_those_that_still_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 closes trackers and requeues the job."""
+    monkeypatch.setattr(module, "GRACE_AFTER_EXIT", 0.0)
+    supervisor = Supervisor(run_dir=tmp_path, limits={})
+    closes = f"import time; from pathlib import Path; time.sleep(1.5); Path({str(tmp_path / 'closed')!r}).touch(); {exits(75)}"
+    with processes(closes, exits(75)) as pids:
+        assert not watch_to_the_end(supervisor, pids)
+    assert supervisor.exit_code == 75
+    assert (tmp_path / "closed").exists()
+
+
 def test_a_killed_rank_is_the_cause_even_if_another_ended_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     supervisor = Supervisor(run_dir=tmp_path, limits={}, max_restarts=1)
     with processes(exits(LOST_CONNECTION), GROUP) as pids:

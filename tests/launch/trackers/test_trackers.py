@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,30 @@ def test_a_tracker_that_fails_warns_once(tmp_path: Path) -> None:
     (line,) = lines
     assert line.startswith("warning: log.trackers: tensorboard failed and is off until the run is started again: ")
     assert line.endswith("metrics.jsonl has every row")
+
+
+def test_a_stopped_job_does_not_wait_twice_for_a_slow_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The queue is full, and its end is waited for as well."""
+    monkeypatch.setattr(trackers, "CLOSING_SECONDS", 3.0)
+    monkeypatch.setattr(trackers, "WAITING", 1)
+    busy, is_over = threading.Event(), threading.Event()
+
+    def start(*arguments: object, **named: object) -> Any:
+        busy.set()
+        is_over.wait(60)
+        raise RuntimeError("over")
+
+    waits: list[float] = []
+    monkeypatch.setattr(trackers, "make_backend", start)
+    lines: list[str] = []
+    with Trackers(config_of(tmp_path), step=0, ahead=0, log=lines.append) as sending:
+        assert busy.wait(60)
+        join = sending._thread.join
+        monkeypatch.setattr(sending._thread, "join", lambda timeout: (waits.append(timeout), join(timeout)))
+        sending.write({"step": 1, "loss": 1.0})
+    is_over.set()
+    assert waits[0] < 1.0
+    assert "too slow: not all was sent" in lines[0]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ def test_rank_0_requeues_last_whichever_rank_got_the_signal(monkeypatch: pytest.
     ranks = SimpleNamespace(is_main=True, gather=lambda own: [own, int(signal.SIGTERM)])
     trainer: Any = SimpleNamespace(step=3, ranks=ranks, log=said.append)
     monkeypatch.setattr(train, "requeue", lambda number, log: said.append(number))
-    with pytest.raises(SystemExit, match="75"), ExitStack() as after_cleanup, ExitStack() as cleanup:
+    with ExitStack() as after_cleanup, ExitStack() as cleanup:
         cleanup.callback(said.append, "cleaned up")
-        train._stop(trainer, Signals(), after_cleanup=after_cleanup)
+        with pytest.raises(SystemExit, match="75"):
+            train._stop(trainer, Signals(), after_cleanup=after_cleanup)
     assert said == ["stopped by a signal after step 3: run the same command again to continue", "cleaned up", signal.SIGTERM]
