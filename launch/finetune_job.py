@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import encode_job
-from launch.checkpoints.run_folder import CONFIG, FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES
+from launch.checkpoints.run_folder import CONFIG, FINETUNE_CONFIG, FINETUNE_CORPUS, FINETUNE_FEATURES, publish_config
 from launch.config import yaml_file
 from launch.config.load import complete, load_config
 from launch.config.model_sections import TRANSPORT_SETTINGS
-from launch.config.schema import Config, ConfigError, to_yaml
+from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
-from pipeline.storage.atomic import TEMPORARY_SUFFIX, publish_text
+from pipeline.storage.atomic import TEMPORARY_SUFFIX
 from pipeline.storage.remote import is_remote
 
 if TYPE_CHECKING:
@@ -91,13 +91,13 @@ def finetune(
     values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed(overrides, "steps"))
     values = add_previews(values, planner=planner)
     config = _config(values, overrides)
-    publish_text(out / FINETUNE_CONFIG, to_yaml(config))
+    publish_config(out / FINETUNE_CONFIG, config)
 
     features = _encode(config, corpus=corpus, out=out, debug=debug, console=console)
     if features is not None:
         values["corpus"] = [{"path": corpus, "features": str(features)}]
         config = _config(values, overrides)
-        publish_text(out / FINETUNE_CONFIG, to_yaml(config))
+        publish_config(out / FINETUNE_CONFIG, config)
 
     how = "adapters (LoRA)" if lora else "all weights"
     console.line(f"3/3 train: {how}, {config.train.steps} steps, {images} images, learning rate {config.train.lr:g}")

@@ -29,6 +29,7 @@ DRAWS = (
     "text.shuffle_tags",
     "network.params.class_dropout_prob",
 )  # affect only the plan, not the weights
+SECRET = ("cluster.env",)  # values that may be keys: not shown
 FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # determine the meaning of the weights
 
 
@@ -79,7 +80,12 @@ def changes_on_resume(run_dir: Path, config: Config) -> list[str]:
         if _is_within(key, FIXED) and not _is_within(key, DRAWS):
             change = f"was {before.get(key)!r} in {path} and is {now.get(key)!r}"
             raise ConfigError(f"{key} {change}: the run's weights do not fit; restore the value, or give another run_dir")
-    return [f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]
+    return [f"{key}: changed" if _is_within(key, SECRET) else f"{key}: {before.get(key)!r} → {now.get(key)!r}" for key in changed]
+
+
+def publish_config(path: Path, config: Config, *, comments: str = "") -> None:
+    """Write a configuration as YAML after comments, for its owner only if it sets environment variables."""
+    publish_text(path, comments + to_yaml(config), is_private=bool(config.cluster.env))
 
 
 def write_config(run_dir: Path, config: Config, *, history: History = History()) -> None:  # noqa: B008  (frozen)
@@ -90,7 +96,7 @@ def write_config(run_dir: Path, config: Config, *, history: History = History())
     (run_dir / CHECKPOINTS).mkdir(exist_ok=True)
     write(run_dir, history)
     comments = "".join(f"# {line}\n" for line in history.lines())
-    publish_text(run_dir / CONFIG, comments + to_yaml(config))
+    publish_config(run_dir / CONFIG, config, comments=comments)
 
 
 def _is_within(key: str, sections: Sequence[str]) -> bool:

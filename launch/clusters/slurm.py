@@ -17,6 +17,7 @@ from pathlib import Path
 from launch.clusters.hosts import GRACE_AFTER_SAVE, setup_lines
 from launch.clusters.requeue import REQUEUE_FILE
 from launch.config.run_sections import ClusterConfig
+from pipeline.storage.atomic import publish_text
 
 SCRIPT = "launch.sh"
 _FIRST_PORT, _PORTS = 20000, 10000  # below the ports that the kernel gives away
@@ -53,15 +54,17 @@ def job_script(job: Job, cluster: ClusterConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
-def submit(job: Job, script: str) -> tuple[str, Path]:
+def submit(job: Job, script: str, *, is_private: bool = False) -> tuple[str, Path]:
     """Write the script into the run folder and submit it. Returns the job's id and the path of the script.
+
+    is_private: whether only its owner may read the script.
 
     Raises:
         ValueError: sbatch is not installed, or refuses the job.
     """
     path = job.folder / SCRIPT
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script, encoding="utf-8")
+    publish_text(path, script, is_private=is_private)
     try:
         done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, check=False)
     except FileNotFoundError:

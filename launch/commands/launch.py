@@ -146,7 +146,7 @@ class _Launch:
         if self.dry_run:
             self.console.result(script.rstrip("\n"), data={"script": script})
             return
-        number, path = slurm.submit(job, script)
+        number, path = slurm.submit(job, script, is_private=bool(self.config.cluster.env))
         text = f"submitted Slurm job {number}: {path}, log in the same folder"
         self.console.result(text, data={"job": number, "script": path, "run": run_dir})
 

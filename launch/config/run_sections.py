@@ -151,7 +151,8 @@ class ClusterConfig(Section):
     setup: tuple[str, ...] = ()
     """Shell lines to run before the training, with `--slurm`, `--k8s` and `--hostfile`: `module load cuda`. If one fails, all ends."""
     env: dict[str, str] = Field(default={})
-    """Environment variables of the training, with `--slurm`, `--k8s` and `--hostfile`."""
+    """Environment variables of the training, with `--slurm`, `--k8s` and `--hostfile`. They may be keys of services: only the owner can
+    read the files of a run that have them, and trackers do not get them."""
     container: str | None = None
     """Container image: a `.sif` file for apptainer, or an image for Slurm's pyxis or for Kubernetes. It must have `tim`."""
     mounts: tuple[Annotated[str, Field(pattern=r"^[^:\s]+:/[^:\s]*$")], ...] = ()

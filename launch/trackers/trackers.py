@@ -120,7 +120,7 @@ class Trackers:
             entry["shown"] = min(entry["shown"], self._step)
         entry["id"] = backend.id
         self._write_state()  # before it starts, so that no run of a killed process is forgotten
-        where = backend.start(_flat(yaml.safe_load(to_yaml(self._config))))
+        where = backend.start(_shown(self._config))
         if entry["id"] != backend.id:
             entry["id"] = backend.id
             self._write_state()
@@ -153,6 +153,12 @@ def _read_state(path: Path) -> dict[str, Any]:
 def _entry(*, id: str | None, logged: int, shown: int | None = None) -> dict[str, Any]:
     """shown: not in files of older versions, whose previews were sent up to `logged`."""
     return {"id": id, "logged": int(logged), "shown": int(logged if shown is None else shown)}
+
+
+def _shown(config: Config) -> dict[str, Any]:
+    """The values of a configuration by key, without environment variables, which may be keys of services."""
+    cluster = config.cluster.model_copy(update={"env": {}})
+    return _flat(yaml.safe_load(to_yaml(config.model_copy(update={"cluster": cluster}))))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

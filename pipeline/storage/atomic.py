@@ -15,11 +15,12 @@ WORK, JOB, LOCK = ".work", "job.json", "lock"
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: it appears when the block succeeds, and is removed when it raises."""
+def publish(path: Path, *, is_private: bool = False) -> Iterator[BinaryIO]:
+    """Write a file atomically: it appears when the block succeeds, and is removed when it raises. Only its owner can read a private one."""
     temporary = path.with_name(f"{path.name}.{process_name()}{TEMPORARY_SUFFIX}")
+    mode = 0o600 if is_private else 0o666  # less the umask
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
@@ -30,8 +31,9 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     fsync_path(path.parent)
 
 
-def publish_text(path: Path, text: str) -> None:
-    with publish(path) as stream:
+def publish_text(path: Path, text: str, *, is_private: bool = False) -> None:
+    """Write a text file atomically, in UTF-8."""
+    with publish(path, is_private=is_private) as stream:
         stream.write(text.encode("utf-8"))
 
 

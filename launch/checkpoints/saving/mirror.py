@@ -132,7 +132,7 @@ class Mirror:
                     content = _read(self._path(name))
                 except FileNotFoundError:
                     continue
-                with publish(self._run_dir / name) as stream:
+                with publish(self._run_dir / name, is_private=name == CONFIG) as stream:  # written again at the start
                     stream.write(content)
         with publish(self._run_dir / LATEST) as stream:
             stream.write(f"{newest}\n".encode())
@@ -148,7 +148,8 @@ def _write(path: str, *, source: Path) -> None:
         remote.write_file(path, source=source)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(source, "rb") as original, publish(Path(path)) as stream:
+    is_private = not source.stat().st_mode & 0o077
+    with open(source, "rb") as original, publish(Path(path), is_private=is_private) as stream:
         shutil.copyfileobj(original, stream, 1 << 20)
 
 

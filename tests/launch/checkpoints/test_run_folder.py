@@ -54,6 +54,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_environment_variables_are_neither_shown_nor_readable_by_others(tmp_path: Path) -> None:
+    write_config(tmp_path, config())
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o044
+    write_config(tmp_path, config("cluster.env={API_KEY: secret}"))
+    assert (tmp_path / "config.yaml").stat().st_mode & 0o777 == 0o600
+    assert changes_on_resume(tmp_path, config("cluster.env={API_KEY: other}")) == ["cluster.env.API_KEY: changed"]
+
+
 def test_what_changed_is_told_and_what_cannot_change_is_refused(tmp_path: Path) -> None:
     assert changes_on_resume(tmp_path, config()) == []
     write_config(tmp_path, config())

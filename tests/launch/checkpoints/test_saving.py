@@ -16,6 +16,7 @@ import torch
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import CheckpointError, CheckpointMetadata, check, newest
 from launch.checkpoints.resuming import find_checkpoint
+from launch.checkpoints.saving import mirror as mirror_module
 from launch.checkpoints.saving.background import BackgroundSaver, Part
 from launch.checkpoints.saving.follow_ups import FollowUps
 from launch.checkpoints.tensor_fragments import Fragment
@@ -284,3 +285,12 @@ def test_the_section_is_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             CheckpointConfig.model_validate(settings)
+
+
+def test_a_copy_of_a_private_file_is_private(tmp_path: Path) -> None:
+    source, copy = tmp_path / "config.yaml", tmp_path / "mirror" / "config.yaml"
+    source.touch()
+    for mode in (0o600, 0o644):
+        source.chmod(mode)
+        mirror_module._write(str(copy), source=source)
+        assert copy.stat().st_mode & 0o077 == mode & 0o077

@@ -147,6 +147,8 @@ def test_the_script_is_submitted_from_the_run_folder(job: Job, commands: Path) -
     add_command(commands / "sbatch", '#!/bin/sh\necho "$@" > sbatch.log\necho "17;cluster"\n')
     assert submit(job, "#!/bin/bash\n") == ("17", job.folder / "launch.sh")
     assert Path("sbatch.log").read_text() == f"--parsable {job.folder}/launch.sh\n"
+    submit(job, "#!/bin/bash\n", is_private=True)
+    assert (job.folder / "launch.sh").stat().st_mode & 0o777 == 0o600
     add_command(commands / "sbatch", "#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     with pytest.raises(ValueError, match=r"--slurm: sbatch refused .*launch.sh: sbatch: error: invalid partition"):
         submit(job, "#!/bin/bash\n")

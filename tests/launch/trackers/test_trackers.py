@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -121,6 +122,16 @@ def test_a_tracker_that_fails_warns_once(tmp_path: Path) -> None:
     (line,) = lines
     assert line.startswith("warning: log.trackers: tensorboard failed and is off until the run is started again: ")
     assert line.endswith("metrics.jsonl has every row")
+
+
+def test_environment_variables_of_a_cluster_are_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+    backend = SimpleNamespace(id=None, takes_back=True, start=sent.update, finish=lambda: None)
+    monkeypatch.setattr(trackers, "make_backend", lambda kind, **settings: backend)
+    with Trackers(config_of(tmp_path, "cluster={partition: gpu, env: {API_KEY: secret}}"), step=0, ahead=0, log=print):
+        pass
+    assert sent["cluster.partition"] == "gpu"
+    assert "secret" not in str(sent)
 
 
 def test_a_stopped_job_does_not_wait_twice_for_a_slow_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
