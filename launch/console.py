@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, TextIO
 
+from launch.logs.startup import STARTUP
 from pipeline.errors import DetailedError, kind_and_line, one_line
 from pipeline.progress import Progress
 
@@ -36,10 +37,11 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print a line to standard error."""
-        print(text, file=sys.stderr, flush=True)
+        STARTUP.line(text)
 
     def result(self, text: str, *, data: Mapping[str, Any]) -> None:
-        """Print the command's result: `text`, or in JSON mode `data` as one line."""
+        """Print the command's result: `text`, or in JSON mode `data` as one line. Ends the display of the start."""
+        STARTUP.end()
         output = json.dumps(_plain(data), ensure_ascii=False) if self._as_json else text
         try:
             print(output, file=self._out, flush=True)
@@ -54,7 +56,8 @@ class Console:
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
-        """Yield a progress callback: live bars on a terminal, occasional plain lines otherwise."""
+        """Yield a progress callback: live bars on a terminal, occasional plain lines otherwise. Ends the display of the start."""
+        STARTUP.end()
         if not sys.stderr.isatty():
             lines = _PlainLines(self.line)
             yield lines.report

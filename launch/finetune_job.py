@@ -23,6 +23,7 @@ from launch.config.model_sections import TRANSPORT_SETTINGS
 from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
+from launch.logs.startup import STARTUP
 from pipeline.storage.atomic import TEMPORARY_SUFFIX
 from pipeline.storage.remote import is_remote
 
@@ -86,11 +87,12 @@ def finetune(
     console.line(f"1/3 prepare: {', '.join(sources)}")
     corpus = _prepare(sources, out=out, console=console)
     values["corpus"] = [{"path": corpus}]
-    planner = make_planner(_config(values, overrides))
-    images = _count_images(planner, corpus=corpus)
-    values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed(overrides, "steps"))
-    values = add_previews(values, planner=planner)
-    config = _config(values, overrides)
+    with STARTUP.shown("planning"):
+        planner = make_planner(_config(values, overrides))
+        images = _count_images(planner, corpus=corpus)
+        values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed(overrides, "steps"))
+        values = add_previews(values, planner=planner)
+        config = _config(values, overrides)
     publish_config(out / FINETUNE_CONFIG, config)
 
     features = _encode(config, corpus=corpus, out=out, debug=debug, console=console)
@@ -317,9 +319,10 @@ def _train(config: Config, *, out: Path, debug: bool) -> None:
 
     processes = min(torch.cuda.device_count(), config.plan.packs_per_step)
     if processes <= 1:
-        from launch.training.train import train
+        with STARTUP.shown("importing DeepSpeed"):
+            from launch.training.train import train
 
-        train(config)
+            train(config)
         return
     options = ["--debug"] * debug
     limits = config.train.hang_limits

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -15,8 +13,10 @@ import typer
 
 from launch.commands.options import Debug, Json
 from launch.console import Console, session
+from launch.logs.startup import STARTUP
+from pipeline.storage.atomic import publish_text
 
-REPORT = "TIM_DOCTOR_REPORT"  # environment variable: where rank 0 writes the report
+REPORT = "TIM_DOCTOR_REPORT"  # environment variable: where the first rank of a machine writes the report
 
 
 def doctor(
@@ -25,7 +25,9 @@ def doctor(
     ] = False,
     nproc_per_node: Annotated[int, typer.Option(min=1, help="With --nodes: number of processes on this machine: one per GPU.")] = 1,
     nnodes: Annotated[int, typer.Option(min=1, help="With --nodes: number of machines; run the command on each of them.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="With --nodes: index of this machine, from 0.")] = 0,
+    node_rank: Annotated[
+        int | None, typer.Option(min=0, help="With --nodes: index of this machine, from 0. Give it on all machines, or on none.")
+    ] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="With --nodes: address of machine 0.")] = None,
     run_dir: Annotated[Path, typer.Option(metavar="PATH", help="Folder whose disk is examined.")] = Path("."),
     as_json: Json = False,
@@ -38,35 +40,17 @@ def doctor(
 
     Example: tim doctor
     """
-    with session(as_json=as_json, debug=debug) as console:
+    with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch"):
+        given = {"--nproc-per-node": nproc_per_node > 1, "--nnodes": nnodes > 1, "--node-rank": node_rank is not None}
+        given["--rdzv-endpoint"] = rdzv_endpoint is not None
+        if not nodes and (alone := [name for name, is_given in given.items() if is_given]):
+            raise ValueError(f"{alone[0]}: needs --nodes, which measures")
         if not nodes:
             _examine(run_dir, console)
-            return
-        if nnodes > 1 and rdzv_endpoint is None:
-            raise ValueError("--nnodes: needs --rdzv-endpoint HOST:PORT, the address of machine 0")
-        if "RANK" in os.environ or nproc_per_node * nnodes == 1:
+        elif "RANK" in os.environ or nproc_per_node * nnodes == 1:
             _measure(console)
-            return
-        arguments = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", f"--node-rank={node_rank}"]
-        arguments += ["--standalone"] if nnodes == 1 else _master(rdzv_endpoint or "")
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.json"
-            command = [sys.executable, "-m", "torch.distributed.run", *arguments, "-m", "launch.cli", "doctor", "--nodes"]
-            environment = {"OMP_NUM_THREADS": "1", **os.environ, REPORT: str(report)}
-            if subprocess.run(command, env=environment, check=False).returncode:
-                raise RuntimeError("the measurement failed: see the lines above")
-            if not report.is_file():
-                console.result("measured: machine 0 has the report", data={"ranks": [], "slow": [], "differences": []})
-                return
-            _show(json.loads(report.read_text(encoding="utf-8")), console)
-
-
-def _master(endpoint: str) -> list[str]:
-    """torchrun's arguments for machine 0. Raises ValueError."""
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError(f"--rdzv-endpoint {endpoint}: expected HOST:PORT")
-    return [f"--master-addr={host}", f"--master-port={port}"]
+        else:
+            _measure_in_processes(nproc_per_node, console, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
 
 
 def _examine(run_dir: Path, console: Console) -> None:
@@ -84,16 +68,38 @@ def _examine(run_dir: Path, console: Console) -> None:
     console.result("\n".join(lines), data={"warnings": warnings, "findings": [asdict(finding) for finding in findings]})
 
 
+def _measure_in_processes(processes: int, console: Console, *, nnodes: int, node_rank: int | None, rdzv_endpoint: str | None) -> None:
+    """Start the ranks of this machine, and print the report, which one of them writes. Raises RuntimeError if they fail."""
+    from launch.distributed.failures import SILENT
+    from launch.distributed.torchrun import run_in_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        os.environ[REPORT] = str(report)
+        layout = {"nnodes": nnodes, "node_rank": node_rank, "rdzv_endpoint": rdzv_endpoint}
+        code = run_in_processes(["doctor", "--nodes"], processes=processes, **layout)
+        if code in SILENT:
+            raise SystemExit(code)
+        if code:
+            raise RuntimeError("the measurement failed: see the lines above")
+        _show(json.loads(report.read_text(encoding="utf-8")), console)
+
+
 def _measure(console: Console) -> None:
-    """Measure as one of the ranks. Rank 0 prints the report, or writes it for the command that has started the ranks."""
+    """Measure as one of the ranks. Rank 0 prints the report. Under the command, the first rank of each machine writes it."""
     from launch.distributed.ranks import process_group
+    from launch.distributed.torchrun import die_with_launcher
     from launch.hardware.nodes import measure_nodes
 
+    die_with_launcher()
+    STARTUP.stage("connecting the ranks")
     with process_group() as ranks:
+        STARTUP.stage(f"measuring {ranks.size} rank{'s' if ranks.size > 1 else ''}")
         report = measure_nodes(ranks).to_json()
         is_main = ranks.is_main
-    if is_main and REPORT in os.environ:
-        Path(os.environ[REPORT]).write_text(json.dumps(report), encoding="utf-8")
+    if REPORT in os.environ:
+        if os.environ.get("LOCAL_RANK") == "0":
+            publish_text(Path(os.environ[REPORT]), json.dumps(report))
     elif is_main:
         _show(report, console)
 

@@ -12,6 +12,7 @@ import typer
 from launch.arguments import split_overrides
 from launch.commands.options import Debug, Json
 from launch.console import session
+from launch.logs.startup import STARTUP
 
 
 def finetune(
@@ -37,7 +38,7 @@ def finetune(
 
     Example: tim finetune photos --from models/base --out runs/mine --lora train.steps=800 text.caption_dropout=0.05
     """
-    with session(as_json=as_json, debug=debug) as console:
+    with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch"):
         from launch.finetune_job import finetune as run
 
         sources, overrides = split_overrides(images)

@@ -19,6 +19,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+from launch.logs.startup import STARTUP
+
 _WAIT_SECONDS = 1800  # for the other machines: they may have to pull a container image
 _JOB = "tim"
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
@@ -69,7 +71,7 @@ def exit_on_signals(is_waiting: Callable[[], bool]) -> Iterator[None]:
         while numbers := os.read(readable, 64):
             for number in numbers:
                 if number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) and is_waiting():
-                    print(f"{signal.Signals(number).name}: stopped while waiting for the other machines", file=sys.stderr, flush=True)
+                    STARTUP.line(f"{signal.Signals(number).name}: stopped while waiting for the other machines")
                     os._exit(_INTERRUPTED if number == signal.SIGINT else _STOPPED)
 
     previous = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)

@@ -17,6 +17,7 @@ from launch.distributed.failures import SILENT, End, describe_end, describe_work
 from launch.distributed.hangs import Ages, Suspicion, blame, describe_hang, find_hang
 from launch.distributed.heartbeat import FOLDER, RankState, read_state, state_path
 from launch.distributed.stacks import write_stacks
+from launch.logs.startup import STARTUP
 
 GRACE_AFTER_KILL = 3.0  # seconds that the other ranks have to end by themselves after one was killed
 GRACE_AFTER_EXIT = 30.0  # the same after one failed: it may be printing its error
@@ -93,11 +94,13 @@ class Supervisor:
         if self.stopping or self.exit_code in SILENT or self._attempt >= self.max_restarts:
             return False
         self._is_between = True
-        say(f"starting all ranks again from {self._newest()} (restart {self._attempt + 1} of {self.max_restarts})")
+        with_others = " together with the other machines" if self.machines > 1 else ""
+        say(f"starting all ranks again{with_others} from {self._newest()} (restart {self._attempt + 1} of {self.max_restarts})")
         return True
 
     def _begin(self, pids: Mapping[int, int]) -> None:
         """A new attempt."""
+        STARTUP.end()  # rank 0 goes on
         self._is_between = False
         self._pids, self._attempt, self._started = dict(pids), self._attempt + 1, time.time()
         self._ends, self._failed_at, self._killed, self._hanging = {}, None, set(), False

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -26,8 +26,10 @@ from launch.distributed.rendezvous import exit_on_signals, rendezvous_arguments,
 from launch.distributed.signals import HANDLED
 from launch.distributed.stacks import nccl_environment
 from launch.distributed.supervisor import Supervisor
+from launch.logs.startup import STARTUP
 
 PR_SET_PDEATHSIG = 1
+_COMMAND = ("--signals-to-handle=SIGQUIT", "-m", "launch.cli")
 
 
 def launch(
@@ -70,16 +72,23 @@ def launch(
     os.environ.update(socket_environment(rdzv_endpoint, nnodes=nnodes))
     with _nccl_folder() as nccl:
         supervisor = Supervisor(run_dir=run_dir, limits=hang_limits or {}, max_restarts=max_restarts, nccl=nccl, machines=nnodes)
-        return _torchrun(arguments, processes=nproc_per_node, supervisor=supervisor)
+        return _torchrun(arguments, processes=nproc_per_node, supervisor=supervisor, endpoint=rdzv_endpoint)
 
 
-def run_in_processes(command: Sequence[str], *, processes: int) -> int:
-    """Run `tim COMMAND…` in `processes` processes on this machine, connected by torchrun. Returns the exit code."""
-    arguments = ["--nnodes=1", f"--nproc-per-node={processes}", "--standalone", "--signals-to-handle=SIGQUIT", "-m", "launch.cli"]
-    return _torchrun([*arguments, *command], processes=processes, supervisor=Supervisor(run_dir=None, limits={}))
+def run_in_processes(
+    command: Sequence[str], *, processes: int, nnodes: int = 1, node_rank: int | None = None, rdzv_endpoint: str | None = None
+) -> int:
+    """Run `tim COMMAND…` in `processes` processes on each of `nnodes` machines, connected by torchrun. Returns the exit code.
+
+    Arguments are those of `launch`. Raises ValueError for an invalid layout.
+    """
+    layout = _layout(processes, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
+    os.environ.update(socket_environment(rdzv_endpoint, nnodes=nnodes))
+    supervisor = Supervisor(run_dir=None, limits={}, machines=nnodes)
+    return _torchrun([*layout, *_COMMAND, *command], processes=processes, supervisor=supervisor, endpoint=rdzv_endpoint)
 
 
-def _torchrun(arguments: Sequence[str], *, processes: int, supervisor: Supervisor) -> int:
+def _torchrun(arguments: Sequence[str], *, processes: int, supervisor: Supervisor, endpoint: str | None) -> int:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher import api
@@ -90,7 +99,11 @@ def _torchrun(arguments: Sequence[str], *, processes: int, supervisor: Superviso
     if supervisor.nccl is not None:
         os.environ.update({name: os.environ.get(name, value) for name, value in nccl_environment(supervisor.nccl).items()})
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the workers and the supervisor report errors
-    with _forwarded_signals(supervisor), mock.patch.object(api, "LocalElasticAgent", partial(SupervisedAgent, supervisor)):
+    others = supervisor.machines - 1
+    waiting = f"waiting for {others} other machine{'s' if others > 1 else ''} at {endpoint}"
+    shown = STARTUP.shown(waiting) if others else nullcontext()  # until the supervisor sees ranks
+    agent = mock.patch.object(api, "LocalElasticAgent", partial(SupervisedAgent, supervisor))
+    with _forwarded_signals(supervisor), agent, shown:
         try:
             torchrun.run(torchrun.parse_args(list(arguments)))
         except ChildFailedError:
@@ -117,12 +130,17 @@ def torchrun_arguments(
     max_restarts: int = 0,
 ) -> list[str]:
     """Arguments of torchrun. Raises ValueError for an invalid layout."""
+    layout = _layout(nproc_per_node, nnodes=nnodes, node_rank=node_rank, rdzv_endpoint=rdzv_endpoint)
+    restarts = [f"--max-restarts={max_restarts}"] * (max_restarts > 0)
+    return [*layout, *restarts, *_COMMAND, "train", *options, str(config), *overrides]
+
+
+def _layout(nproc_per_node: int, *, nnodes: int, node_rank: int | None, rdzv_endpoint: str | None) -> list[str]:
+    """Arguments of torchrun for processes and machines. Raises ValueError if they do not fit."""
     if nproc_per_node < 1 or nnodes < 1:
         raise ValueError(f"--nproc-per-node {nproc_per_node} --nnodes {nnodes}: both must be at least 1")
     rendezvous = rendezvous_arguments(rdzv_endpoint, nnodes=nnodes, node_rank=node_rank)
-    restarts = [f"--max-restarts={max_restarts}"] * (max_restarts > 0)
-    layout = [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous, *restarts]
-    return [*layout, "--signals-to-handle=SIGQUIT", "-m", "launch.cli", "train", *options, str(config), *overrides]
+    return [f"--nnodes={nnodes}", f"--nproc-per-node={nproc_per_node}", *rendezvous]
 
 
 def cores() -> int:

@@ -32,7 +32,8 @@ class Startup:
 
     @contextmanager
     def shown(self, stage: str) -> Iterator[None]:
-        """Show the stages until `end`, at the latest until the end of the context. Of the ranks on a machine, rank 0 shows them."""
+        """Show the stages until `end`, the next `shown`, or the end of the context. Of all ranks, rank 0 shows them."""
+        self.end()
         if os.environ.get("RANK", "0") != "0":
             yield
             return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,28 @@ def test_the_command_starts_its_ranks(tmp_path: Path) -> None:
     assert job.wait(timeout=300) in (0, 1)  # the machine may be busy
     report = json.loads(next(line for line in log.read_text().splitlines() if line.startswith('{"ranks"')))
     assert len(report["ranks"]) == 2
+
+
+@pytest.mark.soak
+def test_two_machines_without_numbers_both_have_the_report(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ["doctor", "--nodes", "--nnodes", "2", "--rdzv-endpoint", endpoint, "--json"]
+    logs = [tmp_path / "log-0", tmp_path / "log-1"]
+    started = [jobs.start(*command, log=log) for log in logs]
+    codes = [job.wait(timeout=300) for job in started]
+    assert codes in ([0, 0], [1, 1]), logs[0].read_text()  # the machine may be busy
+    reports = [next(line for line in log.read_text().splitlines() if line.startswith('{"ranks"')) for log in logs]
+    assert reports[0] == reports[1]
+    assert len(json.loads(reports[0])["ranks"]) == 2
+
+
+@pytest.mark.soak
+def test_ranks_end_with_the_command(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    job = jobs.start("doctor", "--nodes", "--nproc-per-node", "2", log=log)
+    while not jobs.workers_of(job.pid):
+        assert job.poll() is None, log.read_text()
+        time.sleep(0.05)
+    assert jobs.kill_and_watch(job) == []

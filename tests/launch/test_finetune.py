@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from launch.checkpoints.initial_weights import load_weights
 from launch.config.load import load_config
 from launch.config.schema import Config, TrainConfig
 from launch.finetune_job import Base, add_length, defaults, read_base
+from launch.logs.startup import Startup
 from launch.training.metrics import read_rows
 from tests import REPOSITORY
 from tests.isolation import isolated_process
@@ -114,11 +116,15 @@ def test_a_killed_command_goes_on_where_it_stopped(photos: Path, demo_model: Pat
 
 
 @pytest.mark.skipif("lora" not in TrainConfig.model_fields, reason="train.lora is not there")
-def test_lora_leaves_the_base_as_it_is(photos: Path, demo_model: Path, tmp_path: Path, tim: Tim) -> None:
+def test_lora_leaves_the_base_as_it_is(photos: Path, demo_model: Path, tmp_path: Path, tim: Tim, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything that takes time before the first step is shown."""
+    stages: list[str] = []
+    monkeypatch.setattr(Startup, "shown", lambda _, stage: stages.append(stage) or nullcontext())
     done = tim("finetune", photos, "--from", demo_model, "--out", tmp_path / "run", "--lora", *SMALL, "--json")
     assert done.code == 0, done.err
     assert load_config(tmp_path / "run" / "config.yaml").train.model_dump()["lora"] is not None
     assert "adapters (LoRA)" in done.err
+    assert stages == ["importing torch", "planning", "importing DeepSpeed"]
 
 
 def test_features_are_cached_where_a_codec_or_an_encoder_takes_time(photos: Path, tmp_path: Path, tim: Tim) -> None:

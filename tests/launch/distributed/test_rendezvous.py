@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -96,3 +97,22 @@ def test_options_that_do_not_go_together(
 def test_the_rank_that_deepspeeds_launcher_adds_is_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--local_rank=1", "recipes", "list"]) == 0
     assert "photos" in capsys.readouterr().out
+
+
+def test_waiting_for_other_machines_is_shown() -> None:
+    """`tim doctor` meets them as `tim launch` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "launch.cli", "doctor", "--nodes", "--nnodes", "2", "--rdzv-endpoint", endpoint]
+    waiting = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, stderr=subprocess.PIPE, text=True)
+    assert waiting.stderr is not None
+    lines = []
+    while not lines or "other machine" not in lines[-1]:
+        lines.append(waiting.stderr.readline())
+        assert lines[-1], lines
+    assert lines[0].startswith("starting: importing torch, ")
+    assert re.fullmatch(rf"starting: waiting for 1 other machine at {endpoint}, \d+ s\n", lines[-1])
+    waiting.send_signal(signal.SIGTERM)
+    _, said = waiting.communicate(timeout=60)
+    assert (waiting.returncode, said.splitlines()[-1]) == (75, "SIGTERM: stopped while waiting for the other machines")
