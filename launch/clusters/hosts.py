@@ -54,8 +54,12 @@ def read_hostfile(path: Path) -> list[Host]:
     """
     if not path.is_file():
         raise ValueError(f"--hostfile {path}: no such file; write a line `NAME slots=N` for each host")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--hostfile {path}: not a text file; write a line `NAME slots=N` for each host") from None
     hosts: dict[str, Host] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(lines, start=1):
         line = text.partition("#")[0].strip()
         if not line:
             continue
@@ -71,15 +75,29 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def host_commands(hosts: Sequence[Host], *, endpoint: str | None, arguments: Sequence[str]) -> dict[str, list[str]]:
-    """The `tim launch` command of each host, by its name. arguments: config, overrides and options that are the same on all."""
+    """The `tim launch` command of each host, by its name. arguments: config, overrides and options that are the same on all.
+
+    Raises ValueError if the hosts cannot meet at the first.
+    """
+    if endpoint is None and len(hosts) > 1:
+        endpoint = _endpoint_at(hosts[0])
     commands = {}
     for rank, host in enumerate(hosts):
         layout = ["--nproc-per-node", str(host.slots)]
         if len(hosts) > 1:
-            place = ["--node-rank", str(rank), "--rdzv-endpoint", endpoint or f"{hosts[0].name.rpartition('@')[2]}:{PORT}"]
-            layout += ["--nnodes", str(len(hosts)), *place]
+            layout += ["--nnodes", str(len(hosts)), "--node-rank", str(rank), "--rdzv-endpoint", str(endpoint)]
         commands[host.name] = [sys.executable, "-m", "launch.cli", "launch", *arguments, *layout]
     return commands
+
+
+def _endpoint_at(host: Host) -> str:
+    """Where other hosts find a host. Raises ValueError for a name by which every machine means itself."""
+    name = host.name.rpartition("@")[2]
+    if name in ("localhost", "::1") or name.startswith("127."):
+        raise ValueError(
+            f"--hostfile: the hosts meet at the first, but {name} is another machine on each of them: write its name or address"
+        )
+    return f"[{name}]:{PORT}" if ":" in name else f"{name}:{PORT}"
 
 
 def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -76,6 +76,7 @@ def submit(job: Job, script: str, *, is_private: bool = False) -> tuple[str, Pat
 
 def _options(job: Job, cluster: ClusterConfig) -> list[str]:
     """Options of sbatch. Those of the config come last and replace ours."""
+    folder = str(job.folder).replace("%", "%%")  # Slurm replaces %j in names of files
     is_array = any(option.startswith(("--array", "-a")) for option in cluster.options)
     given = {"partition": cluster.partition, "account": cluster.account, "time": cluster.time}
     options = {
@@ -85,7 +86,7 @@ def _options(job: Job, cluster: ClusterConfig) -> list[str]:
         "cpus-per-task": cluster.cpus or job.nproc * (job.workers + 2),
         "gres": None if cluster.gres is None else cluster.gres.replace("{n}", str(job.nproc)),
         **given,
-        "output": job.folder / ("%A_%a.log" if is_array else "%j.log"),
+        "output": f"{folder}/{'%A_%a' if is_array else '%j'}.log",
         "open-mode": "append",
         "signal": "TERM@120",
     }

@@ -11,6 +11,7 @@ import typer
 from launch.arguments import one_config
 from launch.commands.options import ConfigArgument, Debug, Json
 from launch.console import Console, session
+from launch.logs.startup import STARTUP
 
 if TYPE_CHECKING:
     from launch.config.schema import Config
@@ -53,7 +54,7 @@ def estimate(
 
     Example: tim estimate t2i-xl-1 --gpus 8 --device h100
     """
-    with session(as_json=as_json, debug=debug) as console:
+    with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch"):
         from launch.config.load import load_config
         from launch.estimate.estimate import Situation
         from launch.estimate.estimate import estimate as run_estimate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from launch.console import STOPPED, Console, session
 from launch.logs.startup import STARTUP
 
 if TYPE_CHECKING:
+    from launch.clusters.hosts import Host
     from launch.config.schema import Config
 
 Hostfile = Annotated[
@@ -61,15 +63,20 @@ def launch(
     Example: tim launch photos --nproc-per-node 2 corpus=corpus run_dir=runs/first
     """
     with session(as_json=as_json, debug=debug) as console, STARTUP.shown("importing torch"):
-        from launch.config.load import load_config
+        from launch.clusters.hosts import read_hostfile
 
         source, overrides = one_config(config)
         _check_target(hostfile=hostfile, slurm=slurm, k8s=k8s, nproc=nproc_per_node, node_rank=node_rank, endpoint=rdzv_endpoint)
+        hosts = [] if hostfile is None else read_hostfile(hostfile)
+        if hostfile is not None and nnodes is not None and nnodes > len(hosts):
+            raise ValueError(f"--nnodes {nnodes}: {hostfile} lists {len(hosts)}")
+        from launch.config.load import load_config
+
         options = [*["--debug"] * debug, *["--replan"] * replan]
         settings = load_config(source, overrides=overrides)
         job = _Launch(source, overrides, options, settings, max_restarts=max_restarts, dry_run=dry_run, console=console)
         if hostfile is not None:
-            code = job.on_hosts(hostfile, nproc=nproc_per_node, nnodes=nnodes, endpoint=rdzv_endpoint)
+            code = job.on_hosts(hosts[:nnodes], nproc=nproc_per_node, endpoint=rdzv_endpoint)
         elif slurm or k8s:
             assert nproc_per_node is not None, "_check_target has checked it"
             code = (job.on_slurm if slurm else job.on_kubernetes)(nproc=nproc_per_node, nnodes=nnodes or 1)
@@ -110,24 +117,23 @@ class _Launch:
     def here(self, *, nproc: int, nnodes: int, node_rank: int | None, endpoint: str | None) -> int | None:
         from launch.distributed import torchrun
 
-        run_dir = self._check()
         layout = {"nproc_per_node": nproc, "nnodes": nnodes, "node_rank": node_rank, "rdzv_endpoint": endpoint}
         given = {"overrides": self.overrides, **layout, "options": self.options, "max_restarts": self.max_restarts}
+        arguments = torchrun.torchrun_arguments(self.source, **given)
+        run_dir = self._check()
         if self.dry_run:
-            line = torchrun.command_line(torchrun.torchrun_arguments(self.source, **given), nproc_per_node=nproc)
+            line = torchrun.command_line(arguments, nproc_per_node=nproc)
             self.console.result(line, data={"command": line})
             return None
         return torchrun.launch(self.source, **given, run_dir=run_dir, hang_limits=self.config.train.hang_limits)
 
-    def on_hosts(self, hostfile: Path, *, nproc: int | None, nnodes: int | None, endpoint: str | None) -> int | None:
+    def on_hosts(self, hosts: Sequence[Host], *, nproc: int | None, endpoint: str | None) -> int | None:
+        """nproc: number of processes on each host, instead of its slots."""
         from launch.clusters import hosts as ssh
 
-        hosts = ssh.read_hostfile(hostfile)
-        if nnodes is not None and nnodes > len(hosts):
-            raise ValueError(f"--nnodes {nnodes}: {hostfile} lists {len(hosts)}")
-        hosts = [ssh.Host(host.name, nproc or host.slots) for host in hosts[:nnodes]]
-        self._check()
+        hosts = [ssh.Host(host.name, nproc or host.slots) for host in hosts]
         commands = ssh.host_commands(hosts, endpoint=endpoint, arguments=self._arguments())
+        self._check()
         setup = self.config.cluster.setup
         if self.dry_run:
             lines = [f"{name}: {shlex.join(command)}" for name, command in commands.items()]

@@ -61,12 +61,22 @@ def test_what_is_wrong_in_a_hostfile_is_named(tmp_path: Path, text: str, message
         read_hostfile(tmp_path / "hosts")
 
 
+def test_a_hostfile_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"--hostfile .*hosts: not a text file"):
+        read_hostfile(tmp_path / "hosts")
+
+
 def test_hosts_get_their_place() -> None:
     commands = host_commands([Host("me@a", 8), Host("b", 4)], endpoint=None, arguments=["photos", "seed=1"])
     assert commands["me@a"][3:] == (
         ["launch", "photos", "seed=1", "--nproc-per-node", "8", "--nnodes", "2", "--node-rank", "0", "--rdzv-endpoint", "a:29500"]
     )
     assert commands["b"][6:] == ["--nproc-per-node", "4", "--nnodes", "2", "--node-rank", "1", "--rdzv-endpoint", "a:29500"]
+    numbered = host_commands([Host("fe80::1", 1), Host("b", 1)], endpoint=None, arguments=[])
+    assert numbered["b"][-2:] == ["--rdzv-endpoint", "[fe80::1]:29500"]
+    with pytest.raises(ValueError, match="localhost is another machine on each of them"):
+        host_commands([Host("localhost", 1), Host("b", 1)], endpoint=None, arguments=[])
     assert "--nnodes" not in host_commands([Host("a", 8)], endpoint=None, arguments=["photos"])["a"]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,11 @@ def test_the_script_asks_for_what_the_config_says(job: Job) -> None:
     assert {"--partition=gpu", "--account=lab", "--time=24:00:00"} <= set(asked)
     assert {"--requeue", "--signal=TERM@120", "--open-mode=append", f"--output='{job.folder}/%j.log'"} <= set(asked)
     assert asked[-2:] == ["--qos=high", "--exclusive"], "they replace ours"
+    odd = options(job_script(replace(job, run_dir=Path("/runs/50%j it's")), cluster))
+    assert [word for option in odd for word in shlex.split(option)][-6:-4] == [
+        "--output=/runs/50%%j it's/slurm/%j.log",
+        "--open-mode=append",
+    ]
     asked = options(job_script(job, ClusterConfig(gres=None, cpus=96)))
     assert "--cpus-per-task=96" in asked
     assert not [option for option in asked if option.startswith(("--gres", "--time", "--partition"))]
