@@ -29,7 +29,7 @@ RECIPE = "demo"
 SIZES = ((24, 48), (32, 32), (48, 24), (40, 48), (20, 20), (64, 32))  # width and height of the list, in turn
 LARGEST = 4096
 # DC-AE f32c32 with an eighth of its widths: the layout decides what is tiled, the widths how much it takes.
-CODEC = {
+CODEC: dict[str, Any] = {
     "latent_channels": 32,
     "encoder_block_out_channels": (16, 32, 64, 64, 128, 128),
     "decoder_block_out_channels": (16, 32, 64, 64, 128, 128),
@@ -109,7 +109,7 @@ def _large_model(folder: Path) -> Path:
     torch.manual_seed(0)
     blocks = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock", "EfficientViTBlock", "EfficientViTBlock")
     scales = ((), (), (), (5,), (5,), (5,))
-    layout = {"encoder_block_types": blocks, "decoder_block_types": blocks}
+    layout: dict[str, Any] = {"encoder_block_types": blocks, "decoder_block_types": blocks}
     layout |= {"encoder_qkv_multiscales": scales, "decoder_qkv_multiscales": scales}
     AutoencoderDC(**CODEC, **layout, attention_head_dim=32).save_pretrained(folder / "codec")
     spec = replace(spec_of(load_config(RECIPE)), network=NETWORK, codec={"kind": "dc-ae", "path": str(folder / "codec")})

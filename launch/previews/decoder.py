@@ -19,9 +19,9 @@ class Decoder:
         self.factor, self.channels, self.is_stochastic = codec.factor, codec.channels, codec.is_stochastic
         self._codec = codec
 
-    def latents(self, images: Sequence[Tensor]) -> Latents:
-        """As `tim.codecs.Codec.latents`."""
-        return self._codec.latents(images)
+    def encode(self, images: Sequence[Tensor]) -> Latents:
+        """As `tim.codecs.Codec.encode`."""
+        return self._codec.encode(images)
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """float (C, h, w) per image → uint8 (3, h·factor, w·factor)"""
