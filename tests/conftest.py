@@ -52,6 +52,14 @@ def _fork_server() -> None:
     start_fork_server("pipeline.loading.pack_reader", "dataprep.examine.examine")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests keep for later calls is not left to the user, nor found by the next session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint() -> Iterator[str]:
     """The URL of an S3 server."""

@@ -25,8 +25,9 @@ from filelock import FileLock, Timeout
 from rich import filesize
 
 from dataprep.config_diff import difference
-from dataprep.features.encode_shard import EncodedShard, encode_shard, finished_shard, read_samples
+from dataprep.features.encode_shard import EncodedShard, encode_shard, finished_shard, fitted_live_view, read_samples
 from dataprep.features.encoders import EncodeConfig, Encoders, identity
+from dataprep.features.live_view import remember_live_view
 from dataprep.shards.manifest import MANIFEST
 from dataprep.shards.writer import shard_name
 from dataprep.workers.decode_pool import Decoders
@@ -137,8 +138,10 @@ def _run_main(
         if encoders is not None:
             counter = _SampleCounter(corpus, out=out, team=team, progress=progress)
             _encode_missing(corpus, out=out, config=config, encoders=encoders, workers=_workers(team), counter=counter)
-            manifest = _manifest(settings, shards=_wait_for_all(corpus, out=out, counter=counter))
+            shards = _wait_for_all(corpus, out=out, counter=counter)
+            manifest = _manifest(settings, shards=shards, live_view=fitted_live_view(out) if shards else None)
             publish_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            remember_live_view(manifest["live_view"], section=config.codec and config.codec.model_dump())
         team.wait_for_everyone()
         shutil.rmtree(work)
     return read_encoded(out)
@@ -299,11 +302,11 @@ def _wait_for_all(corpus: Corpus, *, out: Path, counter: _SampleCounter) -> list
     return shards
 
 
-def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard]) -> dict[str, Any]:
+def _manifest(settings: dict[str, Any], *, shards: list[EncodedShard], live_view: dict[str, Any] | None) -> dict[str, Any]:
     rejected = sum((Counter(shard.rejected) for shard in shards), Counter())
     totals = {name: sum(getattr(shard, name) for shard in shards) for name in ("samples", "captions", "bytes", "cut")}
     entries = [{name: value for name, value in asdict(shard).items() if name in _LISTED} for shard in shards]
-    return {**settings, "totals": totals, "rejected": dict(sorted(rejected.items())), "shards": entries}
+    return {**settings, "live_view": live_view, "totals": totals, "rejected": dict(sorted(rejected.items())), "shards": entries}
 
 
 def _expectation(corpus: Corpus, *, config: EncodeConfig, settings: dict[str, Any], out: Path) -> str:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dataprep.features.encoders import EncodeConfig, Encoders, View
+from dataprep.features.live_view import fit_live_view
 from dataprep.shards.writer import shard_name
 from dataprep.workers.decode_pool import DecodeRequest, Decoders
 from dataprep.workers.prefetch import prefetched
@@ -81,12 +83,16 @@ def encode_shard(
     stem = shard_name(number)
     rejected: Counter[str] = Counter()
     cut = 0
+    live_view: dict[str, Any] | None = None
     in_pieces = _decoded(corpus.shards[number].path, pieces(samples, flip=config.flip), decoders=decoders, flip=config.flip)
     with publish(out / f"{stem}.tar") as stream, closing(in_pieces):
         writer = FeatureWriter(stream, zstd=config.zstd)
         for piece, decoded in in_pieces:
             views = [view for found in decoded if not isinstance(found, str) for view in found]
-            image_features = iter(encoders.images(views))
+            encoded = encoders.images(views)
+            if number == 0 and live_view is None:
+                live_view = fit_live_view(views, encoded, encoders=encoders)
+            image_features = iter(encoded)
             texts = [text for sample in piece for text in sample.captions]
             caption_features = iter(encoders.captions(texts) if encoders.text else ())
             cut += encoders.count_cut(texts)
@@ -115,8 +121,15 @@ def encode_shard(
         rejected=dict(sorted(rejected.items())),
         cut=cut,
     )
-    publish_text(out / f"{stem}_stats.json", json.dumps({"format": FORMAT, "shard": asdict(shard)}, indent=1) + "\n")
+    stats = {"format": FORMAT, "shard": asdict(shard), **({"live_view": live_view} if number == 0 else {})}
+    publish_text(out / f"{stem}_stats.json", json.dumps(stats, indent=1) + "\n")
     return shard
+
+
+def fitted_live_view(out: Path) -> dict[str, Any] | None:
+    """The live view that was fitted to images of the first shard, which is finished; None if there is none."""
+    found = json.loads((out / f"{shard_name(0)}_stats.json").read_text("utf-8"))
+    return found.get("live_view")
 
 
 def read_samples(corpus: Corpus, number: int, *, config: EncodeConfig) -> list[Sample]:

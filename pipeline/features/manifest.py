@@ -11,6 +11,7 @@ encoder, teacher, sizes and source tables, so that a plan can check beforehand t
     dtype, zstd: whether members are compressed           flipped: whether there are mirrored latents
     sizes: [{stride, max_tokens, max_pixels, min_tokens, max_aspect, fit}]        the size rules that were encoded
     empty: file of the empty caption's features, one tensor `text.0`
+    live_view: {matrix, offset} of a linear map from a latent's cell to colours from 0 to 1; null: none was fitted
     totals: {samples, captions, bytes}                    rejected: {reason: samples that could not be encoded}
     shards: [{name, bytes, sha256, table, table_sha256, of}]                      `of` is the sha256 of the corpus's table
 
@@ -70,7 +71,7 @@ class Features:
     """A folder of features. Make one with `Features.open`.
 
     `codec`, `text` and `teacher` are their manifest entries, None if the folder lacks their features; `empty` is the path of the empty
-    caption's features, None without captions.
+    caption's features, None without captions; `live_view` a linear map from latents to colours, None if none was fitted.
     """
 
     def __init__(self, *, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -78,6 +79,7 @@ class Features:
         self.codec: dict[str, Any] | None = manifest["codec"] and dict(manifest["codec"])
         self.text: dict[str, Any] | None = manifest["text"] and dict(manifest["text"])
         self.teacher: dict[str, Any] | None = manifest["teacher"] and dict(manifest["teacher"])
+        self.live_view: dict[str, Any] | None = manifest.get("live_view")
         self.empty = None if self.text is None else str(path / _file_name(manifest["empty"]))
         self.shards = tuple(
             FeatureShard(

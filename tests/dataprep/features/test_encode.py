@@ -35,6 +35,8 @@ from tests.pipeline.conftest import Sample, varied, write_corpus
 from tests.tim.models import autoencoder, bert
 from tests.tim.test_alignment import radio_weights
 from tim import codecs
+from tim.disk_cache import DiskCache
+from tim.sampling.live_view import LiveView, live_view_for
 from tim.text import encoders
 
 SETTINGS: dict[str, Any] = {"max_tokens": (16, 30), "patch_size": 2, "flip": True, "dtype": "float32"}
@@ -119,6 +121,11 @@ def test_every_tensor_is_what_the_model_makes_of_it_alone(corpus: Corpus, models
     assert manifest["text"].items() >= {"kind": "hf", "width": 24, "max_tokens": 12, "precision": "fp32"}.items()
     assert all(len(manifest[model]["digest"]) == 64 for model in models)
     assert str(tmp_path) not in json.dumps(manifest)
+    assert features.live_view is not None
+    fitted = LiveView.from_json(features.live_view)
+    found = live_view_for(codec, models["codec"], cache=DiskCache.default())
+    assert torch.equal(found.matrix, fitted.matrix)
+    assert not torch.equal(found.matrix, live_view_for(codec, models["codec"], cache=None).matrix)
 
 
 def test_a_plan_finds_all_that_it_needs(corpus: Corpus, models: dict[str, Any], tmp_path: Path) -> None:
