@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from tim.pretrained import weight_files
 
 FORMAT = "1"
 LIMIT = 2_000_000_000  # bytes
-_SUFFIX, _TEMPORARY = ".safetensors", ".tmp"
+_OURS = re.compile(r"[a-z-]+-[0-9a-f]{64}\.safetensors(?P<temporary>\.[0-9a-f]{32}\.tmp)?")  # other files are left alone
 _CHECKSUM = "checksum"  # name of a tensor in each file
 _BLOCK = 4096  # bytes, the least that a file takes on a disk
 _SMALL = 1 << 20  # bytes; the digest of a smaller file is not worth a file
@@ -36,14 +37,14 @@ _warned: set[Path] = set()
 
 
 def default_folder() -> Path | None:
-    """$TIM_CACHE, or `tim` in the user's cache folder (XDG). None if the user has no home folder."""
+    """$TIM_CACHE, or `tim/results` in the user's cache folder (XDG). None if the user has no home folder."""
     if chosen := os.environ.get("TIM_CACHE"):
         return Path(chosen)
     caches = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(caches):
-        return Path(caches) / "tim"
+        return Path(caches) / "tim" / "results"
     try:
-        return Path.home() / ".cache" / "tim"
+        return Path.home() / ".cache" / "tim" / "results"
     except RuntimeError:
         return None
 
@@ -54,7 +55,7 @@ def key(*parts: str) -> str:
 
 
 class DiskCache:
-    """At most `limit` bytes of results in a folder, which is made when it is first needed.
+    """At most `limit` bytes of results in a folder, which is made when it is first needed. A name is KIND-KEY, with a key of `key`.
 
     A folder that cannot be used costs time only: nothing is found in it, and one warning per process says why.
     """
@@ -101,7 +102,7 @@ class DiskCache:
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store a result, replacing a damaged one. Not flushed to the disk: the checksum finds what a crash left incomplete."""
         path = self._path(name)
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         stored = {each: tensor.detach().to("cpu", copy=True).contiguous() for each, tensor in tensors.items()}
         content = save({**stored, _CHECKSUM: _checksum(stored)})
         if not self.make_folder():
@@ -132,7 +133,9 @@ class DiskCache:
         return digest
 
     def _path(self, name: str) -> Path:
-        return self.folder / f"{name}{_SUFFIX}"
+        file = f"{name}.safetensors"
+        assert _OURS.fullmatch(file), name
+        return self.folder / file
 
     def _make_room(self) -> None:
         """Remove abandoned temporary files, and the least recently used results above 15/16 of the limit; the rest is for new ones."""
@@ -141,11 +144,14 @@ class DiskCache:
         now = time.time()
         with os.scandir(self.folder) as entries:
             for entry in entries:
+                ours = _OURS.fullmatch(entry.name)
+                if ours is None:
+                    continue
                 with suppress(FileNotFoundError):  # another process removes files, too
                     status = entry.stat()
-                    if entry.name.endswith(_SUFFIX):
+                    if not ours["temporary"]:
                         files.append((status.st_mtime, -(-status.st_size // _BLOCK) * _BLOCK, entry.path))
-                    elif entry.name.endswith(_TEMPORARY) and now - status.st_mtime > _ABANDONED:
+                    elif now - status.st_mtime > _ABANDONED:
                         os.unlink(entry.path)
         excess = sum(size for _, size, _ in files) - (self.limit - spare)
         for _, size, path in sorted(files):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,67 +27,77 @@ TENSORS = {
 }
 
 
+def name(part: object) -> str:
+    return f"text-{key(str(part))}"
+
+
+X, Y = name("x"), name("y")
+
+
 def same(one: dict[str, Tensor] | None, other: dict[str, Tensor]) -> bool:
     return one is not None and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
 
 
 def test_a_result_is_found_again_by_any_process(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "a" / "cache")
-    assert cache.read("x") is None
-    cache.write("x", TENSORS)
-    assert same(DiskCache(tmp_path / "a" / "cache").read("x"), TENSORS)
-    cache.write("x", {"features": TENSORS["half"]})
-    assert same(cache.read("x"), {"features": TENSORS["half"]})
-    assert os.listdir(cache.folder) == ["x.safetensors"]
+    assert cache.read(X) is None
+    cache.write(X, TENSORS)
+    assert same(DiskCache(tmp_path / "a" / "cache").read(X), TENSORS)
+    cache.write(X, {"features": TENSORS["half"]})
+    assert same(cache.read(X), {"features": TENSORS["half"]})
+    assert os.listdir(cache.folder) == [f"{X}.safetensors"]
 
 
 def test_a_damaged_file_is_no_result_and_is_replaced(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path)
-    cache.write("x", {"features": TENSORS["features"]})
-    whole = (tmp_path / "x.safetensors").read_bytes()
+    cache.write(X, {"features": TENSORS["features"]})
+    whole = (tmp_path / f"{X}.safetensors").read_bytes()
     for position in range(len(whole)):
         for mask in (0x01, 0xFF):
-            (tmp_path / "x.safetensors").write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
-            found = cache.read("x")
+            (tmp_path / f"{X}.safetensors").write_bytes(whole[:position] + bytes([whole[position] ^ mask]) + whole[position + 1 :])
+            found = cache.read(X)
             assert found is None or same(found, {"features": TENSORS["features"]}), position
     for length in range(0, len(whole), 7):
-        (tmp_path / "x.safetensors").write_bytes(whole[:length])
-        assert cache.read("x") is None
-    cache.write("x", TENSORS)
-    assert same(cache.read("x"), TENSORS)
+        (tmp_path / f"{X}.safetensors").write_bytes(whole[:length])
+        assert cache.read(X) is None
+    cache.write(X, TENSORS)
+    assert same(cache.read(X), TENSORS)
 
 
 def test_the_least_recently_used_results_are_removed(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, limit=64 * 4096)
     for number in range(40):
-        cache.write(f"{number:02d}", {"x": torch.full((900,), float(number))})
-        os.utime(tmp_path / f"{number:02d}.safetensors", (1e9 + number, 1e9 + number))
-    assert cache.read("00") is not None  # used just now
-    (tmp_path / "x.safetensors.dead.tmp").write_bytes(b"left by a killed process")
-    os.utime(tmp_path / "x.safetensors.dead.tmp", (1e9, 1e9))
-    (tmp_path / "y.safetensors.live.tmp").write_bytes(b"being written")
-    (tmp_path / "notes.txt").write_text("not ours")
+        cache.write(name(number), {"x": torch.full((900,), float(number))})
+        os.utime(tmp_path / f"{name(number)}.safetensors", (1e9 + number, 1e9 + number))
+    assert cache.read(name(0)) is not None  # used just now
+    dead, live = (tmp_path / f"{each}.safetensors.{32 * '0'}.tmp" for each in (X, Y))
+    others = [tmp_path / each for each in ("notes.txt", "model.safetensors", "work.tmp")]
+    for path in (dead, live, *others):
+        path.write_bytes(bytes(1_000_000))
+        if path != live:
+            os.utime(path, (1e9 - 1, 1e9 - 1))
     for number in range(40, 100):
-        cache.write(f"{number:02d}", {"x": torch.full((900,), float(number))})
-        os.utime(tmp_path / f"{number:02d}.safetensors", (1e9 + number, 1e9 + number))
-        size = sum(-(-file.stat().st_size // 4096) * 4096 for file in tmp_path.glob("*.safetensors"))
+        cache.write(name(number), {"x": torch.full((900,), float(number))})
+        os.utime(tmp_path / f"{name(number)}.safetensors", (1e9 + number, 1e9 + number))
+        size = sum(-(-file.stat().st_size // 4096) * 4096 for file in tmp_path.glob("text-*.safetensors"))
         assert size <= 64 * 4096
-    assert cache.read("00") is not None
-    assert cache.read("01") is None
-    assert cache.read("99") is not None
-    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".safetensors") == ["notes.txt", "y.safetensors.live.tmp"]
+    assert cache.read(name(0)) is not None
+    assert cache.read(name(1)) is None
+    assert cache.read(name(99)) is not None
+    assert {path for path in tmp_path.iterdir() if not re.fullmatch(r"text-\w{64}\.safetensors", path.name)} == {live, *others}
 
 
 WRITER = """
 import logging, sys, torch
-from tim.disk_cache import DiskCache
+from tim.disk_cache import DiskCache, key
 logging.basicConfig(level=logging.WARNING)
 cache = DiskCache(sys.argv[1], limit=16 * 8192)
 for turn in range(300):
     number = turn * int(sys.argv[2]) % 23
-    found = cache.read(str(number))
+    name = f"text-{key(str(number))}"
+    found = cache.read(name)
     if found is None:
-        cache.write(str(number), {"x": torch.full((1500,), float(number))})
+        cache.write(name, {"x": torch.full((1500,), float(number))})
     else:
         assert torch.equal(found["x"], torch.full((1500,), float(number)))
 """
@@ -107,10 +118,10 @@ def test_what_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatch: pyte
     for folder in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/tim-cache")):
         caplog.clear()
         cache = DiskCache(folder)
-        for name in ("x", "y"):
-            assert cache.read(name) is None
-            cache.write(name, TENSORS)
-            DiskCache(folder).write(name, TENSORS)
+        for each in (X, Y):
+            assert cache.read(each) is None
+            cache.write(each, TENSORS)
+            DiskCache(folder).write(each, TENSORS)
         assert not cache.make_folder()
         [record] = caplog.records
         assert record.levelno == logging.WARNING
@@ -124,8 +135,8 @@ def test_what_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatch: pyte
 
     caplog.clear()
     monkeypatch.setattr(Path, "write_bytes", full)
-    for name in ("x", "y"):
-        DiskCache(tmp_path / "full").write(name, TENSORS)
+    for each in (X, Y):
+        DiskCache(tmp_path / "full").write(each, TENSORS)
     [record] = caplog.records
     assert record.getMessage().startswith(f"cache {tmp_path / 'full'} cannot be written (No space left on device): results are computed")
     assert not os.listdir(tmp_path / "full")
@@ -153,12 +164,12 @@ def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert default_folder() == tmp_path / "own"
     monkeypatch.delenv("TIM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "tim"
+    assert default_folder() == tmp_path / "tim" / "results"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # the specification says to ignore it
     monkeypatch.setenv("HOME", str(tmp_path))
     cache = DiskCache.default()
     assert cache is not None
-    assert cache.folder == tmp_path / ".cache" / "tim"
+    assert cache.folder == tmp_path / ".cache" / "tim" / "results"
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError))
     assert DiskCache.default() is None
 
