@@ -105,6 +105,11 @@ def failure(location: Location, error: BaseException, *, library: str) -> ValueE
     return ValueError(f"{path}: not weights that {library} reads ({one_line(error) if is_safe else unreadable(error)})")
 
 
+def weights_file(location: Location, *, stem: str, pickle_stem: str) -> Path:
+    """The weights of a model: the given file, else that of its folder, or the index file of sharded weights. Arguments as in `loadable`."""
+    return location.file or _chosen(location.folder, stem=stem, pickle_stem=pickle_stem)
+
+
 @contextmanager
 def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loadable]:
     """A folder whose weights have the names that `from_pretrained` expects: a temporary folder of links if they are named differently.
@@ -112,7 +117,7 @@ def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loa
     stem, pickle_stem: file name stems of safetensors and pickles ("diffusion_pytorch_model", "model", "pytorch_model"). Raises ValueError
     if the folder has no weights, or several and no default one.
     """
-    chosen = location.file or _chosen(location.folder, stem=stem, pickle_stem=pickle_stem)
+    chosen = weights_file(location, stem=stem, pickle_stem=pickle_stem)
     is_safe = SAFE in chosen.suffixes or chosen.name.endswith(f"{SAFE}.index.json")
     expected = f"{stem}{SAFE}" if is_safe else f"{pickle_stem}{PICKLE}"
     arguments = {"use_safetensors": is_safe, "local_files_only": True}
