@@ -32,7 +32,7 @@ def required_settings(config: Config) -> dict[str, Any]:
     """Settings of `EncodeConfig` that a training run requires of its features."""
     plan, text, alignment = config.plan, config.text, config.objective.alignment
     settings: dict[str, Any] = {
-        "codec": {"kind": config.codec.kind, "path": config.codec.path},
+        "codec": config.codec.model_dump(),
         "patch_size": config.network.params.patch_size,
         "max_tokens": sorted({plan.max_tokens, *(stage.max_tokens for stage in plan.schedule if stage.max_tokens is not None)}),
         **plan.model_dump(include=set(SizeLimits.model_fields)),

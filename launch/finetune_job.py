@@ -134,7 +134,8 @@ def defaults(base: Base, *, out: Path, lora: bool, device_bytes: float | None) -
 
     spec, run = base.spec, base.run
     params = {key: value for key, value in spec.network.items() if key != "z_dim"}  # nothing trains the projection
-    stride = codecs.geometry(spec.codec["kind"], spec.codec.get("path")).factor * params.get("patch_size", 1)
+    geometry = codecs.geometry(spec.codec["kind"], spec.codec.get("path"), channels=spec.codec.get("channels"))
+    stride = geometry.factor * params.get("patch_size", 1)
     tokens = _max_tokens(base, stride=stride)
     scale = max(1.0, WIDTH / params["hidden_size"])
     train: dict[str, Any] = {

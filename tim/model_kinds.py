@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 AttentionChoice = Literal["auto", "varlen", "flash", "flex", "sdpa"]
-CodecKind = Literal["pixel", "sd-vae", "kl", "dc-ae", "tiny"]
+CodecKind = Literal["pixel", "sd-vae", "sd3-vae", "flux-vae", "flux2-vae", "kl", "dc-ae", "tiny"]
 Derivative = Literal["finite-difference", "jvp"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 NewCondition = Literal["t-r", "r", "t,r", "t,t-r", "r,t-r", "t,r,t-r"]

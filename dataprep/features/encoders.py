@@ -32,6 +32,8 @@ class CodecSettings(Settings):
 
     kind: CodecKind
     path: str | None = None
+    channels: Literal[1, 3, 4] | None = None
+    memory_gb: float | None = Field(default=None, gt=0)
 
 
 class TextSettings(Settings):
@@ -89,7 +91,7 @@ class EncodeConfig(SizeLimits):
             return []
         from tim import codecs
 
-        stride = codecs.geometry(self.codec.kind, self.codec.path).factor * self.patch_size
+        stride = codecs.geometry(self.codec.kind, self.codec.path, channels=self.codec.channels).factor * self.patch_size
         return [self.rule(stride=stride, max_tokens=tokens) for tokens in dict.fromkeys(self.max_tokens)]
 
 
@@ -110,7 +112,7 @@ def identity(config: EncodeConfig) -> dict[str, Any]:
         codec = {
             "kind": chosen.kind,
             "digest": digest,
-            **codecs.geometry(chosen.kind, chosen.path)._asdict(),
+            **codecs.geometry(chosen.kind, chosen.path, channels=chosen.channels)._asdict(),
             "draws": codecs.is_stochastic(chosen.kind),
         }
     if (text := config.text) is not None:
@@ -150,7 +152,7 @@ class Encoders:
         self.text: TextEncoder | None = None
         self.teacher: AlignmentTeacher | None = None
         if (chosen := config.codec) is not None:
-            self.codec = codecs.make(chosen.kind, chosen.path, device=device)
+            self.codec = codecs.make(chosen.kind, chosen.path, channels=chosen.channels, device=device, memory_gb=chosen.memory_gb)
         if (text := config.text) is not None:
             settings = {
                 "tokenizer_path": text.tokenizer,

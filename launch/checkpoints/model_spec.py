@@ -24,7 +24,7 @@ def spec_of(config: Config, *, step: int | None = None) -> ModelSpec:
         network=config.network.params.model_dump(exclude_none=True),
         rope=config.network.rope,
         transport={"kind": config.objective.transport, **config.objective.transport_settings()},
-        codec={"kind": config.codec.kind, **_weights(config.codec.path)},
+        codec={**config.codec.model_dump(include={"kind", "channels"}, exclude_none=True), **_weights(config.codec.path)},
         text=_encoder(config.text) if config.condition == "text" else None,
         sampling={
             "steps": sampling.steps,

@@ -30,7 +30,16 @@ DRAWS = (
     "network.params.class_dropout_prob",
 )  # affect only the plan, not the weights
 SECRET = ("cluster.env",)  # values that may be keys: not shown
-FIXED = ("codec", "text", "network", "condition", "objective.transport", "objective.sigma_d")  # determine the meaning of the weights
+FIXED = (
+    "codec.kind",
+    "codec.path",
+    "codec.channels",
+    "text",
+    "network",
+    "condition",
+    "objective.transport",
+    "objective.sigma_d",
+)  # determine the meaning of the weights
 
 
 @contextmanager

@@ -79,13 +79,22 @@ class CodecConfig(Section):
     kind: CodecKind = "pixel"
     """Image codec: `pixel` trains on pixels, the others are diffusers autoencoders (`tim/codecs/`)."""
     path: str | None = None
-    """Weights of the autoencoder: a diffusers folder, a weight file in one, a pipeline, or hf://OWNER/NAME[/FOLDER]. Planning needs them
-    only for `kl` and `tiny`."""
+    """Weights of the autoencoder: a diffusers folder, a weight file, a pipeline, or hf://OWNER/NAME[/FOLDER]. Planning needs them only for
+    `kl` and `tiny`."""
+    channels: Literal[1, 3, 4] | None = None
+    """Channels of `pixel`: 1 (grey), 3 (RGB, the default) or 4 (RGBA). With one channel the cosine term of the loss compares signs only."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Memory limit of an autoencoder's activations in 10⁹ bytes: larger images are processed in tiles, without seams. null: half of the
+    device's memory."""
 
     @model_validator(mode="after")
     def _check(self) -> CodecConfig:
         if self.kind == "pixel" and self.path is not None:
             raise ConfigConflict("path", "pixel has no weights: leave it out, or give another kind")
+        if self.kind == "pixel" and self.memory_gb is not None:
+            raise ConfigConflict("memory_gb", "pixel is never processed in tiles: leave it out, or give another kind")
+        if self.kind != "pixel" and self.channels is not None:
+            raise ConfigConflict("channels", f"the channels of {self.kind} are those of its weights: leave it out, or give kind pixel")
         return self
 
 

@@ -97,7 +97,7 @@ def _resolve_codec(config: Config) -> Config:
 
     params = config.network.params
     try:
-        codec = codecs.geometry(config.codec.kind, config.codec.path)
+        codec = codecs.geometry(config.codec.kind, config.codec.path, channels=config.codec.channels)
     except ValueError as error:
         raise ConfigConflict("codec.path", str(error)) from None
     stride = codec.factor * params.patch_size

@@ -151,7 +151,7 @@ def _data(config: Config, *, ranks: int) -> Iterator[Check]:
             config.model_copy(update={"loader": config.loader.model_copy(update={"workers": 0, "prefetch": 1, "cache": None})}),
             planner,
             ranks=Ranks(rank=0, size=len(step.packs), device=torch.device("cpu")),
-            geometry=codecs.geometry(config.codec.kind, config.codec.path),
+            geometry=codecs.geometry(config.codec.kind, config.codec.path, channels=config.codec.channels),
             stochastic_codec=with_models and codecs.is_stochastic(config.codec.kind),
         )
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.config.schema import Config
 from launch.training.checks import cached_parts
 from tim import codecs
-from tim.codecs.autoencoder import BATCH_PIXELS, TILE
+from tim.codecs.autoencoder import BATCH_PIXELS, GB
 from tim.pretrained import weight_files
 from tim.pretrained.headers import read_header
 from tim.text import encoders
@@ -21,7 +21,7 @@ from tim.text.tokenizers import BytePairs
 
 FULL = 4
 # Parameters of the published models, for configurations without paths.
-CODECS = {"sd-vae": 83.7e6, "kl": 83.8e6, "dc-ae": 312e6, "tiny": 2.4e6}
+CODECS = {"sd-vae": 83.7e6, "kl": 83.8e6, "sd3-vae": 83.8e6, "flux-vae": 83.8e6, "flux2-vae": 84.1e6, "dc-ae": 312e6, "tiny": 2.4e6}
 TEXTS = {"open_clip": 123.7e6, "hf": 1.0e9}  # ViT-L/14's text tower; Gemma 3 1B
 TEACHERS = {"radio": 98.2e6, "dinov2": 86.6e6, "open_clip": 304e6}
 BATCH_ACTIVATIONS = 5e9  # of the codec per `BATCH_PIXELS`
@@ -48,9 +48,9 @@ def frozen_memory(config: Config, *, cached: bool, tokens: int, images: float) -
         path = config.codec.path
         counts["codec"] = _count(path, CODECS[config.codec.kind], lambda: codecs.location(config.codec.kind, path), "codec.path", notes)
         assert config.plan.stride is not None
-        largest = min(TILE**2, config.plan.max_tokens * config.plan.stride**2)
-        pixels = min(tokens * config.plan.stride**2, max(BATCH_PIXELS, largest))
-        work.append(BATCH_ACTIVATIONS * pixels / BATCH_PIXELS)
+        pixels = min(tokens * config.plan.stride**2, max(BATCH_PIXELS, config.plan.max_tokens * config.plan.stride**2))
+        limit = float("inf") if config.codec.memory_gb is None else config.codec.memory_gb * GB
+        work.append(min(limit, BATCH_ACTIVATIONS * pixels / BATCH_PIXELS))
     if "captions" not in parts and config.condition == "text":
         text = config.text
         width = config.network.params.cap_feat_dim or 0

@@ -184,7 +184,13 @@ class Previews:
             from tim import codecs
 
             try:
-                codec = codecs.make(description["kind"], description.get("path"), device=self.ranks.device)
+                codec = codecs.make(
+                    description["kind"],
+                    description.get("path"),
+                    channels=description.get("channels"),
+                    device=self.ranks.device,
+                    memory_gb=self.config.codec.memory_gb,
+                )
             except Exception as error:
                 problem = kind_and_line(error)
         if first := self._first_problem(problem):

@@ -74,7 +74,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
     features = planner.corpora[0].features
     cached = () if features is None else features.parts
     params, device = config.network.params, ranks.device
-    geometry = codecs.geometry(config.codec.kind, config.codec.path)
+    geometry = codecs.geometry(config.codec.kind, config.codec.path, channels=config.codec.channels)
 
     # frozen models
     codec = encoder = teacher = None
@@ -129,7 +129,7 @@ def build(config: Config, planner: Planner, *, ranks: Ranks, cleanup: ExitStack,
 
 
 def make_codec(section: CodecConfig, *, device: torch.device) -> Codec:
-    return codecs.make(section.kind, section.path, device=device)
+    return codecs.make(section.kind, section.path, channels=section.channels, device=device, memory_gb=section.memory_gb)
 
 
 def make_encoder(section: TextConfig, *, width: int | None, device: torch.device) -> TextEncoder:

@@ -50,7 +50,7 @@ def check_features(features: Features, config: Config) -> None:
     from tim.text import encoders
 
     if features.codec is not None:
-        geometry = codecs.geometry(config.codec.kind, config.codec.path)._asdict()
+        geometry = codecs.geometry(config.codec.kind, config.codec.path, channels=config.codec.channels)._asdict()
         path = config.codec.path
         weights = {} if path is None else {"digest": codecs.digest(path)}
         _expect(features, "codec", actual=features.codec, expected={"kind": config.codec.kind, **weights, **geometry})

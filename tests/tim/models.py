@@ -33,6 +33,21 @@ AUTOENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
             "latent_channels": 4,
         },
     ),
+    "flux-vae": (
+        "AutoencoderKL",
+        {
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (4,) * 4,
+            "norm_num_groups": 2,
+            "latent_channels": 16,
+            "scaling_factor": 0.3611,
+            "shift_factor": 0.1159,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+        },
+    ),
+    "flux2-vae": ("AutoencoderKLFlux2", {"block_out_channels": (4,) * 4, "norm_num_groups": 2}),
     "dc-ae": (
         "AutoencoderDC",
         {
@@ -73,7 +88,11 @@ def autoencoder(folder: Path, kind: str) -> Path:
     diffusers = pytest.importorskip("diffusers")
     name, settings = AUTOENCODERS[kind]
     torch.manual_seed(0)
-    getattr(diffusers, name)(**settings).save_pretrained(folder)
+    network = getattr(diffusers, name)(**settings)
+    if hasattr(network, "bn"):
+        network.bn.running_mean.normal_()
+        network.bn.running_var.uniform_(0.5, 2)
+    network.save_pretrained(folder)
     return folder
 
 

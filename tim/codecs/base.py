@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,8 +23,25 @@ class Latents(NamedTuple):
     deviations: list[Tensor] | None
 
 
+Direction: TypeAlias = Literal["encode", "decode"]
+
+
+class Tiling(NamedTuple):
+    """How an image is processed.
+
+    splits: tiles along the longer side of the largest maps, 1: the whole image at once. bytes: predicted peak memory of activations, beside
+    the weights, the image in uint8 and its latent.
+    """
+
+    splits: int
+    bytes: float
+
+
 class Codec(Protocol):
-    """Images to latents and back. `is_stochastic`: whether latents have deviations."""
+    """Images to latents and back. `is_stochastic`: whether latents have deviations.
+
+    The latent and the pixels of an image depend on this image alone, not on the others in the call.
+    """
 
     factor: int
     channels: int
@@ -38,6 +55,10 @@ class Codec(Protocol):
         """float (C, h, w) per image → uint8 (3, h·factor, w·factor), clipped and rounded to the nearest level."""
         ...
 
+    def tiling(self, height: int, width: int, direction: Direction = "decode") -> Tiling:
+        """How an image of this size in pixels is encoded or decoded. Raises ValueError if the codec's memory limit is too low for it."""
+        ...
+
 
 def to_values(image: Tensor) -> Tensor:
     """Levels, uint8 → float32 values in [−1, 1]."""
@@ -49,11 +70,9 @@ def to_levels(values: Tensor) -> Tensor:
     return ((values.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def same_shape(items: Sequence[Tensor], *, max_cells: int) -> Iterator[list[int]]:
-    """Batches of positions of items with the same shape: at most `max_cells` cells each, or one item."""
-    shapes: dict[torch.Size, list[int]] = {}
+def by_shape(items: Sequence[Tensor]) -> dict[tuple[int, int], list[int]]:
+    """Positions of items by height and width."""
+    shapes: dict[tuple[int, int], list[int]] = {}
     for position, item in enumerate(items):
-        shapes.setdefault(item.shape, []).append(position)
-    for shape, positions in shapes.items():
-        count = max(1, max_cells // (shape[-2] * shape[-1]))
-        yield from (positions[start : start + count] for start in range(0, len(positions), count))
+        shapes.setdefault((item.shape[-2], item.shape[-1]), []).append(position)
+    return shapes

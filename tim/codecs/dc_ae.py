@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from tim.codecs.autoencoder import Autoencoder
+from tim.codecs import dc_ae_layers
+from tim.codecs.layered import Layered
+from tim.codecs.tiles import GlobalLayer, Layer
 
 
-class DCAE(Autoencoder):
+class DCAE(Layered):
     """diffusers' AutoencoderDC."""
 
     def encode_values(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Values (B, 3, H, W) → latents (B, C, h, w)."""
+        """Values (B, 3, H, W) → the network's latents (B, C, h, w)."""
         return self.network.encode(values).latent, None
 
-    def set_tiling(self, size: Sequence[int], *, tile: int) -> None:
-        """Let diffusers process an image of this size in tiles if a side is longer than a tile."""
-        network = self.network
-        network.tile_sample_min_height = network.tile_sample_min_width = tile
-        network.tile_sample_stride_height = network.tile_sample_stride_width = tile * 3 // 4
-        network.tile_latent_min_height = network.tile_latent_min_width = tile // self.factor
-        network.use_tiling = max(size) > tile
+    def encoder_layers(self) -> list[Layer | GlobalLayer]:
+        """Layers from values (1, 3, H, W) to the network's latents."""
+        return dc_ae_layers.encoder_layers(self.network.encoder)
+
+    def decoder_layers(self) -> list[Layer | GlobalLayer]:
+        """Layers from the network's latents to values."""
+        return dc_ae_layers.decoder_layers(self.network.decoder)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
 from tim.codecs.autoencoder import Autoencoder
+from tim.codecs.base import Direction, Tiling
 
 
 class KL(Autoencoder):
@@ -19,7 +18,14 @@ class KL(Autoencoder):
         distribution = self.network.encode(values).latent_dist
         return distribution.mean, distribution.std
 
-    def set_tiling(self, size: Sequence[int], *, tile: int) -> None:
-        """Let diffusers process an image of this size in tiles if a side is longer than a tile."""
-        self.network.tile_sample_min_size, self.network.tile_latent_min_size = tile, tile // self.factor
-        self.network.use_tiling = max(size) > tile
+    def plan_tiling(self, height: int, width: int, direction: Direction) -> Tiling:
+        """The whole image."""
+        config = self.network.config
+        channels = tuple(config.block_out_channels)
+        if direction == "decode":
+            channels = tuple(getattr(config, "decoder_block_out_channels", None) or channels)
+            channels = (*channels[1:], channels[-1])  # the first block of a stage reads the channels of the deeper one
+        return Tiling(1, WORK * height * width * max(count / 4**depth for depth, count in enumerate(channels)))
+
+
+WORK = 4 * 6  # bytes per pixel and channel of the largest map

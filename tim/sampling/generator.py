@@ -98,7 +98,8 @@ class Generator:
         encode: Encode | None = None,
         cache: DiskCache | None = None,
     ) -> None:
-        """device: None for the GPU if there is one. memory_gb: limit of the network's activations, in place of `tokens_per_pack`.
+        """device: None for the GPU if there is one. memory_gb: limit of the activations of the network, in place of
+        `tokens_per_pack`, and of the codec.
 
         codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded. cache: of
         prompt features and of the live view; None for the default one. Raises ValueError if codec or text encoder cannot be loaded.
@@ -112,7 +113,13 @@ class Generator:
         within = TOKENS_PER_PACK if memory_gb is None else tokens_within(memory_gb, params=network.params, dtype=self.dtype)
         self.tokens_per_pack = min(within, TOKENS_PER_PACK) if tokens_per_pack is None else tokens_per_pack
         self.transport = transports.make(**spec.transport)
-        self.codec = codec or codecs.make(spec.codec["kind"], spec.codec.get("path"), device=self.device)
+        self.codec = codec or codecs.make(
+            spec.codec["kind"],
+            spec.codec.get("path"),
+            channels=spec.codec.get("channels"),
+            device=self.device,
+            memory_gb=memory_gb,
+        )
         self.cache = DiskCache.default() if cache is None else cache
         self.text = None
         if spec.text is not None and encode is None:
