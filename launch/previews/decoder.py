@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import kind_and_line
 from tim.codecs import Codec, Latents
+from tim.codecs.base import Direction, Tiling
 
 
 class Decoder:
@@ -22,6 +23,14 @@ class Decoder:
     def encode(self, images: Sequence[Tensor]) -> Latents:
         """As `tim.codecs.Codec.encode`."""
         return self._codec.encode(images)
+
+    def to(self, device: torch.device | str) -> None:
+        """As `tim.codecs.Codec.to`."""
+        self._codec.to(device)
+
+    def tiling(self, height: int, width: int, direction: Direction = "decode") -> Tiling:
+        """As `tim.codecs.Codec.tiling`."""
+        return self._codec.tiling(height, width, direction)
 
     def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
         """float (C, h, w) per image → uint8 (3, h·factor, w·factor)"""

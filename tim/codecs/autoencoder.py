@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ BATCH_PIXELS = 1024 * 1024  # per autoencoder batch; at least one image
 GB = 1e9
 
 
-class Autoencoder:
+class Autoencoder(ABC):
     """A frozen diffusers autoencoder in float32. Latents are (z − shift) · scale, with the factors from its config.
 
     Images of the same size are batched. Everything stays on `device`. An image that needs more than `memory_gb` is processed in tiles, with
@@ -27,10 +28,15 @@ class Autoencoder:
 
     def __init__(self, network: Any, geometry: Geometry, *, device: torch.device | str = "cpu", memory_gb: float | None = None) -> None:
         self.factor, self.channels = geometry
+        self.network = network.eval().requires_grad_(False)
+        self._memory_gb = memory_gb
+        self.to(device)
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights to a device. Without a limit of memory, that of the new device counts."""
         self.device = torch.device(device)
-        self.network = network.to(self.device).eval().requires_grad_(False)
-        self.memory = total_memory(self.device) / 2 if memory_gb is None else memory_gb * GB
-        self._is_limited = memory_gb is not None
+        self.network.to(self.device)
+        self.memory = total_memory(self.device) / 2 if self._memory_gb is None else self._memory_gb * GB
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> Latents:
@@ -60,27 +66,27 @@ class Autoencoder:
     def tiling(self, height: int, width: int, direction: Direction = "decode") -> Tiling:
         """How an image of this size in pixels is encoded or decoded. Raises ValueError if the memory limit is too low for it."""
         found = self.plan_tiling(height, width, direction)
-        if found.bytes > self.memory and self._is_limited:
+        if found.bytes > self.memory and self._memory_gb is not None:
             allowed, least = (f"{value / GB:.3g} GB" for value in (self.memory, found.bytes))
             does = "encoding" if direction == "encode" else "decoding"
             raise ValueError(f"codec.memory_gb: {does} {width}x{height} pixels takes at least {least}, the limit is {allowed}: raise it")
         return found
 
+    @abstractmethod
     def plan_tiling(self, height: int, width: int, direction: Direction) -> Tiling:
         """The tiling with the fewest tiles within `memory`, or with the least memory if none is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_values(self, values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Values (B, 3, H, W) → the network's latents (B, C, h, w), and their deviations if the codec is stochastic."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_tiled(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """uint8 (3, H, W) → as `encode_values`, in tiles."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_tiled(self, cells: Tensor) -> Tensor:
         """The network's latents (1, C, h, w) → uint8 (1, 3, H, W), in tiles."""
-        raise NotImplementedError
 
     def normalise(self, mean: Tensor, deviation: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's latents and deviations (B, C, h, w) → those that the transition network sees."""

@@ -55,6 +55,10 @@ class Codec(Protocol):
         """float (C, h, w) per image → uint8 (3, h·factor, w·factor), clipped and rounded to the nearest level."""
         ...
 
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights to a device."""
+        ...
+
     def tiling(self, height: int, width: int, direction: Direction = "decode") -> Tiling:
         """How an image of this size in pixels is encoded or decoded. Raises ValueError if the codec's memory limit is too low for it."""
         ...

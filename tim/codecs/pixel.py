@@ -33,6 +33,9 @@ class PixelCodec:
         """float (channels, H, W) per image → uint8 of the same shape, clipped and rounded to the nearest level."""
         return [to_levels(latent) for latent in latents]
 
+    def to(self, device: torch.device | str) -> None:
+        """Nothing to move."""
+
     def tiling(self, height: int, width: int, direction: Direction = "decode") -> Tiling:
         """One conversion of the whole image: two copies in float32."""
         return Tiling(1, 8.0 * self.channels * height * width)

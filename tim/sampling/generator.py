@@ -218,6 +218,10 @@ class Generator:
             check_times(complete.times, transport=self.transport)
         else:
             self.times_of(complete)
+        if complete.edit is not None and self.spec.codec["kind"] == "pixel" and self.codec.channels != 3:
+            raise ValueError(
+                f"an image to edit: this model draws {self.codec.channels} channels; only models of RGB images can start from one"
+            )
         if complete.stochasticity and self.spec.transport["kind"] != "ot_fm":
             raise ValueError(f"stochasticity {complete.stochasticity}: only transport ot_fm has stochastic steps; set 0")
         if complete.guidance != 1.0 and complete.negative is None:
