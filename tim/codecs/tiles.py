@@ -255,6 +255,6 @@ def _scaled(span: Span, layer: Layer) -> Span:
 
 
 def _crop(x: Tensor, rows: Span, row_part: Span, columns: Span, column_part: Span) -> Tensor:
-    """The part of a map that lies at `rows` and `columns`."""
+    """The part of a map that lies at `rows` and `columns`, without keeping the rest in memory."""
     top, left = row_part.start - rows.start, column_part.start - columns.start
-    return x[..., top : top + _length(row_part), left : left + _length(column_part)]
+    return x[..., top : top + _length(row_part), left : left + _length(column_part)].contiguous()
