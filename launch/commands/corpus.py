@@ -144,7 +144,10 @@ def encode(
     ] = None,
     codec: Annotated[
         str | None,
-        typer.Option(metavar="KIND[=PATH]", help="pixel, sd-vae, kl, dc-ae or tiny; PATH of its weights: a folder, or hf://OWNER/NAME."),
+        typer.Option(
+            metavar="KIND[=PATH]",
+            help="pixel, sd-vae, sd3-vae, flux-vae, flux2-vae, kl, dc-ae or tiny; PATH of its weights: a folder, a file, or hf://OWNER/NAME.",
+        ),
     ] = None,
     text: Annotated[str | None, typer.Option(metavar="KIND[=PATH]", help="lookup, open_clip or hf; PATH as for --codec.")] = None,
     tokenizer: Annotated[
