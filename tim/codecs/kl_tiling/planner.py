@@ -12,6 +12,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import mul
 from typing import NamedTuple
 
 from tim.codecs.kl_tiling.regions import Shape, Span, split
@@ -66,10 +67,7 @@ def plan(steps: Sequence[Step], shape: Shape, *, memory: float) -> Plan:
     """
     program = _Program(tuple(steps), shape)
     found = program.cheapest(memory)
-    while found is None:
-        memory = max(memory, OVERHEAD) * 1.125
-        found = program.cheapest(memory)
-    return found
+    return program.smallest() if found is None else found
 
 
 def needed(steps: Sequence[Step], shapes: Sequence[Shape], start: int, stop: int, span: Span, *, axis: int) -> list[Span]:
@@ -108,6 +106,16 @@ class _Program:
         return tuple(shapes)
 
     @cached_property
+    def areas(self) -> list[int]:
+        """Pixels at each position."""
+        return [shape.height * shape.width for shape in self.shapes]
+
+    @cached_property
+    def rates(self) -> list[int]:
+        """Work per output pixel of each step; of steps in tiles, which excludes attention."""
+        return [step.work(shape.channels, 1) for step, shape in zip(self.steps, self.shapes[1:], strict=True)]
+
+    @cached_property
     def restarts(self) -> list[int]:
         """Positions whose values can be kept: outside residual blocks, before a block or a step that changes the size."""
         positions, depth = [], 0
@@ -138,11 +146,23 @@ class _Program:
                 heapq.heappush(heap, (work + option.work, count + 1, option.known, max(peak, option.peak), (*passes, option.next)))
         return None
 
+    def smallest(self) -> Plan:
+        """A plan with the least memory, to 5 %."""
+        high = max(1.0, OVERHEAD)
+        while (found := self.cheapest(high)) is None:
+            high *= 2
+        low = high / 2
+        for _ in range(4):
+            middle = (low * high) ** 0.5
+            smaller = self.cheapest(middle)
+            low, high, found = (middle, high, found) if smaller is None else (low, middle, smaller)
+        return found
+
     def _whole_passes(self, kept: int, memory: float) -> Iterator[_Option]:
         """Passes over the whole image from `kept`."""
+        lives = self._lives(kept, len(self.steps), self.areas[kept:])
         for stop in (*(i for i in self.restarts if i > kept), len(self.steps)):
-            areas = [shape.height * shape.width for shape in self.shapes[kept : stop + 1]]
-            peak = self._live(kept, stop, areas) * FLOAT + OVERHEAD
+            peak = lives[stop - kept] * FLOAT + OVERHEAD
             if peak > memory:
                 return
             passed = sum(i < stop or (i == stop and self._attends(i)) for i in self.stops)
@@ -190,15 +210,16 @@ class _Program:
             middle = [(rows[len(rows) // 2], 1), (columns[len(columns) // 2], 2)]
             lengths = [[each.length for each in needed(self.steps, self.shapes, start, stop, span, axis=axis)] for span, axis in middle]
             areas = [height * width for height, width in zip(*lengths, strict=True)]
-            work = sum(self._work(start + i, area) for i, area in enumerate(areas[1:])) * len(rows) * len(columns)
-            self._tiles[key] = work + end.elements * ELEMENT_WORK, self._live(start, stop, areas) * FLOAT
+            work = sum(map(mul, self.rates[start:stop], areas[1:])) * len(rows) * len(columns)
+            self._tiles[key] = work + end.elements * ELEMENT_WORK, self._lives(start, stop, areas)[-1] * FLOAT
         return self._tiles[key]
 
-    def _live(self, start: int, stop: int, areas: Sequence[int]) -> int:
-        """Most values in memory at once when steps from `start` to `stop` run. `areas`: pixels at each position."""
+    def _lives(self, start: int, stop: int, areas: Sequence[int]) -> list[int]:
+        """Most values in memory at once up to each position from `start` to `stop`. `areas`: pixels at these positions."""
         saved: list[int] = []
         now = most = self.shapes[start].channels * areas[0]
         is_shared = False  # whether the current tensor is the last one in `saved`
+        lives = [most]
         for i in range(start, stop):
             step, before, after = self.steps[i], areas[i - start], areas[i - start + 1]
             result, extra = step.holds(self.shapes[i].channels, before, after)
@@ -209,11 +230,9 @@ class _Program:
                 saved.pop()
             is_shared = isinstance(step, Save)
             now = result or now
-        return most
-
-    def _work(self, position: int, pixels: int) -> int:
-        """Work of the step at `position` for this number of output pixels."""
-        return self.steps[position].work(self.shapes[position + 1].channels, pixels)
+            lives.append(most)
+        return lives
 
     def _whole_work(self, start: int, stop: int) -> int:
-        return sum(self._work(i, self.shapes[i + 1].height * self.shapes[i + 1].width) for i in range(start, stop))
+        whole = zip(self.steps[start:stop], self.shapes[start + 1 : stop + 1], strict=True)
+        return sum(step.work(shape.channels, shape.height * shape.width) for step, shape in whole)

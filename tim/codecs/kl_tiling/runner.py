@@ -69,6 +69,7 @@ class _Runner:
                 yield tile, values[0]
             else:
                 statistics.add(values)
+            del values  # before the next tile is computed
         if not is_last:
             self._frozen[each.stop] = statistics.scale_and_shift(_norm(steps[each.stop]))
         if kept is not None:
