@@ -21,6 +21,10 @@ class Flux2(KL):
         """Values (B, 3, H, W) → the network's latents (B, C, h, w)."""
         return super().encode_values(values)[0], None
 
+    def encode_tiled(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """uint8 (3, H, W) → the network's latents (1, C, h, w)."""
+        return super().encode_tiled(image)[0], None
+
     def normalise(self, mean: Tensor, deviation: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The network's latents (B, C, h, w) → normalised ones (B, 4·C, h/2, w/2)."""
         average, spread = self._statistics()

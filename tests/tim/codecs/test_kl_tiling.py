@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from tests import REPOSITORY
+from tests.tim.models import autoencoder
+from tim import codecs
 from tim.codecs import kl_tiling
 from tim.codecs.kl_tiling import Plan, Shape, planner
 
@@ -127,8 +129,31 @@ def test_other_blocks_are_refused() -> None:
         up_block_types=("UpDecoderBlock2D", "AttnUpDecoderBlock2D"),
     )  # fmt: skip
     for steps, block in ((kl_tiling.decoder_steps, "AttnUpDecoderBlock2D"), (kl_tiling.encoder_steps, "AttnDownEncoderBlock2D")):
-        with pytest.raises(ValueError, match=rf"codec\.memory_gb: an autoencoder with this {block} cannot be processed in tiles"):
+        with pytest.raises(ValueError, match=f"{block} of this kind cannot run in tiles"):
             steps(made)
+
+
+@pytest.mark.parametrize("kind", ["kl", "flux2-vae"])
+def test_codecs_use_tiles_under_a_limit(kind: str, tmp_path: Path) -> None:
+    folder = autoencoder(tmp_path, kind)
+    whole = codecs.make(kind, folder)
+    size = (96, 160)
+    assert whole.tiling(*size).splits == whole.tiling(*size, "encode").splits == 1
+    needed = [whole.tiling(*size, direction).bytes for direction in ("encode", "decode")]
+    tiled = codecs.make(kind, folder, memory_gb=min(needed) / 3e9)
+    assert all(tiled.tiling(*size, direction).splits > 1 for direction in ("encode", "decode"))
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    (mean,), deviation = tiled.encode([image])
+    (expected,), expected_deviation = whole.encode([image])
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-4)
+    assert (deviation is None) == (expected_deviation is None) == (kind == "flux2-vae")
+    if deviation is not None and expected_deviation is not None:
+        torch.testing.assert_close(deviation[0], expected_deviation[0], rtol=1e-4, atol=1e-4)
+    decoded, expected_image = tiled.decode([mean])[0], whole.decode([mean])[0]
+    assert decoded.shape == image.shape
+    assert (decoded.int() - expected_image.int()).abs().max() <= 1
+    with pytest.raises(ValueError, match=r"codec\.memory_gb: decoding 160x96 pixels takes at least"):
+        codecs.make(kind, folder, memory_gb=1e-6).decode([mean])
 
 
 MEASURE = """

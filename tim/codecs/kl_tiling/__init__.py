@@ -8,6 +8,6 @@ values kept by earlier passes where memory allows, and recompute the layers sinc
 from tim.codecs.kl_tiling.planner import Plan, halo, plan
 from tim.codecs.kl_tiling.regions import Region, Shape
 from tim.codecs.kl_tiling.runner import run
-from tim.codecs.kl_tiling.steps import decoder_steps, encoder_steps
+from tim.codecs.kl_tiling.steps import Step, decoder_steps, encoder_steps
 
-__all__ = ["Plan", "Region", "Shape", "decoder_steps", "encoder_steps", "halo", "plan", "run"]
+__all__ = ["Plan", "Region", "Shape", "Step", "decoder_steps", "encoder_steps", "halo", "plan", "run"]

@@ -215,4 +215,4 @@ def _residual(block: Any) -> tuple[Step, ...]:
 
 def _require(supported: bool, block: nn.Module) -> None:
     if not supported:
-        raise ValueError(f"codec.memory_gb: an autoencoder with this {type(block).__name__} cannot be processed in tiles: raise the limit")
+        raise ValueError(f"{type(block).__name__} of this kind cannot run in tiles: AutoencoderKL with its own residual blocks can")
