@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from launch.checkpoints import checkpoint
@@ -195,7 +196,8 @@ def test_sampling_from_the_command_line(killed: Killed, base: Path, tmp_path: Pa
     for arguments in ([str(killed.broken)], [str(base), "--lora", f"{adapter}:0.5", "--lora", f"{adapter / 'comfyui.safetensors'}:0.5"]):
         capsys.readouterr()
         assert main(["sample", *arguments, *options]) == 0
-        images.append(Path(json.loads(capsys.readouterr().out)["images"][0]["path"]).read_bytes())
+        with Image.open(json.loads(capsys.readouterr().out)["images"][0]["path"]) as image:
+            images.append(image.tobytes())
     assert images[0] == images[1]
     refused = {
         ("sample", str(base), "--lora", f"{adapter}:much", *options): "'much' is not a number; give FILE or FILE:SCALE",
