@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from tim.pretrained import weight_files
+from tim.pretrained import safetensors_files
 
 FORMAT = "1"
 LIMIT = 2_000_000_000  # bytes
@@ -122,12 +122,12 @@ class DiskCache:
         """sha256 of a file in hexadecimal. That of a large file is remembered by its path, size and times. Raises OSError."""
         before = file.stat()
         if before.st_size < _SMALL:
-            return weight_files.file_digest(file)
+            return safetensors_files.file_digest(file)
         name = f"digest-{_state_of(file)}"
         found = self.read(name)
         if found is not None:
             return bytes(found["sha256"].tolist()).hex()
-        digest = weight_files.file_digest(file)
+        digest = safetensors_files.file_digest(file)
         if name == f"digest-{_state_of(file)}":  # not written to meanwhile
             self.write(name, {"sha256": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)})
         return digest

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tests import REPOSITORY
 from tim.disk_cache import DiskCache, default_folder, key
-from tim.pretrained import weight_files
+from tim.pretrained import safetensors_files
 
 TENSORS = {
     "features": torch.arange(12.0).view(3, 4),
@@ -145,8 +145,8 @@ def test_what_cannot_be_written_is_one_warning(tmp_path: Path, monkeypatch: pyte
 def test_the_digest_of_a_large_file_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "weights"
     read: list[Path] = []
-    original = weight_files.file_digest
-    monkeypatch.setattr(weight_files, "file_digest", lambda path: (read.append(path), original(path))[1])
+    original = safetensors_files.file_digest
+    monkeypatch.setattr(safetensors_files, "file_digest", lambda path: (read.append(path), original(path))[1])
     for content in (bytes(2_000_000), b"\1" + bytes(1_999_999)):  # of the same size, and of the same date
         file.write_bytes(content)
         os.utime(file, (1e9, 1e9))

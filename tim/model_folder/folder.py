@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tim.disk_cache import DiskCache
 from tim.model_folder import paths
 from tim.model_folder.replacing import replaced_folder
 from tim.network import TransitionTransformer
@@ -26,6 +27,7 @@ from tim.pretrained.safetensors_files import (
     MAX_SHARD_BYTES,
     LazyTensors,
     check_files,
+    file_digest,
     file_facts,
     find_weights,
     read_shards,
@@ -148,13 +150,15 @@ def weights_file(folder: str | Path) -> Path | None:
     return find_weights(_described(Path(folder)), stems=(STEM, DIFFUSERS_STEM))
 
 
-def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tuple[TransitionTransformer, ModelSpec]:
-    """The network, ready to sample, and its spec.
+def load_model(
+    folder: str | Path, *, device: torch.device | str = "cpu", cache: DiskCache | None = None
+) -> tuple[TransitionTransformer, ModelSpec]:
+    """The network, ready to sample, and its spec. cache: see `load_weights`.
 
     Raises ValueError if the folder has no model, an unknown format, damaged files, or weights that do not fit the config.
     """
     spec = read_spec(folder)
-    state = load_weights(folder)
+    state = load_weights(folder, cache=cache)
     network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
     try:
         network.load_official(state)
@@ -164,15 +168,20 @@ def load_model(folder: str | Path, *, device: torch.device | str = "cpu") -> tup
     return network.to(device).eval().requires_grad_(False), spec
 
 
-def load_weights(folder: str | Path) -> dict[str, Tensor]:
+def load_weights(folder: str | Path, *, cache: DiskCache | None = None) -> dict[str, Tensor]:
     """The weights of a model folder, as stored. All files are compared with the digests in config.json, if it has them.
 
-    Raises ValueError if a file is missing or damaged.
+    cache: remembers the digests of the codec and the text encoder in the folder, so that they are not read each time. Raises ValueError if
+    a file is missing or damaged.
     """
     described, weights = _described(Path(folder)), weights_file(folder)
     if weights is None:
         raise ValueError(f"{folder}: {STEM}.safetensors is missing: export the run again with `tim export`")
-    check_files(described, _content(described / "config.json").get("files", {}), source="config.json")
+
+    def digest(file: Path) -> str:
+        return file_digest(file) if cache is None or file.parent == described else cache.file_digest(file)
+
+    check_files(described, _content(described / "config.json").get("files", {}), source="config.json", digest=digest)
     try:
         return read_shards(weights) if weights.name.endswith(INDEX) else load_file(weights)
     except SafetensorError as error:

@@ -106,14 +106,26 @@ def write_shards(
     return files
 
 
+def file_digest(path: Path) -> str:
+    """sha256 of a file in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def find_weights(folder: Path, *, stems: Sequence[str]) -> Path | None:
     """The weights of a folder: STEM.safetensors, or the index of its shards."""
     names = [f"{stem}{suffix}" for stem in stems for suffix in (SUFFIX, INDEX)]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, source: str) -> None:
-    """Compare files with their `bytes` and `sha256`, which `source` states. Raises ValueError for the first difference."""
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, source: str, digest: Callable[[Path], str] = file_digest) -> None:
+    """Compare files with their `bytes` and `sha256`, which `source` states. Raises ValueError for the first difference.
+
+    digest: sha256 of a file in hexadecimal.
+    """
     remedy = f'copy or export the folder again, or remove "files" from {source} if you changed the file yourself'
     for name, facts in files.items():
         path = folder / name
@@ -122,18 +134,13 @@ def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], *, source:
         if path.stat().st_size != facts["bytes"]:
             raise ValueError(f"{path} has {path.stat().st_size} bytes, but {facts['bytes']} in {source}: {remedy}")
     for name, facts in files.items():
-        if file_facts(folder / name)["sha256"] != facts["sha256"]:
+        if digest(folder / name) != facts["sha256"]:
             raise ValueError(f"{folder / name} does not match its digest in {source}: {remedy}")
 
 
 def file_facts(path: Path) -> dict[str, Any]:
     """`bytes` and `sha256` of a file."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:

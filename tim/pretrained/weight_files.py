@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from tim.pretrained.official import unreadable
+from tim.pretrained.safetensors_files import file_digest
 
 HUB = "hf://"
 PIPELINE = "model_index.json"
@@ -133,15 +134,6 @@ def loadable(location: Location, *, stem: str, pickle_stem: str) -> Iterator[Loa
                 os.symlink(file.resolve(), Path(temporary) / file.name)
         os.symlink(chosen.resolve(), Path(temporary) / expected)
         yield Loadable(Path(temporary), arguments)
-
-
-def file_digest(file: Path) -> str:
-    """sha256 of a file in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def digest(path: str | Path, *, parts: Sequence[str] = (), weights: bool = True, of_file: Callable[[Path], str] = file_digest) -> str:

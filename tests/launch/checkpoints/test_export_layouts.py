@@ -23,8 +23,10 @@ from launch.training.build import make_network
 from tests import REPOSITORY
 from tests.launch.checkpoints.writing import save_parts
 from tests.tim.models import autoencoder
+from tim.disk_cache import DiskCache
 from tim.model_folder.folder import load_model
 from tim.model_kinds import Dtype
+from tim.pretrained import safetensors_files
 from tim.pretrained.safetensors_files import LazyTensors, write_file
 
 CONFIG = """\
@@ -158,8 +160,28 @@ def test_the_diffusers_layout_moves_as_a_whole(tmp_path: Path) -> None:
     assert spec.codec == {"kind": "kl", "path": str(moved / "vae")}
     weights = next((moved / "vae").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="does not match its digest"):
-        load_model(moved)
+    for cache in (None, DiskCache(tmp_path / "cache")):
+        with pytest.raises(ValueError, match="does not match its digest"):
+            load_model(moved, cache=cache)
+
+
+def test_a_model_beside_the_network_is_read_for_its_digest_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(run, out=tmp_path / "m")
+    large, config = tmp_path / "m" / "text_encoder" / "model.safetensors", tmp_path / "m" / "config.json"
+    large.parent.mkdir()
+    large.write_bytes(bytes(2_000_000))
+    content = json.loads(config.read_text())
+    content["files"]["text_encoder/model.safetensors"] = safetensors_files.file_facts(large)
+    config.write_text(json.dumps(content))
+    read: list[str] = []
+    original = safetensors_files.file_digest
+    monkeypatch.setattr(safetensors_files, "file_digest", lambda path: (read.append(path.name), original(path))[1])
+    for _ in range(2):
+        load_model(tmp_path / "m", cache=DiskCache(tmp_path / "cache"))
+    assert len(read) == 1
+    large.write_bytes(bytes(1_999_999) + b"x")
+    with pytest.raises(ValueError, match=r"text_encoder/model\.safetensors does not match its digest"):
+        load_model(tmp_path / "m", cache=DiskCache(tmp_path / "cache"))
 
 
 def test_the_card_states_corpora_steps_and_recipe(run: Path, tmp_path: Path) -> None:
