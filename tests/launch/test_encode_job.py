@@ -83,7 +83,7 @@ def test_settings_are_laid_over_those_of_the_run(run: Path) -> None:
     ("typed", "said"),
     [
         ([], "nothing to encode: give a codec, a text encoder or both"),
-        (["--codec", "jpeg"], r"codec\.kind: .*'pixel', 'sd-vae', 'kl', 'dc-ae' or 'tiny'"),
+        (["--codec", "jpeg"], r"codec\.kind: .*'pixel', 'sd-vae', 'sd3-vae', 'flux-vae', 'flux2-vae', 'kl', 'dc-ae' or 'tiny'"),
         (["--codec", "sd-vae"], "codec sd-vae needs its weights: give its path"),
         (["--codec", "kl=nowhere"], "nowhere: no such folder; give one with config"),
         (["--codec", "pixel", "--text", "hf=nowhere"], "nowhere: no such folder"),

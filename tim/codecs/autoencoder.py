@@ -108,8 +108,8 @@ class Autoencoder(ABC):
         for (height, width), positions in by_shape(items).items():
             height, width = height * pixels_per_cell, width * pixels_per_cell
             tiling = self.tiling(height, width, direction)
-            most = min(BATCH_PIXELS // (height * width), int(self.memory // tiling.bytes)) if tiling.splits == 1 else 1
-            count = max(1, most)
+            most = min(BATCH_PIXELS / (height * width), self.memory / tiling.bytes) if tiling.splits == 1 else 1
+            count = max(1, int(most))
             yield from ((positions[start : start + count], tiling.splits == 1) for start in range(0, len(positions), count))
 
 

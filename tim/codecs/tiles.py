@@ -147,11 +147,6 @@ def plan(layers: Sequence[Layer | GlobalLayer], height: int, width: int, *, memo
     return Plan(tuple(segments), peak)
 
 
-def whole_bytes(layers: Sequence[Layer | GlobalLayer], height: int, width: int) -> float:
-    """Predicted peak memory of the network on a whole map."""
-    return max(segment.bytes() for segment in plan(layers, height, width, memory=float("inf")).segments)
-
-
 def run(found: Plan, read: Read, write: Write) -> None:
     """Run a network in tiles: `read` gives parts of its input, `write` takes the tiles of its output."""
     for i, segment in enumerate(found.segments):

@@ -74,3 +74,19 @@ def test_what_changed_is_told_and_what_cannot_change_is_refused(tmp_path: Path) 
         changes_on_resume(tmp_path, config("network.params.depth=2"))
     with pytest.raises(ConfigError, match=r"objective\.transport was 'ot_fm' in .* and is 'trigflow'"):
         changes_on_resume(tmp_path, config("objective.transport=trigflow"))
+
+
+def test_the_memory_of_the_codec_may_change_but_not_its_latents(tmp_path: Path) -> None:
+    codec = "codec={kind: dc-ae, path: weights}"
+    write_config(tmp_path, config(codec))
+    assert changes_on_resume(tmp_path, config(codec, "codec.memory_gb=2")) == ["codec.memory_gb: None → 2.0"]
+    (tmp_path / "pixel").mkdir()
+    write_config(tmp_path / "pixel", config())
+    with pytest.raises(ConfigError, match=r"codec\.channels was None in .* and is 1: the run's weights do not fit"):
+        changes_on_resume(tmp_path / "pixel", config("codec.channels=1"))
+    for typed, said in (
+        ("codec.memory_gb=2", "pixel is never processed in tiles"),
+        ("codec={kind: kl, path: x, channels: 1}", "give kind pixel"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config(typed)
