@@ -19,6 +19,7 @@ from launch.config.load import load_config
 from launch.sampling.loras import Lora, merge_loras
 from pipeline.digests import file_digest
 from tim import Generator, TransitionTransformer, codecs, transports
+from tim.disk_cache import DiskCache
 from tim.model_folder.folder import ModelSpec, description_file, is_model_folder, load_model
 from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
@@ -66,7 +67,7 @@ def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, l
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
         folder = model_folder(path, log=log)
-        network, spec = load_model(folder)
+        network, spec = load_model(folder, cache=DiskCache.default())
         return OpenedModel(network, apply_replacements(spec, replacements), file_digest(description_file(folder)))
     found = load_weights(path)
     spec = _spec_of_recipe(recipe, found=found) if recipe is not None else _spec_of_export(found, path=path, log=log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -72,8 +72,10 @@ def dc_ae(*, layers: Any, types: Any, scales: Any, resampling: Any, norms: Any, 
     )
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(cast(Tensor, module.running_mean))
-            nn.init.uniform_(cast(Tensor, module.running_var), 0.5, 2)
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
         elif type(module).__name__ == "RMSNorm":
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.3)

@@ -140,10 +140,11 @@ class Generator:
 
         loras: LoRA files and their scales, merged into the weights. Raises ValueError if there is no model, or if a LoRA does not fit.
         """
-        network, spec = load_model(model_folder(model))
+        cache = DiskCache.default()
+        network, spec = load_model(model_folder(model), cache=cache)
         for path, scale in loras:
             merge_adapters(network, read_adapters(path), scale=scale, source=path)
-        return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb)
+        return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb, cache=cache)
 
     def to(self, device: torch.device | str) -> Generator:
         """Move network, codec and text encoder to a device."""
