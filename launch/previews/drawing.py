@@ -28,6 +28,7 @@ from launch.previews.averaged_weights import NoMemory, averaged_weights
 from launch.previews.cells import Cell, cells_of, drawing_order, preview_grid
 from launch.previews.decoder import Decoder
 from launch.previews.files import begin_preview, has_begun, has_preview, preview_path, preview_settings, unfinished_path, write_preview
+from launch.previews.latent_colours import LatentColours
 from pipeline.errors import kind_and_line
 from tim import Generator
 from tim.codecs import Codec
@@ -178,7 +179,7 @@ class Previews:
         return image
 
     def _load_codec(self, description: Mapping[str, Any]) -> Codec:
-        """The codec, loaded if the training does not have it. Raises _Failed on all ranks."""
+        """The codec, loaded if the training does not have it; colours of latents if it cannot be. Raises _Failed on all ranks."""
         codec, problem = self.codec, ""
         if codec is None:
             from tim import codecs
@@ -193,10 +194,16 @@ class Previews:
                 )
             except Exception as error:
                 problem = kind_and_line(error)
-        if first := self._first_problem(problem):
+        first = self._first_problem(problem)
+        if not first:
+            assert codec is not None
+            return codec
+        colours = LatentColours.of(self.config)
+        if self._first_problem("" if colours is not None else first):
             raise _Failed(first)
-        assert codec is not None
-        return codec
+        assert colours is not None
+        self.log(f"warning: {first}: the preview shows colours of latents, not decoded images")
+        return colours
 
     def _encoder(self) -> Encode:
         if self.encode is not None:
