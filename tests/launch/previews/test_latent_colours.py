@@ -23,7 +23,13 @@ def test_colours_of_latents_stand_in_for_a_missing_codec(tmp_path: Path, alone: 
     corpus = write_corpus(tmp_path / "corpus", shards=[[Sample(64, 64, ("a",)), Sample(96, 64, ("b",))]])
     codec = f"codec={{kind: kl, path: {autoencoder(tmp_path / 'kl', 'kl')}}}"
     network = "network.params={patch_size: 2, depth: 1, hidden_size: 8, num_heads: 1, cap_feat_dim: 8}"
-    values = [f"corpus={{path: {corpus.path}, features: {tmp_path / 'features'}}}", codec, network, "train.steps=1", f"run_dir={tmp_path / 'run'}"]
+    values = [
+        f"corpus={{path: {corpus.path}, features: {tmp_path / 'features'}}}",
+        codec,
+        network,
+        "train.steps=1",
+        f"run_dir={tmp_path / 'run'}",
+    ]
     config = load_config(None, overrides=values)
     assert LatentColours.of(load_config(None, overrides=[f"corpus={corpus.path}", *values[1:]])) is None
     encode(corpus.path, out=tmp_path / "features", config=EncodeConfig.model_validate(required_settings(config)))

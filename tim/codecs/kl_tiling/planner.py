@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tim.codecs.kl_tiling.regions import Shape, Span, split
 from tim.codecs.kl_tiling.steps import ELEMENT_WORK, Add, Attend, Conv, Double, Norm, Save, Step
@@ -133,8 +133,8 @@ class _Program:
 
     def cheapest(self, memory: float) -> Plan | None:
         """The cheapest plan within `memory` bytes, or None."""
-        start: tuple[int, int, tuple[int, int], int, tuple[Pass, ...]] = (0, 0, (0, 0), 0, ())  # work, passes, known, peak, passes
-        heap, done = [start], set()
+        heap: list[tuple[Any, int, tuple[int, int], Any, tuple[Pass, ...]]] = [(0, 0, (0, 0), 0, ())]  # work, passes, known, peak, passes
+        done: set[tuple[int, int]] = set()
         while heap:
             work, count, known, peak, passes = heapq.heappop(heap)
             if known[0] == len(self.steps):

@@ -161,8 +161,8 @@ def _attend(step: Attend, values: Tensor, scale: Tensor, shift: Tensor) -> Tenso
         keys[block], contents[block] = module.to_k(normed), module.to_v(normed)
     for block in blocks:
         queries = module.to_q(_normalise(tokens[block], scale, shift))
-        heads = [each.unflatten(-1, (module.heads, -1)).transpose(0, 1)[None] for each in (queries, keys, contents)]
-        mixed = functional.scaled_dot_product_attention(*heads)
+        q, k, v = (each.unflatten(-1, (module.heads, -1)).transpose(0, 1)[None] for each in (queries, keys, contents))
+        mixed = functional.scaled_dot_product_attention(q, k, v)
         tokens[block] += module.to_out[0](mixed[0].transpose(0, 1).flatten(1))
     return values
 
