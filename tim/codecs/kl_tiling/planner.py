@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from operator import mul
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tim.codecs.kl_tiling.regions import Shape, Span, split
 from tim.codecs.kl_tiling.steps import ELEMENT_WORK, Add, Attend, Conv, Double, Norm, Save, Step
@@ -133,7 +133,7 @@ class _Program:
 
     def cheapest(self, memory: float) -> Plan | None:
         """The cheapest plan within `memory` bytes, or None."""
-        heap: list[tuple[Any, int, tuple[int, int], Any, tuple[Pass, ...]]] = [(0, 0, (0, 0), 0, ())]  # work, passes, known, peak, passes
+        heap: list[tuple[int, int, tuple[int, int], int, tuple[Pass, ...]]] = [(0, 0, (0, 0), 0, ())]  # work, count, known, peak, passes
         done: set[tuple[int, int]] = set()
         while heap:
             work, count, known, peak, passes = heapq.heappop(heap)
