@@ -124,9 +124,11 @@ def _team() -> Iterator[PartialState | None]:
 
 def _of_all(value: int, team: PartialState | None) -> list[int]:
     """The value of each process. Waits for all of them."""
+    if team is None:
+        return [value]
     from accelerate.utils import gather_object
 
-    return [value] if team is None else gather_object([value])
+    return gather_object([value])
 
 
 def _open(model: ModelOptions, *, team: PartialState | None, say: Say) -> tuple[Generator, ModelFacts]:

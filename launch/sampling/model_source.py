@@ -8,14 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from launch.checkpoints.export import model_folder
-from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED, InitialWeights, load_weights, read_network_file
-from launch.checkpoints.model_spec import PUBLISHED_GUIDANCE, spec_of
-from launch.config.load import load_config
 from launch.sampling.loras import Lora, merge_loras
 from pipeline.digests import file_digest
 from tim import Generator, TransitionTransformer, codecs, transports
@@ -24,6 +20,9 @@ from tim.model_folder.folder import ModelSpec, description_file, is_model_folder
 from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
 from tim.text import encoders
+
+if TYPE_CHECKING:
+    from launch.checkpoints.initial_weights import InitialWeights
 
 REMEDY = "give the paths of these models with --codec, --text and --tokenizer"
 
@@ -66,9 +65,11 @@ def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, l
     if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
-        folder = model_folder(path, log=log)
+        folder = path if is_model_folder(path) else _folder_of_run(path, log=log)
         network, spec = load_model(folder, cache=DiskCache.default())
         return OpenedModel(network, apply_replacements(spec, replacements), file_digest(description_file(folder)))
+    from launch.checkpoints.initial_weights import load_weights
+
     found = load_weights(path)
     spec = _spec_of_recipe(recipe, found=found) if recipe is not None else _spec_of_export(found, path=path, log=log)
     spec = apply_replacements(spec, replacements)
@@ -77,6 +78,12 @@ def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, l
     log(f"{found.source}: rotary layout {spec.rope}")
     described = found.source / NETWORK_FILE if found.source.is_dir() else found.source
     return OpenedModel(network, spec, file_digest(described))
+
+
+def _folder_of_run(path: Path, *, log: Callable[[str], None]) -> Path:
+    from launch.checkpoints.export import model_folder  # what reads checkpoints takes long to import
+
+    return model_folder(path, log=log)
 
 
 def make_generator(
@@ -122,6 +129,10 @@ def _parse_replacement(typed: str, *, option: str, kinds: tuple[str, ...], kind:
 
 def _spec_of_recipe(recipe: str, *, found: InitialWeights) -> ModelSpec:
     """Specification from a recipe; for an official export, with the export's network."""
+    from launch.checkpoints.initial_weights import ROPE_OF_PUBLISHED
+    from launch.checkpoints.model_spec import spec_of
+    from launch.config.load import load_config
+
     config = load_config(recipe)
     rope = config.network.rope if "rope" in config.network.model_fields_set else ROPE_OF_PUBLISHED
     spec = replace(spec_of(config), rope=found.rope or rope)
@@ -130,6 +141,9 @@ def _spec_of_recipe(recipe: str, *, found: InitialWeights) -> ModelSpec:
 
 def _spec_of_export(found: InitialWeights, *, path: Path, log: Callable[[str], None]) -> ModelSpec:
     """Specification of an official export, with the published defaults."""
+    from launch.checkpoints.initial_weights import read_network_file
+    from launch.checkpoints.model_spec import PUBLISHED_GUIDANCE
+
     if found.params is None or found.rope is None:
         raise ValueError(f"{path}: a weight file does not describe its network: give --recipe NAME, for example --recipe t2i-xl-1")
     content = read_network_file(path)

@@ -22,7 +22,7 @@ from tim.packed import Condition, PackedText
 from tim.pretrained.lora_files import merge_adapters, read_adapters
 from tim.sampling.edits import Edit, Frame, composite, pixels_of, start_of
 from tim.sampling.live_view import LiveView, live_view_for
-from tim.sampling.packs import TOKENS_PER_PACK, sampling_packs, tokens_within
+from tim.sampling.packs import default_tokens, sampling_packs, tokens_within
 from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, completed, requests_of
 from tim.sampling.sampler import Second, Start, default_dtype, sample
 from tim.sampling.sources import choose_device, model_folder
@@ -110,8 +110,11 @@ class Generator:
         self.dtype: Dtype = dtype or default_dtype(self.device)
         if memory_gb is not None and not (math.isfinite(memory_gb) and memory_gb > 0):
             raise ValueError(f"memory_gb {memory_gb}: must be above 0")
-        within = TOKENS_PER_PACK if memory_gb is None else tokens_within(memory_gb, params=network.params, dtype=self.dtype)
-        self.tokens_per_pack = min(within, TOKENS_PER_PACK) if tokens_per_pack is None else tokens_per_pack
+        if tokens_per_pack is None:
+            tokens_per_pack = default_tokens(self.device)
+            if memory_gb is not None:
+                tokens_per_pack = min(tokens_per_pack, tokens_within(memory_gb, params=network.params, dtype=self.dtype))
+        self.tokens_per_pack = tokens_per_pack
         self.transport = transports.make(**spec.transport)
         self.codec = codec or codecs.make(
             spec.codec["kind"],
