@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -26,12 +28,14 @@ from launch.sampling.recorded import ModelFacts, settings_of
 from tim import Generator
 from tim.model_kinds import Dtype
 from tim.sampling.generator import Step
+from tim.sampling.packs import share_of
 from tim.sampling.requests import ImageRequest
 
 if TYPE_CHECKING:
     from accelerate import PartialState
 
 
+PATIENCE = timedelta(days=7)  # that a process waits for the images of the others
 Say: TypeAlias = Callable[[str], None]
 
 
@@ -97,7 +101,7 @@ def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions
         generator, facts = _open(model, team=team, say=say)
         planned = _plan(images, generator=generator, facts=facts, output=output)
         _say_cut_prompts(generator, [each.image for each in planned], say=say)
-        mine = planned if team is None else planned[team.process_index :: team.num_processes]
+        mine = planned if team is None else _share(planned, team)
         todo = _missing(mine, output=output)
         if len(todo) < len(mine):
             say(f"{len(mine) - len(todo)} of {len(mine)} images are in {folder} already")
@@ -117,9 +121,15 @@ def _team() -> Iterator[PartialState | None]:
     import torch
     from accelerate import PartialState
 
-    team = PartialState(cpu=not torch.cuda.is_available())
+    team = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
     yield team
     team.destroy_process_group()
+
+
+def _share(planned: Sequence[_Planned], team: PartialState) -> list[_Planned]:
+    """The images of this process."""
+    costs = [(each.image.grid_steps, math.prod(each.image.size)) for each in planned]
+    return [planned[i] for i in share_of(costs, process=team.process_index, processes=team.num_processes)]
 
 
 def _of_all(value: int, team: PartialState | None) -> list[int]:
@@ -177,7 +187,7 @@ def _draw(todo: Sequence[_Planned], *, generator: Generator, output: OutputOptio
     with console.progress() as report:
 
         def count(step: Step) -> None:
-            report("draw", drawn, len(todo), note=f"step {step.step} of {step.steps} of {len(step.images)}")
+            report("draw", drawn, len(todo), note=f"step {step.step} of {step.steps}, {len(step.images)} at once")
 
         for result in generator.draw([each.image for each in todo], callback=count):
             planned = todo[result.index]

@@ -33,6 +33,15 @@ def sampling_packs(costs: Sequence[tuple[int, int]], *, limit: int) -> list[list
     return packs
 
 
+def share_of(costs: Sequence[tuple[int, int]], *, process: int, processes: int) -> list[int]:
+    """Positions of the images that one of several processes draws, in order. costs: as in `sampling_packs`. Dealt from the most expensive
+    image on, there and back, so that all processes have about as much to do."""
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i][0] * costs[i][1], i))
+    turns = [order[start : start + processes] for start in range(0, len(order), processes)]
+    dealt = [turn if number % 2 == 0 else [*reversed(turn)] for number, turn in enumerate(turns)]
+    return sorted(turn[process] for turn in dealt if process < len(turn))
+
+
 def default_tokens(device: torch.device) -> int:
     """Tokens of a pack if no limit is given: about the fastest."""
     return TOKENS_PER_PACK.get(device.type, MOST_TOKENS)

@@ -15,7 +15,7 @@ from tests.tim.sampling.test_generator import SPEC
 from tests.tim.tiny import TINY_CLASSES, tiny_network
 from tim import Generator, ModelSpec
 from tim.sampling.generator import Step
-from tim.sampling.packs import sampling_packs, tokens_within
+from tim.sampling.packs import sampling_packs, share_of, tokens_within
 from tim.sampling.requests import ImageRequest, PromptMix, Variation
 
 
@@ -76,6 +76,16 @@ def test_an_image_does_not_depend_on_its_neighbours(count: int) -> None:
 def test_packs_hold_images_of_similar_steps_up_to_the_limit() -> None:
     costs = [(1, 10), (8, 10), (8, 30), (1, 40), (8, 10), (4, 100)]
     assert sampling_packs(costs, limit=50) == [[2, 1, 4], [5], [3, 0]]
+
+
+def test_processes_get_as_much_to_do() -> None:
+    costs = [(steps, tokens) for _ in range(10) for tokens in (16, 64) for steps in (1, 8)]  # as a product of settings lists them
+    for processes in (1, 2, 3, 7):
+        shares = [share_of(costs, process=process, processes=processes) for process in range(processes)]
+        assert sorted(i for share in shares for i in share) == list(range(len(costs)))
+        work = [sum(costs[i][0] * costs[i][1] for i in share) for share in shares]
+        assert max(work) - min(work) <= 8 * 64
+    assert [share_of(costs[:1], process=process, processes=2) for process in range(2)] == [[0], []]
 
 
 def test_images_come_one_after_another_and_memory_limits_a_forward(generator: Generator) -> None:
