@@ -59,6 +59,7 @@ def lines_until(process: subprocess.Popen[str], end: str) -> list[str]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_acknowledged_before_the_step_ends(loop: subprocess.Popen[str], number: signal.Signals) -> None:
+    time.sleep(0.1)  # the product has begun, which takes longer
     loop.send_signal(number)
     assert loop.stdout is not None
     while (line := loop.stdout.readline()) == "step\n":

@@ -19,7 +19,6 @@ from tim.codecs.kl_tiling.regions import Shape, Span, split
 from tim.codecs.kl_tiling.steps import ELEMENT_WORK, Add, Attend, Conv, Double, Norm, Save, Step
 
 FLOAT = 4  # bytes
-MARGIN = 0.9  # of the limit that is planned with: measured peaks were up to 3 % above the predicted ones
 OVERHEAD = 96 * 10**6  # bytes: reordered weights, buffers of statistics, the allocator's own; 60 measured on the CPU
 SMALLEST_TILE = 16  # pixels: smaller ones would be little but halo
 COUNTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tiles along the longer side that are tried
@@ -67,7 +66,7 @@ def plan(steps: Sequence[Step], shape: Shape, *, memory: float) -> Plan:
     If there is none, a plan with nearly the least memory: its `peak` is above `memory`.
     """
     program = _Program(tuple(steps), shape)
-    found = program.cheapest(MARGIN * memory) or program.cheapest(memory)
+    found = program.cheapest(memory)
     return program.smallest() if found is None else found
 
 
