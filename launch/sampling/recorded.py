@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -12,7 +10,7 @@ from pathlib import Path
 from launch.sampling.editing import OpenedEdit
 from launch.sampling.files.settings import LoraSettings, Settings
 from launch.sampling.loras import Lora
-from pipeline.digests import file_digest
+from pipeline.digests import file_digest, json_digest
 from tim import Generator
 from tim.sampling.requests import ImageRequest, PromptMix, Variation
 
@@ -106,4 +104,4 @@ def _digest(path: Path) -> str:
     if path.is_file():
         return file_digest(path)
     files = {file.name: file_digest(file) for file in sorted(path.iterdir()) if file.is_file()}
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return json_digest(files)

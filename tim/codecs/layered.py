@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 from typing import Any
 
@@ -19,13 +20,13 @@ class Layered(Autoencoder):
 
     network: Any
 
+    @abstractmethod
     def encoder_layers(self) -> list[Layer | GlobalLayer]:
         """Layers from values (1, 3, H, W) to the network's latents."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoder_layers(self) -> list[Layer | GlobalLayer]:
         """Layers from the network's latents to values."""
-        raise NotImplementedError
 
     def plan_tiling(self, height: int, width: int, direction: Direction) -> Tiling:
         """The tiling with the fewest tiles within `memory`, or with the least memory if none is."""
