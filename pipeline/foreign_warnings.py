@@ -6,6 +6,7 @@ cannot do this, because its module field is one exact name. User filters (PYTHON
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -18,11 +19,12 @@ _NATIVE_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # of torch's C++ code
 
 
 def hide_foreign_warnings() -> None:
-    """Hide deprecation warnings of other modules, in this process and its workers."""
+    """Hide warnings of other modules that users cannot act on, in this process and its workers."""
     os.environ[HIDDEN] = "1"
     os.environ.setdefault(_NATIVE_LOG_LEVEL, "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they also appear for cached files
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it warns that CPU kernels are missing
     for category in _CATEGORIES:
         warnings.filterwarnings("ignore", category=category, module=_FOREIGN_MODULE, append=True)
 

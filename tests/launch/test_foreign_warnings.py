@@ -57,3 +57,10 @@ def test_the_users_own_filters_win_and_debug_shows_all(options: tuple[str, ...],
     found = shown(tmp_path, *options, user=user)
     for module in ("torch.distributed", "timm.models", "torch.worker", "launch"):
         assert {f"{module} {name}" for name in ("FutureWarning", "DeprecationWarning", "PendingDeprecationWarning")} <= found
+
+
+def test_kernels_that_no_cpu_user_needs_are_not_missed() -> None:
+    """bitsandbytes, which diffusers imports if it is there, logs a warning on every machine without a GPU."""
+    command = "import logging, launch.cli; launch.cli.main(['recipes']); logging.getLogger('bitsandbytes.backends').warning('no kernels')"
+    done = subprocess.run([sys.executable, "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert "no kernels" not in done.stderr
