@@ -6,6 +6,7 @@ loaded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from launch.config.schema import Config
 from launch.training.checks import cached_parts
 from tim import codecs
-from tim.codecs.autoencoder import BATCH_PIXELS, GB
+from tim.codecs.autoencoder import BATCH_PIXELS
 from tim.pretrained import weight_files
 from tim.pretrained.headers import read_header
 from tim.text import encoders
@@ -24,7 +25,7 @@ FULL = 4
 CODECS = {"sd-vae": 83.7e6, "kl": 83.8e6, "sd3-vae": 83.8e6, "flux-vae": 83.8e6, "flux2-vae": 84.1e6, "dc-ae": 312e6, "tiny": 2.4e6}
 TEXTS = {"open_clip": 123.7e6, "hf": 1.0e9}  # ViT-L/14's text tower; Gemma 3 1B
 TEACHERS = {"radio": 98.2e6, "dinov2": 86.6e6, "open_clip": 304e6}
-BATCH_ACTIVATIONS = 5e9  # of the codec per `BATCH_PIXELS`
+UNLIMITED = 1e6  # GB
 WORK_PER_TOKEN = 24  # float32 numbers per channel of a transformer's token, without gradient
 
 
@@ -47,10 +48,7 @@ def frozen_memory(config: Config, *, cached: bool, tokens: int, images: float) -
     if "latents" not in parts and config.codec.kind != "pixel":
         path = config.codec.path
         counts["codec"] = _count(path, CODECS[config.codec.kind], lambda: codecs.location(config.codec.kind, path), "codec.path", notes)
-        assert config.plan.stride is not None
-        pixels = min(tokens * config.plan.stride**2, max(BATCH_PIXELS, config.plan.max_tokens * config.plan.stride**2))
-        limit = float("inf") if config.codec.memory_gb is None else config.codec.memory_gb * GB
-        work.append(min(limit, BATCH_ACTIVATIONS * pixels / BATCH_PIXELS))
+        work.append(_codec_work(config, tokens=tokens))
     if "captions" not in parts and config.condition == "text":
         text = config.text
         width = config.network.params.cap_feat_dim or 0
@@ -72,6 +70,18 @@ def frozen_memory(config: Config, *, cached: bool, tokens: int, images: float) -
         )
         work.append(FULL * WORK_PER_TOKEN * config.network.params.z_dim * tokens)
     return FrozenMemory({name: FULL * count for name, count in counts.items()}, max(work), counts, tuple(notes))
+
+
+def _codec_work(config: Config, *, tokens: int) -> float:
+    """Activations of the codec: of a batch of images, or of the largest one alone. A hub path counts as the published architecture."""
+    assert config.plan.stride is not None
+    path = config.codec.path
+    is_local = path is not None and not path.startswith(weight_files.HUB)
+    limit = UNLIMITED if config.codec.memory_gb is None else config.codec.memory_gb
+    codec = codecs.without_weights(config.codec.kind, path if is_local else None, memory_gb=limit)
+    pixels = min(tokens * config.plan.stride**2, max(BATCH_PIXELS, config.plan.max_tokens * config.plan.stride**2))
+    side = max(1, round(math.sqrt(pixels) / codec.factor)) * codec.factor
+    return codec.plan_tiling(side, side, "encode").bytes
 
 
 def _count(path: str | None, published: float, locate: Callable[[], weight_files.Location], key: str, notes: list[str]) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.tim.models import AUTOENCODERS, autoencoder
 from tim import codecs
 from tim.codecs import autoencoder as autoencoders
+from tim.codecs.base import Direction
 
 KINDS = {"kl": (2, 6), "sd-vae": (8, 4), "flux-vae": (8, 16), "flux2-vae": (16, 128), "dc-ae": (32, 32), "tiny": (4, 4)}
 
@@ -117,3 +118,14 @@ def test_what_cannot_be_had_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has no weights: expected diffusion_pytorch_model\.safetensors, a variant of it, or"):
         codecs.make("kl", folder)
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_a_codec_without_weights_plans_as_the_real_one(kind: str, tmp_path: Path) -> None:
+    folder = autoencoder(tmp_path, kind)
+    real = codecs.make(kind, folder, memory_gb=0.2)
+    planned = codecs.without_weights(kind, folder, memory_gb=0.2)
+    assert (planned.factor, planned.channels) == (real.factor, real.channels)
+    directions: tuple[Direction, ...] = ("encode", "decode")
+    for direction in directions:
+        assert planned.tiling(512, 768, direction) == real.tiling(512, 768, direction)

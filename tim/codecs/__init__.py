@@ -16,10 +16,10 @@ The classes are diffusers'; the factors are those of the weights' config. Large 
 """
 
 from tim.codecs.base import Codec, Geometry, Latents
-from tim.codecs.load import CODECS, GEOMETRIES, digest, geometry, is_stochastic, location, make, weights_folder
+from tim.codecs.load import CODECS, GEOMETRIES, digest, geometry, is_stochastic, location, make, weights_folder, without_weights
 from tim.codecs.pixel import PixelCodec
 
 __all__ = [
     "CODECS", "GEOMETRIES", "Codec", "Geometry", "Latents", "PixelCodec", "digest", "geometry", "is_stochastic", "location", "make",
-    "weights_folder",
+    "weights_folder", "without_weights",
 ]  # fmt: skip

@@ -46,6 +46,19 @@ GEOMETRIES = {  # known without reading the weights
     "flux2-vae": Geometry(16, 128),
     "dc-ae": Geometry(32, 32),
 }
+KL_CONFIG = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+}
+DC_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+PUBLISHED: dict[str, dict[str, Any]] = {  # architectures, by class; what is left out is diffusers' default
+    "AutoencoderKL": KL_CONFIG,
+    "AutoencoderKLFlux2": KL_CONFIG,
+    "AutoencoderDC": {"encoder_block_types": DC_BLOCKS, "decoder_block_types": DC_BLOCKS},
+    "AutoencoderTiny": {},
+}
 
 
 def geometry(kind: str, path: str | Path | None = None, *, channels: int | None = None) -> Geometry:
@@ -92,6 +105,18 @@ def make(
     return CLASSES[AUTOENCODERS[kind]](network, actual, device=device, memory_gb=memory_gb)
 
 
+def without_weights(kind: str, path: str | Path | None = None, *, memory_gb: float | None = None) -> Autoencoder:
+    """A codec that can only tell its `tiling`: its network is on the meta device. path: None for the published architecture.
+
+    kind: any but pixel. Raises ValueError if there is no config at `path`, or diffusers is missing.
+    """
+    config = PUBLISHED[AUTOENCODERS[kind]] if path is None else _config(location(kind, path), kind=kind)
+    with torch.device("meta"):
+        network = _network_class(kind).from_config(dict(config))
+    known = GEOMETRIES.get(kind) or Geometry(2 ** (len(network.config.block_out_channels) - 1), network.config.latent_channels)
+    return CLASSES[AUTOENCODERS[kind]](network, known, device="meta", memory_gb=memory_gb)
+
+
 def weights_folder(kind: str, path: str | Path | None) -> Path:
     """The folder of a codec's weights. Raises ValueError for an unknown kind, a missing path and a missing folder."""
     return location(kind, path).folder
@@ -128,8 +153,8 @@ def _config_geometry(config: dict[str, Any], source: Location, *, kind: str) -> 
     return Geometry(2 ** (len(blocks) - 1) * rows, int(config["latent_channels"]) * rows * columns)
 
 
-def _network(source: Location, config: dict[str, Any], *, kind: str) -> Any:
-    """The autoencoder with its weights in float32. Raises ValueError if diffusers is missing, or cannot read them."""
+def _network_class(kind: str) -> Any:
+    """diffusers' class of a kind. Raises ValueError if it is missing."""
     try:
         import diffusers  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
@@ -137,6 +162,12 @@ def _network(source: Location, config: dict[str, Any], *, kind: str) -> Any:
     network_class = getattr(diffusers, AUTOENCODERS[kind], None)
     if network_class is None:
         raise ValueError(f"codec {kind} needs a diffusers with {AUTOENCODERS[kind]}, this is {diffusers.__version__}: update it")
+    return network_class
+
+
+def _network(source: Location, config: dict[str, Any], *, kind: str) -> Any:
+    """The autoencoder with its weights in float32. Raises ValueError if diffusers is missing, or cannot read them."""
+    network_class = _network_class(kind)
     try:
         if not (source.folder / "config.json").is_file() or (source.file is not None and single_file.is_original(read_header(source.file))):
             network, missing = single_file.load(network_class, _weights_file(source), config)

@@ -15,11 +15,13 @@ from launch.config.load import load_config
 from launch.config.schema import Config
 from launch.estimate.activations import Line, PassBytes, parameters_of, pass_bytes, quick_pass_bytes
 from launch.estimate.estimate import Situation, setting_of, work_of
+from launch.estimate.frozen_models import frozen_memory
 from launch.estimate.memory import Activations, RunFacts, largest_pack, step_memory
 from launch.estimate.trained_part import TrainedPart
 from launch.estimate.work import planned_work
 from launch.hardware.devices import TABLE, find_device, read_devices
 from tests.pipeline.conftest import Sample, write_corpus
+from tim import codecs
 from tim.network import OFFICIAL_PARAMS
 
 PARAMS: dict[str, Any] = {**OFFICIAL_PARAMS, "patch_size": 1, "in_channels": 32, "depth": 6, "hidden_size": 1152, "num_heads": 16}
@@ -126,6 +128,15 @@ def test_a_run_that_does_not_fit_is_told_what_to_change(capsys: pytest.CaptureFi
     small = load_config("t2i-xl-1", overrides=["train.checkpointing=full", "train.optimizer=adamw8bit", "train.ema_device=cpu"])
     cached = Situation(ranks=8, device=find_device("4090"), cached=True, quick=True)
     assert setting_of(small, cached, work=work_of(small, cached)).fits
+
+
+def test_the_codec_takes_what_its_tiling_takes() -> None:
+    def work(*options: str) -> float:
+        return frozen_memory(load_config("t2i-native", overrides=options), cached=False, tokens=1024, images=4).work
+
+    unlimited = work()
+    assert unlimited == codecs.without_weights("dc-ae").plan_tiling(1024, 1024, "encode").bytes
+    assert work("codec.memory_gb=2") <= 2e9 < unlimited
 
 
 def test_planned_steps_are_those_of_the_corpus(tmp_path: Path, config: Path) -> None:
