@@ -26,6 +26,22 @@ class Latents(NamedTuple):
 Direction: TypeAlias = Literal["encode", "decode"]
 
 
+class Span(NamedTuple):
+    """Rows or columns of a map from `start` up to, not including, `stop`."""
+
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of rows or columns."""
+        return self.stop - self.start
+
+    def within(self, outer: Span) -> slice:
+        """This span as a slice of a tensor that holds `outer`."""
+        return slice(self.start - outer.start, self.stop - outer.start)
+
+
 class Tiling(NamedTuple):
     """How an image is processed.
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tim.codecs import tiles
 from tim.codecs.autoencoder import Autoencoder
-from tim.codecs.base import Direction, Tiling, to_levels, to_values
-from tim.codecs.tiles import GlobalLayer, Layer, Span
+from tim.codecs.base import Direction, Span, Tiling, to_levels, to_values
+from tim.codecs.tiles import GlobalLayer, Layer
 
 
 class Layered(Autoencoder):

@@ -10,19 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from tim.codecs.base import Span
+
 FLOAT = 4  # bytes
 SMALLEST = 8  # cells of the coarser map per side of the smallest tiles: smaller ones would be little but halo
-
-
-class Span(NamedTuple):
-    """Cells from `start` up to, not including, `stop` along one axis."""
-
-    start: int
-    stop: int
 
 
 Read: TypeAlias = Callable[[Span, Span], Tensor]
@@ -96,7 +91,7 @@ class Segment:
         side = self.side()
         lengths = [
             [
-                max(_length(span) for span in spans)
+                max(span.length for span in spans)
                 for spans in zip(*(needed(self.layers, piece, sizes) for piece in _pieces(sizes[-1], side)), strict=True)
             ]
             for sizes in (self.heights, self.widths)
@@ -241,15 +236,10 @@ def _pieces(size: int, side: int) -> list[Span]:
     return [Span(start, min(size, start + side)) for start in range(0, size, side)]
 
 
-def _length(span: Span) -> int:
-    return span.stop - span.start
-
-
 def _scaled(span: Span, layer: Layer) -> Span:
     return Span(span.start * layer.up // layer.down, span.stop * layer.up // layer.down)
 
 
 def _crop(x: Tensor, rows: Span, row_part: Span, columns: Span, column_part: Span) -> Tensor:
     """The part of a map that lies at `rows` and `columns`, without keeping the rest in memory."""
-    top, left = row_part.start - rows.start, column_part.start - columns.start
-    return x[..., top : top + _length(row_part), left : left + _length(column_part)].contiguous()
+    return x[..., row_part.within(rows), column_part.within(columns)].contiguous()

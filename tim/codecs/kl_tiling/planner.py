@@ -15,7 +15,8 @@ from functools import cached_property
 from operator import mul
 from typing import NamedTuple
 
-from tim.codecs.kl_tiling.regions import Shape, Span, split
+from tim.codecs.base import Span
+from tim.codecs.kl_tiling.regions import Shape, split
 from tim.codecs.kl_tiling.steps import ELEMENT_WORK, Add, Attend, Conv, Double, Norm, Save, Step
 
 FLOAT = 4  # bytes

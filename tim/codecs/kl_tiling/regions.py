@@ -8,21 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-
-class Span(NamedTuple):
-    """Rows or columns from `start` up to but without `stop`."""
-
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        """Number of rows or columns."""
-        return self.stop - self.start
-
-    def within(self, outer: Span) -> slice:
-        """This span as a slice of a tensor that holds `outer`."""
-        return slice(self.start - outer.start, self.stop - outer.start)
+from tim.codecs.base import Span
 
 
 class Region(NamedTuple):

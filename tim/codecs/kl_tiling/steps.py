@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import nn
 
-from tim.codecs.kl_tiling.regions import Shape, Span
+from tim.codecs.base import Span
+from tim.codecs.kl_tiling.regions import Shape
 
 ELEMENT_WORK = 200  # time to read and write one value, in floating-point operations of a convolution (CPU: 100 to 400)
 QUERIES = 8192  # pixels per call of attention: enough to fill a GPU
