@@ -93,6 +93,7 @@ def finetune(
         values = add_length(values, images=images, per_step=_images_per_step(planner), steps=_typed(overrides, "steps"))
         values = add_previews(values, planner=planner)
         config = _config(values, overrides)
+    out.mkdir(parents=True, exist_ok=True)
     publish_config(out / FINETUNE_CONFIG, config)
 
     features = _encode(config, corpus=corpus, out=out, debug=debug, console=console)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from dataprep.prepare import PrepareConfig, prepare
 from launch.checkpoints.export import spec_of
 from launch.checkpoints.initial_weights import load_weights
 from launch.config.load import load_config
@@ -117,10 +118,11 @@ def test_a_killed_command_goes_on_where_it_stopped(photos: Path, demo_model: Pat
 
 @pytest.mark.skipif("lora" not in TrainConfig.model_fields, reason="train.lora is not there")
 def test_lora_leaves_the_base_as_it_is(photos: Path, demo_model: Path, tmp_path: Path, tim: Tim, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything that takes time before the first step is shown."""
+    """From a prepared corpus. Everything that takes time before the first step is shown."""
+    prepare([str(photos)], out=tmp_path / "corpus", config=PrepareConfig())
     stages: list[str] = []
     monkeypatch.setattr(Startup, "shown", lambda _, stage: stages.append(stage) or nullcontext())
-    done = tim("finetune", photos, "--from", demo_model, "--out", tmp_path / "run", "--lora", *SMALL, "--json")
+    done = tim("finetune", tmp_path / "corpus", "--from", demo_model, "--out", tmp_path / "run", "--lora", *SMALL, "--json")
     assert done.code == 0, done.err
     assert load_config(tmp_path / "run" / "config.yaml").train.model_dump()["lora"] is not None
     assert "adapters (LoRA)" in done.err
