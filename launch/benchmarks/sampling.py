@@ -28,7 +28,7 @@ from tim.sampling.requests import ImageRequest
 RECIPE = "demo"
 SIZES = ((24, 48), (32, 32), (48, 24), (40, 48), (20, 20), (64, 32))  # width and height of the list, in turn
 LARGEST = 4096
-LIMIT_GB = 2.0  # of activations, for the network and for the codec
+LIMIT_GB = 1.0  # of activations, for the network and for the codec: one guided image at a time
 # DC-AE f32c32 with an eighth of its widths: the layout decides what is tiled, the widths how much it takes.
 CODEC: dict[str, Any] = {
     "latent_channels": 32,

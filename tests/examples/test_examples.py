@@ -9,11 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from dataprep.prepare import PrepareConfig, prepare
 from dataprep.synthetic import write_corpus
 from launch.cli import main
+from launch.config.load import load_config
 from tests import REPOSITORY
+from tests.launch.test_finetune import make_model
+from tim import codecs
+from tim.codecs.base import to_values
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 COUNT = 12
@@ -95,3 +102,16 @@ def test_readers_see_the_same_samples(corpus: Path, tmp_path: Path) -> None:
     assert list(said) == ["hugging_face", "plain_webdataset", "energon", "img2dataset"]
     assert len(set(said.values())) == 1
     assert said["energon"].startswith(f"{COUNT} samples, first ")
+
+
+def test_upscaling_codec_makes_a_model_of_pixels_draw_large_images(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model", load_config("demo"))
+    assert run("upscaling_codec.py", "codec", "--factor", 8, "--steps", 2, folder=tmp_path).startswith("step 0: loss 0.")
+    options = ["--codec", f"tiny={tmp_path / 'codec'}", "--size", "500x310", "--steps", "1", "--out", str(tmp_path / "large")]
+    assert main(["sample", str(model), "a red circle on green", *options]) == 0
+    (image,) = (path for path in (tmp_path / "large").glob("*.png") if path.name != "grid.png")
+    assert Image.open(image).size == (500, 310)
+    codec = codecs.make("tiny", tmp_path / "codec")
+    pixels = torch.randint(256, (3, 64, 96), dtype=torch.uint8)
+    (latent,) = codec.encode([pixels]).means
+    assert torch.allclose(latent, avg_pool2d(to_values(pixels), 8), atol=1e-5)
