@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeAlias
 
 from launch.console import Console
-from launch.distributed.device import checked_device, choose_device
+from launch.distributed.device import checked_device, choose_device, release_freed_memory
 from launch.sampling.cut_prompts import cut_prompts
 from launch.sampling.files.formats import ImageFormat
 from launch.sampling.files.grids import write_grids
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
+LARGE = 2048 * 2048  # pixels of an image after which freed memory is returned: it costs a second of some thirty
 PATIENCE = timedelta(days=7)  # that a process waits for the images of the others
 Say: TypeAlias = Callable[[str], None]
 
@@ -196,6 +197,8 @@ def _draw(todo: Sequence[_Planned], *, generator: Generator, output: OutputOptio
             write_image(path, result.image, planned.settings, form=output.form, metadata=output.metadata)
             notes = {"evaluations": result.evaluations, "neighbours": result.neighbours}
             append_sample(folder, Sample(planned.file, planned.settings, notes))
+            if math.prod(result.image.size) >= LARGE:
+                release_freed_memory()
             drawn += 1
             report("draw", drawn, len(todo))
 
