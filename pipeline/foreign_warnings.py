@@ -15,6 +15,8 @@ HIDDEN = "TIM_HIDE_WARNINGS"
 OWN = ("configs", "dataprep", "launch", "pipeline", "tim", "__main__", "__mp_main__")
 _FOREIGN_MODULE = rf"(?!(?:{'|'.join(OWN)})(?:\.|$))"  # matched at the start of the module name of a warning
 _CATEGORIES = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, SyntaxWarning)
+# diffusers imports bitsandbytes, which misses kernels that a CPU does not need, and warns of keys that it wrote itself into config.json.
+_NOISY_LOGGERS = ("bitsandbytes", "diffusers.configuration_utils")
 _NATIVE_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"  # of torch's C++ code
 
 
@@ -24,7 +26,8 @@ def hide_foreign_warnings() -> None:
     os.environ.setdefault(_NATIVE_LOG_LEVEL, "ERROR")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they also appear for cached files
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # diffusers imports it, and it warns that CPU kernels are missing
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for category in _CATEGORIES:
         warnings.filterwarnings("ignore", category=category, module=_FOREIGN_MODULE, append=True)
 
