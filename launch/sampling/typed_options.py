@@ -46,7 +46,7 @@ Extend = Annotated[str | None, typer.Option(metavar="L,T,R,B", help="With --imag
 Strength = Annotated[
     float | None, typer.Option(metavar="X", help="With --image: share of noise to start from, up to 1. Default: 0.6; with --mask 1.")
 ]
-Feather = Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Width of the soft transition inside the mask.")]
+Feather = Annotated[int, typer.Option(min=0, metavar="PIXELS", help="Half the width of the soft transition inside the mask.")]
 Interpolate = Annotated[int, typer.Option(min=0, metavar="N", help="Number of images between each two prompts.")]
 Variations = Annotated[int, typer.Option(min=0, metavar="N", help="Number of images near that of each seed, in its place.")]
 Share = Annotated[float, typer.Option(min=0, max=1, metavar="X", help="With --variations: distance, 0 (the same) to 1 (unrelated).")]

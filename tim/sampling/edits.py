@@ -26,7 +26,7 @@ class Edit:
 
     image: RGB; mask: L, of the same size: white pixels are drawn anew, black ones stay, grey ones are mixed; None: the whole image changes.
     strength: share of the noise range to start at, above 0 (the image itself) up to 1 (noise).
-    feather: width in pixels of the soft transition inside the mask.
+    feather: half the width in pixels of the soft transition inside the mask, which is narrower where the mask is.
     """
 
     image: Image.Image
@@ -131,20 +131,46 @@ def _alpha(edit: Edit) -> Tensor:
 
 
 def _feathered(alpha: Tensor, feather: int) -> Tensor:
-    """The mask with a ramp of `feather` pixels inside its borders: unmasked pixels keep 0, and the image's borders have no ramp."""
-    if not feather:
-        return alpha
-    window = 2 * feather + 1
-    ramp = _eroded(alpha, window)
-    for size in ((window, 1), (1, window)):
-        padded = F.pad(ramp[None, None], [size[1] // 2] * 2 + [size[0] // 2] * 2, mode="replicate")
-        ramp = F.avg_pool2d(padded, size, stride=1)[0, 0]
-    return torch.minimum(ramp, alpha)
+    """The mask with ramps of 2 · feather pixels inside its borders: unmasked pixels keep 0, and the image's borders have no ramp.
+
+    Parts too narrow for such a ramp get one of half the width, and so on, because they would not be drawn otherwise.
+    """
+    feather = min(feather, max(alpha.shape))
+    ramps, rest = torch.zeros_like(alpha), alpha
+    while feather and bool(rest.any()):
+        ramp = torch.minimum(_blurred(_eroded(rest, feather), feather), rest)
+        ramps = torch.maximum(ramps, ramp)
+        reaches = ((ramp >= rest - 1e-4) & (rest > 0)).float()
+        rest = torch.where(_dilated(reaches, 3 * feather) > 0, 0, rest)
+        feather //= 2
+    return torch.maximum(ramps, rest)
 
 
-def _eroded(alpha: Tensor, window: int) -> Tensor:
-    """Minimum over a window around each pixel; pixels beyond the image do not count."""
-    shrunk = -alpha[None, None]
-    for size in ((window, 1), (1, window)):
-        shrunk = F.max_pool2d(shrunk, size, stride=1, padding=(size[0] // 2, size[1] // 2))
-    return -shrunk[0, 0]
+def _blurred(alpha: Tensor, radius: int) -> Tensor:
+    """Mean over a window of 2 · radius + 1 pixels around each pixel, with the image's borders repeated."""
+    window = 2 * radius + 1
+    for columns, rows in ((radius, 0), (0, radius)):
+        padded = F.pad(alpha[None, None], [columns, columns, rows, rows], mode="replicate")[0, 0]
+        dim = 1 if columns else 0
+        sums = F.pad(padded.double().cumsum(dim), [1, 0] if columns else [0, 0, 1, 0])
+        count = alpha.shape[dim]
+        alpha = ((sums.narrow(dim, window, count) - sums.narrow(dim, 0, count)) / window).float()
+    return alpha
+
+
+def _eroded(alpha: Tensor, radius: int) -> Tensor:
+    """Minimum over a window of 2 · radius + 1 pixels around each pixel; pixels beyond the image do not count."""
+    return -_dilated(-alpha, radius)
+
+
+def _dilated(alpha: Tensor, radius: int) -> Tensor:
+    """Maximum over the same window, of windows that double: pooling takes a time in proportion to the radius."""
+    window = 2 * radius + 1
+    for dim, borders in enumerate(([0, 0, radius, radius], [radius, radius])):
+        alpha, covered = F.pad(alpha, borders, value=-torch.inf), 1
+        while covered < window:
+            step = min(covered, window - covered)
+            count = alpha.shape[dim] - step
+            alpha = torch.maximum(alpha.narrow(dim, 0, count), alpha.narrow(dim, step, count))
+            covered += step
+    return alpha

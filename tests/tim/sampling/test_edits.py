@@ -43,7 +43,7 @@ def test_pixels_outside_the_mask_come_back_unchanged(
     assert drawn.size == picture.size
     outside = np.asarray(masked) == 0
     assert np.array_equal(np.asarray(drawn)[outside], np.asarray(picture)[outside])
-    if (~outside).sum() > 1 and min(box[2] - box[0], box[3] - box[1]) > 2 * feather:
+    if (~outside).any():
         assert not np.array_equal(np.asarray(drawn)[~outside], np.asarray(picture)[~outside])
 
 
@@ -56,6 +56,23 @@ def test_the_feather_is_a_ramp_inside_the_mask_but_not_at_the_image_border(gener
     assert share[:11] == pytest.approx(1, abs=0.02), "the image's own border is not softened"
     assert (np.diff(share[11:20]) < 0).all()
     assert share[19] < 0.25
+
+
+def test_masks_narrower_than_the_feather_are_drawn(generator: Generator) -> None:
+    grey = Image.new("RGB", (200, 64), (128, 128, 128))
+    masked = Image.new("L", grey.size)
+    parts = {"wide": (0, 0, 64, 64), "narrow": (100, 10, 106, 60), "small": (150, 30, 153, 33), "line": (180, 0, 181, 64)}
+    for box in parts.values():
+        masked.paste(255, box)
+    sharp, soft = (
+        np.asarray(generator("a", steps=1, edit=Edit(grey, masked, strength=1.0, feather=feather))[0], dtype=float) - 128
+        for feather in (0, 8)
+    )
+    for part, (left, top, right, bottom) in parts.items():
+        middle = (slice((top + bottom) // 2, (top + bottom) // 2 + 1), slice((left + right) // 2, (left + right) // 2 + 1))
+        assert np.abs(soft[middle] - sharp[middle]).max() <= 1, part
+    assert np.abs(soft[32, 63]).max() < 0.25 * np.abs(sharp[32, 63]).max() + 1, "the wide part keeps its ramp"
+    assert np.array_equal(generator("a", steps=1, edit=Edit(grey, masked, strength=1.0, feather=10**9))[0].size, grey.size)
 
 
 def test_strength_goes_from_the_image_to_noise(generator: Generator, picture: Image.Image) -> None:
