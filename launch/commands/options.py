@@ -21,10 +21,12 @@ Replan = Annotated[
 
 
 def typed_again(command: typer.Context) -> list[str]:
-    """The arguments of a command, as a command line that means the same."""
-    typed, positional = [], []
+    """The arguments of a command, as a command line that means the same, without defaults."""
+    typed, positional, given = [], [], names_given(command)
     for parameter in command.command.params:
-        value = command.params[parameter.name or ""]
+        if parameter.name not in given:
+            continue
+        value = command.params[parameter.name]
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         if parameter.param_type_name == "argument":
             positional += [str(each) for each in values if each is not None]
@@ -33,6 +35,12 @@ def typed_again(command: typer.Context) -> list[str]:
         elif value is not None and value is not False:
             typed += [part for each in values for part in (parameter.opts[0], _text(each))]
     return [*typed, "--", *positional]
+
+
+def names_given(command: typer.Context) -> frozenset[str]:
+    """Names of the parameters that the command line gives."""
+    sources = {name: command.get_parameter_source(name) for name in command.params}
+    return frozenset(name for name, source in sources.items() if source is not None and source.name != "DEFAULT")
 
 
 def _text(value: Any) -> str:

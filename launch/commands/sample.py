@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launch.commands.options import Debug, Json, typed_again
+from launch.commands.options import Debug, Json, names_given, typed_again
 from launch.console import session
 from launch.sampling import typed_options as options
 
@@ -68,4 +68,4 @@ def sample(
     with session(as_json=as_json, debug=debug) as console:
         from launch.sampling.command import run
 
-        run(options.Typed.of(context.params), arguments=typed_again(context), console=console)
+        run(options.Typed.of(context.params, given=names_given(context)), arguments=typed_again(context), console=console)

@@ -34,10 +34,14 @@ from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
 from launch.sampling.prompts.prompt_files import STANDARD_INPUT
 from launch.sampling.prompts.requests import Request
 from launch.sampling.prompts.rows import PromptRow
-from launch.sampling.recorded import request_of
+from launch.sampling.recorded import Repeated, request_of
 from launch.sampling.typed_options import Typed
 from tim.model_kinds import Dtype
 
+RECORDED = (  # options whose values --like takes from the image, or that it has no use for
+    *("texts", "prompt", "prompts", "classes", "size", "aspect", "megapixels", "steps", "guidance", "seed", "count", "zipped", "negative"),
+    *("interval", "times", "stochasticity", "extend", "strength", "feather", "interpolate", "variations", "variation_share", "layout"),
+)
 RESULT = "TIM_SAMPLE_RESULT"  # file for the result of several processes
 
 
@@ -107,11 +111,12 @@ def _output(typed: Typed) -> OutputOptions:
 def _edit(typed: Typed, *, recorded: Settings | None = None) -> OpenedEdit | None:
     """The image to start from. recorded: the settings of the image to repeat, in place of the options."""
     if typed.image is None:
-        given = {"--mask": typed.mask, "--extend": typed.extend, "--strength": typed.strength}
-        for option, value in given.items():
-            if value is not None:
-                raise ValueError(f"{option} {value}: changes an image; give it with --image FILE")
+        for name in ("mask", "extend", "strength", "feather"):
+            if name in typed.given:
+                raise ValueError(f"{typed.option(name)} {getattr(typed, name)}: changes an image; give it with --image FILE")
         return None
+    if "feather" in typed.given and typed.mask is None and typed.extend is None:
+        raise ValueError(f"--feather {typed.feather}: softens a mask; give it with --mask FILE or --extend L,T,R,B")
     if recorded is not None:
         feather = typed.feather if recorded.feather is None else recorded.feather
         return open_edit(EditOptions(typed.image, typed.mask, recorded.extend, recorded.strength, feather))
@@ -124,6 +129,8 @@ def _options(typed: Typed, edit: OpenedEdit | None) -> SampleOptions:
     times = None if typed.times is None else parse_times(typed.times)
     if typed.steps is not None and times is not None:
         raise ValueError(f"--steps {typed.steps} and --times {typed.times}: give one of them")
+    if "variation_share" in typed.given and not typed.variations:
+        raise ValueError(f"--variation-share {typed.variation_share:g}: give the number of variations as well, for example --variations 4")
     texts = [*(typed.texts or []), *(typed.prompt or [])]
     return SampleOptions(
         prompts=() if typed.prompts is not None and not texts and not typed.classes else check_prompts(texts, classes=typed.classes or []),
@@ -166,22 +173,17 @@ def _model(typed: Typed, *, recorded: Settings | None = None) -> ModelOptions:
     if path is None:
         raise ValueError("expected MODEL: a model folder, a run folder or a weight file (see `tim sample --help`)")
     replacements = Replacements(codec=typed.codec, text=typed.text, tokenizer=typed.tokenizer)
-    return ModelOptions(path, typed.recipe, replacements, loras, typed.device, dtype, typed.memory_gb)
+    is_same = recorded is not None and typed.model is None and not typed.lora
+    repeated = None if recorded is None else Repeated(typed.like or path, recorded, must_be_same=is_same)
+    return ModelOptions(path, typed.recipe, replacements, loras, typed.device, dtype, typed.memory_gb, repeated)
 
 
 def _settings_to_repeat(typed: Typed) -> Settings:
     """What the file of --like records. Raises ValueError for options that would change the image."""
     assert typed.like is not None
-    given = {
-        "a prompt": typed.texts or typed.prompt or typed.prompts or typed.classes,
-        "--size": typed.size or typed.aspect,
-        "--steps": typed.steps or typed.times,
-        "--guidance": typed.guidance or typed.negative or typed.interval,
-        "--count": typed.count or typed.interpolate or typed.variations,
-        "--layout": typed.layout,
-    }
-    for option, value in given.items():
-        if value:
+    for name in RECORDED:
+        if name in typed.given:
+            option = "a prompt" if name in ("texts", "prompt", "prompts", "classes") else typed.option(name)
             raise ValueError(f"--like {typed.like}: repeats the image as it is; leave out {option}")
     return read_settings(typed.like)
 

@@ -24,7 +24,7 @@ from launch.sampling.files.settings import Settings
 from launch.sampling.loras import Lora
 from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
 from launch.sampling.options import Wanted
-from launch.sampling.recorded import ModelFacts, settings_of
+from launch.sampling.recorded import ModelFacts, Repeated, settings_of
 from tim import Generator
 from tim.model_kinds import Dtype
 from tim.sampling.generator import Step
@@ -45,7 +45,8 @@ class ModelOptions:
     """The model and how it is run.
 
     path: a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for the
-    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights.
+    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights. repeated: the
+    image of --like.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class ModelOptions:
     device: str | None = None
     dtype: Dtype | None = None
     memory_gb: float | None = None
+    repeated: Repeated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +150,19 @@ def _open(model: ModelOptions, *, team: PartialState | None, say: Say) -> tuple[
         opened = open_model(model.path, recipe=model.recipe, replacements=model.replacements, loras=model.loras, log=say)
     if model.device is not None:
         device, why = checked_device(model.device), "--device"
+    elif model.repeated is not None and model.repeated.settings.device == "cpu":
+        device, why = checked_device("cpu"), "as the image to repeat"
     else:
         device = choose_device(0 if team is None else team.local_process_index)
         why = f"{'a' if device.type == 'cuda' else 'no'} CUDA device is available"
     say(f"device: {device.type} ({why})")
     generator = make_generator(opened.network, opened.spec, device=device, dtype=model.dtype, memory_gb=model.memory_gb)
     say(f"precision: {generator.dtype} ({'the default of this device' if model.dtype is None else '--dtype'})")
-    return generator, ModelFacts.of(generator, path=model.path, digest=opened.digest, loras=model.loras)
+    facts = ModelFacts.of(generator, path=model.path, digest=opened.digest, loras=model.loras)
+    if model.repeated is not None:
+        for remark in model.repeated.differences(facts):
+            say(remark)
+    return generator, facts
 
 
 def _plan(images: Sequence[Wanted], *, generator: Generator, facts: ModelFacts, output: OutputOptions) -> list[_Planned]:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from launch.sampling.loras import Lora, merge_loras
-from pipeline.digests import file_digest
+from pipeline.digests import file_digest, json_digest
 from tim import Generator, TransitionTransformer, codecs, transports
 from tim.disk_cache import DiskCache
 from tim.model_folder.folder import ModelSpec, description_file, is_model_folder, load_model
 from tim.model_kinds import Dtype
+from tim.pretrained import weight_files
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
-from tim.text import encoders
+from tim.text import encoders, tokenizers
 
 if TYPE_CHECKING:
     from launch.checkpoints.initial_weights import InitialWeights
@@ -40,7 +41,10 @@ NO_REPLACEMENTS = Replacements()
 
 
 class OpenedModel(NamedTuple):
-    """network, spec: as loaded; digest: sha256 of its description, with the digests of its weights, or of its weight file."""
+    """A loaded model.
+
+    digest: sha256 of its description, with the digests of its weights, or of its weight file, and of what replaces its parts.
+    """
 
     network: TransitionTransformer
     spec: ModelSpec
@@ -55,6 +59,8 @@ def open_model(
     `log` receives the choices made. Raises ValueError if there is no model, `recipe` is missing or not allowed, or a LoRA does not fit.
     """
     opened = _open_model(path, recipe=recipe, replacements=replacements, log=log)
+    if recipe is not None or replacements != NO_REPLACEMENTS:
+        opened = opened._replace(digest=_digest_with_parts(opened, replacements))
     merge_loras(opened.network, loras)
     for lora in loras:
         log(f"LoRA: {lora}")
@@ -115,6 +121,22 @@ def apply_replacements(spec: ModelSpec, replacements: Replacements) -> ModelSpec
     if text is not None and text["kind"] is None:
         raise ValueError("the text encoder of the weights is unknown: give --text KIND=PATH")
     return replace(spec, codec=codec, text=text)
+
+
+def _digest_with_parts(opened: OpenedModel, replacements: Replacements) -> str:
+    """Digest of a model with other parts or a recipe than it was saved with: of their content, so that they can be moved."""
+    spec, cache = opened.spec, DiskCache.default()
+    of_file = file_digest if cache is None else cache.file_digest
+    parts: dict[str, Any] = {"model": opened.digest, "rope": spec.rope, "transport": spec.transport, "sampling": spec.sampling}
+    replaced = {"codec": (spec.codec, replacements.codec, codecs.PARTS), "text": (spec.text, replacements.text, encoders.PARTS)}
+    for name, (section, given, folders) in replaced.items():
+        if given is not None and section is not None:
+            path = section.get("path")
+            content = None if path is None else weight_files.model_digest(path, parts=folders, of_file=of_file)
+            parts[name] = {**section, "path": content}
+    if replacements.tokenizer is not None:
+        parts["tokenizer"] = weight_files.digest(replacements.tokenizer, parts=tokenizers.PARTS, weights=False)
+    return json_digest(parts)
 
 
 def _parse_replacement(typed: str, *, option: str, kinds: tuple[str, ...], kind: str | None) -> dict[str, Any]:

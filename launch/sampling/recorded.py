@@ -32,6 +32,33 @@ class ModelFacts:
         return cls(str(path), digest, merged, generator.dtype, generator.device.type)
 
 
+@dataclass(frozen=True, slots=True)
+class Repeated:
+    """An image to repeat. source: its file; must_be_same: whether the model and LoRAs are those that the file names."""
+
+    source: Path
+    settings: Settings
+    must_be_same: bool
+
+    def differences(self, facts: ModelFacts) -> list[str]:
+        """What makes the repeated image another one, a remark each. Raises ValueError if a model or LoRA that must be the same is not."""
+        recorded = self.settings
+        then, now = ([(lora.digest, lora.scale) for lora in loras] for loras in (recorded.loras, facts.loras))
+        other = "model" if recorded.model_digest not in (None, facts.digest) else "LoRA" if recorded.model_digest and then != now else None
+        if other is not None and self.must_be_same:
+            raise ValueError(
+                f"--like {self.source}: the {other} has changed since it was drawn; give MODEL (and --lora) as it was, or {facts.name} to draw "
+                "with what it is now"
+            )
+        remarks = [] if other is None else [f"--like {self.source}: was drawn with another {other}, so this will be another image"]
+        machine = {"device": (recorded.device, facts.device), "dtype": (recorded.dtype, facts.dtype)}
+        machine |= {"tim": (recorded.tim_version, version("tim")), "torch": (recorded.torch_version, version("torch"))}
+        others = [f"{name} {before}, not {after}" for name, (before, after) in machine.items() if before not in (None, after)]
+        if others:
+            remarks.append(f"--like {self.source}: was drawn with {', '.join(others)}: its pixels may differ by rounding")
+        return remarks
+
+
 def settings_of(image: ImageRequest, *, model: ModelFacts, edit: OpenedEdit | None) -> Settings:
     """The settings of a completed request."""
     first, second, share = image.prompt if isinstance(image.prompt, PromptMix) else (image.prompt, None, None)

@@ -75,8 +75,12 @@ Processes = Annotated[int | None, typer.Option(min=1, help="Number of processes 
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """The values of a command line, by the names of the options above."""
+    """The values of a command line, by the names of the options above.
 
+    given: names of those that are not defaults.
+    """
+
+    given: frozenset[str]
     model: Path | None
     texts: list[str] | None
     prompt: list[str] | None
@@ -121,6 +125,10 @@ class Typed:
     processes: int | None
 
     @classmethod
-    def of(cls, parameters: dict[str, Any]) -> Typed:
+    def of(cls, parameters: dict[str, Any], *, given: frozenset[str]) -> Typed:
         """From all parameters of the command."""
-        return cls(**{field.name: parameters[field.name] for field in fields(cls)})
+        return cls(**{field.name: parameters[field.name] for field in fields(cls) if field.name != "given"}, given=given)
+
+    def option(self, name: str) -> str:
+        """The option of a name, as it is typed."""
+        return {"zipped": "--zip", "classes": "--class"}.get(name, f"--{name.replace('_', '-')}")

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,24 @@ def test_an_image_is_repeated_bit_by_bit(run: Run, tmp_path: Path, form: str) ->
         assert np.abs(pixels(alone) - pixels(image)).max() <= 1
 
 
+def test_another_model_than_that_of_the_image_is_named(run: Run, model: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "model"
+    shutil.copytree(model, moved)
+    drawn = run(moved, "a", "--size", "8x8", "--steps", "1", "--device", "cpu", named=False)["images"][0]
+    same = run("--like", drawn["path"], out="same", named=False)
+    assert "device: cpu (as the image to repeat)" in same["said"]
+    assert "was drawn with" not in same["said"]
+    other = {name: 1.5 * value for name, value in tiny_network().state_dict().items()}
+    save_model(moved, other, SPEC)
+    refused = run("--like", drawn["path"], out="other", named=False)
+    assert refused["code"] == 2
+    assert "the model has changed since it was drawn; give MODEL" in refused["error"]
+    assert not (tmp_path / "other").exists()
+    changed = run(moved, "--like", drawn["path"], out="other", named=False)
+    assert "was drawn with another model, so this will be another image" in changed["said"]
+    assert changed["drawn"] == 1
+
+
 def test_edits(run: Run, tmp_path: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     mask = np.zeros((20, 30), np.uint8)
@@ -219,6 +238,12 @@ WRONG = [
     (["a", "--size", "8x8", "--quality", "50"], "quality"),
     (["a", "--like", "m.png"], "--like m.png: repeats the image as it is; leave out a prompt"),
     (["--like", "m.png"], "m.png"),
+    (["--like", "m.png", "--seed", "0"], "--like m.png: repeats the image as it is; leave out --seed"),
+    (["--like", "m.png", "--stochasticity", "0.1"], "leave out --stochasticity"),
+    (["--like", "m.png", "--image", "m.png", "--strength", "0.3"], "leave out --strength"),
+    (["--like", "m.png", "--zip"], "leave out --zip"),
+    (["a", "--size", "8x8", "--variation-share", "0.2"], "--variation-share 0.2: give the number of variations as well"),
+    (["a", "--size", "8x8", "--feather", "8"], "--feather 8: changes an image; give it with --image FILE"),
 ]
 
 
