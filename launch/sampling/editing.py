@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from pipeline.digests import file_digest
 from tim.sampling.edits import FEATHER, Edit, outpainting
@@ -45,6 +45,8 @@ def open_edit(options: EditOptions) -> OpenedEdit:
     image = _opened(options.image, option="--image", mode="RGB")
     mask = None if options.mask is None else _opened(options.mask, option="--mask", mode="L")
     if options.extend is not None:
+        if not any(options.extend):
+            raise ValueError("--extend 0,0,0,0: adds nothing; give pixels to add at the left, top, right and bottom, one of them above 0")
         left, top, right, bottom = options.extend
         if (image.width + left + right) * (image.height + top + bottom) > MAX_PIXELS:
             raise ValueError(f"--extend {','.join(map(str, options.extend))}: the image would exceed 4096x4096 pixels")
@@ -58,13 +60,19 @@ def open_edit(options: EditOptions) -> OpenedEdit:
 
 
 def _opened(path: Path, *, option: str, mode: str) -> Image.Image:
-    """The image of a file, upright. Raises ValueError."""
+    """The image of a file, read like those of a corpus: upright, sRGB, 8 bits, on white; a mask on black. Raises ValueError."""
+    from pipeline.images.decode import WHITE, read_image  # its decoders take long to import
+    from pipeline.images.rejection import Rejection
+
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{option} {path}: has {image.width}x{image.height} pixels, the limit is 4096x4096")
-            return ImageOps.exif_transpose(image).convert(mode)
-    except FileNotFoundError:
-        raise ValueError(f"{option} {path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{option} {path}: cannot be read as an image; give a PNG, JPEG, WebP or AVIF file") from error
+        content = path.read_bytes()
+    except OSError as error:
+        why = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise ValueError(f"{option} {path}: {why}; give an image file") from None
+    try:
+        found = read_image(content, max_decode_pixels=MAX_PIXELS, background=WHITE if mode == "RGB" else (0, 0, 0))
+    except Rejection as error:
+        if error.reason == "too-large":
+            raise ValueError(f"{option} {path}: has more than 4096x4096 pixels; make it smaller") from error
+        raise ValueError(f"{option} {path}: cannot be read as an image ({error}); give a PNG, JPEG, WebP or AVIF file") from error
+    return Image.fromarray(found.pixels).convert(mode)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tim.sampling.sampler import Start
 
 FEATHER = 8  # pixels
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # of Pillow, all of 8 bits: it clips others
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,9 @@ class Edit:
     def checked_size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The image's width and height. Raises ValueError if others are asked for, or if an argument does not fit."""
         own = self.image.size
+        for named, image in (("image to edit", self.image), ("mask", self.mask)):
+            if image is not None and image.mode not in MODES:
+                raise ValueError(f"{named} of mode {image.mode}: convert it to 8 bits, an image to RGB and a mask to L")
         asked = (own[0] if width is None else width, own[1] if height is None else height)
         if asked != own:
             raise ValueError(

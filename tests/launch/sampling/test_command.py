@@ -154,6 +154,25 @@ def test_edits(run: Run, tmp_path: Path) -> None:
     assert pixels(wider).shape == (22, 40, 3)
 
 
+def test_images_and_masks_of_any_kind_are_read_as_they_look(run: Run, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 20 * 30).round().astype(np.uint8).reshape(20, 30)
+    half = np.zeros((20, 30), np.uint8)
+    half[:, 15:] = 255
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(np.dstack([np.full((20, 30, 3), 255, np.uint8), half])).save(tmp_path / "cut-out.png")
+    Image.fromarray(half.astype(np.uint16) * 257).save(tmp_path / "deep-mask.png")
+    for mask in ("deep-mask.png", "cut-out.png"):
+        drawn = run("a", "--image", tmp_path / "deep.png", "--mask", tmp_path / mask, "--steps", "1", out=f"of-{mask}")["images"][0]
+        assert np.array_equal(pixels(drawn)[:, :15], np.repeat(ramp[:, :15, None], 3, axis=2)), mask
+        assert not np.array_equal(pixels(drawn)[:, 15:], np.repeat(ramp[:, 15:, None], 3, axis=2)), mask
+    whole = (tmp_path / "deep.png").read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:60] + b"\xff" * 40 + whole[100:], b"%!PS-Adobe-3.0 EPSF-3.0", b""):
+        (tmp_path / "damaged.png").write_bytes(content)
+        refused = run("a", "--image", tmp_path / "damaged.png", "--steps", "1", out="none")
+        assert (refused["code"], "damaged.png: cannot be read as an image" in refused["error"]) == (2, True), refused
+    assert "cannot be read (Is a directory)" in run("a", "--image", tmp_path, out="none")["error"]
+
+
 def test_two_processes_draw_the_same_as_one(model: Path, run: Run, tmp_path: Path) -> None:
     arguments = ["a", "b", "c", "--size", "8x8,9x5", "--steps", "1,3", "--guidance", "2"]
     alone = run(*arguments)

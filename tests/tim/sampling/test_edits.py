@@ -118,6 +118,8 @@ def test_edits_that_do_not_fit_are_one_sentence(generator: Generator, picture: I
         ("mask of 4x4: the image to edit has 33x21", Edit(picture, Image.new("L", (4, 4))), {}),
         ("strength 0: must be above 0", Edit(picture, strength=0), {}),
         ("strength nan: must be above 0", Edit(picture, strength=float("nan")), {}),
+        ("image to edit of mode I;16: convert it to 8 bits", Edit(Image.new("I;16", (33, 21))), {}),
+        ("mask of mode F: convert it to 8 bits", Edit(picture, Image.new("F", (33, 21))), {}),
         ("feather -1: must be a whole number of pixels", Edit(picture, feather=-1), {}),
     ]
     for message, edit, size in wrong:
