@@ -20,7 +20,6 @@ from launch.arguments import (
     parse_times,
 )
 from launch.console import Console
-from launch.distributed.torchrun import die_with_launcher, run_in_processes
 from launch.sampling.editing import EditOptions, OpenedEdit, open_edit
 from launch.sampling.files.formats import image_format
 from launch.sampling.files.image_files import read_settings
@@ -52,6 +51,8 @@ def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
     """
     output = _output(typed)
     if "LOCAL_RANK" in os.environ:
+        from launch.distributed.torchrun import die_with_launcher  # the supervisor of processes takes long to import
+
         die_with_launcher()
     elif (processes := typed.processes or _devices(typed)) > 1:
         _in_processes(typed, arguments, processes=processes, console=console)
@@ -81,6 +82,8 @@ def _in_processes(typed: Typed, arguments: Sequence[str], *, processes: int, con
         raise ValueError(f"--prompts -: {processes} processes cannot share standard input; write the prompts to a file")
     if typed.device is not None:
         raise ValueError(f"--device {typed.device} is for one process; leave it out, or give --processes 1")
+    from launch.distributed.torchrun import run_in_processes
+
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         os.environ[RESULT] = str(result)

@@ -18,7 +18,7 @@ from launch.sampling.files.formats import ImageFormat
 from launch.sampling.files.grids import write_grids
 from launch.sampling.files.image_files import write_image
 from launch.sampling.files.layouts import Layout
-from launch.sampling.files.names import check_distinct, file_name, plan_images
+from launch.sampling.files.names import check_distinct, check_folder, file_name, plan_images
 from launch.sampling.files.samples_file import Sample, append_sample, read_samples
 from launch.sampling.files.settings import Settings
 from launch.sampling.loras import Lora
@@ -96,8 +96,7 @@ def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions
     OSError if a file cannot be written.
     """
     folder = output.folder
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out {folder}: is a file; give a folder")
+    check_folder(folder)
     with _team() as team:
         is_main = team is None or team.is_main_process
         say = console.line if is_main else _say_nothing

@@ -15,6 +15,7 @@ import torch
 from launch.sampling.loras import Lora, merge_loras
 from pipeline.digests import file_digest, json_digest
 from tim import Generator, TransitionTransformer, codecs, transports
+from tim.codecs.load import PARTS as CODEC_PARTS
 from tim.disk_cache import DiskCache
 from tim.model_folder.folder import ModelSpec, description_file, is_model_folder, load_model
 from tim.model_kinds import Dtype
@@ -128,7 +129,7 @@ def _digest_with_parts(opened: OpenedModel, replacements: Replacements) -> str:
     spec, cache = opened.spec, DiskCache.default()
     of_file = file_digest if cache is None else cache.file_digest
     parts: dict[str, Any] = {"model": opened.digest, "rope": spec.rope, "transport": spec.transport, "sampling": spec.sampling}
-    replaced = {"codec": (spec.codec, replacements.codec, codecs.PARTS), "text": (spec.text, replacements.text, encoders.PARTS)}
+    replaced = {"codec": (spec.codec, replacements.codec, CODEC_PARTS), "text": (spec.text, replacements.text, encoders.PARTS)}
     for name, (section, given, folders) in replaced.items():
         if given is not None and section is not None:
             path = section.get("path")

@@ -10,7 +10,7 @@ from launch.sampling.editing import OpenedEdit
 from launch.sampling.files.layouts import Layout, distinct_rows
 from launch.sampling.prompts.prompt_files import read_prompts
 from launch.sampling.prompts.requests import Request, expand
-from launch.sampling.prompts.rows import PromptRow, argument_rows
+from launch.sampling.prompts.rows import MAX_COUNT, PromptRow, argument_rows
 from tim.sampling.requests import ImageRequest, PromptMix, Variation
 
 
@@ -55,6 +55,9 @@ def wanted_images(options: SampleOptions, *, layout: Layout | None, log: Callabl
     if options.edit is not None and not sizes:
         image = options.edit.edit.image
         sizes = [(image.height, image.width)]
+    for option, given in (("--interpolate", options.between), ("--variations", options.variations)):
+        if given > MAX_COUNT:
+            raise ValueError(f"{option} {given}: at most {MAX_COUNT:,}")
     count = options.count if options.count is not None else 1 if layout is None else layout.count
     requests = expand(
         _rows(options, layout=layout, log=log),
@@ -102,12 +105,13 @@ def _varied(requests: Sequence[Request], options: SampleOptions) -> Iterator[tup
 
 def _image(request: Request, variation: Variation | None, options: SampleOptions) -> ImageRequest:
     row = request.row
+    times = options.times if row.steps is None else None
     return ImageRequest(
         prompt=row.prompt if row.second is None else PromptMix(row.prompt, row.second, row.share),
         width=request.width,
         height=request.height,
-        steps=None if options.times is not None else request.steps,
-        times=options.times,
+        steps=None if times is not None else request.steps,
+        times=times,
         guidance=request.guidance,
         interval=options.interval,
         seed=request.seed,

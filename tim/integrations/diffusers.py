@@ -28,6 +28,7 @@ from tim.pretrained.weight_files import PIPELINE
 from tim.sampling.evaluation import Evaluator, Guidance, PreciseNetwork, Prompts
 from tim.sampling.generator import Generator, image_of
 from tim.sampling.requests import ImageRequest, Prompt
+from tim.sampling.sources import model_folder
 
 SCHEDULER = "scheduler"
 Streams: TypeAlias = torch.Generator | Sequence[torch.Generator] | None
@@ -60,10 +61,10 @@ class TransitionPipeline(DiffusionPipeline):
         dtype, scheduler = kwargs.pop("torch_dtype", None), kwargs.pop("scheduler", None)
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: TransitionPipeline.from_pretrained takes torch_dtype and scheduler")
-        generator = Generator.from_pretrained(Path(pretrained_model_name_or_path), device="cpu", dtype=_dtype(dtype))
-        settings = Path(pretrained_model_name_or_path) / SCHEDULER
-        if scheduler is None and settings.is_dir():
-            scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(settings)
+        folder = model_folder(os.fspath(pretrained_model_name_or_path))
+        generator = Generator.from_pretrained(folder, device="cpu", dtype=_dtype(dtype))
+        if scheduler is None and (folder / SCHEDULER).is_dir():
+            scheduler = FlowMapEulerDiscreteScheduler.from_pretrained(folder / SCHEDULER)
         return cls(generator, scheduler)  # pyright: ignore[reportArgumentType]  (its loader may also return a tuple)
 
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,10 +84,7 @@ class TransitionPipeline(DiffusionPipeline):
     def to(self, *args: Any, **kwargs: Any) -> TransitionPipeline:
         """Move to a device, with codec and text encoder; a dtype sets the precision of the network's matrix products."""
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if dtype is not None:
-            self.generator.dtype = _dtype(dtype) or self.generator.dtype
-        if device is not None:
-            self.generator.to(device)
+        self.generator.to(self.device if device is None else device, dtype=_dtype(dtype))
         return self
 
     @property

@@ -37,10 +37,12 @@ class Edit:
 
     def checked_size(self, width: int | None, height: int | None) -> tuple[int, int]:
         """The image's width and height. Raises ValueError if others are asked for, or if an argument does not fit."""
-        own = self.image.size
         for named, image in (("image to edit", self.image), ("mask", self.mask)):
+            if image is not None and not isinstance(image, Image.Image):
+                raise ValueError(f"{named}: is {type(image).__name__}; give an image of Pillow, for example Image.fromarray(…)")
             if image is not None and image.mode not in MODES:
                 raise ValueError(f"{named} of mode {image.mode}: convert it to 8 bits, an image to RGB and a mask to L")
+        own = self.image.size
         asked = (own[0] if width is None else width, own[1] if height is None else height)
         if asked != own:
             raise ValueError(
@@ -48,7 +50,7 @@ class Edit:
             )
         if self.mask is not None and self.mask.size != own:
             raise ValueError(f"mask of {self.mask.width}x{self.mask.height}: the image to edit has {own[0]}x{own[1]}; give one of its size")
-        if not 0 < self.strength <= 1:
+        if not isinstance(self.strength, (int, float)) or not 0 < self.strength <= 1:
             raise ValueError(f"strength {self.strength}: must be above 0 (the image itself) and at most 1 (noise)")
         if not isinstance(self.feather, int) or self.feather < 0:
             raise ValueError(f"feather {self.feather}: must be a whole number of pixels, 0 for none")

@@ -22,10 +22,10 @@ from tim.packed import Condition, PackedText
 from tim.pretrained.lora_files import merge_adapters, read_adapters
 from tim.sampling.edits import Edit, Frame, composite, pixels_of, start_of
 from tim.sampling.live_view import LiveView, live_view_for
-from tim.sampling.packs import default_tokens, sampling_packs, tokens_within
-from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, completed, requests_of
-from tim.sampling.sampler import Second, Start, default_dtype, sample
-from tim.sampling.sources import choose_device, model_folder
+from tim.sampling.packs import MOST_TOKENS, default_tokens, sampling_packs, tokens_within
+from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, check_prompt, completed, requests_of
+from tim.sampling.sampler import Second, Start, sample
+from tim.sampling.sources import choose_device, choose_dtype, model_folder
 from tim.sampling.times import check_times, time_grid
 from tim.text.prompt_encoder import PromptEncoder
 
@@ -104,17 +104,12 @@ class Generator:
         codec: that of `spec`, if it is loaded already. encode: features (M, F) of captions; with it no text encoder is loaded. cache: of
         prompt features and of the live view; None for the default one. Raises ValueError if codec or text encoder cannot be loaded.
         """
-        self.device = choose_device() if device is None else torch.device(device)
+        self.device = choose_device(device)
         self.network = network.to(self.device).eval()
         self.spec = spec
-        self.dtype: Dtype = dtype or default_dtype(self.device)
-        if memory_gb is not None and not (math.isfinite(memory_gb) and memory_gb > 0):
-            raise ValueError(f"memory_gb {memory_gb}: must be above 0")
-        if tokens_per_pack is None:
-            tokens_per_pack = default_tokens(self.device)
-            if memory_gb is not None:
-                tokens_per_pack = min(tokens_per_pack, tokens_within(memory_gb, params=network.params, dtype=self.dtype))
-        self.tokens_per_pack = tokens_per_pack
+        self._given_dtype, self.dtype = dtype, choose_dtype(dtype, device=self.device)
+        most = None if memory_gb is None else tokens_within(memory_gb, params=network.params, dtype=self.dtype)
+        self.tokens_per_pack = tokens_per_pack or min(default_tokens(self.device), most or MOST_TOKENS)
         self.transport = transports.make(**spec.transport)
         self.codec = codec or codecs.make(
             spec.codec["kind"],
@@ -123,6 +118,8 @@ class Generator:
             device=self.device,
             memory_gb=memory_gb,
         )
+        if (found := self.codec.channels) != (needed := network.params["in_channels"]):
+            raise ValueError(f"codec {spec.codec['kind']}: has {found} channels, the network {needed}: give the codec it was trained with")
         self.cache = DiskCache.default() if cache is None else cache
         self.text = None
         if spec.text is not None and encode is None:
@@ -149,13 +146,17 @@ class Generator:
             merge_adapters(network, read_adapters(path), scale=scale, source=path)
         return cls(network, spec, device=device, dtype=dtype, memory_gb=memory_gb, cache=cache)
 
-    def to(self, device: torch.device | str) -> Generator:
-        """Move network, codec and text encoder to a device."""
-        self.device = torch.device(device)
+    def to(self, device: torch.device | str, *, dtype: Dtype | None = None) -> Generator:
+        """Move network, codec and text encoder to a device. dtype: None for the one given before, or else the default of the device."""
+        before, self.device = self.device, choose_device(device)
+        self._given_dtype = dtype or self._given_dtype
+        self.dtype = choose_dtype(self._given_dtype, device=self.device)
+        if self.tokens_per_pack == default_tokens(before):
+            self.tokens_per_pack = default_tokens(self.device)
         self.network.to(self.device)
         self.codec.to(self.device)
         if self.text is not None:
-            self.text.device = self.device
+            self.text.to(self.device)
         return self
 
     @property
@@ -222,9 +223,12 @@ class Generator:
             check_times(complete.times, transport=self.transport)
         else:
             self.times_of(complete)
-        if complete.edit is not None and self.spec.codec["kind"] == "pixel" and self.codec.channels != 3:
+        is_pixel, channels = self.spec.codec["kind"] == "pixel", self.codec.channels
+        if is_pixel and channels > 4:
+            raise ValueError(f"this model draws {channels} channels, more than image files have: sample its latents with tim.sample")
+        if complete.edit is not None and is_pixel and channels != 3:
             raise ValueError(
-                f"an image to edit: this model draws {self.codec.channels} channels; only models of RGB images can start from one"
+                f"an image to edit: this model draws {channels} channels; only models of RGB images can start from one"
             )
         if complete.stochasticity and self.spec.transport["kind"] != "ot_fm":
             raise ValueError(f"stochasticity {complete.stochasticity}: only transport ot_fm has stochastic steps; set 0")
@@ -236,13 +240,10 @@ class Generator:
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError for a prompt of the wrong type (text or class id) and for an unknown class."""
-        captions = [prompt for prompt in prompts if isinstance(prompt, str)]
-        classes = [prompt for prompt in prompts if not isinstance(prompt, str)]
-        if self.network.classes is None and classes:
-            raise ValueError(f"prompt {classes[0]}: this model takes text, not class ids")
+        for prompt in prompts:
+            check_prompt(prompt, classes=self.network.classes)
         if self.network.classes is not None:
-            if captions:
-                raise ValueError(f"prompt {captions[0]!r}: this model takes class ids from 0 to {self.network.classes - 1}")
+            classes = [int(prompt) for prompt in prompts]
             check_classes(classes, classes=self.network.classes, null=self.network.null_class)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,7 +49,9 @@ def default_tokens(device: torch.device) -> int:
 
 
 def tokens_within(memory_gb: float, *, params: Mapping[str, Any], dtype: Dtype) -> int:
-    """Number of tokens in a forward whose activations take at most `memory_gb` GB (10⁹ bytes), at least 1."""
+    """Number of tokens in a forward whose activations take at most `memory_gb` GB (10⁹ bytes), at least 1. Raises ValueError."""
+    if not isinstance(memory_gb, (int, float)) or not (math.isfinite(memory_gb) and memory_gb > 0):
+        raise ValueError(f"memory_gb {memory_gb}: must be above 0")
     width = params["hidden_size"]
     hidden = 3 * mlp_width(width) * (4 if dtype == "fp32" else 2)
     return max(1, int(memory_gb * 1e9 / (4 * _WIDTHS * width + hidden)))

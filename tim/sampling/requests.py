@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from tim.sampling.edits import Edit
@@ -85,13 +86,16 @@ def completed(request: ImageRequest, *, defaults: Mapping[str, Any], null_prompt
 
     Raises ValueError, in a sentence, for an argument out of its range.
     """
+    request = replace(request, **{field.name: _plain(getattr(request, field.name)) for field in fields(request)})
     if request.steps is not None and request.times is not None:
-        raise ValueError(f"{request.steps} steps and times {list(request.times)}: give one of them")
+        raise ValueError(f"{request.steps} steps and times {request.times}: give one of them")
     steps = request.steps
     if steps is None and request.times is None:
         steps = int(defaults["steps"])
     width, height = request.width, request.height
     if request.edit is not None:
+        if not isinstance(request.edit, Edit):
+            raise ValueError(f"edit {request.edit!r}: give a tim.sampling.edits.Edit")
         width, height = request.edit.checked_size(width, height)
     filled = replace(
         request,
@@ -121,7 +125,14 @@ def requests_of(**arguments: Any) -> list[ImageRequest]:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, (str, PromptMix, Variation))
+    if isinstance(value, np.ndarray):
+        return value.ndim == 1
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, PromptMix, Variation))
+
+
+def _plain(value: Any) -> Any:
+    """A number or text of NumPy as one of Python."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _check(request: ImageRequest) -> None:
@@ -133,17 +144,29 @@ def _check(request: ImageRequest) -> None:
     if not isinstance(request.seed, torch.Generator):
         _check_whole(request.seed, named="seed", low=0, high=MAX_SEED)
     if request.variation is not None:
+        if not isinstance(request.variation, Variation):
+            raise ValueError(f"variation {request.variation!r}: give a tim.sampling.requests.Variation(seed, share)")
         _check_whole(request.variation.seed, named="variation seed", low=0, high=MAX_SEED)
         _check_number(request.variation.share, named="variation share", low=0, high=1)
     if isinstance(request.prompt, PromptMix):
         _check_number(request.prompt.share, named="share of the second prompt", low=0, high=1)
     interval = request.interval
-    if interval is None or len(interval) != 2:
+    if not isinstance(interval, Sequence) or len(interval) != 2:
         raise ValueError(f"guidance interval {interval}: give two numbers, its start and its end")
     for bound in interval:
         _check_number(bound, named="guidance interval")
     if interval[0] > interval[1]:
         raise ValueError(f"guidance interval {tuple(interval)}: its start is after its end")
+
+
+def check_prompt(prompt: Prompt, *, classes: int | None) -> None:
+    """Raise ValueError for a prompt of the wrong type. classes: number of classes of the model, None if it takes text."""
+    if classes is not None and (not isinstance(prompt, int) or isinstance(prompt, bool)):
+        raise ValueError(f"prompt {prompt!r}: this model takes class ids from 0 to {classes - 1}")
+    if classes is None and not isinstance(prompt, str):
+        raise ValueError(f"prompt {prompt!r}: this model takes text, not class ids")
+    if isinstance(prompt, str) and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"prompt {prompt[:40]!r}: has half a surrogate pair, which is no character; remove it")
 
 
 def check_size(width: int | None, height: int | None) -> None:

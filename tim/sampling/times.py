@@ -33,7 +33,10 @@ def time_grid(
 
 def check_times(times: Sequence[float], *, transport: Transport) -> list[float]:
     """The times as a list. Raises ValueError if they do not decrease or leave the transport's range."""
-    grid = [float(t) for t in times]
+    try:
+        grid = [float(t) for t in times]
+    except (TypeError, ValueError):
+        raise ValueError(f"times {times!r}: give decreasing numbers, from noise to image") from None
     if len(grid) < 2 or not all(later < earlier for earlier, later in pairwise(grid)):
         raise ValueError(f"times {grid}: a grid needs at least two times, each smaller than the one before")
     if not all(math.isfinite(t) for t in grid) or grid[0] > transport.start or grid[-1] < transport.end:

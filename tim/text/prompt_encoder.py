@@ -76,6 +76,12 @@ class PromptEncoder:
                 self._usable_cache.write(self._name(caption), {"features": found})
         return [features[caption] for caption in captions]
 
+    def to(self, device: torch.device | str) -> None:
+        """Encode on another device from now on. Loaded weights are moved there at the next prompt that is not in the cache."""
+        self.device = torch.device(device)
+        if not isinstance(self._encoder, TowerEncoder):
+            self._encoder = None
+
     def offload(self) -> None:
         """Free the memory of the weights: on an accelerator by moving them to the host, on the CPU by dropping them."""
         if isinstance(self._encoder, TowerEncoder) and self.device.type != "cpu":
@@ -116,18 +122,18 @@ class PromptEncoder:
         return found["features"].to(self.device)
 
     def _name(self, caption: str) -> str:
-        return f"text-{key(*self._identity, caption)}"
+        return f"text-{key(*self._identity, self.device.type, caption)}"
 
     @cached_property
     def _identity(self) -> tuple[str, ...]:
-        """What features depend on besides the caption: weights, tokenizer, settings, device and versions."""
+        """What features depend on besides the caption: weights, tokenizer, settings and versions."""
         assert self._cache is not None
         assert self.path is not None
         parts = encoders.PARTS if self.kind == "hf" else ()
         weights = weight_files.model_digest(self.path, parts=parts, of_file=self._cache.file_digest)
         folder = encoders.tokenizer_location(self.kind, self.path, tokenizer_path=self.tokenizer_path)
         tokenizer = "" if folder is None else weight_files.digest(folder, weights=False)
-        settings = (str(self.max_tokens), self.precision, self.device.type)
+        settings = (str(self.max_tokens), self.precision)
         return (self.kind, weights, tokenizer, *settings, *(_version(library) for library in LIBRARIES[self.kind]))
 
 

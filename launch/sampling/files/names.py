@@ -8,6 +8,7 @@ versions. Equal settings have equal names, so that a list that was cut short can
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,6 +61,16 @@ def check_file_name(name: str) -> str:
     if _UNSAFE.search(name) or name.startswith(".") or name.endswith((".", " ")) or _RESERVED.fullmatch(name):
         raise ValueError(f"{name!r} as the name of a file: it has characters that file systems refuse, or is a reserved name; rename it")
     return name
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ValueError if images cannot be written to a folder, or if it cannot be made, before anything is drawn."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        where = "is a file" if nearest == folder else f"{nearest} is a file"
+        raise ValueError(f"--out {folder}: {where}; give a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {folder}: {nearest} may not be written to; give another folder")
 
 
 def decide(path: Path, settings: Settings, *, overwrite: bool = False, recorded: Settings | None = None) -> Decision:

@@ -8,7 +8,7 @@ from itertools import product
 from typing import TypeVar
 
 from launch.sampling.files.settings import MAX_SEED
-from launch.sampling.prompts.rows import PromptRow
+from launch.sampling.prompts.rows import MAX_COUNT, PromptRow
 
 T = TypeVar("T")
 
@@ -77,6 +77,8 @@ def expand(
         raise ValueError(f"--count {count}: expected at least 1")
     if len(seeds) > 1 and count > 1:
         raise ValueError(f"--count {count} and {len(seeds)} seeds: give one of them; --count N draws the seeds S, S + 1, … S + N - 1")
+    if count > MAX_COUNT:
+        raise ValueError(f"--count {count}: at most {MAX_COUNT:,} images of a prompt; give other seeds in a second command")
     axes = _Axes(sizes=sizes, steps=steps, guidances=guidances, seeds=seeds, count=count)
     pairs = _zipped(list(prompts), axes) if zipped else ((index, row, axes) for index, row in enumerate(prompts))
     found: dict[tuple[object, ...], Request] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 from tests.tim.sampling.test_generator import SPEC
-from tests.tim.tiny import TINY_CLASSES, tiny_network
-from tim import Generator, ModelSpec
+from tests.tim.tiny import TINY, TINY_CLASSES, tiny_network
+from tim import Generator, ModelSpec, codecs
+from tim.sampling.edits import Edit
 from tim.sampling.generator import Step
 from tim.sampling.packs import sampling_packs, share_of, tokens_within
 from tim.sampling.requests import ImageRequest, PromptMix, Variation
@@ -180,6 +182,18 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt": PromptMix("a", "b", 1.5)}, "share of the second prompt 1.5: must be from 0 to 1"),
     ({"prompt": 3}, "prompt 3: this model takes text, not class ids"),
     ({"negative": 3}, "prompt 3: this model takes text, not class ids"),
+    ({"prompt": "a\ud800"}, "half a surrogate pair, which is no character; remove it"),
+    ({"negative": "\udcff"}, "half a surrogate pair"),
+    ({"prompt": b"a"}, "prompt b'a': this model takes text, not class ids"),
+    ({"times": [1, None]}, "give decreasing numbers, from noise to image"),
+    ({"times": "abc"}, "give decreasing numbers, from noise to image"),
+    ({"times": 0.5}, "give decreasing numbers, from noise to image"),
+    ({"interval": 0.5}, "guidance interval 0.5: give two numbers"),
+    ({"variation": (1, 0.5)}, "give a tim.sampling.requests.Variation"),
+    ({"edit": Image.new("RGB", (8, 8))}, "give a tim.sampling.edits.Edit"),
+    ({"edit": Edit(Image.new("RGB", (8, 8)), strength="x")}, "strength x: must be above 0"),  # pyright: ignore[reportArgumentType]
+    ({"edit": Edit(Image.new("RGB", (8, 8)), np.zeros((8, 8)))}, "mask: is ndarray; give an image"),  # pyright: ignore[reportArgumentType]
+    ({"seed": np.arange(2).reshape(1, 2)}, "must be a whole number"),
     ({"seed": [1, 2], "width": [8, 8, 8]}, "the lists have different lengths: 3 of width, 2 of seed"),
 ]
 
@@ -189,6 +203,52 @@ def test_what_cannot_be_drawn_is_one_sentence(generator: Generator, arguments: d
     with pytest.raises(ValueError, match=message) as raised:
         generator(**{"prompt": "a", "width": 8, "height": 8, **arguments})
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_of_numpy_are_numbers(generator: Generator) -> None:
+    plain = generator(["a", "b"], width=9, height=8, steps=1, guidance=2.0, seed=[3, 4])
+    typed = generator(
+        np.array(["a", "b"]),  # pyright: ignore[reportArgumentType]
+        width=np.int64(9),  # pyright: ignore[reportArgumentType]
+        height=np.uint8(8),  # pyright: ignore[reportArgumentType]
+        steps=np.array([1, 1]),  # pyright: ignore[reportArgumentType]
+        guidance=np.float32(2),  # pyright: ignore[reportArgumentType]
+        seed=np.arange(3, 5),  # pyright: ignore[reportArgumentType]
+    )
+    assert [image.tobytes() for image in typed] == [image.tobytes() for image in plain]
+    request = generator.check(ImageRequest("a", width=8, height=8, seed=np.int64(2)))  # pyright: ignore[reportArgumentType]
+    assert type(request.seed) is int, "so that it can be recorded as JSON"
+
+
+def test_parts_that_do_not_fit_are_one_sentence() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"device": "tpu"}, "device tpu: not a device of this machine; give cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, "device cuda:99: not a device of this machine"),
+        ({"dtype": "fp64"}, "dtype fp64: choose one of"),
+        ({"dtype": torch.float16}, "dtype torch.float16: choose one of"),
+        ({"memory_gb": "x"}, "memory_gb x: must be above 0"),
+        ({"codec": codecs.make("pixel", channels=4)}, "codec pixel: has 4 channels, the network 3: give the codec it was trained with"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            Generator(tiny_network(), SPEC, **arguments)
+    five = {**TINY, "in_channels": 5}
+    spec = replace(SPEC, network=five, codec={"kind": "pixel", "channels": 5})
+    with pytest.raises(ValueError, match=r"draws 5 channels, more than image files have: sample its latents with tim\.sample"):
+        Generator(tiny_network(five), spec, device="cpu")("a", width=8, height=8)
+
+
+def test_defaults_of_a_device_go_with_it() -> None:
+    generator = Generator(tiny_network(), SPEC, device="cpu")
+    on_cpu = generator.tokens_per_pack
+    assert generator.text is not None
+    generator("a", width=8, height=8, steps=1)
+    generator.to("meta")
+    assert generator.tokens_per_pack != on_cpu
+    assert (generator.text.device.type, generator.text.is_loaded) == ("meta", False), "the table of the other device is dropped"
+    assert generator.to("cpu", dtype="bf16").to("cpu").dtype == "bf16"
+    limited = Generator(tiny_network(), SPEC, device="cpu", tokens_per_pack=7)
+    assert limited.to("meta").tokens_per_pack == 7
 
 
 def test_a_model_that_cannot_be_guided_or_found_says_so(tmp_path: Path) -> None:
