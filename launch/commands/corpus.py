@@ -13,7 +13,6 @@ from launch.arguments import one_corpus, one_of, parse_part, split_overrides, sp
 from launch.commands.options import Debug, Json, Workers
 from launch.commands.text_tables import count, describe_annotation, describe_features, describe_input_counts, describe_scores
 from launch.console import Console, session
-from launch.distributed.torchrun import cores
 
 if TYPE_CHECKING:
     from dataprep.examine.run import Examined
@@ -128,7 +127,7 @@ def index(
         from dataprep.index_tars import index as index_shards
 
         with console.progress() as report:
-            counts = index_shards(shards, out=out, workers=workers or cores(), progress=report)
+            counts = index_shards(shards, out=out, workers=_workers(workers), progress=report)
         facts = asdict(counts)
         console.result(describe_input_counts(out, facts), data={"corpus": out, **facts})
 
@@ -211,9 +210,9 @@ def verify(
         repaired = Repaired(done=[], lost=[])
         if repair:
             with console.progress() as report:
-                repaired = repair_corpus(corpus, workers=workers or cores(), progress=report)
+                repaired = repair_corpus(corpus, workers=_workers(workers), progress=report)
         with console.progress() as report:
-            found = verify_corpus(corpus, workers=workers or cores(), progress=report)
+            found = verify_corpus(corpus, workers=_workers(workers), progress=report)
         clean = not found.problems
         verdict = "clean" if clean else count(len(found.problems), "problem")
         lines = [*repaired.done, *(f"lost: {what}" for what in repaired.lost)]
@@ -251,7 +250,7 @@ def report(
         page = out if out is not None or compare is None else Path("compare.html")
         config = ReportConfig(stride=stride, max_tokens=max_tokens)
         with console.progress() as progress:
-            data = write_report(corpora, out=page, config=config, workers=workers or cores(), progress=progress)
+            data = write_report(corpora, out=page, config=config, workers=_workers(workers), progress=progress)
         fills = [f"{each['corpus']}: {each['fill']:.1%} fill" for each in data["corpora"] if each["fill"] is not None]
         console.result("\n".join([f"{data['report']}: {data['bytes'] / 1e6:.2f} MB", *fills]), data=data)
 
@@ -286,7 +285,7 @@ def score(
         corpus, overrides = one_corpus(arguments)
         settings = load_settings(config, overrides=overrides, schema=ScoreConfig)
         with console.progress() as progress:
-            done = score_corpus(corpus, config=settings, name=name, against=against or (), workers=workers or cores(), progress=progress)
+            done = score_corpus(corpus, config=settings, name=name, against=against or (), workers=_workers(workers), progress=progress)
         console.result(describe_scores(corpus, asdict(done)), data={"corpus": corpus, **asdict(done)})
 
 
@@ -363,4 +362,11 @@ def _pool(executor: str, *, workers: int | None, memory: int, ray_address: str |
         raise ValueError(f"--ray-address {ray_address}: requires --executor ray")
     from dataprep.workers.pool import LocalPool
 
-    return LocalPool(workers or cores(), memory=memory)
+    return LocalPool(_workers(workers), memory=memory)
+
+
+def _workers(typed: int | None) -> int:
+    """Number of processes: that of --workers, or one per core."""
+    from launch.distributed.torchrun import cores  # with the supervisor of processes, which every command would import
+
+    return typed or cores()

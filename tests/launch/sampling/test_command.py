@@ -83,6 +83,36 @@ def test_rows_of_a_file_and_standard_input(run: Run, tmp_path: Path, monkeypatch
     assert [image["prompt"] for image in done["images"]] == ["first", "second"]
 
 
+def test_steps_of_a_row_replace_the_times_of_the_command(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,steps\na,3\nb,\n")
+    done = run("--prompts", tmp_path / "p.csv", "--size", "8x8", "--times", "1,0.5,0")
+    assert [(image.get("steps"), image.get("times")) for image in done["images"]] == [(3, None), (None, [1.0, 0.5, 0.0])]
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_model_is_read(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for out, message in {"file": "file: is a file; give a folder", "file/below/it": "file is a file; give a folder"}.items():
+        refused = run("missing", "a", "--size", "8x8", out=out, named=False)
+        assert (refused["code"], message in refused["error"]) == (2, True), refused
+    assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "closed").mkdir(mode=0o500)
+    if not os.access(tmp_path / "closed", os.W_OK):  # root may write anywhere
+        assert "may not be written to; give another folder" in run("a", "--size", "8x8", out="closed/out")["error"]
+
+
+def test_little_is_imported_to_draw_an_image(model: Path, tmp_path: Path) -> None:
+    unneeded = ["transformers", "diffusers", "torchvision", "timm", "deepspeed", "accelerate", "pyarrow", "matplotlib", "rich", "dataprep"]
+    unneeded += ["launch.distributed.supervisor", "pipeline.images.decode", "tim.integrations"]
+    code = f"""
+import sys
+from launch.cli import main
+main(["sample", {str(model)!r}, "a", "--size", "8x8", "--steps", "1", "--out", {str(tmp_path / "out")!r}])
+print([name for name in {unneeded} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
 def test_what_is_there_stays_and_other_settings_get_other_names(run: Run, tmp_path: Path) -> None:
     first = run("a", "b", "--size", "8x8", "--steps", "1")
     assert (first["drawn"], len(first["images"])) == (2, 2)
@@ -262,6 +292,9 @@ WRONG = [
     (["--like", "m.png", "--image", "m.png", "--strength", "0.3"], "leave out --strength"),
     (["--like", "m.png", "--zip"], "leave out --zip"),
     (["a", "--size", "8x8", "--variation-share", "0.2"], "--variation-share 0.2: give the number of variations as well"),
+    (["a", "--size", "8x8", "--count", "1000000000"], "--count 1000000000: at most 100,000 images of a prompt"),
+    (["a", "--size", "8x8", "--variations", "1000000000"], "--variations 1000000000: at most 100,000"),
+    (["a", "b", "--size", "8x8", "--interpolate", "1000000000"], "--interpolate 1000000000: at most 100,000"),
     (["a", "--size", "8x8", "--feather", "8"], "--feather 8: changes an image; give it with --image FILE"),
 ]
 

@@ -246,8 +246,8 @@ def test_defaults_of_a_device_go_with_it() -> None:
     generator.to("meta")
     assert generator.tokens_per_pack != on_cpu
     assert (generator.text.device.type, generator.text.is_loaded) == ("meta", False), "the table of the other device is dropped"
-    assert generator.to("cpu", dtype="bf16").to("cpu").dtype == "bf16"
     limited = Generator(tiny_network(), SPEC, device="cpu", tokens_per_pack=7)
+    assert limited.to("cpu", dtype="bf16").to("cpu").dtype == "bf16"
     assert limited.to("meta").tokens_per_pack == 7
 
 
