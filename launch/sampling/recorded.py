@@ -47,8 +47,8 @@ class Repeated:
         other = "model" if recorded.model_digest not in (None, facts.digest) else "LoRA" if recorded.model_digest and then != now else None
         if other is not None and self.must_be_same:
             raise ValueError(
-                f"--like {self.source}: the {other} has changed since it was drawn; give MODEL (and --lora) as it was, or {facts.name} to draw "
-                "with what it is now"
+                f"--like {self.source}: the {other} has changed since it was drawn; give MODEL (and --lora) as it was, "
+                f"or {facts.name} to draw with what it is now"
             )
         remarks = [] if other is None else [f"--like {self.source}: was drawn with another {other}, so this will be another image"]
         machine = {"device": (recorded.device, facts.device), "dtype": (recorded.dtype, facts.dtype)}

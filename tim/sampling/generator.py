@@ -227,9 +227,7 @@ class Generator:
         if is_pixel and channels > 4:
             raise ValueError(f"this model draws {channels} channels, more than image files have: sample its latents with tim.sample")
         if complete.edit is not None and is_pixel and channels != 3:
-            raise ValueError(
-                f"an image to edit: this model draws {channels} channels; only models of RGB images can start from one"
-            )
+            raise ValueError(f"an image to edit: this model draws {channels} channels; only models of RGB images can start from one")
         if complete.stochasticity and self.spec.transport["kind"] != "ot_fm":
             raise ValueError(f"stochasticity {complete.stochasticity}: only transport ot_fm has stochastic steps; set 0")
         if complete.guidance != 1.0 and complete.negative is None:
