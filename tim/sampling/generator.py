@@ -107,7 +107,8 @@ class Generator:
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
         self.spec = spec
-        self._given_dtype, self.dtype = dtype, choose_dtype(dtype, device=self.device)
+        self._given_dtype: Dtype | None = dtype
+        self.dtype: Dtype = choose_dtype(dtype, device=self.device)
         most = None if memory_gb is None else tokens_within(memory_gb, params=network.params, dtype=self.dtype)
         self.tokens_per_pack = tokens_per_pack or min(default_tokens(self.device), most or MOST_TOKENS)
         self.transport = transports.make(**spec.transport)
