@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ from tim.packed import Condition, PackedText
 from tim.pretrained.lora_files import merge_adapters, read_adapters
 from tim.sampling.edits import Edit, Frame, composite, pixels_of, start_of
 from tim.sampling.live_view import LiveView, live_view_for
+from tim.sampling.noise import initial_noise, stochastic_seed, with_own_generators
 from tim.sampling.packs import MOST_TOKENS, default_tokens, sampling_packs, tokens_within
 from tim.sampling.requests import ImageRequest, Prompt, PromptMix, Variation, check_prompt, completed, requests_of
 from tim.sampling.sampler import Second, Start, sample
@@ -214,7 +214,7 @@ class Generator:
         callback: called in every step of every pack. All requests are checked before the first image is drawn. Raises ValueError.
         """
         complete = [self.check(request) for request in requests]
-        return self._draw(complete, callback)
+        return self._draw(with_own_generators(complete, [self._shape(request) for request in complete]), callback)
 
     def check(self, request: ImageRequest) -> ImageRequest:
         """The request with the model's defaults filled in. Raises ValueError if it cannot be drawn."""
@@ -281,7 +281,7 @@ class Generator:
         conditions = self._conditions(pack, features)
         samples = sample(
             self.network,
-            [self._noise(request, frame) for request, frame in zip(pack, frames, strict=True)],
+            [initial_noise(request, self._shape(request)).to(self.device) for request in pack],
             conditions.condition,
             transport=self.transport,
             times=grids,
@@ -291,7 +291,7 @@ class Generator:
             interval=[request.interval or (0.0, 1.0) for request in pack],
             starts=self._starts(pack, frames),
             stochasticity=[request.stochasticity for request in pack],
-            seeds=[_seed(request.seed) for request in pack],
+            seeds=[stochastic_seed(request, self._shape(request)) for request in pack],
             instantaneous=bool(self.spec.sampling.get("instantaneous", False)),
             dtype=self.dtype,
             max_tokens=self.tokens_per_pack,
@@ -344,14 +344,10 @@ class Generator:
         latents = iter(self.codec.encode([pixels_of(edit, frame) for edit, frame in given]).means)
         return [None if edit is None else start_of(edit, frame, next(latents)) for edit, frame in edits]
 
-    def _noise(self, request: ImageRequest, frame: Frame) -> Tensor:
-        """(C, h, w), drawn on the CPU from the image's own seed: the same on every device and in every pack."""
-        shape = (self.codec.channels, frame.drawn_height // self.codec.factor, frame.drawn_width // self.codec.factor)
-        noise = _normal(shape, request.seed)
-        if request.variation is not None:
-            angle = request.variation.share * math.pi / 2  # unit variance at every share
-            noise = math.cos(angle) * noise + math.sin(angle) * _normal(shape, request.variation.seed)
-        return noise.to(self.device)
+    def _shape(self, request: ImageRequest) -> tuple[int, int, int]:
+        """Shape (C, h, w) of a latent."""
+        frame = self.frame(request)
+        return self.codec.channels, frame.drawn_height // self.codec.factor, frame.drawn_width // self.codec.factor
 
     def times_of(self, request: ImageRequest) -> list[float]:
         """The sampling times of a completed request, from noise to image."""
@@ -378,19 +374,6 @@ def _rounds(packs: Sequence[list[int]]) -> Iterator[list[list[int]]]:
         group.append(pack)
     if group:
         yield group
-
-
-def _normal(shape: tuple[int, int, int], seed: int | torch.Generator) -> Tensor:
-    if isinstance(seed, torch.Generator):
-        return torch.randn(shape, generator=seed, device=seed.device).cpu()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _seed(seed: int | torch.Generator) -> int:
-    """A seed for the noise of stochastic steps."""
-    if isinstance(seed, torch.Generator):
-        return int(torch.randint(2**62, (), generator=seed, device=seed.device))
-    return seed
 
 
 def image_of(pixels: Tensor) -> Image.Image:

@@ -40,7 +40,8 @@ class ImageRequest:
 
     width, height: pixels, from 1 up to 4096 × 4096 in area; None: those of the image to edit.
     steps, guidance, interval: None for the model's defaults; times: a decreasing grid instead of steps, from noise to image.
-    seed: of the initial noise; a `torch.Generator` is drawn from, and cannot be repeated.
+    seed: of the initial noise, or a `torch.Generator`. The request of a drawn image has a copy of it, in the state that the image started
+        from: with that copy it is drawn again, and `get_state()` is what to store.
     negative: what guidance leads away from; None: the empty caption, or no class.
     stochasticity: share of the noise that is replaced in every step but the first and the last (OT-FM only).
     edit: an image to start from, with a mask or without.

@@ -263,3 +263,21 @@ def test_a_model_that_cannot_be_guided_or_found_says_so(tmp_path: Path) -> None:
         Generator.from_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="memory_gb nan: must be above 0"):
         Generator(tiny_network(), SPEC, memory_gb=float("nan"))
+
+
+@pytest.mark.parametrize("stochasticity", [0.0, 0.3])
+def test_a_shared_stream_gives_each_image_its_own_noise_in_any_pack(generator: Generator, stochasticity: float) -> None:
+    stream = torch.Generator().manual_seed(3)
+    sizes = ((8, 4, 3), (4, 8, 1), (12, 4, 3), (4, 4, 2))  # packs go by number of steps, not in this order
+    requests = [
+        ImageRequest("a", width=width, height=height, steps=steps, seed=stream, stochasticity=stochasticity)
+        for width, height, steps in sizes
+    ]
+    together = {drawn.index: drawn for drawn in generator.draw(requests)}
+    stream.manual_seed(3)
+    for index, request in enumerate(requests):
+        (alone,) = generator.draw([request])
+        (again,) = generator.draw([together[index].request])
+        for other in (alone, again):
+            levels = np.asarray(other.image).astype(int) - np.asarray(together[index].image)
+            assert np.abs(levels).max() <= 1
