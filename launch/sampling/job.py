@@ -103,6 +103,7 @@ def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions
         generator, facts = _open(model, team=team, say=say)
         planned = _plan(images, generator=generator, facts=facts, output=output)
         _say_cut_prompts(generator, [each.image for each in planned], say=say)
+        _say_unguided(images, planned, say=say)
         mine = planned if team is None else _share(planned, team)
         todo = _missing(mine, output=output)
         if len(todo) < len(mine):
@@ -226,6 +227,14 @@ def _say_cut_prompts(generator: Generator, images: Sequence[ImageRequest], *, sa
     texts = {prompt: None for image in images for prompt in image.prompts if isinstance(prompt, str)}
     for remark in cut_prompts(list(texts), tokenizer=generator.text.tokenizer):
         say(remark)
+
+
+def _say_unguided(images: Sequence[Wanted], planned: Sequence[_Planned], *, say: Say) -> None:
+    """Name the settings of guidance that have no effect, because no image is guided."""
+    if all(each.image.guidance == 1.0 for each in planned):
+        for name in ("negative", "interval"):
+            if any(getattr(each.image, name) is not None for each in images):
+                say(f"{name}: no effect with guidance 1, the guidance of all these images; give --guidance above 1")
 
 
 def _say_nothing(line: str) -> None:
