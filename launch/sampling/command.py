@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,10 +24,11 @@ from launch.sampling.files.formats import image_format
 from launch.sampling.files.image_files import read_settings
 from launch.sampling.files.layouts import layout
 from launch.sampling.files.settings import Settings
-from launch.sampling.job import Drawn, ModelOptions, OutputOptions, draw
+from launch.sampling.job import Drawn, OutputOptions, draw
 from launch.sampling.loras import Lora, parse_loras
-from launch.sampling.model_source import Replacements
+from launch.sampling.model_source import ModelOptions, Replacements
 from launch.sampling.options import SampleOptions, Wanted, wanted_images
+from launch.sampling.processes import deliver, result_of_processes
 from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
 from launch.sampling.prompts.prompt_files import STANDARD_INPUT
 from launch.sampling.prompts.requests import Request
@@ -41,7 +41,6 @@ RECORDED = (  # options whose values --like takes from the image, or that it has
     *("texts", "prompt", "prompts", "classes", "size", "aspect", "megapixels", "steps", "guidance", "seed", "count", "zipped", "negative"),
     *("interval", "times", "stochasticity", "extend", "strength", "feather", "interpolate", "variations", "variation_share", "layout"),
 )
-RESULT = "TIM_SAMPLE_RESULT"  # file for the result of several processes
 
 
 def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
@@ -61,9 +60,7 @@ def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
     if done is None:
         return
     result = _result(done, folder=output.folder)
-    if RESULT in os.environ:
-        Path(os.environ[RESULT]).write_text(json.dumps(result), encoding="utf-8")
-    else:
+    if not deliver(result):
         _print(result, console=console)
 
 
@@ -71,27 +68,19 @@ def _draw(typed: Typed, *, output: OutputOptions, console: Console) -> Drawn | N
     if typed.like is not None:
         settings = _settings_to_repeat(typed)
         images = [_repeated(settings, source=typed.like, edit=_edit(typed, recorded=settings))]
-        return draw(images, model=_model(typed, recorded=settings), output=output, console=console)
+        repeated = Repeated(typed.like, settings, must_be_same=typed.model is None and not typed.lora)
+        return draw(images, model=_model(typed, recorded=settings), output=output, console=console, repeated=repeated)
     images = wanted_images(_options(typed, _edit(typed)), layout=output.layout, log=console.line)
     return draw(images, model=_model(typed), output=output, console=console)
 
 
 def _in_processes(typed: Typed, arguments: Sequence[str], *, processes: int, console: Console) -> None:
-    """Start several processes with this command, and print the result that the main one leaves in a file."""
+    """Start several processes with this command, and print their result."""
     if typed.prompts == STANDARD_INPUT:
         raise ValueError(f"--prompts -: {processes} processes cannot share standard input; write the prompts to a file")
     if typed.device is not None:
         raise ValueError(f"--device {typed.device} is for one process; leave it out, or give --processes 1")
-    from launch.distributed.torchrun import run_in_processes
-
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        os.environ[RESULT] = str(result)
-        code = run_in_processes(["sample", *arguments], processes=processes)
-        if code:
-            console.failure(f"sampling ended with exit code {code}: see the lines above; the same command goes on", code=code)
-            raise SystemExit(code)
-        _print(json.loads(result.read_text(encoding="utf-8")), console=console)
+    _print(result_of_processes("sample", arguments, processes=processes, console=console), console=console)
 
 
 def _result(done: Drawn, *, folder: Path) -> dict[str, Any]:
@@ -176,9 +165,10 @@ def _model(typed: Typed, *, recorded: Settings | None = None) -> ModelOptions:
     if path is None:
         raise ValueError("expected MODEL: a model folder, a run folder or a weight file (see `tim sample --help`)")
     replacements = Replacements(codec=typed.codec, text=typed.text, tokenizer=typed.tokenizer)
-    is_same = recorded is not None and typed.model is None and not typed.lora
-    repeated = None if recorded is None else Repeated(typed.like or path, recorded, must_be_same=is_same)
-    return ModelOptions(path, typed.recipe, replacements, loras, typed.device, dtype, typed.memory_gb, repeated)
+    model = ModelOptions(path, typed.recipe, replacements, loras, typed.device, dtype=dtype, memory_gb=typed.memory_gb)
+    if recorded is not None and recorded.device == "cpu" and typed.device is None:
+        return replace(model, device="cpu", device_reason="as the image to repeat")
+    return model
 
 
 def _settings_to_repeat(typed: Typed) -> Settings:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from launch.console import Console
-from launch.distributed.device import checked_device, choose_device, release_freed_memory
 from launch.sampling.cut_prompts import cut_prompts
 from launch.sampling.files.formats import ImageFormat
 from launch.sampling.files.grids import write_grids
@@ -21,42 +17,17 @@ from launch.sampling.files.layouts import Layout
 from launch.sampling.files.names import check_distinct, check_folder, file_name, plan_images
 from launch.sampling.files.samples_file import Sample, append_sample, read_samples
 from launch.sampling.files.settings import Settings
-from launch.sampling.loras import Lora
-from launch.sampling.model_source import NO_REPLACEMENTS, Replacements, make_generator, open_model
+from launch.sampling.model_source import ModelOptions, Say, open_generator, say_nothing
 from launch.sampling.options import Wanted
+from launch.sampling.processes import of_all, team
 from launch.sampling.recorded import ModelFacts, Repeated, settings_of
 from tim import Generator
-from tim.model_kinds import Dtype
 from tim.sampling.generator import Step
 from tim.sampling.packs import share_of
 from tim.sampling.requests import ImageRequest
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-
-
-LARGE = 2048 * 2048  # pixels of an image after which freed memory is returned: it costs a second of some thirty
-PATIENCE = timedelta(days=7)  # that a process waits for the images of the others
-Say: TypeAlias = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelOptions:
-    """The model and how it is run.
-
-    path: a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for the
-    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights. repeated: the
-    image of --like.
-    """
-
-    path: Path
-    recipe: str | None = None
-    replacements: Replacements = NO_REPLACEMENTS
-    loras: Sequence[Lora] = ()
-    device: str | None = None
-    dtype: Dtype | None = None
-    memory_gb: float | None = None
-    repeated: Repeated | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,80 +59,47 @@ class _Planned:
     settings: Settings
 
 
-def draw(images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions, console: Console) -> Drawn | None:
+def draw(
+    images: Sequence[Wanted], *, model: ModelOptions, output: OutputOptions, console: Console, repeated: Repeated | None = None
+) -> Drawn | None:
     """Sample images. Every process that accelerate or torchrun started calls it with the same arguments and draws its share; the main
-    process gets the result, the others None.
+    process gets the result, the others None. repeated: the image that the only one of them repeats.
 
     Raises ValueError for a model that cannot be opened, an image that it cannot draw, and files with other settings in the folder;
     OSError if a file cannot be written.
     """
     folder = output.folder
     check_folder(folder)
-    with _team() as team:
-        is_main = team is None or team.is_main_process
-        say = console.line if is_main else _say_nothing
-        generator, facts = _open(model, team=team, say=say)
+    with team() as state:
+        is_main = state is None or state.is_main_process
+        say = console.line if is_main else say_nothing
+        generator, facts = _open(model, repeated=repeated, state=state, say=say)
         planned = _plan(images, generator=generator, facts=facts, output=output)
         _say_cut_prompts(generator, [each.image for each in planned], say=say)
         _say_unguided(images, planned, say=say)
-        mine = planned if team is None else _share(planned, team)
+        mine = planned if state is None else _share(planned, state)
         todo = _missing(mine, output=output)
         if len(todo) < len(mine):
             say(f"{len(mine) - len(todo)} of {len(mine)} images are in {folder} already")
         if is_main and output.layout is not None:
             output.layout.begin(folder, [each.request for each in images])
         _draw(todo, generator=generator, output=output, console=console)
-        drawn = sum(_of_all(len(todo), team))
+        drawn = sum(of_all(len(todo), state))
         return _finished(images, planned, drawn=drawn, output=output) if is_main else None
 
 
-@contextmanager
-def _team() -> Iterator[PartialState | None]:
-    """The processes that share the work; None if there is only this one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield None
-        return
-    import torch
-    from accelerate import PartialState
-
-    team = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
-    yield team
-    team.destroy_process_group()
-
-
-def _share(planned: Sequence[_Planned], team: PartialState) -> list[_Planned]:
+def _share(planned: Sequence[_Planned], state: PartialState) -> list[_Planned]:
     """The images of this process."""
     costs = [(each.image.grid_steps, math.prod(each.image.size)) for each in planned]
-    return [planned[i] for i in share_of(costs, process=team.process_index, processes=team.num_processes)]
+    return [planned[i] for i in share_of(costs, process=state.process_index, processes=state.num_processes)]
 
 
-def _of_all(value: int, team: PartialState | None) -> list[int]:
-    """The value of each process. Waits for all of them."""
-    if team is None:
-        return [value]
-    from accelerate.utils import gather_object
-
-    return gather_object([value])
-
-
-def _open(model: ModelOptions, *, team: PartialState | None, say: Say) -> tuple[Generator, ModelFacts]:
-    """The generator of this process. A run's checkpoint is exported by the main process, before the others look for it."""
-    with nullcontext() if team is None else team.main_process_first():
-        opened = open_model(model.path, recipe=model.recipe, replacements=model.replacements, loras=model.loras, log=say)
-    if model.device is not None:
-        device, why = checked_device(model.device), "--device"
-    elif model.repeated is not None and model.repeated.settings.device == "cpu":
-        device, why = checked_device("cpu"), "as the image to repeat"
-    else:
-        device = choose_device(0 if team is None else team.local_process_index)
-        why = f"{'a' if device.type == 'cuda' else 'no'} CUDA device is available"
-    say(f"device: {device.type} ({why})")
-    generator = make_generator(opened.network, opened.spec, device=device, dtype=model.dtype, memory_gb=model.memory_gb)
-    say(f"precision: {generator.dtype} ({'the default of this device' if model.dtype is None else '--dtype'})")
-    facts = ModelFacts.of(generator, path=model.path, digest=opened.digest, loras=model.loras)
-    if model.repeated is not None:
-        for remark in model.repeated.differences(facts):
-            say(remark)
+def _open(model: ModelOptions, *, repeated: Repeated | None, state: PartialState | None, say: Say) -> tuple[Generator, ModelFacts]:
+    """The generator of this process, and what its images' files record of it."""
+    generator, digest = open_generator(model, state=state, log=say)
+    facts = ModelFacts.of(generator, path=model.path, digest=digest, loras=model.loras)
+    for remark in [] if repeated is None else repeated.differences(facts):
+        say(remark)
     return generator, facts
 
 
@@ -205,8 +143,6 @@ def _draw(todo: Sequence[_Planned], *, generator: Generator, output: OutputOptio
             write_image(path, result.image, planned.settings, form=output.form, metadata=output.metadata)
             notes = {"evaluations": result.evaluations, "neighbours": result.neighbours}
             append_sample(folder, Sample(planned.file, planned.settings, notes))
-            if math.prod(result.image.size) >= LARGE:
-                release_freed_memory()
             drawn += 1
             report("draw", drawn, len(todo))
 
@@ -235,7 +171,3 @@ def _say_unguided(images: Sequence[Wanted], planned: Sequence[_Planned], *, say:
         for name in ("negative", "interval"):
             if any(getattr(each.image, name) is not None for each in images):
                 say(f"{name}: no effect with guidance 1, the guidance of all these images; give --guidance above 1")
-
-
-def _say_nothing(line: str) -> None:
-    """Drop the lines of processes other than the main one."""

@@ -6,12 +6,14 @@ Paths of codec, text encoder and tokenizer can be replaced, because the stored o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
+from launch.distributed.device import checked_device, choose_device
 from launch.sampling.loras import Lora, merge_loras
 from pipeline.digests import file_digest, json_digest
 from tim import Generator, TransitionTransformer, codecs, transports
@@ -24,8 +26,11 @@ from tim.pretrained.official import NETWORK_FILE, OURS, network_description
 from tim.text import encoders, tokenizers
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from launch.checkpoints.initial_weights import InitialWeights
 
+Say: TypeAlias = Callable[[str], None]
 REMEDY = "give the paths of these models with --codec, --text and --tokenizer"
 
 
@@ -41,6 +46,25 @@ class Replacements:
 NO_REPLACEMENTS = Replacements()
 
 
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """The model and how it is run.
+
+    path: a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for the
+    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights.
+    device_reason: how the device was chosen.
+    """
+
+    path: Path
+    recipe: str | None = None
+    replacements: Replacements = NO_REPLACEMENTS
+    loras: Sequence[Lora] = ()
+    device: str | None = None
+    device_reason: str = "--device"
+    dtype: Dtype | None = None
+    memory_gb: float | None = None
+
+
 class OpenedModel(NamedTuple):
     """A loaded model.
 
@@ -52,9 +76,30 @@ class OpenedModel(NamedTuple):
     digest: str
 
 
-def open_model(
-    path: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Callable[[str], None]
-) -> OpenedModel:
+def open_generator(model: ModelOptions, *, state: PartialState | None, log: Say) -> tuple[Generator, str]:
+    """The generator of this process, and the model's digest. state: the processes that share the work; a run's checkpoint is exported by
+    the main one, before the others look for it.
+
+    Raises ValueError as `open_model` and `make_generator`, and for an unknown device.
+    """
+    with nullcontext() if state is None else state.main_process_first():
+        opened = open_model(model.path, recipe=model.recipe, replacements=model.replacements, loras=model.loras, log=log)
+    if model.device is not None:
+        device, why = checked_device(model.device), model.device_reason
+    else:
+        device = choose_device(0 if state is None else state.local_process_index, keep_freed=False)
+        why = f"{'a' if device.type == 'cuda' else 'no'} CUDA device is available"
+    log(f"device: {device.type} ({why})")
+    generator = make_generator(opened.network, opened.spec, device=device, dtype=model.dtype, memory_gb=model.memory_gb)
+    log(f"precision: {generator.dtype} ({'the default of this device' if model.dtype is None else '--dtype'})")
+    return generator, opened.digest
+
+
+def say_nothing(line: str) -> None:
+    """Drop the lines of processes other than the main one."""
+
+
+def open_model(path: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Say) -> OpenedModel:
     """Load network and specification of a model, and merge `loras` into it; `make_generator` loads its codec and text encoder.
 
     `log` receives the choices made. Raises ValueError if there is no model, `recipe` is missing or not allowed, or a LoRA does not fit.
@@ -68,7 +113,7 @@ def open_model(
     return opened
 
 
-def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, log: Callable[[str], None]) -> OpenedModel:
+def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, log: Say) -> OpenedModel:
     if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
@@ -87,7 +132,7 @@ def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, l
     return OpenedModel(network, spec, file_digest(described))
 
 
-def _folder_of_run(path: Path, *, log: Callable[[str], None]) -> Path:
+def _folder_of_run(path: Path, *, log: Say) -> Path:
     from launch.checkpoints.export import model_folder  # what reads checkpoints takes long to import
 
     return model_folder(path, log=log)
@@ -162,7 +207,7 @@ def _spec_of_recipe(recipe: str, *, found: InitialWeights) -> ModelSpec:
     return spec if found.params is None else replace(spec, network=found.params)
 
 
-def _spec_of_export(found: InitialWeights, *, path: Path, log: Callable[[str], None]) -> ModelSpec:
+def _spec_of_export(found: InitialWeights, *, path: Path, log: Say) -> ModelSpec:
     """Specification of an official export, with the published defaults."""
     from launch.checkpoints.initial_weights import read_network_file
     from launch.checkpoints.model_spec import PUBLISHED_GUIDANCE

@@ -1,0 +1,68 @@
+"""Processes that share the work of a command: started by it, by torchrun or by accelerate."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.console import Console
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+RESULT = "TIM_RESULT"  # file for the result of several processes
+PATIENCE = timedelta(days=7)  # that a process waits for the others
+
+
+@contextmanager
+def team() -> Iterator[PartialState | None]:
+    """The processes that share the work; None if there is only this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+    yield state
+    state.destroy_process_group()
+
+
+def of_all(value: int, state: PartialState | None) -> list[int]:
+    """The value of each process. Waits for all of them."""
+    if state is None:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def result_of_processes(command: str, arguments: Sequence[str], *, processes: int, console: Console) -> dict[str, Any]:
+    """Run `tim COMMAND ARGUMENTS…` in several processes, and return what the main one gives to `deliver`.
+
+    Raises SystemExit, after an error line, with the exit code of a process that failed.
+    """
+    from launch.distributed.torchrun import run_in_processes  # the supervisor of processes takes long to import
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        os.environ[RESULT] = str(file)
+        code = run_in_processes([command, *arguments], processes=processes)
+        if code:
+            console.failure(f"tim {command} ended with exit code {code}: see the lines above; the same command goes on", code=code)
+            raise SystemExit(code)
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def deliver(result: Mapping[str, Any]) -> bool:
+    """Leave the result, plain JSON, for the process that started this one. Returns False if there is none."""
+    if RESULT not in os.environ:
+        return False
+    Path(os.environ[RESULT]).write_text(json.dumps(result), encoding="utf-8")
+    return True
