@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.arguments import check_prompts, parse_sizes, parse_steps
-from launch.commands.options import Debug, Json
-from launch.commands.text_tables import describe_bench, describe_fit
+from launch.command_options import Debug, Json
 from launch.console import session
+from launch.text_tables import describe_bench, describe_fit
 from pipeline.progress import Progress
 
 if TYPE_CHECKING:

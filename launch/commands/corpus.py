@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.arguments import one_corpus, one_of, parse_part, split_overrides, split_sources
-from launch.commands.options import Debug, Json, Workers
-from launch.commands.text_tables import count, describe_annotation, describe_features, describe_input_counts, describe_scores
+from launch.command_options import Debug, Json, Workers
 from launch.console import Console, session
+from launch.text_tables import count, describe_annotation, describe_features, describe_input_counts, describe_scores
 
 if TYPE_CHECKING:
     from dataprep.examine.run import Examined

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launch.commands.options import Debug, Json
+from launch.command_options import Debug, Json
 from launch.console import Console, session
 from launch.logs.startup import STARTUP
 from pipeline.storage.atomic import publish_text

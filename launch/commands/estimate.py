@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launch.arguments import one_config
-from launch.commands.options import ConfigArgument, Debug, Json
+from launch.command_options import ConfigArgument, Debug, Json
 from launch.console import Console, session
 from launch.logs.startup import STARTUP
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from launch.arguments import split_overrides
-from launch.commands.options import Debug, Json
+from launch.command_options import Debug, Json
 from launch.console import session
 from launch.logs.startup import STARTUP
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.arguments import one_config
-from launch.commands.options import ConfigArgument, Debug, Json, Replan
+from launch.command_options import ConfigArgument, Debug, Json, Replan
 from launch.console import STOPPED, Console, session
 from launch.logs.startup import STARTUP
 
@@ -192,9 +192,8 @@ class _Launch:
 
 def print_result(console: Console, run_dir: Path, *, steps: int) -> None:
     """Print how a training that is complete ended."""
-    from launch.training.metrics import read_rows
+    from launch.training.metrics import last_row
 
     model = run_dir / "model"
-    rows = read_rows(run_dir / "metrics.jsonl")
-    data = {"run": run_dir, "model": model, "steps": steps, "last": rows[-1] if rows else None}
+    data = {"run": run_dir, "model": model, "steps": steps, "last": last_row(run_dir / "metrics.jsonl")}
     console.result(f"{model}: trained for {steps} steps", data=data)

@@ -1,8 +1,9 @@
-"""Commands for training: `tim demo`, `recipes`, `plan`, `train`, `export`."""
+"""Commands for training and models: `tim demo`, `recipes`, `plan`, `train`, `export`, `pull`."""
 
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from launch.arguments import one_config
+from launch.command_options import ConfigArgument, Debug, Json, Replan
 from launch.commands.estimate import DryRun, DryRunRanks, show_dry_run
 from launch.commands.launch import print_result
-from launch.commands.options import ConfigArgument, Debug, Json, Replan
-from launch.commands.text_tables import describe_plan, describe_recipes
 from launch.console import Console, session
 from launch.logs.startup import STARTUP
+from launch.text_tables import describe_plan, describe_recipes
 from tim.model_kinds import Dtype
 
 if TYPE_CHECKING:
@@ -252,3 +253,57 @@ def export(
         weights += "" if ema is None else f" (decay {ema:g})"
         text = f"{done.folder}: {weights} of step {done.step}, {done.parameters:,} parameters"
         console.result(text, data={"model": done.folder, "step": done.step, "ema": done.ema, "parameters": done.parameters})
+
+
+def pull(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="The network's recipe, or a YAML file. Default: --list.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The model folder to write.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="Weights of the network: a .safetensors, .bin, .pt or .pth file, or hf://OWNER/NAME[/FILE].")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="Weights of the codec: a folder, a file, or hf://OWNER/NAME[/FOLDER].")] = None,
+    text: Annotated[str | None, typer.Option(help="Weights of the text encoder: a folder, or hf://OWNER/NAME[/FOLDER].")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder of the tokenizer, if it is not with the text encoder.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the network's repository; of others: hf://OWNER/NAME@REVISION.")
+    ] = None,
+    sha256: Annotated[
+        list[str] | None, typer.Option(metavar="FILE=DIGEST", help="Digest that a file must have. Any number of times.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List what can be pulled, with sizes.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Build the model folder of a published network.
+
+    Takes network, codec and text encoder from the hub or from given files, checks that they fit, and copies all into one folder, which
+    tim sample and tim finetune --from read. The same command goes on with a pull that was stopped. Gated models need `hf auth login`.
+
+    Example: tim pull t2i-xl-1 --network t2i_model.bin --codec weights/dc-ae --out models/t2i
+    """
+    with session(as_json=as_json, debug=debug) as console:
+        from launch.pulling.published import PUBLISHED, listing
+
+        if list_all or recipe is None:
+            if out is not None:
+                raise ValueError(f"--out {out}: give a RECIPE too (`tim pull --list` shows them)")
+            console.result(listing(), data={"recipes": {name: asdict(found) for name, found in PUBLISHED.items()}})
+            return
+        if out is None:
+            raise ValueError(f"tim pull {recipe}: give --out FOLDER, the model folder to write")
+        from launch.pulling.pull import Given, pull
+
+        digests = dict(_digest(each) for each in sha256 or ())
+        given = Given(network=network, codec=codec, text=text, tokenizer=tokenizer, revision=revision, digests=digests)
+        done = pull(recipe, out=out, given=given, console=console)
+        following = shlex.join(["tim", "sample", str(out), "--prompt", "PROMPT", "--size", "WIDTHxHEIGHT"])
+        summary = f"{out}: {done.parameters:,} parameters, {done.bytes / 1e9:.2f} GB"
+        data = {"model": done.folder, "parameters": done.parameters, "bytes": done.bytes, "sources": done.sources}
+        console.result(f"{summary}\nNext: {following}", data=data)
+
+
+def _digest(typed: str) -> tuple[str, str]:
+    name, equals, digest = typed.rpartition("=")
+    if not equals or not name or len(digest) != 64 or not set(digest.lower()) <= set("0123456789abcdef"):
+        raise ValueError(f"--sha256 {typed}: expected FILE=DIGEST, a digest of 64 hexadecimal digits")
+    return name, digest

@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from launch.commands.options import Debug, Json
+from launch.command_options import Debug, Json
 from launch.console import session
 
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="The run_dir of training runs.")],
     x: Annotated[Literal["step", "images", "hours"], typer.Option("--x", help="What to plot against; hours are of training.")] = "step",
-    what: Annotated[str, typer.Option(metavar="COLUMN[,COLUMN]...", help="Columns of metrics.jsonl, one panel each.")] = "loss",
+    what: Annotated[
+        str, typer.Option(metavar="COLUMN[,COLUMN]...", help="Columns of metrics.jsonl, one panel each; eval: all of evaluations.")
+    ] = "loss",
     out: Annotated[Path, typer.Option(metavar="FILE", help="File to write; its extension chooses the format.")] = Path("plot.png"),
     as_json: Json = False,
     debug: Debug = False,

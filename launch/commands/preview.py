@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launch.arguments import parse_sizes, parse_steps
-from launch.commands.options import Debug, Json
+from launch.command_options import Debug, Json
 from launch.console import session
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launch.commands.options import Debug, Json, names_given, typed_again
+from launch.command_options import Debug, Json, names_given, typed_again
 from launch.console import session
 from launch.sampling import typed_options as options
 

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from launch.commands.text_tables import describe_plan
 from launch.config.load import load_config
 from launch.config.schema import ConfigError
+from launch.text_tables import describe_plan
 from launch.training.planning import make_planner
 from pipeline.planning.summary import plan_summary
 from tests.pipeline.conftest import Sample, write_corpus

@@ -32,6 +32,8 @@ def typed_again(command: typer.Context) -> list[str]:
             positional += [str(each) for each in values if each is not None]
         elif value is True:
             typed.append(parameter.opts[0])
+        elif parameter.nargs > 1 and value is not None:
+            typed += [parameter.opts[0], *map(_text, values)]
         elif value is not None and value is not False:
             typed += [part for each in values for part in (parameter.opts[0], _text(each))]
     return [*typed, "--", *positional]
