@@ -1,0 +1,1 @@
+"""What an evaluation says: rows with intervals, verdicts, tables, a plot and a grid."""
