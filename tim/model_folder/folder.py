@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -67,13 +67,15 @@ def save_model(
     copy_models: bool = False,
     layout: Literal["own", "diffusers"] = "own",
     card: str | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model folder atomically, replacing an older one.
 
     Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved.
     With `copy_models`, codec, text encoder and tokenizer are copied into it. `layout` diffusers: weights and config.json in `transformer/`,
-    the models in `vae/`, `text_encoder/` and `tokenizer/`. card: content of README.md. Raises ValueError if a model is missing.
+    the models in `vae/`, `text_encoder/` and `tokenizer/`. card: content of README.md; sources: where the parts of the model come from,
+    for config.json. Raises ValueError if a model is missing.
     """
     part = TRANSFORMER if layout == "diffusers" else ""
     names = paths.DIFFUSERS_FOLDERS if part else paths.FOLDERS
@@ -86,10 +88,11 @@ def save_model(
         codec, text = paths.relative(codec, **roots), text and paths.relative(text, **roots)
     spec = replace(spec, codec=codec, text=text)
     kind = {"_class_name": "TransitionTransformer"} if part else {}
+    origin = {"sources": list(sources)} if sources else {}
     written = Contents(
         weights=weights if isinstance(weights, LazyTensors) else LazyTensors.of(weights),
         config="config.json",
-        describe=lambda files: json.dumps({**kind, "format": FORMAT, **asdict(spec), "files": files}, indent=2) + "\n",
+        describe=lambda files: json.dumps({**kind, "format": FORMAT, **asdict(spec), **origin, "files": files}, indent=2) + "\n",
         part=part,
         stem=DIFFUSERS_STEM if part else STEM,
         models=models,
@@ -196,7 +199,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
         raise ValueError(f"{folder}: not a model folder (no config.json): give the folder that `tim export` or a finished run wrote")
     content = _content(path)
     names = {field.name for field in fields(ModelSpec)}
-    if {name for name in content if not name.startswith("_")} - {"format", "files"} != names:
+    if {name for name in content if not name.startswith("_")} - {"format", "files", "sources"} != names:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
     spec = ModelSpec(**{name: content[name] for name in names})
     text = spec.text and paths.absolute(spec.text, folder=described)

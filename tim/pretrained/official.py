@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ WEIGHTS = (".safetensors", *PICKLES)
 TRANSPORTS = {"ot_fm": "OT_FM", "trigflow": "TrigFlow", "vp": "VP_SDE", "ve": "VE_SDE"}  # their EDM step is wrong
 SETTINGS = {"mean": "P_mean", "std": "P_std", "sigma_d": "sigma_d"}
 NETWORK_FILE = "network.yaml"  # network description in the published form, next to the weights
+Weight = TypeVar("Weight")
 OURS = "tim"  # key of NETWORK_FILE for settings outside the published form: rope, codec, text encoder, sampling defaults
 
 
@@ -75,8 +76,8 @@ def unnested(content: Any) -> dict[str, Tensor]:
     raise ValueError(f"expected names and tensors, at the top level or under {', '.join(NESTS)}; found {found or 'nothing'}")
 
 
-def unprefixed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights with the network's own names: without the prefixes of DDP, FSDP, Lightning, torch.compile and averaging."""
+def unprefixed(weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Weights (values of any type) with the network's own names: without prefixes of DDP, FSDP, Lightning, torch.compile and averaging."""
     averaged = {name: value for name, value in weights.items() if name.startswith("ema_model.")}
     kept = averaged or {name: value for name, value in weights.items() if name not in COUNTERS} or dict(weights)
     kept = {re.sub(rf"(^|\.)(?:(?:{'|'.join(WRAPPERS)})\.)+", r"\1", name): value for name, value in kept.items()}

@@ -24,7 +24,7 @@ from torch import Tensor
 MAX_SHARD_BYTES = 5_000_000_000
 SUFFIX, INDEX = ".safetensors", ".safetensors.index.json"
 _BLOCK = 16 << 20  # bytes per write
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -69,7 +69,7 @@ def write_file(path: Path, tensors: LazyTensors, *, metadata: Mapping[str, str],
     end = 0
     for name in order:
         start, end = end, end + tensors.bytes_of(name)
-        header[name] = {"dtype": _DTYPES[tensors.dtypes[name]], "shape": list(tensors.shapes[name]), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[tensors.dtypes[name]], "shape": list(tensors.shapes[name]), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

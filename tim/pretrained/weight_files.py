@@ -4,7 +4,8 @@ A path is one of
 - a folder written by `save_pretrained`: a config with safetensors (single, sharded, or a variant such as fp16) or `.bin`;
 - one weights file in such a folder;
 - a diffusers pipeline folder, whose sub-folder for the model is used;
-- any of these in a hub repository: `hf://OWNER/NAME`, `hf://OWNER/NAME/vae`, downloaded once into the hub's cache.
+- any of these in a hub repository: `hf://OWNER/NAME`, `hf://OWNER/NAME/vae`, `hf://OWNER/NAME@REVISION`, downloaded once into the hub's
+  cache.
 
 Pickles (`.bin`) are used if there are no safetensors, and read as tensors only. No code that comes with a model is run.
 """
@@ -17,17 +18,18 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
+from tim.pretrained import hub
+from tim.pretrained.hub import HUB
 from tim.pretrained.official import unreadable
 from tim.pretrained.safetensors_files import file_digest
 
-HUB = "hf://"
 PIPELINE = "model_index.json"
 SAFE, PICKLE = ".safetensors", ".bin"
 _DESCRIPTIONS = (".json", ".txt", ".model")
@@ -195,40 +197,42 @@ def _chosen(folder: Path, *, stem: str, pickle_stem: str) -> Path:
     raise NoWeightsError(f"{folder}: has no weights: expected {stem}{SAFE}, a variant of it, or {pickle_stem}{PICKLE}")
 
 
+def wanted(names: Collection[str], inside: str, *, parts: Sequence[str] = ()) -> list[str]:
+    """Those files of a hub repository that `locate` downloads for a folder in it; arguments as there. Empty if there is no model."""
+    if not inside and PIPELINE in names:
+        inside = next((part for part in parts if any(name.startswith(f"{part}/") for name in names)), "")
+    prefix = f"{inside}/" if inside else ""
+    if inside.endswith((SAFE, PICKLE)):
+        folder = inside.rpartition("/")[0]
+        prefix = f"{folder}/" if folder else ""
+    found = [name for name in names if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    if inside.endswith((SAFE, PICKLE)):
+        return [name for name in found if name == inside or name.endswith(_DESCRIPTIONS)]
+    suffixes = _TAKEN if any(name.endswith(SAFE) for name in found) else (*_TAKEN, PICKLE)
+    return [name for name in found if name.endswith(suffixes)]
+
+
 def _download(name: str, *, parts: Sequence[str]) -> Location:
     """Download a hub address into the hub's cache. Raises ValueError if that fails."""
-    owner, _, rest = name.removeprefix(HUB).strip("/").partition("/")
-    repository, _, inside = rest.partition("/")
-    if not owner or not repository:
-        raise ValueError(f"{name}: expected {HUB}OWNER/NAME, or {HUB}OWNER/NAME/FOLDER for a part of a pipeline")
-    repository = f"{owner}/{repository}"
+    address = hub.parse(name)
+    repository, _, inside = address
     if inside.endswith((SAFE, PICKLE)):
         folder, _, file = inside.rpartition("/")
         prefix = f"{folder}/" if folder else ""
-        root = _snapshot(repository, [prefix + file, *(f"{prefix}*{suffix}" for suffix in _DESCRIPTIONS)], name=name)
+        root = hub.snapshot(address, [prefix + file, *(f"{prefix}*{suffix}" for suffix in _DESCRIPTIONS)])
         if not (root / inside).is_file():
             raise ValueError(f"{name}: {repository} has no file {inside}")
         return Location(root / folder, root / inside)
     if not inside and parts:
-        root = _snapshot(repository, [PIPELINE, "config.json"], name=name)
+        root = hub.snapshot(address, [PIPELINE, "config.json"])
         if (root / PIPELINE).is_file():
             components = json.loads((root / PIPELINE).read_text(encoding="utf-8"))
             inside = next((part for part in parts if part in components), "")
     prefix = f"{inside}/" if inside else ""
-    root = _snapshot(repository, [f"{prefix}*{suffix}" for suffix in _TAKEN], name=name)
+    root = hub.snapshot(address, [f"{prefix}*{suffix}" for suffix in _TAKEN])
     folder = root / inside
     if not folder.is_dir():
         raise ValueError(f"{name}: {repository} has no folder {inside}")
     if parts and not any(folder.glob(f"*{SAFE}")):
-        _snapshot(repository, [f"{prefix}*{PICKLE}"], name=name)
+        hub.snapshot(address, [f"{prefix}*{PICKLE}"])
     return Location(folder, None)
-
-
-def _snapshot(repository: str, patterns: list[str], *, name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except Exception as error:  # anything that the hub, its cache and the network raise
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(f"{name} cannot be downloaded ({why}); give a local folder with config.json and safetensors instead") from error

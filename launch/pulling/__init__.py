@@ -1,0 +1,1 @@
+"""Model folders of published networks, from the hub or from given files."""
