@@ -336,10 +336,9 @@ def _train(config: Config, *, out: Path, debug: bool) -> None:
 
 
 def _last_row(out: Path) -> Mapping[str, Any] | None:
-    from launch.training.metrics import read_rows
+    from launch.training.metrics import last_row
 
-    rows = read_rows(out / "metrics.jsonl")
-    return rows[-1] if rows else None
+    return last_row(out / "metrics.jsonl")
 
 
 def _device_bytes() -> float | None:

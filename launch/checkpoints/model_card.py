@@ -8,6 +8,7 @@ import yaml
 
 from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import Checkpoint
+from launch.checkpoints.evaluation_results import evaluation_folder, read_results, table
 from launch.config.schema import Config
 
 _SECTIONS = ("plan", "codec", "text", "network", "objective", "train")
@@ -40,6 +41,7 @@ def model_card(config: Config, found: Checkpoint, *, weights: str, dtype: str, p
         "| --- | --- |",
         *(f"| {name} | `{digest}` |" for name, digest in _corpora(config, found).items()),
         "",
+        *_evaluation(found),
         "## Recipe",
         "",
         "```yaml",
@@ -70,6 +72,16 @@ def _corpora(config: Config, found: Checkpoint) -> dict[str, str]:
     if identities:
         return {str(identity[0]): str(identity[1]) for identity in identities}
     return {str(corpus.name or corpus.path): "unknown" for corpus in config.corpus}
+
+
+def _evaluation(found: Checkpoint) -> list[str]:
+    """The table of the run's evaluation of this step, if there is one."""
+    rows = read_results(evaluation_folder(found.folder.parents[1], found.metadata.step))
+    if not rows:
+        return []
+    images = max(row["images"] for row in rows)
+    about = f"By `tim eval`, averaged weights, {images:,} images for each number of steps; in brackets 95 % intervals."
+    return ["## Evaluation", "", about, "", *table(rows), ""]
 
 
 def _recipe(config: Config) -> str:

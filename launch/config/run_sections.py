@@ -189,6 +189,25 @@ class CheckpointConfig(Section):
         return self
 
 
+class EvalConfig(Section):
+    """`tim eval` on checkpoints, in the background while training goes on."""
+
+    every: int = Field(ge=1)
+    """Steps between evaluations, a multiple of `checkpoint.every`; another one of the last step."""
+    images: int = Field(default=512, ge=2)
+    """Images for each number of steps."""
+    steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
+    """Numbers of sampling steps."""
+    metrics: tuple[str, ...] = ()
+    """Metrics, as `tim eval --metrics`; empty: all that the features and prompts allow."""
+    features: tuple[str, ...] = ("pixels",)
+    """Extractors of features, as `tim eval --features`: pixels, inception=FILE, open_clip=FOLDER, hf=FOLDER."""
+    corpus: str | None = None
+    """Prepared corpus of the real images; null: that of `validation`, else the first of the run."""
+    device: str | None = None
+    """Where images are drawn: cpu, cuda:1, …; null: the device of rank 0, which then needs memory for the model and its activations."""
+
+
 class LogConfig(Section):
     every: int = Field(default=10, ge=1)
     """Steps between rows of metrics.jsonl."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from launch.config import yaml_file
 from launch.config.data_sections import CodecConfig, CorpusConfig, LoaderConfig, TextConfig, ValidationConfig, as_corpora
 from launch.config.model_sections import NetworkConfig, ObjectiveConfig, PreviewConfig, SamplingConfig
-from launch.config.run_sections import CheckpointConfig, ClusterConfig, LogConfig, TrainConfig
+from launch.config.run_sections import CheckpointConfig, ClusterConfig, EvalConfig, LogConfig, TrainConfig
 from launch.config.section import Section
 from launch.config.yaml_file import ConfigConflict, ConfigError
 from pipeline.planning.config import PlanConfig
@@ -43,6 +43,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig | None = None
     preview: PreviewConfig = PreviewConfig()
+    eval: EvalConfig | None = None
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -52,6 +53,12 @@ class Config(Section):
             if diffusion + consistency > 1 + 1e-9:
                 why = f"from step {self.plan.schedule[number].step} on diffusion_share {diffusion:g} and consistency_share {consistency:g}"
                 raise ConfigConflict(f"plan.schedule.{number}", f"{why} add up to more than 1")
+        return self
+
+    @model_validator(mode="after")
+    def _evaluated_steps_are_saved(self) -> Config:
+        if self.eval is not None and self.eval.every % self.checkpoint.every:
+            raise ConfigConflict("eval.every", f"{self.eval.every} is not a multiple of checkpoint.every={self.checkpoint.every}")
         return self
 
     @model_validator(mode="after")

@@ -10,9 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from launch.checkpoints.evaluation_results import PREFIX, STEP
 from launch.checkpoints.run_folder import METRICS
 from launch.training.metrics import read_rows
 
+EVALUATIONS = "eval"  # stands for all columns of evaluations
 Axis = Literal["step", "images", "hours"]
 Row = Mapping[str, Any]
 
@@ -55,10 +57,15 @@ def read_curves(runs: Sequence[Path], *, columns: Sequence[str], axis: Axis) -> 
     """
     rows = {name: _rows(run) for name, run in zip(_names(runs), runs, strict=True)}
     known = sorted({name for of_run in rows.values() for row in of_run for name, value in row.items() if _is_number(value)})
-    for column in columns:
+    found = [name for column in columns for name in (_of_evaluations(known) if column == EVALUATIONS else [column])]
+    for column in found or columns:
         if column not in known:
             raise ValueError(f"--what {column}: no run has numbers in such a column; there are: {', '.join(known)}")
-    return {column: [_curve(of_run, run=name, column=column, axis=axis) for name, of_run in rows.items()] for column in columns}
+    return {column: [_curve(of_run, run=name, column=column, axis=axis) for name, of_run in rows.items()] for column in found}
+
+
+def _of_evaluations(known: Sequence[str]) -> list[str]:
+    return [name for name in known if name.startswith(PREFIX) and name != STEP]
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -77,7 +84,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{run}: has no {METRICS}; give the run_dir of a training run that has logged a step")
     try:
-        return read_rows(path)
+        return sorted(read_rows(path), key=lambda row: row["step"])  # rows of evaluations come late
     except ValueError as error:
         raise ValueError(f"{path}: not lines of JSON: {error}") from error
 

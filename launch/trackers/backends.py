@@ -98,7 +98,7 @@ class WandB:
 
     def __init__(self, run_dir: Path, *, project: str, name: str, id: str | None, logged: int) -> None:
         self.id = id or uuid.uuid4().hex[:12]
-        self._run_dir, self._logged = run_dir, logged
+        self._run_dir, self._logged, self._newest = run_dir, logged, 0
         os.environ.setdefault("WANDB_SILENT", "true")
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         settings = {"console": "off", "silent": os.environ["WANDB_SILENT"].lower() in ("true", "1")}
@@ -115,7 +115,9 @@ class WandB:
         return f"W&B: run {self.id}: {self._tracker.tracker.url or self._mode}"
 
     def write(self, values: Mapping[str, float], *, step: int) -> None:
-        self._tracker.log(dict(values), step=step)
+        """Steps only grow: the values of an evaluation, which come late, are stored with the newest step. They have a step of their own."""
+        self._newest = max(self._newest, step)
+        self._tracker.log(dict(values), step=self._newest)
 
     def show(self, image: Image.Image, *, step: int) -> None:
         """Steps only grow: a preview of a step before the last row is stored after it. Its caption has its own step."""

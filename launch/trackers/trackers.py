@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from launch.checkpoints.evaluation_results import STEP as EVALUATED
 from launch.config.run_sections import TrackerKind
 from launch.config.schema import Config, to_yaml
 from launch.trackers.backends import Backend, make_backend
@@ -75,7 +76,7 @@ class Trackers:
         values = {name: value for name, value in row.items() if name != "step" and isinstance(value, (int, float))}
 
         def write(backend: Backend, entry: dict[str, Any]) -> None:
-            if backend.takes_back or step > entry["logged"]:
+            if backend.takes_back or step > entry["logged"] or EVALUATED in row:  # an evaluation is written once, late
                 backend.write(values, step=step)
 
         self._send(write)

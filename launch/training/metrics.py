@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoints.evaluation_results import STEP as EVALUATED
 from launch.checkpoints.run_folder import METRICS
 from launch.training.measuring.bins import BINNED, bin_columns, finite_or_none, mean_or_none
 from launch.training.measuring.section_clock import SectionClock
@@ -176,17 +177,19 @@ class Meter:
 class MetricsWriter:
     """Append rows to RUN/metrics.jsonl. Rows after `step`, from an interrupted run, are removed.
 
-    ahead: step of the last row before that, 0 if there was none. last: the last row, None if there is none. listeners: receive every new
-    row, and every part that is added to one.
+    ahead: step of the last row before that, 0 if there was none. last: the last row, None if there is none. evaluated: steps that have a
+    row of an evaluation; those rows come when an evaluation is finished, after rows of later steps. listeners: receive every new row, and
+    every part that is added to one.
     """
 
     def __init__(self, run_dir: Path, *, step: int) -> None:
         path = run_dir / METRICS
         rows = read_rows(path)
-        kept = [row for row in rows if row["step"] <= step]
+        kept = sorted((row for row in rows if row["step"] <= step), key=lambda row: (row["step"], EVALUATED not in row))
         lines = [_line(row) for row in kept]
         publish_text(path, "".join(lines))
-        self.ahead: int = rows[-1]["step"] if rows else 0
+        self.ahead: int = max((row["step"] for row in rows), default=0)
+        self.evaluated = {row["step"] for row in kept if EVALUATED in row}
         self.last: dict[str, Any] | None = kept[-1] if kept else None
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         self._file = path.open("r+b", buffering=_BUFFER)
@@ -195,6 +198,14 @@ class MetricsWriter:
     def write(self, row: dict[str, Any]) -> None:
         self._start = self._file.seek(0, os.SEEK_END)
         self._put(row)
+        self._tell(row)
+
+    def write_evaluation(self, row: dict[str, Any]) -> None:
+        """Append the row of an evaluated step, which has the column `eval/step`. Nothing can be added to the row before it any more."""
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(_line(row).encode())
+        self._file.flush()
+        self.evaluated.add(row["step"])
         self._tell(row)
 
     def add_to_last(self, columns: Mapping[str, Any]) -> None:
@@ -232,3 +243,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line, parse_constant=lambda _: None) for line in lines if line.endswith("\n")]
+
+
+def last_row(path: Path) -> dict[str, Any] | None:
+    """The last row of a training step in a metrics file, None if there is none. Rows of evaluations are passed over."""
+    return next((row for row in reversed(read_rows(path)) if EVALUATED not in row), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from launch.distributed.ranks import Ranks, process_group
 from launch.distributed.self_watch import watched
 from launch.distributed.signals import Signals, catch_signals
 from launch.distributed.torchrun import die_with_launcher
+from launch.evaluating.evaluations import Evaluations
 from launch.guards import bad_samples
 from launch.logs.progress_line import ProgressLine
 from launch.logs.rank_log import RANK_LOG
@@ -33,6 +35,7 @@ from launch.logs.startup import STARTUP
 from launch.previews.drawing import Previews
 from launch.previews.files import forget_stale
 from launch.trackers.trackers import Trackers
+from launch.training import background_evaluation
 from launch.training.build import build
 from launch.training.checks import check_models
 from launch.training.metrics import MetricsWriter
@@ -106,13 +109,16 @@ def train(config: Config, *, quiet: bool = False, replan: bool = False) -> Train
         previews = _watch(trainer, writer, log=progress.log, cleanup=cleanup)
 
         # checkpoints
-        trainer.saver = saver = _open_saver(trainer, resumed=found is not None, log=progress.log, cleanup=cleanup)
+        evaluations = background_evaluation.start(trainer, writer, log=progress.log, cleanup=cleanup)
+        trainer.saver = saver = _open_saver(trainer, evaluations, resumed=found is not None, log=progress.log, cleanup=cleanup)
 
         # steps
         trainer.log = signals.log = progress.log
-        row = _take_steps(trainer, saver, previews, signals=signals, writer=writer, progress=progress)
+        record = partial(background_evaluation.record, evaluations, writer)
+        row = _take_steps(trainer, saver, previews, signals=signals, writer=writer, progress=progress, after_step=record)
         if trainer.step < config.train.steps:
             _stop(trainer, signals, after_cleanup=after_cleanup)
+        background_evaluation.wait_for_last(trainer, evaluations, writer, saver, signals=signals)
 
         # model folder
         HEARTBEAT.section("save")
@@ -150,11 +156,14 @@ def _watch(trainer: Trainer, writer: MetricsWriter | None, *, log: Callable[[str
     return previews
 
 
-def _open_saver(trainer: Trainer, *, resumed: bool, log: Callable[[str], None], cleanup: ExitStack) -> BackgroundSaver:
+def _open_saver(
+    trainer: Trainer, evaluations: Evaluations | None, *, resumed: bool, log: Callable[[str], None], cleanup: ExitStack
+) -> BackgroundSaver:
     """What writes checkpoints, and copies them where they are mirrored: at once those that an interrupted run has not copied."""
     config, ranks = trainer.config, trainer.ranks
     assert config.run_dir is not None
-    follow_ups = FollowUps(config.run_dir, config.checkpoint) if ranks.is_main else None
+    told = {} if evaluations is None else {"published": evaluations.add, "in_use": evaluations.uses}
+    follow_ups = FollowUps(config.run_dir, config.checkpoint, **told) if ranks.is_main else None
     if follow_ups is not None and resumed:
         follow_ups.add_missing()
     return cleanup.enter_context(BackgroundSaver(config.run_dir, config.checkpoint, ranks=ranks, follow_ups=follow_ups, log=log))
@@ -168,8 +177,12 @@ def _take_steps(
     signals: Signals,
     writer: MetricsWriter | None,
     progress: ProgressLine,
+    after_step: Callable[[], None],
 ) -> dict[str, Any] | None:
-    """Take steps to the end of the run, or until a signal asks to stop; log, save and draw. Returns the last row of the metrics."""
+    """Take steps to the end of the run, or until a signal asks to stop; log, save and draw. Returns the last row of the metrics.
+
+    after_step: called after each, when its row is complete.
+    """
     config, signals.step = trainer.config, trainer.step + 1
     _validate_missed(trainer, signals, writer)
     previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop)  # if the run was killed before it was drawn
@@ -190,6 +203,7 @@ def _take_steps(
         progress.show(trainer.step, row)
         if previews.draw_if_due(trainer.step, stopping=signals.asks_to_stop):
             trainer.meter.pause()
+        after_step()
         signals.step = trainer.step + 1
         requests = trainer.agree(stop=signals.stop is not None, save=signals.take_save_request())
         if (requests.stop or requests.save) and not is_due:

@@ -41,6 +41,7 @@ def test_the_demo_prepares_trains_draws_and_scores(tmp_path: Path, monkeypatch: 
     for name in ("loss", "model"):
         assert (tmp_path / result["files"][name]).exists()
 
+    assert shlex.split(result["serve"])[3:] == ["serve", result["files"]["model"]]
     monkeypatch.chdir(tmp_path)
     python, _, module, *arguments = shlex.split(result["next"])
     assert (python, module) == (sys.executable, "launch.cli")

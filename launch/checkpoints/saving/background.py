@@ -175,6 +175,12 @@ class BackgroundSaver:
             self._log_messages()
         self._log_messages()
 
+    def remove_superfluous(self) -> None:
+        """Remove checkpoints that are not kept and that nothing reads any more, after the last save."""
+        if self._follow_ups is not None:
+            self._follow_ups.add_missing()
+            self._follow_ups.wait(FINISHING_SECONDS)
+
     def __enter__(self) -> BackgroundSaver:
         return self
 

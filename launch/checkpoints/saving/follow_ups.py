@@ -20,7 +20,16 @@ from pipeline.errors import kind_and_line
 class FollowUps:
     """Two background threads: one for the mirror and old checkpoints, one for commands. They end with the process."""
 
-    def __init__(self, run_dir: Path, section: CheckpointConfig) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        section: CheckpointConfig,
+        *,
+        published: Callable[[Path], None] = lambda _: None,
+        in_use: Callable[[Path], bool] = lambda _: False,
+    ) -> None:
+        """published: told of every checkpoint; in_use: whether something else reads one, which may then not be removed."""
+        self._published, self._in_use = published, in_use
         self._run_dir = run_dir
         self._section = section
         self._mirror = None if section.mirror is None else Mirror(section.mirror, run_dir=run_dir)
@@ -31,18 +40,19 @@ class FollowUps:
         self._commands = _Worker("on_checkpoint", self._run_command, failed=self._failed)
 
     def add_missing(self) -> None:
-        """Copy checkpoints that the mirror does not have yet, because an earlier process was interrupted."""
+        """Copy checkpoints that the mirror does not have yet, because an earlier process was interrupted, and remove superfluous ones."""
         for folder in step_folders(self._run_dir)[-1:]:
             self._copies.add(folder)
 
     def add(self, folder: Path) -> None:
+        self._published(folder)
         self._copies.add(folder)
         if self._section.on_checkpoint is not None:
             self._commands.add(folder)
 
     def may_remove(self, folder: Path) -> bool:
-        """Whether a checkpoint is in the mirror, if there is one, and no command runs on it."""
-        return (self._mirror is None or folder in self._mirrored) and folder != self._command
+        """Whether a checkpoint is in the mirror, if there is one, and nothing reads it."""
+        return (self._mirror is None or folder in self._mirrored) and folder != self._command and not self._in_use(folder)
 
     def messages(self) -> list[str]:
         """Lines to log since the last call."""

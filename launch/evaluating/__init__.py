@@ -1,0 +1,1 @@
+"""Evaluations of checkpoints while training goes on."""
