@@ -60,9 +60,9 @@ class ModelOptions:
     replacements: Replacements = NO_REPLACEMENTS
     loras: Sequence[Lora] = ()
     device: str | None = None
-    device_reason: str = "--device"
     dtype: Dtype | None = None
     memory_gb: float | None = None
+    device_reason: str = "--device"
 
 
 class OpenedModel(NamedTuple):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from launch.sampling.files import xmp
@@ -43,9 +43,27 @@ def write_image(path: Path, image: Image.Image, settings: Settings, *, form: Ima
         ValueError: the format cannot store its size or its transparency.
         OSError: the file cannot be written; names it.
     """
+    try:
+        content = encode_image(image, settings, form=form, metadata=metadata)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with publish(path) as stream:
+            stream.write(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from error
+
+
+def encode_image(image: Image.Image, settings: Settings, *, form: ImageFormat, metadata: bool = True) -> bytes:
+    """The bytes of an image file, with its settings unless `metadata` is false.
+
+    Raises:
+        ValueError: the format cannot store its size or its transparency.
+    """
     form.check_size(image.width, image.height)
     if form.name == "jpeg" and image.mode in TRANSPARENT:
-        raise ValueError(f"{path}: jpeg has no transparency; use --format png, webp or avif")
+        raise ValueError("jpeg has no transparency; use --format png, webp or avif")
     stored = image if image.mode in _MODES[form.name] else image.convert("RGBA" if image.mode in TRANSPARENT else "RGB")
     if _CARRIED & stored.info.keys():  # Pillow would write them; nothing of where the image came from is kept
         stored = stored.copy() if stored is image else stored
@@ -53,12 +71,7 @@ def write_image(path: Path, image: Image.Image, settings: Settings, *, form: Ima
     extra = _metadata(settings, form=form) if metadata else {}
     content = io.BytesIO()
     stored.save(content, **form.save_options(), **extra)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with publish(path) as stream:
-            stream.write(content.getbuffer())
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or one_line(error), str(path)) from error
+    return content.getvalue()
 
 
 def read_settings(path: Path) -> Settings:
@@ -68,16 +81,25 @@ def read_settings(path: Path) -> Settings:
         NoSettings: no such file, not an image, or no settings in it; names the file and the remedy.
     """
     try:
-        with Image.open(path, formats=FORMATS_READ) as image:
-            found = _read(image)
+        with open(path, "rb") as stream:
+            return settings_in(stream, named=str(path))
     except FileNotFoundError as error:
         raise NoSettings(f"{path}: no such file; {_REMEDY}") from error
-    except NoSettings as error:
-        raise NoSettings(f"{path}: {error}; {_REMEDY}") from error
-    except Exception as error:  # the parsers of damaged files raise their own types
+    except OSError as error:
         raise NoSettings(f"{path}: not an image that can be read ({one_line(error)}); {_REMEDY}") from error
+
+
+def settings_in(stream: BinaryIO, *, named: str) -> Settings:
+    """The settings in the bytes of an image file. named: in messages. Raises NoSettings, like `read_settings`."""
+    try:
+        with Image.open(stream, formats=FORMATS_READ) as image:
+            found = _read(image)
+    except NoSettings as error:
+        raise NoSettings(f"{named}: {error}; {_REMEDY}") from error
+    except Exception as error:  # the parsers of damaged files raise their own types
+        raise NoSettings(f"{named}: not an image that can be read ({_reason(error)}); {_REMEDY}") from error
     if found is None:
-        raise NoSettings(f"{path}: has no settings of its drawing; {_REMEDY}")
+        raise NoSettings(f"{named}: has no settings of its drawing; {_REMEDY}")
     return found
 
 
@@ -134,6 +156,10 @@ def _read(image: Image.Image) -> Settings | None:
     if not isinstance(text, str):
         text = comment_of(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
     return from_a1111(text, width=image.width, height=image.height)
+
+
+def _reason(error: Exception) -> str:
+    return "no known image format" if isinstance(error, UnidentifiedImageError) else one_line(error)  # Pillow's names an object in memory
 
 
 def _ends_with_a_box(stream: io.BufferedReader, *, size: int) -> bool:

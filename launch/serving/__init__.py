@@ -1,0 +1,1 @@
+"""`tim serve`: a queue around one generator, a JSON API, and a page."""

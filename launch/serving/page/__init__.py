@@ -1,0 +1,1 @@
+"""The page of `tim serve`, in gradio: one file a section."""
