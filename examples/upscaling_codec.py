@@ -23,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("--factor", type=int, default=64, help="pixels per cell and side, a power of two")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=500)
     given = parser.parse_args()
     torch.manual_seed(0)
     network: Any = mean_colours(stages=given.factor.bit_length(), width=12)
@@ -31,9 +31,9 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=given.steps)
     rng = np.random.default_rng(0)
     for step in range(given.steps):
-        images = random_parts(rng, count=2, side=8 * given.factor)
+        images = random_parts(rng, count=2, side=6 * given.factor)
         cells = nn.functional.avg_pool2d(images, given.factor)
-        noisy = cells + 0.03 * torch.randn_like(cells)  # sampled cells are not exact, either
+        noisy = cells + 0.1 * torch.randn_like(cells)  # sampled cells are not exact, either
         loss = nn.functional.l1_loss(network.decode(noisy).sample, images)
         optimizer.zero_grad()
         loss.backward()
@@ -45,24 +45,24 @@ def main() -> None:
 
 
 def mean_colours(*, stages: int, width: int) -> AutoencoderTiny:
-    """An autoencoder whose latents are mean colours. Its decoder starts with squares of one colour: an identity, repeated to each size."""
+    """An autoencoder whose latents are mean colours. Its decoder starts with a blurred enlargement of them."""
     sizes: dict[str, Any] = {f"{part}_block_out_channels": (width,) * stages for part in ("encoder", "decoder")}
     sizes |= {f"num_{part}_blocks": (1,) * stages for part in ("encoder", "decoder")}
-    network: Any = AutoencoderTiny(latent_channels=3, **sizes)
-    one, mean = nn.functional.pad(torch.ones(1, 1), (1, 1, 1, 1)), nn.functional.pad(torch.full((2, 2), 0.25), (1, 0, 1, 0))
-    colours = torch.eye(width, 3)
-    signed = colours - colours.roll(3, 0)  # a ReLU keeps a colour and its negative in two channels
-    for part, first, last, bias in ((network.encoder, colours, 2 * colours, -1.0), (network.decoder, signed, signed / 2, 0.5)):
+    model: Any = AutoencoderTiny(latent_channels=3, **sizes)
+    mean, blur = nn.functional.pad(torch.full((2, 2), 0.25), (1, 0, 1, 0)), torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1])) / 16
+    rgb = torch.eye(width, 3)
+    signed = rgb - rgb.roll(3, 0)  # a ReLU keeps a colour and its negative in two channels
+    for part, first, kernel, last, bias in ((model.encoder, rgb, mean, 2 * rgb, -1.0), (model.decoder, signed, blur, signed / 2, 0.5)):
         for layer in part.layers:
             if hasattr(layer, "conv"):
                 nn.init.zeros_(layer.conv[-1].weight)
                 nn.init.zeros_(layer.conv[-1].bias)
             elif isinstance(layer, nn.Conv2d):
-                layer.weight.data = torch.eye(*layer.weight.shape[:2])[..., None, None] * (mean if layer.stride == (2, 2) else one)
+                layer.weight.data = torch.eye(*layer.weight.shape[:2])[..., None, None] * kernel
         for layer, weight, constant in ((part.layers[0], first, 0.0), (part.layers[-1], last.T, bias)):
-            layer.weight.data = weight[..., None, None] * one
+            layer.weight.data = nn.functional.pad(weight[..., None, None], (1, 1, 1, 1)).contiguous()
             nn.init.constant_(layer.bias, constant)
-    return network
+    return model
 
 
 def random_parts(rng: np.random.Generator, *, count: int, side: int) -> Tensor:

@@ -16,12 +16,14 @@ from launch.commands.bench import bench
 from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
 from launch.commands.doctor import doctor
 from launch.commands.estimate import estimate
+from launch.commands.eval import eval
 from launch.commands.finetune import finetune
 from launch.commands.launch import launch
-from launch.commands.model import demo, export, plan, recipes, train
+from launch.commands.model import demo, export, plan, pull, recipes, train
 from launch.commands.plot import plot
 from launch.commands.preview import preview
 from launch.commands.sample import sample
+from launch.commands.serve import serve
 from launch.console import session
 from pipeline.foreign_warnings import hide_foreign_warnings, show_all_warnings
 
@@ -44,13 +46,16 @@ COMMANDS = (
     preview,
     plot,
     sample,
+    eval,
+    serve,
     export,
+    pull,
     doctor,
 )
 USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer does not export it
 
 app = typer.Typer(
-    help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample.",
+    help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample, evaluate.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

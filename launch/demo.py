@@ -86,16 +86,21 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     _plot_loss(run_dir / "metrics.jsonl", paths["loss"])
     data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
     paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    suggestion = next_command(paths["model"], out=out / "samples")
+    model = str(paths["model"])
+    suggestion = own_command(
+        "sample", model, "--prompt", NEXT_PROMPT, "--size", NEXT_SIZES, "--steps", "1,8", "--out", str(out / "samples")
+    )
+    page = own_command("serve", model)
     lines = [
         _table(scores),
         "",
         *(f"{name:6}  {path}" for name, path in paths.items()),
         "",
-        f'Next: other prompts and sizes with the command below, then your own corpus: README.md, "{READ_ON}".',
+        f'Next: other prompts and sizes, then a page in the browser, with the commands below; your own corpus: README.md, "{READ_ON}".',
         suggestion,
+        page,
     ]
-    console.result("\n".join(lines), data={**data, "files": paths, "next": suggestion})
+    console.result("\n".join(lines), data={**data, "files": paths, "next": suggestion, "serve": page})
 
 
 def train(overrides: Sequence[str]) -> None:
@@ -111,13 +116,13 @@ def train(overrides: Sequence[str]) -> None:
         raise RuntimeError(f"training ended with exit code {code}: see the lines above")
 
 
-def next_command(model: Path, *, out: Path) -> str:
-    """Shell command that samples the demo's model. Calls `tim` like this process, because its environment may not be activated."""
+def own_command(*arguments: str) -> str:
+    """Shell command of `tim`, called like this process, because its environment may not be activated."""
     found, script = shutil.which("tim"), Path(sys.argv[0])
     tim = [str(script)] if script.name == "tim" else [sys.executable, "-m", "launch.cli"]
     if found is not None and Path(found).resolve() == script.resolve():
         tim = ["tim"]
-    return shlex.join([*tim, "sample", str(model), "--prompt", NEXT_PROMPT, "--size", NEXT_SIZES, "--steps", "1,8", "--out", str(out)])
+    return shlex.join([*tim, *arguments])
 
 
 def shortened(steps: int) -> list[str]:

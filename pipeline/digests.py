@@ -14,6 +14,11 @@ def file_digest(path: Path) -> str:
         return stream_digest(stream)
 
 
+def bytes_digest(data: bytes) -> str:
+    """sha256 of bytes in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def stream_digest(stream: BinaryIO) -> str:
     """sha256 in hexadecimal of the rest of a stream."""
     digest = hashlib.sha256()

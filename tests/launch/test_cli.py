@@ -36,6 +36,7 @@ COMMANDS = (
     "launch",
     "sample",
     "export",
+    "pull",
     "estimate",
     "doctor",
 )
