@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from launch.config.run_sections import EvalConfig
 from launch.config.schema import Config, ConfigError
 from launch.engine.optimizers import check_available
 from launch.finetuning.lora import check_peft
@@ -19,7 +20,7 @@ def check_models(config: Config) -> None:
 
     check_installed(config.log.trackers)
     parts = cached_parts(config)
-    draws = bool(config.preview.prompts)
+    draws = bool(config.preview.prompts) or config.eval is not None
     try:
         if ("latents" not in parts or draws) and config.codec.kind != "pixel":
             codecs.weights_folder(config.codec.kind, config.codec.path)
@@ -34,6 +35,8 @@ def check_models(config: Config) -> None:
         check_available(config.train.optimizer)
     except ValueError as error:
         raise ConfigError(f"train.optimizer: {error}") from error
+    if config.eval is not None:
+        _check_evaluations(config.eval)
     if config.train.lora is not None:
         check_peft()
         if config.train.init is None:
@@ -41,6 +44,22 @@ def check_models(config: Config) -> None:
     teacher = config.objective.alignment
     if teacher is not None and teacher.path is None and "teacher" not in parts:
         raise ConfigError("objective.alignment.path: missing; give it in the file, or as objective.alignment.path=PATH on the command line")
+
+
+def _check_evaluations(section: EvalConfig) -> None:
+    """Raise ConfigError for metrics and features that `tim eval` does not know: better now than at the first evaluation."""
+    from launch.evaluation.scorers import check_names
+    from tim.metrics.extractors.make import check_form
+
+    try:
+        check_names(section.metrics)
+    except ValueError as error:
+        raise ConfigError(f"eval.metrics: {str(error).removeprefix('--metrics ')}") from error
+    try:
+        for text in section.features:
+            check_form(text)
+    except ValueError as error:
+        raise ConfigError(f"eval.features: {error}") from error
 
 
 def check_features(features: Features, config: Config) -> None:

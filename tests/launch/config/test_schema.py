@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from dataprep.prepare import PrepareConfig
 from launch.config.load import load_config, load_settings
 from launch.config.model_sections import PreviewConfig
 from launch.config.recipes import recipe_names, recipe_path
+from launch.config.run_sections import EvalConfig
 from launch.config.schema import Config, ConfigError, digest, to_yaml
 from launch.training.checks import check_models
 from tim import TransitionTransformer
@@ -94,7 +96,7 @@ def test_a_typo_is_blamed_before_the_key_that_it_makes_missing(good: Path) -> No
 
 ON_THE_COMMAND_LINE = {
     "train.stpes=3": "command line: train.stpes: unknown key; did you mean train.steps?",
-    "steps=3": "command line: steps: unknown key; did you mean train.steps or sampling.steps or preview.steps?",
+    "steps=3": "command line: steps: unknown key; did you mean train.steps or sampling.steps or preview.steps or eval.steps?",
     "train.steps=0": "command line: train.steps: input should be greater than or equal to 1, got 0",
     "train.steps=soon": "command line: train.steps: input should be a valid integer, got 'soon'",
     "train.steps": "command line: 'train.steps' is not of the form key=value",
@@ -282,3 +284,17 @@ def test_previews_are_checked_before_the_training(good: Path) -> None:
             preview(override)
     with pytest.raises(ConfigError, match=r"preview\.prompts\.1: got 1000, but the model takes classes from 0 to 999"):
         preview("condition=class", "preview.prompts=[0, 1000]")
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"metrics": ["fid", "frechett"]}, "eval.metrics: frechett: unknown; choose from fid, "),
+        ({"features": ["pixels", "inception"]}, "eval.features: extractor 'inception': expected pixels, inception=FILE"),
+    ],
+)
+def test_evaluations_that_cannot_be_made_are_found_at_the_start(section: dict[str, object], expected: str) -> None:
+    config = load_config("demo", overrides=["corpus=corpus", "run_dir=run"])
+    evaluated = config.model_copy(update={"eval": EvalConfig.model_validate({"every": 350, **section}, strict=False)})
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        check_models(evaluated)

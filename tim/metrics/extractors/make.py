@@ -18,16 +18,22 @@ def make_extractor(text: str, *, device: torch.device | str, batch: int = 32) ->
 
     batch: images per forward of its network.
     """
+    check_form(text)
     kind, _, path = text.partition("=")
-    if text == "pixels":
-        return PixelFeatures()
-    if kind == "inception" and path:
+    if kind == "inception":
         return InceptionFeatures(path, device=device, batch=batch)
-    if kind == "open_clip" and path:
+    if kind == "open_clip":
         return OpenClipFeatures(path, device=device, batch=batch)
-    if kind == "hf" and path:
+    if kind == "hf":
         return transformers_extractor(path, device=device, batch=batch)
-    raise ValueError(f"extractor {text!r}: expected {FORMS}")
+    return PixelFeatures()
+
+
+def check_form(text: str) -> None:
+    """Raise ValueError if `text` has none of the forms of `make_extractor`. Whether its file is there is not checked."""
+    kind, _, path = text.partition("=")
+    if text != "pixels" and not (kind in ("inception", "open_clip", "hf") and path):
+        raise ValueError(f"extractor {text!r}: expected {FORMS}")
 
 
 def as_clip(extractor: Extractor) -> ClipExtractor:
