@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,6 +100,7 @@ def test_a_preview_that_is_drawn_after_a_kill_is_shown_once(tmp_path: Path, monk
     run.mkdir()
     config = config_of(run, "log={trackers: [tensorboard, wandb]}")
     run_process(config, [2, 4, 6], ahead=0, preview=0, lines=lines)  # killed before the preview of step 6 was drawn
+    time.sleep(1)  # TensorBoard orders files of the same second by process id
     for step in (8, 10):  # both go on from the checkpoint of step 6
         with Trackers(config, step=6, ahead=step - 2, log=lines.append) as sending:
             sending.show(Image.new("RGB", (8, 4), "red"), 6)

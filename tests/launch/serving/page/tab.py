@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from playwright.sync_api import Page
+from playwright.sync_api import Locator, Page
 
 ERROR = "#tim-status .tim-error"
 
@@ -72,6 +72,16 @@ class Tab:
         url = self.page.evaluate("async () => (await timEditor.content())[1]")
         with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
             return np.asarray(image.convert("L"))
+
+
+def put(control: Locator, text: str) -> None:
+    """Type into a control that has just been shown: gradio may set its first value after that, over what was typed."""
+    for _ in range(50):
+        control.fill(text)
+        control.page.wait_for_timeout(500)
+        if control.input_value() == text:
+            return
+    raise AssertionError(f"the control does not keep {text!r}")
 
 
 _FIRST = "(document.querySelector('.tim-card')?.dataset.image ?? '')"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch.sampling.files.image_files import read_settings
-from tests.launch.serving.page.tab import Tab, pixels
+from tests.launch.serving.page.tab import Tab, pixels, put
 
 OpenTab = Callable[..., Tab]
 
@@ -30,7 +30,7 @@ def test_images_have_the_size_and_the_settings_that_were_asked_for(tab: Tab, tmp
 def test_a_size_by_aspect_ratio(tab: Tab, tmp_path: Path) -> None:
     tab.fill("a", width=1, height=1, Steps=1)
     tab.page.get_by_label("Aspect ratio", exact=True).first.check()
-    tab.page.get_by_label("Megapixels", exact=False).fill("0.001")
+    put(tab.page.get_by_label("Megapixels", exact=False), "0.001")
     tab.page.get_by_text("40 × 26 pixels, exactly").wait_for()
     tab.page.get_by_role("button", name="Swap sides").click()
     tab.page.get_by_text("26 × 40 pixels, exactly").wait_for()
@@ -96,7 +96,7 @@ def test_a_comparison(tab: Tab, tmp_path: Path) -> None:
     tab.page.get_by_role("button", name="Compare").click()
     section = tab.page.locator("#tim-comparing")
     for label, text in (("Steps", "1, x"), ("Guidance", "1, 2"), ("Sizes", "12x8, 8x12")):
-        section.get_by_label(label, exact=False).fill(text)
+        put(section.get_by_label(label, exact=False), text)
     assert tab.error("#tim-compare") == "Steps 1,x: 'x' is not a whole number; write for example Steps 1,2,4,8"
     section.get_by_label("Steps", exact=False).fill("1, 2")
     tab.draw("#tim-compare")

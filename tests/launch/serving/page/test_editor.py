@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.launch.serving.page.tab import Tab, pixels
+from tests.launch.serving.page.tab import Tab, pixels, put
 
 CANVAS = "#tim-editor canvas"
 
@@ -74,7 +74,7 @@ def test_outpainting_and_a_result_as_the_next_input(tab: Tab, tmp_path: Path) ->
     tab.fill("a", width=8, height=8, Steps=1)
     opened(tab, tmp_path / "in.png")
     for side, count in (("Left", 4), ("Top", 0), ("Right", 6), ("Bottom", 2)):
-        tab.page.get_by_label(side, exact=True).fill(str(count))
+        put(tab.page.get_by_label(side, exact=True), str(count))
     tab.draw()
     drawn = pixels(tab.downloads(tmp_path)[0])
     assert drawn.shape == (14, 30, 3)
