@@ -9,14 +9,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tim.sampling.requests import ImageRequest, Variation
+from tim.sampling.requests import ImageRequest
 
 Shape = tuple[int, int, int]
 
 
 def initial_noise(request: ImageRequest, shape: Shape) -> Tensor:
     """Noise (C, h, w) of an image. A generator is not moved: the same request has the same noise each time."""
-    return _varied(_normal(shape, _from(request.seed)), request.variation)
+    noise = _normal(shape, _from(request.seed))
+    if request.variation is None:
+        return noise
+    angle = request.variation.share * math.pi / 2  # unit variance at every share
+    return math.cos(angle) * noise + math.sin(angle) * _normal(shape, _from(request.variation.seed))
 
 
 def stochastic_seed(request: ImageRequest, shape: Shape) -> int:
@@ -60,11 +64,3 @@ def _normal(shape: Shape, generator: torch.Generator) -> Tensor:
 
 def _next_seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-
-
-def _varied(noise: Tensor, variation: Variation | None) -> Tensor:
-    if variation is None:
-        return noise
-    angle = variation.share * math.pi / 2  # unit variance at every share
-    other = torch.randn(noise.shape, generator=torch.Generator().manual_seed(variation.seed))
-    return math.cos(angle) * noise + math.sin(angle) * other
