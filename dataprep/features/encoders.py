@@ -77,7 +77,7 @@ class EncodeConfig(SizeLimits):
     @model_validator(mode="after")
     def _check(self) -> EncodeConfig:
         if self.codec is None and self.text is None:
-            raise ValueError("nothing to encode: give a codec, a text encoder or both")
+            raise ValueError("nothing to encode: give a codec, a text encoder or both (--for CONFIG, --codec KIND or --text KIND)")
         if self.teacher is not None and self.codec is None:
             raise ValueError("teacher: its tokens are on the codec's grid: give the codec, too")
         if not self.max_tokens:

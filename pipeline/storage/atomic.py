@@ -16,7 +16,10 @@ WORK, JOB, LOCK = ".work", "job.json", "lock"
 
 @contextmanager
 def publish(path: Path, *, is_private: bool = False) -> Iterator[BinaryIO]:
-    """Write a file atomically: it appears when the block succeeds, and is removed when it raises. Only its owner can read a private one."""
+    """Write a file atomically: it appears when the block succeeds, and is removed when it raises. Only its owner can read a private one.
+
+    An OSError of the block or of the file system, such as a full disk, names the file.
+    """
     temporary = path.with_name(f"{path.name}.{process_name()}{TEMPORARY_SUFFIX}")
     mode = 0o600 if is_private else 0o666  # less the umask
     try:
@@ -25,8 +28,10 @@ def publish(path: Path, *, is_private: bool = False) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.strerror and error.filename is None:
+            error.filename = str(path)
         raise
     fsync_path(path.parent)
 

@@ -49,7 +49,7 @@ class WorkerDied(RuntimeError):
 
 
 class WorkerStuck(RuntimeError):
-    """A worker made no progress within the time limit while it worked on no item, so storage may be the cause."""
+    """A worker made no progress within the time limit while it worked on no item, so storage may be the cause. It is replaced."""
 
 
 Retry = Callable[[Task, WorkerDied], Task]
@@ -147,8 +147,8 @@ class WorkerPool:
     def get(self, number: int) -> Any:
         """Wait for the result of a task, which can be collected once.
 
-        Raises what the task function raised, WorkerDied if the task was given up, and WorkerStuck if a worker makes no progress for
-        `timeout` seconds while it works on no item.
+        Raises what the task function raised, WorkerDied if the task was given up, and WorkerStuck if its worker made no progress for
+        `timeout` seconds while it worked on no item. The pool goes on with the other tasks.
         """
         self._restart_clocks()
         while number not in self._answers:
@@ -156,7 +156,10 @@ class WorkerPool:
         _, value, trace = self._answers.pop(number)
         if trace is None:
             return value
-        raise value from (_RemoteTraceback(trace) if trace else None)
+        try:
+            raise value from (_RemoteTraceback(trace) if trace else None)
+        finally:
+            del value  # whose traceback has this frame, so that both and the callers' locals would stay until the next collection
 
     def map(
         self,
@@ -207,7 +210,7 @@ class WorkerPool:
         self._answers[answer.number] = answer
 
     def _end_if_stuck(self, worker: _Worker) -> None:
-        """Kill a worker that hangs in an item. Raises WorkerStuck if it hangs elsewhere."""
+        """Kill a worker that hangs. If it hangs in no item, the answer to its task is WorkerStuck."""
         assert worker.process
         progress, now = worker.process.progress(), time.monotonic()
         if progress != worker.progress:
@@ -215,20 +218,17 @@ class WorkerPool:
         if self._timeout is None or now - worker.since < self._timeout:
             return
         stuck = f"stuck for {self._timeout:g} s"
-        if progress.item == NO_ITEM:
-            raise WorkerStuck(f"{worker.process.name} has been {stuck}")
-        self._bury(worker, how=f"was {stuck}")
+        if progress.item != NO_ITEM:
+            self._bury(worker, how=f"was {stuck}")
+            return
+        process, (suspect, *others) = self._ended(worker)
+        self._answers[suspect.number] = Answer(suspect.number, WorkerStuck(f"{process.name} has been {stuck}"), "")
+        self._put_back(others)
 
     def _bury(self, worker: _Worker, *, how: str) -> None:
         """Remove a dead or hanging process, and let its tasks be retried."""
-        assert worker.process
-        process, tasks = worker.process, list(worker.sent)
-        process.kill()
-        process.close()
-        worker.process = None
-        worker.sent.clear()
+        process, tasks = self._ended(worker)
         at = process.progress()
-        self._items_of_the_dead += at.items
         current = next((pending for pending in tasks if pending.number == at.task), None)
         suspect = current or tasks[0]
         item = at.item if current else NO_ITEM
@@ -239,6 +239,20 @@ class WorkerPool:
             pending.alone = True
         if not self._may_retry(suspect, death):
             tasks.remove(suspect)
+        self._put_back(tasks)
+
+    def _ended(self, worker: _Worker) -> tuple[WorkerProcess, list[_Pending[Any]]]:
+        """The process of a worker, which is ended, and the tasks that it had."""
+        assert worker.process
+        process, tasks = worker.process, list(worker.sent)
+        process.kill()
+        process.close()
+        self._items_of_the_dead += process.progress().items
+        worker.process = None
+        worker.sent.clear()
+        return process, tasks
+
+    def _put_back(self, tasks: Sequence[_Pending[Any]]) -> None:
         self._unsent = sorted([*tasks, *self._unsent], key=lambda pending: pending.number)
 
     def _may_retry(self, suspect: _Pending[Any], death: WorkerDied) -> bool:

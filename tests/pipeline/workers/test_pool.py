@@ -169,6 +169,15 @@ def test_a_worker_that_hangs_is_killed_and_named() -> None:
         assert list(pool.map(hang, jobs, retry=lambda job, death: replace(job, skip=(*job.skip, death.at)))) == [(), (1,), ()]
         with pytest.raises(WorkerStuck, match=r"worker-\d \(pid \d+\) has been stuck for 1 s"):
             list(pool.map(hang_without_item, [1]))
+        assert list(pool.map(square, [3, 4])) == [9, 16]
+
+
+def test_a_stuck_worker_costs_one_task() -> None:
+    with WorkerPool(1, timeout=1.0, ahead=8) as pool:
+        stuck, *others = [pool.put(hang_without_item, 0), *(pool.put(square, value) for value in (3, 4))]
+        assert [pool.get(number) for number in others] == [9, 16]
+        with pytest.raises(WorkerStuck):
+            pool.get(stuck)
 
 
 def fetch(name: str) -> str:
