@@ -40,15 +40,19 @@ def frechet_subsets(real: Tensor, generated: Tensor) -> Subsets:
         return lambda rows, columns: frechet_distance(real[rows], generated[columns])
     shift = real.mean(0, dtype=torch.float64)  # keeps the inner products small
     first, second = real.double() - shift, generated.double() - shift
-    inner = first @ first.T, first @ second.T, second @ second.T
+    inner, squares = first @ second.T, (first.square().sum(1), second.square().sum(1))
 
     def distance(rows: Tensor, columns: Tensor) -> float:
-        within, across, among = inner[0][rows][:, rows], inner[1][rows][:, columns], inner[2][columns][:, columns]
         n, m = len(rows), len(columns)
-        squared = within.mean() + among.mean() - 2 * across.mean()
-        traces = (within.trace() - n * within.mean()) / (n - 1) + (among.trace() - m * among.mean()) / (m - 1)
+        means = first[rows].mean(0), second[columns].mean(0)
+        variances = (
+            (squares[0][rows].sum() - n * means[0].square().sum()) / (n - 1),
+            (squares[1][columns].sum() - m * means[1].square().sum()) / (m - 1),
+        )
+        across = inner[rows][:, columns]
         centred = across - across.mean(0) - across.mean(1, keepdim=True) + across.mean()
-        return max(float(squared + traces - 2 * _nuclear_norm(centred) / math.sqrt((n - 1) * (m - 1))), 0.0)
+        cross = _nuclear_norm(centred) / math.sqrt((n - 1) * (m - 1))
+        return max(float((means[0] - means[1]).square().sum() + variances[0] + variances[1] - 2 * cross), 0.0)
 
     return distance
 
