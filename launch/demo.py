@@ -26,6 +26,7 @@ from launch.sampling.image_grid import grid
 from launch.training.metrics import read_rows
 from launch.training.planning import make_planner
 from pipeline.planning.summary import plan_summary
+from pipeline.storage.atomic import publish, publish_text
 
 RECIPE = "demo"
 IMAGES = 3000
@@ -69,7 +70,7 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     processes = _processes(config)
     summary = plan_summary(make_planner(config), steps=PLANNED_STEPS, ranks=processes)
     console.line(
-        f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} processes, "
+        f"2/4 plan: {summary['fill']:.1%} fill, {summary['utilisation']:.1%} balance over {processes} process{'es' * (processes != 1)}, "
         f"{summary['samples_per_step']:.0f} images of mixed sizes per step"
     )
 
@@ -82,10 +83,12 @@ def run(out: Path, *, steps: int | None, console: Console) -> None:
     width_by_height = [f"{width}x{height}" for height, width in SIZES]
     labels = [f"{size}: {figure.caption}" for size, figure in zip(width_by_height, _prompts(len(SIZES)), strict=True)]
     paths = {"model": run_dir / "model", "grid": out / "grid.png", "loss": out / "loss.png", "scores": out / "scores.json"}
-    grid(rows, row_labels=labels, column_labels=[f"{n} step{'s' * (n > 1)}" for n in STEPS]).save(paths["grid"])
+    columns = [f"{n} step{'s' * (n > 1)}" for n in STEPS]
+    with publish(paths["grid"]) as stream:
+        grid(rows, row_labels=labels, column_labels=columns).save(stream, format="PNG")
     _plot_loss(run_dir / "metrics.jsonl", paths["loss"])
     data = {"scores": [asdict(score) for score in scores], "prompts": PROMPTS_SCORED, "fill": summary["fill"]}
-    paths["scores"].write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    publish_text(paths["scores"], json.dumps(data, indent=2) + "\n")
     model = str(paths["model"])
     suggestion = own_command(
         "sample", model, "--prompt", NEXT_PROMPT, "--size", NEXT_SIZES, "--steps", "1,8", "--out", str(out / "samples")
@@ -135,10 +138,9 @@ def shortened(steps: int) -> list[str]:
 
 def _draw_and_score(model: Path) -> tuple[list[list[Image.Image]], list[Score]]:
     """Sample the images of the grid (one row per size), and score prompts at all sizes for each number of steps."""
-    from launch.distributed.device import choose_device
     from tim import Generator
 
-    generator = Generator.from_pretrained(model, device=choose_device())
+    generator = Generator.from_pretrained(model)
     requested = _prompts(PROMPTS_SCORED)
     rows: list[list[Image.Image]] = [[] for _ in SIZES]
     scores = []
@@ -201,7 +203,8 @@ def _plot_loss(metrics: Path, target: Path) -> None:
         axes.plot([step for step, _ in points], [value for _, value in points], label=label, linewidth=1)
     axes.set(xlabel="step", ylabel="loss per image (squared error + cosine)", yscale="log")
     axes.legend()
-    figure.savefig(target, dpi=120)
+    with publish(target) as stream:
+        figure.savefig(stream, dpi=120, format="png")
     pyplot.close(figure)
 
 

@@ -24,6 +24,7 @@ from launch.config.schema import Config, ConfigError
 from launch.console import STOPPED, Console
 from launch.distributed import torchrun
 from launch.logs.startup import STARTUP
+from launch.text_tables import count
 from pipeline.storage.atomic import TEMPORARY_SUFFIX
 from pipeline.storage.remote import is_remote
 
@@ -103,24 +104,28 @@ def finetune(
         publish_config(out / FINETUNE_CONFIG, config)
 
     how = "adapters (LoRA)" if lora else "all weights"
-    console.line(f"3/3 train: {how}, {config.train.steps} steps, {images} images, learning rate {config.train.lr:g}")
+    console.line(f"3/3 train: {how}, {count(config.train.steps, 'step')}, {images} images, learning rate {config.train.lr:g}")
     _train(config, out=out, debug=debug)
     return Finetuned(out, out / "model", corpus, images, config.train.steps, _last_row(out))
 
 
 def read_base(name: str) -> Base:
-    """The model in a model folder or a run, or at hf://OWNER/NAME. Raises ValueError if it does not describe itself."""
-    from launch.checkpoints.export import run_config, spec_of
-    from tim.model_folder.folder import is_model_folder, read_spec, weights_file
-    from tim.pretrained import weight_files
+    """The model that `--from` names, a model folder, a run or a checkpoint. Raises ValueError if it does not describe itself."""
+    from launch.checkpoints.model_spec import run_config, spec_of
+    from launch.model_place import locate_model
+    from tim.model_folder.folder import read_spec, weights_file
+    from tim.pretrained.hub import HUB
 
-    is_on_hub = name.startswith(weight_files.HUB)
-    folder = weight_files.local_folder(name) if is_on_hub else Path(name).expanduser()
-    name = name if is_on_hub else os.path.abspath(folder)
-    if (folder / CONFIG).is_file():
-        config = run_config(folder)
-        return Base(name, spec_of(config), config)
-    if not folder.is_dir() or not is_model_folder(folder):
+    try:
+        place = locate_model(name)
+    except ValueError as error:
+        raise ValueError(f"--from {error}") from error
+    folder = place.path
+    name = name if name.startswith(HUB) else os.path.abspath(folder)
+    if place.run is not None:
+        config = run_config(place.run)
+        return Base(name, spec_of(config, step=place.step), config)
+    if place.kind != "folder":
         remedy = "give the folder that `tim export` or a finished run wrote; `tim train RECIPE train.init=FILE` starts from a weight file"
         raise ValueError(f"--from {name}: neither a model folder (config.json) nor a run (config.yaml): {remedy}")
     if weights_file(folder) is None:
@@ -268,7 +273,7 @@ def _prepare(sources: Sequence[str], *, out: Path, console: Console) -> str:
     corpus = out / FINETUNE_CORPUS
     with console.progress() as report:
         counts = prepare(sources, out=corpus, config=PrepareConfig(), workers=torchrun.cores(), progress=report, announce=console.line)
-    rejected = ", ".join(f"{reason} {count}" for reason, count in counts.rejected.items())
+    rejected = ", ".join(f"{reason} {number}" for reason, number in counts.rejected.items())
     console.line(f"    {counts.kept} of {counts.inputs} images kept{f', rejected: {rejected}' if rejected else ''}")
     return os.path.abspath(corpus)
 
@@ -278,9 +283,9 @@ def _count_images(planner: Planner, *, corpus: str) -> int:
     counts = planner.sample_counts
     images = counts["samples"]
     if images < MIN_IMAGES:
-        left_out = ", ".join(f"{reason} {count}" for reason, count in counts["left_out"].items() if count)
+        left_out = ", ".join(f"{reason} {number}" for reason, number in counts["left_out"].items() if number)
         why = f"; left out by the plan: {left_out}" if left_out else "; see report.html in it for the rejected ones"
-        raise ValueError(f"{corpus}: {images} images are too few to fine-tune on, give at least {MIN_IMAGES}{why}")
+        raise ValueError(f"{corpus}: has {count(images, 'image')}, too few to fine-tune on: give at least {MIN_IMAGES}{why}")
     return images
 
 

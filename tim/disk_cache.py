@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -98,6 +98,14 @@ class DiskCache:
         with suppress(OSError):
             os.utime(path)  # most recently used
         return tensors
+
+    def shape(self, name: str, tensor: str) -> tuple[int, ...] | None:
+        """The shape of a tensor of a result, from the header of its file; None if it is not there or damaged."""
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                return tuple(file.get_slice(tensor).get_shape())
+        except (OSError, SafetensorError):
+            return None
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Store a result, replacing a damaged one. Not flushed to the disk: the checksum finds what a crash left incomplete."""

@@ -15,3 +15,9 @@ TeacherKind = Literal["radio", "dinov2", "open_clip"]
 TextKind = Literal["lookup", "open_clip", "hf"]
 TransportKind = Literal["ot_fm", "trigflow", "vp", "ve", "edm"]
 Weighting = Literal["tangent", "none"]
+
+# What a command takes as a model (`launch.model_place.locate_model`), for help and errors.
+MODEL_FORMS = (
+    "a model folder, a run folder, a checkpoint of a run, an export of tim export --official, a weight file, or "
+    "hf://OWNER/NAME[@REVISION][/FOLDER]"
+)

@@ -6,6 +6,8 @@ RUN/evaluations/step-000500/eval.json is written by `tim eval`. Rows of all imag
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ PREFIX = "eval/"  # of columns in metrics.jsonl
 STEP = f"{PREFIX}step"  # column with the step of the evaluated weights
 _ALL = "all"
 _NEEDED = {"metric", "features", "steps", "value", "low", "high", "bin", "better", "images"}
+_NUMBERS = ("steps", "value", "low", "high", "images")
+_NO_NAME = re.compile(r"[^\w.-]+", re.ASCII)  # characters that MLflow does not take in the name of a metric
 
 
 def evaluation_folder(run_dir: Path, step: int) -> Path:
@@ -25,7 +29,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     """Rows of all images in an evaluation's folder; none if it is not finished or cannot be read."""
     try:
         rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["rows"]
-        return [row for row in rows if row.keys() >= _NEEDED and row["bin"] == _ALL]
+        return [row for row in rows if row.keys() >= _NEEDED and row["bin"] == _ALL and all(_is_number(row[name]) for name in _NUMBERS)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
@@ -45,13 +49,17 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         features = f" ({row['features']})" if row["features"] else ""
         name = f"{row['metric']}{features}, {row['better']} is better"
         cells.setdefault(name, {})[row["steps"], row.get("guidance")] = f"{row['value']:.4g} [{row['low']:.4g}, {row['high']:.4g}]"
-    titles = [f"{steps} steps{f', guidance {guidance:g}' if several else ''}" for steps, guidance in settings]
+    titles = [f"{steps} step{'s' * (steps != 1)}{f', guidance {guidance:g}' if several else ''}" for steps, guidance in settings]
     lines = [f"| metric | {' | '.join(titles)} |", f"| --- |{' --- |' * len(titles)}"]
     return [*lines, *(f"| {name} | {' | '.join(of.get(setting, '') for setting in settings)} |" for name, of in cells.items())]
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _name(row: Mapping[str, Any]) -> str:
-    features = str(row["features"]).replace("/", "-").replace(" ", "-")
+    features = _NO_NAME.sub("-", str(row["features"])).strip("-")
     return f"{row['metric']}{f'_{features}' if features else ''}"
 
 

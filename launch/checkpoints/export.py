@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,8 +19,10 @@ from launch.checkpoints.finetuned import adapter
 from launch.checkpoints.initial_weights import run_weights
 from launch.checkpoints.model_card import model_card
 from launch.checkpoints.model_spec import finished_model, is_model, run_config, spec_of
+from launch.model_place import locate_model
 from tim import transports
-from tim.model_folder.folder import Contents, ModelSpec, is_model_folder, save_model, weights_file, write_folder
+from tim.model_folder.folder import Contents, ModelSpec, save_model, weights_file, write_folder
+from tim.model_folder.replacing import FolderInUseError
 from tim.model_kinds import Dtype
 from tim.pretrained.official import NETWORK_FILE, OURS, published_config
 from tim.pretrained.safetensors_files import MAX_SHARD_BYTES, LazyTensors
@@ -90,7 +94,8 @@ def export(
         write_folder(out, contents)
     else:
         home = run if out.resolve().is_relative_to(run.resolve()) else None
-        save_model(out, weights, spec, home=home, copy_models=with_models, layout=layout, card=card, max_shard_bytes=max_shard_bytes)
+        settings = {"home": home, "copy_models": with_models, "layout": layout, "max_shard_bytes": max_shard_bytes}
+        save_model(out, weights, spec, card=card, step=found.metadata.step, **settings)
     return Exported(folder=out, step=found.metadata.step, ema=ema is not False, parameters=parameters, notes=tuple(notes))
 
 
@@ -132,33 +137,49 @@ def _published(spec: ModelSpec) -> dict[str, Any]:
     return {**published, OURS: ours}
 
 
-def model_folder(path: Path, *, log: Callable[[str], None]) -> Path:
-    """Model folder for a path: the path itself, a run's `model/`, or the run's newest checkpoint, exported once to `RUN/exports/`.
+def model_folder(name: str | Path, *, log: Callable[[str], None]) -> Path:
+    """The model folder that a name leads to: itself, or of a run its `model/` or its newest checkpoint, or a checkpoint, exported once to
+    `RUN/exports/`.
 
-    Raises:
-        ValueError: `path` is neither a model folder nor a run with a checkpoint.
+    Raises ValueError if it is none of these, or if there is no such checkpoint.
     """
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; give a model folder or a run folder")
-    if is_model_folder(path):
-        return path
-    if not (path / "config.yaml").is_file():
-        raise ValueError(f"{path}: neither a model folder (config.json) nor a run folder (config.yaml)")
-    if (finished := finished_model(path)) is not None:
+    place = locate_model(name)
+    run = place.run
+    if run is None and place.kind != "folder":
+        raise ValueError(f"{name}: neither a model folder (config.json) nor a run folder (config.yaml)")
+    if run is None:
+        return place.path
+    if place.kind == "run" and (finished := finished_model(run)) is not None:
         log(f"model: {finished}")
         return finished
 
     from launch.checkpoints import checkpoint
 
-    found = checkpoint.find(path)
+    found = checkpoint.find(run, step=place.step)
     for problem in found.skipped:
         log(f"skipped damaged checkpoint: {problem}")
-    folder = path / "exports" / found.folder.name
+    folder = run / "exports" / found.folder.name
     if not is_model(folder):
         log(f"exporting {found.folder}")
-        export(path, out=folder, step=found.metadata.step)
+    while not is_model(folder):
+        with suppress(FolderInUseError):  # another process exports it, too
+            export(run, out=folder, step=found.metadata.step)
+            break
+        time.sleep(1)
     log(f"model: {folder}")
     return folder
+
+
+def run_of(name: str | Path, *, step: int | None) -> tuple[Path, int | None]:
+    """The run folder and the step to export, None for the newest. name: a run folder, or a checkpoint. Raises ValueError for others."""
+    place = locate_model(name)
+    if place.run is None:
+        is_model_of_run = place.path.absolute().name == "model" and (place.path.absolute().parent / "config.yaml").is_file()
+        remedy = f"give the run, {place.path.absolute().parent}" if is_model_of_run else "give a run folder, or a checkpoint of a run"
+        raise ValueError(f"{name}: has no checkpoints to export: {remedy}")
+    if step is not None and place.step not in (None, step):
+        raise ValueError(f"--step {step}: {name} is another step; leave it out, or give the run folder")
+    return place.run, step if place.step is None else place.step
 
 
 def check_target(out: Path, *, layout: Layout = "own") -> None:

@@ -9,11 +9,12 @@ from launch.checkpoints import checkpoint
 from launch.checkpoints.checkpoint import Checkpoint, read_trainer_state
 from launch.checkpoints.finetuned.base import recorded_base
 from launch.checkpoints.history import History, Initial
-from launch.checkpoints.initial_weights import differences, fill, load_weights, local
+from launch.checkpoints.initial_weights import differences, fill, load_weights
 from launch.checkpoints.model_spec import run_config, spec_of
 from launch.config.schema import Config, ConfigError
+from launch.model_place import locate_model
 from tim import TransitionTransformer
-from tim.model_folder.folder import ModelSpec, is_model_folder, read_spec, weights_file
+from tim.model_folder.folder import ModelSpec, read_spec, weights_file
 from tim.pretrained import weight_files
 
 
@@ -28,7 +29,7 @@ def load_initial(network: TransitionTransformer, config: Config, *, found: Check
     if path is None:
         return None
     try:
-        weights = load_weights(_recorded_source(found, path=path) or local(path))
+        weights = load_weights(_recorded_source(found, path=path) or path)
     except ValueError as error:
         raise ConfigError(f"train.init: {error}") from error
     given, matching = fill(network, weights, config)
@@ -56,7 +57,7 @@ def context_differences(config: Config) -> list[str]:
 
     Compares rotary layout and network (rejected with `train.init_strict`), codec, text encoder and transport.
     """
-    spec = None if config.train.init is None else _spec(local(config.train.init))
+    spec = None if config.train.init is None else _spec(config.train.init)
     if spec is None:
         return []
     current = spec_of(config)
@@ -76,9 +77,9 @@ def _digest(source: Path) -> str:
     return weight_files.digest(source)
 
 
-def _spec(path: Path) -> ModelSpec | None:
+def _spec(name: str) -> ModelSpec | None:
     """Model specification of a run or a model folder; None for published weights. Raises ValueError if it is damaged."""
-    run = path.parents[1] if path.parent.name == "checkpoints" else path
-    if (run / "config.yaml").is_file():
-        return spec_of(run_config(run))
-    return read_spec(path) if is_model_folder(path) else None
+    place = locate_model(name)
+    if place.run is not None:
+        return spec_of(run_config(place.run))
+    return read_spec(place.path) if place.kind == "folder" else None

@@ -19,18 +19,18 @@ from launch.checkpoints.finetuned.merge import merged
 from launch.checkpoints.history import MAX_NAMED
 from launch.checkpoints.model_spec import finished_model, run_config
 from launch.config.schema import Config, ConfigError
+from launch.model_place import locate_model
 from pipeline.errors import one_line
 from tim import TransitionTransformer
-from tim.model_folder.folder import is_model_folder, read_spec
 from tim.model_folder.folder import load_weights as folder_weights
+from tim.model_folder.folder import read_spec
+from tim.model_kinds import MODEL_FORMS
 from tim.network import PROJECTOR
-from tim.pretrained import weight_files
 from tim.pretrained.official import NETWORK_FILE, OURS, WEIGHTS, network_description, read_weights
 from tim.pretrained.safetensors_files import INDEX, LazyTensors, check_files
 
 ROPE_OF_PUBLISHED = "legacy"
 _NOT_COMPARED = ("input_size", "projector_dim", "encoder_depth", "z_dim", "class_dropout_prob", "lora_hidden_size")  # visible in the shapes
-KINDS = f"a model folder, a run, an official export ({NETWORK_FILE} and weights), or a {', '.join(WEIGHTS)} file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,28 +50,22 @@ class InitialWeights:
 def load_weights(path: str | Path, *, ema: bool = True) -> InitialWeights:
     """Load the weights of a trained network.
 
-    For a run, load its `model/`, or its newest intact checkpoint (with `ema`, the average) if that was saved later. Without `ema`, load
-    the checkpoint if there is one. A folder RUN/checkpoints/step-000500 gives that step.
+    path: as `locate_model` takes it. For a run, load its `model/`, or its newest intact checkpoint (with `ema`, the average) if that was
+    saved later. Without `ema`, load the checkpoint if there is one. A folder RUN/checkpoints/step-000500 gives that step.
 
     Raises ValueError naming the path if it is none of these, or damaged.
     """
-    path = Path(path)
-    if path.is_file() and path.suffix in WEIGHTS:
-        return InitialWeights(path, read_weights(path), None, None)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder or weight file; give {KINDS}")
-    if is_model_folder(path):
-        return _load_model_folder(path)
-    if (path / "config.yaml").is_file():
-        return _load_run(path, step=None, ema=ema)
-    if path.parent.name == "checkpoints" and (path.parents[1] / "config.yaml").is_file():
-        return _load_run(path.parents[1], step=_step(path), ema=ema)
-    found = weights_file(path)
-    if not (path / NETWORK_FILE).is_file():
+    place = locate_model(path)
+    if place.kind == "folder":
+        return _load_model_folder(place.path)
+    if place.run is not None:
+        return _load_run(place.run, step=place.step, ema=ema)
+    found = weights_file(place.path) if place.path.is_dir() else place.path
+    if place.kind == "weights":
         return InitialWeights(found, read_weights(found), None, None)
-    content = read_network_file(path)
+    content = read_network_file(place.path)
     params, _ = network_description(content)
-    check_files(path, (content.get(OURS) or {}).get("files", {}), source=NETWORK_FILE)
+    check_files(place.path, (content.get(OURS) or {}).get("files", {}), source=NETWORK_FILE)
     return InitialWeights(found, read_weights(found), params, (content.get(OURS) or {}).get("rope", ROPE_OF_PUBLISHED))
 
 
@@ -92,18 +86,13 @@ def fill(network: TransitionTransformer, found: InitialWeights, config: Config) 
     return given, matching
 
 
-def local(name: str) -> Path:
-    """The folder or file of `train.init`. Downloads hub addresses."""
-    return weight_files.local_folder(name) if name.startswith(weight_files.HUB) else Path(name)
-
-
 def base_network(config: Config, *, source: str | None = None) -> TransitionTransformer:
     """The network that a run begins with: from the seed, with the weights of `train.init`, or of `source`. Raises ValueError."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True), rope=config.network.rope)
     if (path := source or config.train.init) is not None:
-        fill(network, load_weights(local(path)), config)
+        fill(network, load_weights(path), config)
     return network
 
 
@@ -129,7 +118,7 @@ def weights_file(folder: Path) -> Path:
     found = sorted(file for file in folder.iterdir() if file.suffix in WEIGHTS and file.is_file())
     preferred = [file for file in found if file.name == "model.safetensors"] or found
     if not preferred:
-        raise ValueError(f"{folder}: not a model folder or a run folder, and has no weight file; give {KINDS}")
+        raise ValueError(f"{folder}: not a model folder or a run folder, and has no weight file; give {MODEL_FORMS}")
     if len(preferred) > 1:
         raise ValueError(f"{folder}: holds {', '.join(file.name for file in preferred[:3])}: give the path of one file")
     return preferred[0]
@@ -159,13 +148,6 @@ def _load_run(run: Path, *, step: int | None, ema: bool) -> InitialWeights:
     found = checkpoint.find(run, step=step)
     state = run_weights(config, found, ema=ema).all()
     return InitialWeights(found.folder, state, network.params.model_dump(exclude_none=True), network.rope)
-
-
-def _step(folder: Path) -> int:
-    number = folder.name.removeprefix("step-")
-    if not number.isdecimal():
-        raise ValueError(f"{folder}: not a checkpoint; give RUN/checkpoints/step-000500")
-    return int(number)
 
 
 def _load_strictly(network: TransitionTransformer, weights: dict[str, Tensor], *, found: InitialWeights, config: Config) -> None:

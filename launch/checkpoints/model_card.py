@@ -80,7 +80,10 @@ def _evaluation(found: Checkpoint) -> list[str]:
     if not rows:
         return []
     images = max(row["images"] for row in rows)
-    about = f"By `tim eval`, averaged weights, {images:,} images for each number of steps; in brackets 95 % intervals."
+    about = (
+        f"By `tim eval`, averaged weights, {images:,} images for each number of steps; in brackets 95 % intervals. "
+        "Compare distances only with those of as many images of the same corpus."
+    )
     return ["## Evaluation", "", about, "", *table(rows), ""]
 
 

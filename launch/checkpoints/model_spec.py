@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from launch.checkpoints.checkpoint import LATEST
+from launch.checkpoints.checkpoint import LATEST, step_folder
 from launch.config.load import load_config
 from launch.config.schema import Config, TextConfig
-from tim.model_folder.folder import ModelSpec, is_model_folder, weights_file
+from tim.model_folder.folder import ModelSpec, is_model_folder, training_step, weights_file
 from tim.pretrained.weight_files import HUB
 
 PUBLISHED_GUIDANCE = 2.5
@@ -58,11 +58,12 @@ def run_config(run: Path) -> Config:
 
 
 def finished_model(run: Path) -> Path | None:
-    """RUN/model, unless the run has none or has saved a checkpoint since."""
+    """RUN/model, unless the run has none or has saved another checkpoint since. Raises ValueError if it is damaged."""
     model, latest = run / "model", run / LATEST
     if not is_model(model):
         return None
-    return None if latest.is_file() and latest.stat().st_mtime > (model / "config.json").stat().st_mtime else model
+    is_newest = not latest.is_file() or latest.read_text().strip() == step_folder(run, training_step(model) or 0).name
+    return model if is_newest else None
 
 
 def is_model(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Device of this process: a CUDA device if one is visible, else the CPU."""
+"""Device of a process that trains: a CUDA device if one is visible, else the CPU."""
 
 from __future__ import annotations
 
@@ -10,27 +10,15 @@ import torch
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
-def choose_device(index: int = 0, *, keep_freed: bool = True) -> torch.device:
-    """CUDA device `index` of this machine, or the CPU.
+def training_device(index: int = 0) -> torch.device:
+    """CUDA device `index` of this machine, or the CPU, whose freed memory the process then keeps.
 
-    keep_freed: whether the process keeps memory that is freed on the CPU. Training is faster with it; of large images that are drawn one
-    after the other, the fragments would add up.
+    Sampling does not keep it: of large images that are drawn one after the other, the fragments would add up.
     """
     if torch.cuda.is_available():
         return torch.device("cuda", index)
-    if keep_freed:
-        _keep_freed_memory()
+    _keep_freed_memory()
     return torch.device("cpu")
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of `--device NAME`. Raises ValueError for one that this machine does not have."""
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: not a device of this machine; give cpu, cuda or cuda:N") from error
-    return device
 
 
 def _keep_freed_memory() -> None:

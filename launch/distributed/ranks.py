@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 
-from launch.distributed.device import choose_device
+from launch.distributed.device import training_device
 from launch.distributed.heartbeat import HEARTBEAT
 
 Result = TypeVar("Result")
@@ -129,7 +129,7 @@ def process_group(*, timeout: timedelta = GROUP_TIMEOUT) -> Iterator[Ranks]:
 
     Uses NCCL if a GPU is visible, else gloo. The group is destroyed even if the body fails, because ZeRO-3 aborts otherwise.
     """
-    device = choose_device(int(os.environ.get("LOCAL_RANK", "0")))
+    device = training_device(int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ["DS_ACCELERATOR"] = device.type  # read by DeepSpeed

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch.distributed.heartbeat import DUMP_SIGNAL, RankState, stacks_path
+from pipeline.storage.atomic import publish_text
 
 FOLDER = "stacks"
 _NCCL_PREFIX = "nccl-rank-"
@@ -32,7 +33,7 @@ def write_stacks(run_dir: Path, states: Iterable[RankState], *, nccl: Path | Non
     stacks = {state.rank: _py_spy(state.pid) or _faulthandler(run_dir, state) for state in states}
     for rank, text in stacks.items():
         reason = "no stacks: py-spy is not installed or may not read this process, and the process did not answer a signal\n"
-        (folder / f"rank-{rank:05d}.txt").write_text(text or reason, encoding="utf-8")
+        publish_text(folder / f"rank-{rank:05d}.txt", text or reason)
     if nccl is not None:
         _collect_nccl(nccl, folder)
     return folder, {rank: text for rank, text in stacks.items() if text}

@@ -15,12 +15,13 @@ import torch
 from launch.checkpoints import checkpoint
 from launch.checkpoints.run_folder import CONFIG, changes_on_resume
 from launch.config.schema import Config
-from launch.distributed.device import choose_device
+from launch.distributed.device import training_device
 from launch.distributed.ranks import Ranks
 from launch.engine.optimizers import check_available
 from launch.estimate.estimate import Setting, Situation, setting_of, work_of
 from launch.estimate.initial_header import check_initial
 from launch.hardware.devices import Device
+from launch.text_tables import count
 from launch.training.build import execution, make_loader
 from launch.training.checks import cached_parts, check_models
 from launch.training.planning import make_planner
@@ -68,7 +69,7 @@ class DryRun:
 
 def dry_run(config: Config, *, ranks: int = 1) -> DryRun:
     """Check a run of so many ranks."""
-    device = choose_device()
+    device = training_device()
     checks = [
         _check("config", lambda: f"{config.train.steps:,} steps, ZeRO {config.train.zero}, {config.train.precision}"),
         _run_folder(config),
@@ -142,8 +143,8 @@ def _data(config: Config, *, ranks: int) -> Iterator[Check]:
     except (ValueError, OSError) as error:
         yield Check("plan", "problem", one_line(error, limit=500))
         return
-    images = f"{step.images} images in {len(step.packs)} packs, {step.fill:.0%} full"
-    yield Check("plan", "ok", f"{len(planner.shards)} shards, first step: {images}")
+    images = f"{count(step.images, 'image')} in {count(len(step.packs), 'pack')}, {step.fill:.0%} full"
+    yield Check("plan", "ok", f"{count(len(planner.shards), 'shard')}, first step: {images}")
 
     def read() -> str:
         with_models = "latents" not in cached_parts(config)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,8 @@ from launch.checkpoints import checkpoint
 from launch.checkpoints.finetuned.base import recorded_base
 from launch.checkpoints.initial_weights import weights_file
 from launch.checkpoints.model_spec import finished_model, run_config
-from launch.checkpoints.run_folder import CONFIG
 from launch.config.schema import Config, ConfigError
+from launch.model_place import locate_model
 from tim import TransitionTransformer
 from tim.model_folder import folder as model_folder
 from tim.pretrained import weight_files
@@ -31,7 +29,7 @@ def check_initial(config: Config) -> str:
         return f"{path}: downloaded and checked when the run starts"
     network = _network(config)
     try:
-        given = _header(Path(path))
+        given = _header(path)
         if config.train.init_strict:
             network.load_official(given)
             return f"{path}: {len(given)} tensors, all as in the network"
@@ -50,20 +48,18 @@ def _network(config: Config) -> TransitionTransformer:
         return TransitionTransformer.from_official(config.network.params.model_dump(exclude_none=True), rope=config.network.rope)
 
 
-def _header(path: Path) -> dict[str, Tensor]:
+def _header(name: str) -> dict[str, Tensor]:
     """Tensors without values of a weight file, a model folder, a run or a checkpoint."""
-    if path.is_file():
-        return read_header(path)
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder or weight file")
-    run = path.parents[1] if path.parent.name == checkpoint.CHECKPOINTS else path
-    finished = finished_model(run) if run == path else None
-    if (run / CONFIG).is_file() and finished is None:
-        found = checkpoint.find(run, step=None if run == path else int(path.name.removeprefix("step-")))
+    place = locate_model(name)
+    finished = finished_model(place.path) if place.kind == "run" else None
+    if place.run is not None and finished is None:
+        found = checkpoint.find(place.run, step=place.step)
         if recorded_base(found.folder) is not None:  # which holds a part of the weights only
-            return _network(run_config(run)).state_dict()
+            return _network(run_config(place.run)).state_dict()
         return {name: torch.empty(shape, device="meta") for name, shape in found.pieces("ema").shapes.items()}
-    folder = finished or path
+    folder = finished or place.path
+    if folder.is_file():
+        return read_header(folder)
     file = model_folder.weights_file(folder) if model_folder.is_model_folder(folder) else weights_file(folder)
     if file is None:
         raise ValueError(f"{folder}: a model folder without weights: copy the whole folder again")

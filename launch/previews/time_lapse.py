@@ -75,9 +75,9 @@ def _with_changes(config: Config, changes: dict[str, object]) -> Config:
 
 def _draw(run: Path, config: Config, steps: Sequence[int], *, frames: dict[int, Image.Image], keep: bool, console: Console) -> list[int]:
     """Draw the frames of `steps` from the averaged weights of their checkpoints. `keep`: as previews of the run. Returns the steps."""
-    from launch.distributed.device import choose_device
     from launch.sampling.model_source import make_generator
     from tim.model_folder.folder import load_model
+    from tim.sampling.sources import choose_device
 
     cells, section = cells_of(config.preview), config.preview
     device, generator = choose_device(), None

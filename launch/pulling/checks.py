@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.digests import file_digest
 from tim import TransitionTransformer, codecs
-from tim.model_folder.folder import ModelSpec
+from tim.model_folder.folder import ModelSpec, is_model_folder, is_pulled, read_spec
 from tim.network import PROJECTOR
-from tim.pretrained import weight_files
-from tim.pretrained.headers import read_header
 from tim.pretrained.safetensors_files import LazyTensors
 from tim.text import encoders
 
@@ -58,7 +57,7 @@ def check_codec(spec: ModelSpec) -> None:
 
 
 def check_text(spec: ModelSpec) -> None:
-    """Raise ValueError unless the text encoder has the network's width, readable weights and a usable tokenizer."""
+    """Raise ValueError unless the text encoder has the network's width, all weights of its config and a usable tokenizer."""
     text = spec.text
     if text is None or text.get("path") is None:
         return
@@ -66,9 +65,31 @@ def check_text(spec: ModelSpec) -> None:
     width, needed = encoders.width(kind, path), spec.network["cap_feat_dim"]
     if width != needed:
         raise ValueError(f"--text {path}: its features have width {width}, the network takes {needed}: give the encoder of its training")
-    if kind == "hf":
-        read_header(weight_files.weights_file(encoders.location(kind, path), stem="model", pickle_stem="pytorch_model"))
+    encoders.check_weights(kind, path)
     encoders.tokenizer(kind, path, tokenizer_path=text.get("tokenizer"), max_tokens=text["max_tokens"])
+
+
+def check_older(out: Path, spec: ModelSpec) -> None:
+    """Raise ValueError if `out` is a model folder that `tim pull` did not write, or one of another network."""
+    if not is_model_folder(out):
+        return
+    remedy = "give another --out, or remove the folder first"
+    if not is_pulled(out):
+        raise ValueError(f"--out {out}: holds a model that `tim pull` did not write: {remedy}")
+    found = read_spec(out)
+    for name, before, now in (
+        ("network", *(_without_teacher(each.network) for each in (found, spec))),
+        ("rotary layout", found.rope, spec.rope),
+        ("codec", found.codec["kind"], spec.codec["kind"]),
+        ("text encoder", *((each.text or {}).get("kind") for each in (found, spec))),
+    ):
+        if before != now:
+            raise ValueError(f"--out {out}: holds the model of another recipe, which has another {name}: {remedy}")
+
+
+def _without_teacher(network: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's parameters without the projection for the alignment teacher, which published weights may lack."""
+    return {name: value for name, value in network.items() if name not in ("z_dim", "projector_dim", "encoder_depth")}
 
 
 def check_digests(expected: Mapping[str, str], files: Sequence[Path]) -> None:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.checkpoints.initial_weights import weights_file
 from pipeline.progress import Progress
+from tim.model_folder.location import local_model
 from tim.pretrained import hub, weight_files
 from tim.pretrained.hub import Address
 from tim.pretrained.official import WEIGHTS
-from tim.pretrained.safetensors_files import INDEX
+from tim.pretrained.safetensors_files import INDEX, read_index
+from tim.pretrained.weight_files import Location
 
 MEGABYTE = 10**6
 TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # folders of a pipeline
@@ -36,11 +39,12 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """Files of a hub part: `address` at a commit, with the folder or file that is the part; bytes by path in the repository."""
+    """Files of a hub part: `address` at a commit, with the folder or file that is the part; bytes and digests by path in the repository."""
 
     part: Part
     address: Address
     sizes: Mapping[str, int]
+    digests: Mapping[str, str]
 
     @property
     def missing(self) -> dict[str, int]:
@@ -61,7 +65,8 @@ def plan(part: Part) -> Download | None:
     except ValueError as error:
         raise ValueError(f"{part.option} {error}") from error
     inside, names = _network_files(part, address, listed.sizes) if part.is_network else _model_files(part, address, listed.sizes)
-    return Download(part, Address(address.repository, listed.commit, inside), {name: listed.sizes[name] for name in names})
+    sizes = {name: listed.sizes[name] for name in names}
+    return Download(part, Address(address.repository, listed.commit, inside), sizes, listed.digests)
 
 
 def fetch(planned: Download, *, done: int, total: int, report: Progress) -> Path:
@@ -72,7 +77,8 @@ def fetch(planned: Download, *, done: int, total: int, report: Progress) -> Path
     missing, root = planned.missing, Path()
     for path in planned.sizes:
         try:
-            file = _checked(planned.address, path, bar=_bar(report, done=done, total=total, note=path))
+            bar = _bar(report, done=done, total=total, note=path)
+            file = _checked(planned.address, path, stated=planned.digests.get(path), bar=bar)
         except ValueError as error:
             raise ValueError(f"{planned.part.option} {error}") from error
         done += missing.get(path, 0)
@@ -82,12 +88,12 @@ def fetch(planned: Download, *, done: int, total: int, report: Progress) -> Path
     return root / planned.address.inside
 
 
-def _checked(address: Address, path: str, *, bar: Any) -> Path:
+def _checked(address: Address, path: str, *, stated: str | None, bar: Any) -> Path:
     """A file that matches the hub's digest. One that does not is downloaded once more."""
     file = hub.download(address, path, bar=bar)
-    if hub.is_damaged(file):
+    if hub.is_damaged(file, stated=stated):
         file = hub.download(address, path, again=True)
-    if hub.is_damaged(file):
+    if hub.is_damaged(file, stated=stated):
         raise ValueError(f"{address}: {path} does not match the hub's digest, twice: run the same command later")
     return file
 
@@ -96,13 +102,36 @@ def fetch_cached(part: Part) -> Path:
     """The local path of a part that can only be in the cache. Raises ValueError naming the option if it is not there."""
     try:
         if part.is_network:
-            address = hub.parse(part.path)
-            return hub.download(address, address.inside)
-        found = weight_files.locate(part.path, parts=part.folders)
+            found = Location(local_model(part.path), None)
+            files = network_files(found.folder)
+        else:
+            found = weight_files.locate(part.path, parts=part.folders)
+            files = weight_files.files(found)
+        for file in files:
+            if hub.is_damaged(file):
+                raise ValueError(f"{file}: does not match the hub's digest: remove it, and download it again with a network")
         return found.file or found.folder
     except ValueError as error:
         what = "FILE, which you downloaded elsewhere" if part.is_network else "FOLDER, which you downloaded elsewhere"
         raise ValueError(f"{part.option} {error}: {part.option} {what}") from error
+
+
+def network_files(path: Path) -> list[Path]:
+    """The weights file of a network, or an index and its shards. Raises ValueError."""
+    return [path, *sorted(set(read_index(path).values()))] if path.name.endswith(INDEX) else [path]
+
+
+def given_files(part: Part) -> list[Path]:
+    """The files of a part that is on this machine. Raises ValueError naming the option."""
+    try:
+        if not part.is_network:
+            return weight_files.files(weight_files.locate(part.path, parts=part.folders))
+        path = Path(part.path)
+        if not path.exists():
+            raise ValueError(f"{path}: no such file")
+        return network_files(weights_file(path) if path.is_dir() else path)
+    except ValueError as error:
+        raise ValueError(f"{part.option} {error}") from error
 
 
 def check_space(needed: Iterable[tuple[Path, int]]) -> None:

@@ -69,10 +69,11 @@ def pull(recipe: str, *, out: Path, given: Given, console: Console) -> Pulled:
     """
     check_target(out)
     wanted = _wanted_parts(recipe, given=given)
-    spec = _spec(recipe, wanted)
     planned = {name: downloads.plan(part) for name, part in wanted.items() if part.path.startswith(HUB)}
     online = [each for each in planned.values() if each is not None]
     _check_space(wanted, online, out=out)
+    spec = _spec(recipe, wanted)
+    checks.check_older(out, spec)
     local = _fetched(wanted, planned, console=console)
 
     source = _weights(local["network"])
@@ -153,10 +154,9 @@ def _with_paths(spec: ModelSpec, local: Mapping[str, Path]) -> ModelSpec:
 
 
 def _check_space(wanted: Mapping[str, Part], online: Sequence[Download], *, out: Path) -> None:
-    """Raise ValueError if there is no room for the downloads and the folder."""
+    """Raise ValueError if there is no room for the downloads and the folder, or if a part on this machine is missing."""
     missing = sum(sum(each.missing.values()) for each in online)
-    given = [Path(part.path) for part in wanted.values() if not part.path.startswith(HUB)]
-    files = [file for path in given for file in ([path] if path.is_file() else path.glob("*")) if file.is_file()]
+    files = [file for part in wanted.values() if not part.path.startswith(HUB) for file in downloads.given_files(part)]
     copied = sum(file.stat().st_size for file in files) + sum(sum(each.sizes.values()) for each in online)
     downloads.check_space([(hub.cache_folder(), missing), (out, copied)])
 
@@ -194,7 +194,8 @@ def _files(spec: ModelSpec, source: Path) -> dict[str, list[Path]]:
     """The files of each part."""
     _, _, models = paths.copied(spec.codec, spec.text, folders=paths.FOLDERS, up="")
     names: dict[str, str] = dict(zip(paths.FOLDERS, ("codec", "text", "tokenizer"), strict=True))
-    return {"network": [source], **{names[folder]: weight_files.files(location) for folder, location in models.items()}}
+    others = {names[folder]: weight_files.files(location) for folder, location in models.items()}
+    return {"network": downloads.network_files(source), **others}
 
 
 def _source(name: str, part: Part, files: Sequence[Path]) -> dict[str, Any]:

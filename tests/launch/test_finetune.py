@@ -160,7 +160,10 @@ def test_what_cannot_work_is_said_before_the_work(photos: Path, demo_model: Path
     def attempt(*arguments: object, base: object = demo_model, out: object = tmp_path / "run", images: object = photos):
         return tim("finetune", images, "--from", base, "--out", out, *arguments)
 
-    refused(attempt(base=tmp_path / "nothing"), "--from .*nothing: neither a model folder .* nor a run .*tim train RECIPE train.init=FILE")
+    refused(
+        attempt(base=tmp_path / "nothing"), "--from .*nothing: no such folder or weight file; give a model folder, .* or hf://OWNER/NAME"
+    )
+    refused(attempt(base=photos), "--from .*: neither a model folder .* nor a run .*tim train RECIPE train.init=FILE")
     refused(attempt("train.lrr=1"), "command line: train.lrr: .*train.lr")
     refused(attempt("corpus=x"), "corpus: `tim finetune` sets it")
     assert not (tmp_path / "run").exists()
@@ -194,7 +197,7 @@ def test_what_cannot_work_is_said_before_the_work(photos: Path, demo_model: Path
         (tmp_path / "bare" / f"{number}.txt").write_text(f"colour {number}")
     few = attempt(images=tmp_path / "bare", out=tmp_path / "few_run")
     assert few.code == 2
-    assert "2 images are too few to fine-tune on, give at least 3; see report.html" in few.err.splitlines()[-1]
+    assert "has 2 images, too few to fine-tune on: give at least 3; see report.html" in few.err.splitlines()[-1]
 
 
 def test_defaults_follow_from_the_model_and_the_images(tmp_path: Path) -> None:

@@ -64,13 +64,14 @@ PUBLISHED: dict[str, dict[str, Any]] = {  # architectures, by class; what is lef
 def geometry(kind: str, path: str | Path | None = None, *, channels: int | None = None) -> Geometry:
     """The geometry of a codec. channels: of pixel.
 
-    Raises ValueError for an unknown kind, and if it needs weights that are missing or do not match.
+    Of a codec on the hub, its config.json is downloaded if it has one. Raises ValueError for an unknown kind, and if it needs weights that
+    are missing or do not match.
     """
     if kind == "pixel" and channels is not None:
         return Geometry(1, channels)
     if kind in GEOMETRIES:
         return GEOMETRIES[kind]
-    source = location(kind, path)
+    source = location(kind, path, only_config=True)
     return _config_geometry(_config(source, kind=kind), source, kind=kind)
 
 
@@ -127,13 +128,13 @@ def digest(path: str | Path) -> str:
     return weight_files.digest(path, parts=PARTS)
 
 
-def location(kind: str, path: str | Path | None) -> Location:
-    """Location of a codec's weights. Raises ValueError like `weights_folder`."""
+def location(kind: str, path: str | Path | None, *, only_config: bool = False) -> Location:
+    """Location of a codec's weights; with `only_config`, those of a hub are not downloaded. Raises ValueError like `weights_folder`."""
     if kind not in CODECS:
         raise ValueError(f"unknown codec {kind!r}: choose one of {', '.join(CODECS)}")
     if path is None:
         raise ValueError(f"codec {kind} needs its weights: give its path, a folder that diffusers reads or hf://OWNER/NAME")
-    return weight_files.locate(path, parts=PARTS)
+    return weight_files.locate_config(path, parts=PARTS) if only_config else weight_files.locate(path, parts=PARTS)
 
 
 def _config(source: Location, *, kind: str) -> dict[str, Any]:

@@ -70,16 +70,22 @@ class TransitionPipeline(DiffusionPipeline):
     def save_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, save_directory: str | os.PathLike[str], **kwargs: Any
     ) -> None:
-        """Write a folder in diffusers' layout, with copies of codec and text encoder. Raises ValueError for other arguments."""
+        """Write a folder in diffusers' layout, with copies of codec and text encoder: complete, or not at all. An older one is replaced.
+
+        Raises ValueError for other arguments.
+        """
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: TransitionPipeline.save_pretrained takes a folder only")
         folder, generator = Path(save_directory), self.generator
         weights = {name: value.detach().cpu() for name, value in generator.network.state_dict().items()}
-        save_model(folder, weights, generator.spec, layout="diffusers", copy_models=True)
-        self.scheduler.save_pretrained(folder / SCHEDULER)
-        index = json.loads((folder / PIPELINE).read_text(encoding="utf-8"))
-        index[SCHEDULER] = ["diffusers", type(self.scheduler).__name__]
-        (folder / PIPELINE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+        def add_scheduler(partial: Path) -> None:
+            self.scheduler.save_pretrained(partial / SCHEDULER)
+            index = json.loads((partial / PIPELINE).read_text(encoding="utf-8"))
+            index[SCHEDULER] = ["diffusers", type(self.scheduler).__name__]
+            (partial / PIPELINE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+        save_model(folder, weights, generator.spec, layout="diffusers", copy_models=True, complete=add_scheduler)
 
     def to(self, *args: Any, **kwargs: Any) -> TransitionPipeline:
         """Move to a device, with codec and text encoder; a dtype sets the precision of the network's matrix products."""

@@ -68,14 +68,17 @@ def save_model(
     layout: Literal["own", "diffusers"] = "own",
     card: str | None = None,
     sources: Sequence[Mapping[str, Any]] = (),
+    step: int | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    complete: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a model folder atomically, replacing an older one.
 
     Paths of models inside `home` (by default the folder itself) are stored relative to the folder, so that both can be moved.
     With `copy_models`, codec, text encoder and tokenizer are copied into it. `layout` diffusers: weights and config.json in `transformer/`,
-    the models in `vae/`, `text_encoder/` and `tokenizer/`. card: content of README.md; sources: where the parts of the model come from,
-    for config.json. Raises ValueError if a model is missing.
+    the models in `vae/`, `text_encoder/` and `tokenizer/`. card: content of README.md; sources, step: where the parts of the model come
+    from and how long it was trained, for config.json; complete: adds files to the folder before it appears. Raises ValueError if a model
+    is missing.
     """
     part = TRANSFORMER if layout == "diffusers" else ""
     names = paths.DIFFUSERS_FOLDERS if part else paths.FOLDERS
@@ -88,7 +91,7 @@ def save_model(
         codec, text = paths.relative(codec, **roots), text and paths.relative(text, **roots)
     spec = replace(spec, codec=codec, text=text)
     kind = {"_class_name": "TransitionTransformer"} if part else {}
-    origin = {"sources": list(sources)} if sources else {}
+    origin = ({"sources": list(sources)} if sources else {}) | ({} if step is None else {"step": step})
     written = Contents(
         weights=weights if isinstance(weights, LazyTensors) else LazyTensors.of(weights),
         config="config.json",
@@ -98,6 +101,7 @@ def save_model(
         models=models,
         texts={"README.md": card} if card is not None else {},
         max_shard_bytes=max_shard_bytes,
+        complete=complete,
     )
     write_folder(folder, written)
 
@@ -108,7 +112,7 @@ class Contents:
 
     weights: in `part` (a sub-folder, or "" for the folder itself), in files named after `stem`; config: name of the description beside
     them, which `describe` returns, given `bytes` and `sha256` of the other files by path; models: copied to sub-folders of these names;
-    texts: content of further files.
+    texts: content of further files; complete: called with the folder when all else is written.
     """
 
     weights: LazyTensors
@@ -119,6 +123,7 @@ class Contents:
     models: Mapping[str, Location] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
     max_shard_bytes: int = MAX_SHARD_BYTES
+    complete: Callable[[Path], None] | None = None
 
 
 def write_folder(folder: str | Path, contents: Contents) -> None:
@@ -136,6 +141,8 @@ def write_folder(folder: str | Path, contents: Contents) -> None:
         for name, text in contents.texts.items():
             (partial / name).write_text(text, encoding="utf-8")
         (part / contents.config).write_text(contents.describe(files), encoding="utf-8")
+        if contents.complete is not None:
+            contents.complete(partial)
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -146,6 +153,17 @@ def is_model_folder(folder: str | Path) -> bool:
 def description_file(folder: str | Path) -> Path:
     """The config.json of a model folder, which describes all of it and has the digests of its files."""
     return _described(Path(folder)) / "config.json"
+
+
+def is_pulled(folder: str | Path) -> bool:
+    """Whether a model folder names the sources of its parts: it is of a published network. Raises ValueError if it is damaged."""
+    return "sources" in _content(description_file(folder))
+
+
+def training_step(folder: str | Path) -> int | None:
+    """The step of the training that a model folder records. Raises ValueError if it is damaged."""
+    step = _content(description_file(folder)).get("step")
+    return step if isinstance(step, int) else None
 
 
 def weights_file(folder: str | Path) -> Path | None:
@@ -199,7 +217,7 @@ def read_spec(folder: str | Path) -> ModelSpec:
         raise ValueError(f"{folder}: not a model folder (no config.json): give the folder that `tim export` or a finished run wrote")
     content = _content(path)
     names = {field.name for field in fields(ModelSpec)}
-    if {name for name in content if not name.startswith("_")} - {"format", "files", "sources"} != names:
+    if {name for name in content if not name.startswith("_")} - {"format", "files", "sources", "step"} != names:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(names))}")
     spec = ModelSpec(**{name: content[name] for name in names})
     text = spec.text and paths.absolute(spec.text, folder=described)

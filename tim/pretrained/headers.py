@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tim.pretrained.official import unnested, unreadable
-from tim.pretrained.safetensors_files import INDEX, SUFFIX
+from tim.pretrained.safetensors_files import INDEX, SUFFIX, ShardsError, check_shard, read_index
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -22,6 +21,8 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """
     try:
         return unnested(_content(path))
+    except ShardsError:
+        raise
     except FileNotFoundError as error:
         raise ValueError(f"{error.filename or path}: no such file") from None
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
@@ -30,10 +31,19 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _content(path: Path) -> Any:
     if path.name.endswith(INDEX):
-        shards = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-        return {name: tensor for shard in shards for name, tensor in _content(path.parent / Path(shard).name).items()}
+        return _shards(path)
     if path.suffix == SUFFIX:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return torch.load(path, map_location="meta", mmap=True, weights_only=True)
+
+
+def _shards(index: Path) -> dict[str, Tensor]:
+    weight_map = read_index(index)
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = _content(shard)
+        check_shard(shard, found, weight_map=weight_map, index=index)
+        tensors.update(found)
+    return {name: tensors[name] for name in weight_map}

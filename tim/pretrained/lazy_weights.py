@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tim.pretrained.official import WEIGHTS, unnested, unprefixed, unreadable
-from tim.pretrained.safetensors_files import DTYPES, INDEX, SUFFIX, LazyTensors
+from tim.pretrained.safetensors_files import DTYPES, INDEX, SUFFIX, LazyTensors, ShardsError, check_shard, read_index
 
 
 def lazy_weights(path: Path) -> LazyTensors:
@@ -25,15 +24,20 @@ def lazy_weights(path: Path) -> LazyTensors:
         raise ValueError(f"{path}: weights are read from {', '.join(WEIGHTS)} files")
     try:
         return _safetensors(path) if path.name.endswith((SUFFIX, INDEX)) else LazyTensors.of(unnested(_pickle(path)))
+    except ShardsError:
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path}: cannot read weights ({unreadable(error)})") from error
 
 
 def _safetensors(path: Path) -> LazyTensors:
-    weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"] if path.name.endswith(INDEX) else None
-    shards = [path] if weight_map is None else [path.parent / Path(name).name for name in sorted(set(weight_map.values()))]
-    opened = [safe_open(shard, framework="pt") for shard in shards]
-    places = unprefixed({name: (file, name) for file in opened for name in file.keys()})  # noqa: SIM118
+    weight_map = read_index(path) if path.name.endswith(INDEX) else {}
+    shards = sorted(set(weight_map.values())) or [path]
+    opened = {shard: safe_open(shard, framework="pt") for shard in shards}
+    for shard, file in opened.items():
+        check_shard(shard, set(file.keys()), weight_map=weight_map, index=path)
+    stored = weight_map or dict.fromkeys(opened[path].keys(), path)
+    places = unprefixed({name: (opened[shard], name) for name, shard in stored.items()})
     torch_dtypes = {name: dtype for dtype, name in DTYPES.items()}
     headers = {name: file.get_slice(original) for name, (file, original) in places.items()}
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tim.pretrained.safetensors_files import INDEX, read_shards
+from tim.pretrained.safetensors_files import INDEX, ShardsError, read_shards
 
 # Keys under which training checkpoints keep their weights, averaged ones first.
 NESTS = ("ema", "ema_model", "state_dict_ema", "model_ema", "state_dict", "model", "module")
@@ -43,6 +43,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: weights are read from {', '.join(WEIGHTS)} files")
     try:
         content = _loaded(path)
+    except ShardsError:
+        raise
     except Exception as error:  # damaged files raise almost anything
         raise ValueError(f"{path}: cannot read weights ({unreadable(error)})") from error
     try:

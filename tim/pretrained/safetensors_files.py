@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+class ShardsError(ValueError):
+    """An index that does not fit its shards. The message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,22 +148,51 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 
 def read_shards(index: Path) -> dict[str, Tensor]:
-    """All tensors of an index file's shards. Raises ValueError naming a shard that is missing or lacks a tensor, and SafetensorError."""
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: not an index of safetensors shards ({type(error).__name__}: {error})") from error
+    """All tensors of an index file's shards. Raises ShardsError, and SafetensorError."""
+    weight_map = read_index(index)
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        path = index.parent / Path(shard).name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing, but {index.name} names it: copy the whole folder again")
-        tensors.update(load_file(path))
-    absent = [name for name in weight_map if name not in tensors]
-    if absent:
-        raise ValueError(f"{index}: {len(absent)} tensors are in no shard, for example {absent[0]}: copy the whole folder again")
+    for path in sorted(set(weight_map.values())):
+        found = load_file(path)
+        check_shard(path, found, weight_map=weight_map, index=index)
+        tensors.update(found)
     return {name: tensors[name] for name in weight_map}
+
+
+def read_index(index: Path) -> dict[str, Path]:
+    """The shard of each tensor that an index file names.
+
+    Raises ShardsError if it is no such file, or if a shard is missing or not beside it.
+    """
+    weight_map = _weight_map(index)
+    for shard in sorted(set(weight_map.values())):
+        if not (index.parent / shard).is_file():
+            raise ShardsError(f"{index.parent / shard} is missing, but {index.name} names it: copy the whole folder again")
+    return {name: index.parent / shard for name, shard in weight_map.items()}
+
+
+def read_shard_names(index: Path) -> list[str]:
+    """Names of the files that an index names. Raises ShardsError."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = {str(name): str(shard) for name, shard in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ShardsError(f"{index}: not an index of safetensors shards ({type(error).__name__}: {error})") from error
+    for shard in set(weight_map.values()):
+        if Path(shard).name != shard or not shard.endswith(SUFFIX):
+            raise ShardsError(f"{index}: names {shard!r}, but shards are {SUFFIX} files beside it: download the whole folder again")
+    return weight_map
+
+
+def check_shard(path: Path, names: Collection[str], *, weight_map: Mapping[str, Path], index: Path) -> None:
+    """Raise ShardsError if a shard lacks a tensor that the index has in it. names: its tensors."""
+    absent = [name for name, shard in weight_map.items() if shard == path and name not in names]
+    if absent:
+        count = f"{len(absent)} tensors are" if len(absent) > 1 else "a tensor is"
+        raise ShardsError(f"{index}: {count} not in {path.name}, for example {absent[0]}: copy the whole folder again")
 
 
 def _blocks(header: bytes, order: Sequence[str], tensors: LazyTensors) -> Iterator[memoryview]:

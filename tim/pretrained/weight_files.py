@@ -34,7 +34,8 @@ PIPELINE = "model_index.json"
 SAFE, PICKLE = ".safetensors", ".bin"
 _DESCRIPTIONS = (".json", ".txt", ".model")
 _TAKEN = (*_DESCRIPTIONS, SAFE)
-_CONFIGS = ("config.json", "open_clip_config.json")
+CONFIG = "config.json"
+_CONFIGS = (CONFIG, "open_clip_config.json")
 FAILURES = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError)  # of loading weights
 log = logging.getLogger(__name__)
 
@@ -83,6 +84,17 @@ def locate(path: str | Path, *, parts: Sequence[str] = ()) -> Location:
     if not found.is_dir():
         raise ValueError(f"{path}: no such folder; give one with config.json and safetensors, or hf://OWNER/NAME[/FOLDER]")
     return Location(found / _part(found, parts), None)
+
+
+def locate_config(path: str | Path, *, parts: Sequence[str] = ()) -> Location:
+    """As `locate`, but of a model on the hub that has a config.json, no weights are downloaded."""
+    if not str(path).startswith(HUB):
+        return locate(path, parts=parts)
+    address = hub.parse(str(path))
+    is_file = address.inside.endswith((SAFE, PICKLE))
+    inside = address.inside.rpartition("/")[0] if is_file else _part_on_hub(address, parts)
+    folder = hub.snapshot(address, [f"{inside}/{CONFIG}" if inside else CONFIG]) / inside
+    return Location(folder, None) if (folder / CONFIG).is_file() else locate(path, parts=parts)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -223,11 +235,7 @@ def _download(name: str, *, parts: Sequence[str]) -> Location:
         if not (root / inside).is_file():
             raise ValueError(f"{name}: {repository} has no file {inside}")
         return Location(root / folder, root / inside)
-    if not inside and parts:
-        root = hub.snapshot(address, [PIPELINE, "config.json"])
-        if (root / PIPELINE).is_file():
-            components = json.loads((root / PIPELINE).read_text(encoding="utf-8"))
-            inside = next((part for part in parts if part in components), "")
+    inside = _part_on_hub(address, parts)
     prefix = f"{inside}/" if inside else ""
     root = hub.snapshot(address, [f"{prefix}*{suffix}" for suffix in _TAKEN])
     folder = root / inside
@@ -236,3 +244,14 @@ def _download(name: str, *, parts: Sequence[str]) -> Location:
     if parts and not any(folder.glob(f"*{SAFE}")):
         hub.snapshot(address, [f"{prefix}*{PICKLE}"])
     return Location(folder, None)
+
+
+def _part_on_hub(address: hub.Address, parts: Sequence[str]) -> str:
+    """The folder of a model in a repository: the given one, that of a pipeline's part, or "" for the repository itself."""
+    if address.inside or not parts:
+        return address.inside
+    root = hub.snapshot(address, [PIPELINE, CONFIG])
+    if not (root / PIPELINE).is_file():
+        return ""
+    components = json.loads((root / PIPELINE).read_text(encoding="utf-8"))
+    return next((part for part in parts if part in components), "")

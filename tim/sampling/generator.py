@@ -182,8 +182,8 @@ class Generator:
         edit: Edit | Sequence[Edit | None] | None = None,
         callback: Callable[[Step], None] | None = None,
     ) -> list[Image.Image]:
-        """Sample images; the fields of `ImageRequest`, each one value for all images or a list with one per image, except for times and
-        interval. Returns them in order, with the number of network forwards in `info["evaluations"]`.
+        """Sample images; the fields of `ImageRequest`, each one value for all images, or a list or one-dimensional NumPy array with one
+        per image, except for times and interval. Returns them in order, with the number of network forwards in `info["evaluations"]`.
 
         Raises ValueError, in a sentence, for lists of different lengths, an argument out of its range, a prompt of the wrong type and an
         unknown class.

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tim.model_kinds import TextKind
 from tim.pretrained import weight_files
+from tim.pretrained.headers import read_header
 from tim.pretrained.weight_files import HUB, Location, one_line
 from tim.text.tokenizers import KEY, BytePairs, PretrainedTokenizer, Tokenizer, tokenizer_folder, transformers_library
 
@@ -272,21 +273,18 @@ def _clip_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8")).get("model_cfg", {}).get("text_cfg", {})
 
 
+def check_weights(kind: str, path: str | Path) -> None:
+    """Raise ValueError unless the weights of an encoder have all names and shapes of its config. Kind hf: their values are not read."""
+    source = location(kind, path)
+    if kind == "open_clip":
+        _clip_tower(source.folder, max_tokens=2)
+        return
+    read_header(weight_files.weights_file(source, stem="model", pickle_stem="pytorch_model"))
+    _transformers_network(source, device_map="meta")
+
+
 def _transformers_tower(source: Location) -> tuple[torch.nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    transformers = transformers_library()
-    folder = source.folder
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        is_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5 and others, whose decoder is not needed
-        kind = transformers.AutoModelForTextEncoding if is_encoder else transformers.AutoModel
-        with weight_files.loadable(source, stem="model", pickle_stem="pytorch_model") as (weights, arguments):
-            options = {**arguments, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
-            network, info = kind.from_pretrained(weights, **options)
-    except weight_files.FAILURES as error:
-        raise weight_files.failure(source, error, library="transformers") from error
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise ValueError(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more: weights and config are of different models")
+    network = _transformers_network(source)
     for part in ("text_model", "language_model"):  # of multimodal models
         network = getattr(network, part, network)
 
@@ -294,6 +292,26 @@ def _transformers_tower(source: Location) -> tuple[torch.nn.Module, Callable[[Te
         return network(input_ids=ids, attention_mask=mask).last_hidden_state
 
     return network, forward
+
+
+def _transformers_network(source: Location, **settings: Any) -> torch.nn.Module:
+    """The network in a folder. settings: further arguments of `from_pretrained`. Raises ValueError if it does not fit its config."""
+    transformers = transformers_library()
+    folder = source.folder
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        is_encoder = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING  # T5 and others, whose decoder is not needed
+        kind = transformers.AutoModelForTextEncoding if is_encoder else transformers.AutoModel
+        with weight_files.loadable(source, stem="model", pickle_stem="pytorch_model") as (weights, arguments):
+            options = {**arguments, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True, **settings}
+            network, info = kind.from_pretrained(weights, **options)
+    except weight_files.FAILURES as error:
+        raise weight_files.failure(source, error, library="transformers") from error
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{folder}: its weights lack {missing[0]}{others}: weights and config are of different models")
+    return network
 
 
 def _similar_lengths(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -76,6 +76,11 @@ class PromptEncoder:
                 self._usable_cache.write(self._name(caption), {"features": found})
         return [features[caption] for caption in captions]
 
+    def is_known_to_fit(self, caption: str) -> bool:
+        """Whether the header of features in the cache has fewer than `max_tokens` tokens, so that the caption is not truncated."""
+        shape = None if self._usable_cache is None else self._usable_cache.shape(self._name(caption), "features")
+        return shape is not None and shape[0] < self.max_tokens
+
     def to(self, device: torch.device | str) -> None:
         """Encode on another device from now on. Loaded weights are moved there at the next prompt that is not in the cache."""
         self.device = torch.device(device)

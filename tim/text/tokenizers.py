@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from tim.pretrained import weight_files
+from tim.pretrained import hub, weight_files
 from tim.pretrained.weight_files import HUB, one_line
 from tim.text.byte_pairs import simple_tokenizer
 
@@ -109,8 +109,9 @@ def tokenizer_folder(encoder: weight_files.Location, *, path: str | Path, tokeni
         return folder
     sibling = folder.name.replace(ENCODER, TOKENIZER, 1)
     if str(path).startswith(HUB):
-        owner, name = str(path).removeprefix(HUB).split("/")[:2]
-        found = weight_files.local_folder(f"{HUB}{owner}/{name}/{sibling}")
+        address = hub.parse(str(path))
+        above = address.inside.rpartition("/")[0]
+        found = weight_files.local_folder(str(address._replace(inside=f"{above}/{sibling}" if above else sibling)))
     else:
         found = folder.resolve().parent / sibling
     if not _has_vocabulary(found):

@@ -67,7 +67,10 @@ def test_what_is_none_of_these_is_named(tmp_path: Path) -> None:
     (tmp_path / "edm" / "network.yaml").write_text(yaml.safe_dump(described))
     save_file({"x": torch.ones(1)}, tmp_path / "edm" / "model.safetensors")
     for name, said in (
-        ("absent", "no such folder or weight file; give a model folder, a run, an official export"),
+        (
+            "absent",
+            "no such folder or weight file; give a model folder, a run folder, a checkpoint of a run, an export of",
+        ),
         ("empty", "not a model folder or a run folder, and has no weight file; give a model folder"),
         ("nothing", r"network\.yaml: has no model\.network\.params"),
         ("broken", r"network\.yaml: while parsing"),

@@ -7,8 +7,8 @@ import pytest
 
 FAULTS = """
 import resource, torch
-from launch.distributed.device import choose_device
-device = choose_device()
+from launch.distributed.device import training_device
+device = training_device()
 def product():
     return torch.ones(12_000_000, device=device) * 2
 for _ in range(10):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -19,14 +20,19 @@ LARGE = (".safetensors", ".bin")  # in LFS, named by sha256; other files by git'
 @dataclass
 class Hub:
     """State of the server. gated: repositories for which TOKEN is needed; slow: files that stop after their first half until it is emptied;
-    wrong: files served with a flipped byte; requests: method and path of each request."""
+    wrong: files served with a flipped byte; failing: number of answers with status 503 that a file or a repository's description still
+    gives; broken: connections of a file that still end after half of what is asked for; requests: method and path of each request; ranges:
+    bytes at which downloads began that were continued."""
 
     root: Path
     url: str = ""
     gated: set[str] = field(default_factory=set)
     slow: set[str] = field(default_factory=set)
     wrong: set[str] = field(default_factory=set)
+    failing: dict[str, int] = field(default_factory=dict)
+    broken: dict[str, int] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
+    ranges: list[int] = field(default_factory=list)
 
     def downloads(self) -> list[str]:
         """Names of the files that were downloaded since the last call."""
@@ -80,13 +86,19 @@ class _Handler(BaseHTTPRequestHandler):
         repository = "/".join(path.removeprefix("api/models/").split("/")[:2])
         folder = self.state.root / repository
         rest = path.removeprefix("api/models/").removeprefix(repository).strip("/").split("/", 2)
+        if (given := self.headers.get("Authorization")) not in (None, f"Bearer {TOKEN}"):
+            return self._send(401, b"", {"X-Error-Message": "Invalid credentials in Authorization header"})
+        name = path.rpartition("/")[2] if not is_api else repository
+        if self.state.failing.get(name, 0) > 0 and (is_api or self.command == "GET"):
+            self.state.failing[name] -= 1
+            return self._send(503, b"overloaded", {})
         if not folder.is_dir():
             return self._send(401, b"no such repository", {"X-Error-Code": "RepoNotFound"})
         if len(rest) > 1 and rest[1] not in ("main", "v1", self.state.commit(repository)):
             return self._send(404, b"no such revision", {"X-Error-Code": "RevisionNotFound"})
         if is_api:
             return self._describe(repository, folder, rest)
-        if repository in self.state.gated and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if repository in self.state.gated and given is None:
             return self._send(403, b"restricted", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted."})
         return self._file(repository, folder / rest[2])
 
@@ -107,9 +119,18 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": self.state.commit(repository), "Accept-Ranges": "bytes"}
         if file.name in self.state.wrong:
             content = content[:-1] + bytes([content[-1] ^ 1])
-        return self._send(200, content, headers, is_slow=file.name in self.state.slow)
+        start, status = 0, 200
+        if self.command == "GET" and (asked := self.headers.get("Range")) is not None:
+            start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
+            if start:
+                self.state.ranges.append(start)
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        if self.command == "GET" and self.state.broken.get(file.name, 0) > 0:
+            self.state.broken[file.name] -= 1
+            return self._send(status, content[start:], headers, is_broken=True)
+        return self._send(status, content[start:], headers, is_slow=file.name in self.state.slow)
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str], *, is_slow: bool = False) -> None:
+    def _send(self, status: int, body: bytes, headers: dict[str, str], *, is_slow: bool = False, is_broken: bool = False) -> None:
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
@@ -119,6 +140,10 @@ class _Handler(BaseHTTPRequestHandler):
         half = len(body) // 2
         self.wfile.write(body[:half])
         self.wfile.flush()
+        if is_broken:
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
         while is_slow and self.state.slow:
             time.sleep(0.02)
         self.wfile.write(body[half:])

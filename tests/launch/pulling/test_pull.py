@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,65 +21,14 @@ from safetensors.torch import load_file, save_file
 from launch.cli import main
 from launch.pulling.published import PUBLISHED
 from tests import REPOSITORY
-from tests.launch.pulling.hub_server import TOKEN, Hub, hub_server
+from tests.launch.pulling.hub_server import TOKEN, Hub
+from tests.launch.pulling.recipes import NETWORK, RECIPE, parts_of, refused_last
 from tests.launch.test_cli import Tim, refused, tim
-from tests.tim.models import autoencoder, gemma
-from tests.tim.tiny import tiny_network
+from tests.tim.models import autoencoder
 from tim import Generator
 from tim.model_folder.folder import load_model, read_spec
 
 __all__ = ["tim"]
-
-PARAMS = {"patch_size": 1, "in_channels": 32, "depth": 1, "hidden_size": 32, "num_heads": 2, "cap_feat_dim": 32}
-RECIPE = """\
-plan: {max_tokens: 16, tokens_per_pack: 16, packs_per_step: 1}
-codec: {kind: dc-ae, path: hf://authors/dc-ae}
-text: {kind: hf, path: hf://maker/gemma, max_tokens: 16, caption_dropout: 0.1}
-network:
-  params: {patch_size: 1, depth: 1, hidden_size: 32, num_heads: 2, cap_feat_dim: 32, z_dim: 8, encoder_depth: 1, projector_dim: 16}
-objective: {alignment: {kind: radio}}
-train: {steps: 2}
-"""
-NETWORK = "hf://authors/tim/t2i_model.bin"
-
-
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Repositories of a network, a codec and a text encoder."""
-    root = tmp_path_factory.mktemp("repositories")
-    (root / "authors" / "tim").mkdir(parents=True)
-    weights = tiny_network(PARAMS).to_official()
-    torch.save({"ema": {f"module.{name}": value for name, value in weights.items()}}, root / "authors" / "tim" / "t2i_model.bin")
-    save_file(weights, root / "authors" / "tim" / "model.safetensors")
-    autoencoder(root / "authors" / "dc-ae", "dc-ae")
-    gemma(root / "maker" / "gemma")
-    return root
-
-
-@pytest.fixture
-def hub(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The server with a copy of the repositories, and an empty cache. The library reads its settings when it is imported."""
-    from huggingface_hub import constants
-
-    with hub_server(Path(shutil.copytree(repositories, tmp_path / "hub"))) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        yield hub
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "mine.yaml"
-    path.write_text(RECIPE)
-    return path
-
-
-def parts_of(root: Path) -> list[str]:
-    """Options that give all parts as local files."""
-    network = root / "authors" / "tim" / "t2i_model.bin"
-    return ["--network", str(network), "--codec", str(root / "authors" / "dc-ae"), "--text", str(root / "maker" / "gemma")]
 
 
 def test_a_model_from_the_hub_is_sampled_and_fine_tuned(hub: Hub, recipe: Path, repositories: Path, tmp_path: Path, tim: Tim) -> None:
@@ -190,11 +138,15 @@ def test_what_does_not_fit_is_named(recipe: Path, repositories: Path, tmp_path: 
     wide = tmp_path / "wide.yaml"
     wide.write_text(RECIPE.replace("hidden_size: 32", "hidden_size: 64"))
     refused_last(
-        tim("pull", wide, *given, *out), r"these weights do not fit this network: wrong shapes: x_embedder.proj.weight \(32, 32, 1, 1\)"
+        tim("pull", wide, *given, *out), r"model: holds the model of another recipe, which has another network: give another --out"
+    )
+    new = ["--out", tmp_path / "new"]
+    refused_last(
+        tim("pull", wide, *given, *new), r"these weights do not fit this network: wrong shapes: x_embedder.proj.weight \(32, 32, 1, 1\)"
     )
     deep = tmp_path / "deep.yaml"
     deep.write_text(RECIPE.replace(" depth: 1", " depth: 2"))
-    refused_last(tim("pull", deep, *given, *out), r"missing keys: blocks\.1\.")
+    refused_last(tim("pull", deep, *given, *new), r"missing keys: blocks\.1\.")
     narrow = tmp_path / "narrow"
     autoencoder(narrow, "sd-vae")
     refused_last(tim("pull", recipe, *given, *out, "--codec", narrow), "has AutoencoderKL, codec dc-ae is AutoencoderDC")
@@ -274,12 +226,6 @@ def test_a_killed_pull_goes_on(hub: Hub, recipe: Path, tmp_path: Path) -> None:
     assert not set(hub.downloads()) & (set(before) - {"model.safetensors", "config.json"})
     assert load_model(tmp_path / "model")[1].rope == "legacy"
     assert not (tmp_path / "model.tmp").exists()
-
-
-def refused_last(done: object, pattern: str) -> None:
-    """Exit code 2, and an error as the last line, after what was done before."""
-    assert getattr(done, "code", None) == 2, done
-    assert re.search(pattern, getattr(done, "err", "").splitlines()[-1]), done
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

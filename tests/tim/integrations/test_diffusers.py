@@ -105,6 +105,20 @@ def test_a_saved_pipeline_draws_the_same(pipeline: TransitionPipeline, tmp_path:
     assert half.to("cpu").device.type == "cpu"
 
 
+def test_a_pipeline_is_saved_whole_or_not_at_all(pipeline: TransitionPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline.save_pretrained(tmp_path / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(type(pipeline.scheduler), "save_pretrained", full)
+    for name in ("model", "new"):
+        with pytest.raises(OSError, match="no space left"):
+            pipeline.save_pretrained(tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_mistakes_are_one_sentence(pipeline: TransitionPipeline, tmp_path: Path) -> None:
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("output_type 'jpg': choose pil, np, pt or latent", {"output_type": "jpg"}),

@@ -108,7 +108,7 @@ def test_what_cannot_be_loaded_is_one_line(vae: Path, encoder: Path, tmp_path: P
         (lambda: latent(cut), "cut: not weights that diffusers reads"),
         (lambda: latent(bare), rf"bare: has no weights: expected {WEIGHTS}\.safetensors"),
         (lambda: latent("note.pt"), r"note\.pt: weights are read from \.safetensors and \.bin files"),
-        (lambda: latent("hf://alone"), r"hf://alone: expected hf://OWNER/NAME, or hf://OWNER/NAME/FOLDER"),
+        (lambda: latent("hf://alone"), r"hf://alone: expected hf://OWNER/NAME\[@REVISION\]\[/FOLDER\]"),
     ]
     for act, said in refusals:
         with pytest.raises(ValueError, match=said) as refusal:
