@@ -13,7 +13,7 @@ Choice = TypeVar("Choice", bound=str)
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", re.ASCII)
 SIZE = re.compile(r"(\d+)[xX×](\d+)", re.ASCII)
-MAX_PIXELS = 4096 * 4096
+MAX_PIXELS, MAX_SIDE = 4096 * 4096, 4 * 4096  # of an image, as in tim.sampling.requests, which imports torch
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -73,7 +73,7 @@ def parse_sizes(text: str, *, option: str = "--size", repeats: bool = False) -> 
     keep a size that comes twice.
 
     Raises:
-        ValueError: invalid syntax, a side of zero, or more than 4096² pixels.
+        ValueError: invalid syntax, a side of zero or above 16,384, or more than 4096² pixels.
     """
     sizes = []
     for part in _parts(text):
@@ -85,8 +85,16 @@ def parse_sizes(text: str, *, option: str = "--size", repeats: bool = False) -> 
             raise ValueError(f"{option} {text}: '{part}' has a side of zero pixels")
         if width * height > MAX_PIXELS:
             raise ValueError(f"{option} {text}: '{part}' exceeds the maximum of 4096 x 4096 pixels")
+        check_sides(height, width, named=f"{option} {text}")
         sizes.append((height, width))
     return sizes if repeats else _distinct(sizes)
+
+
+def check_sides(height: int, width: int, *, named: str) -> None:
+    """Raise ValueError, which begins with `named`, if a side has more pixels than an image may have."""
+    for side, pixels in (("width", width), ("height", height)):
+        if pixels > MAX_SIDE:
+            raise ValueError(f"{named}: {side} {pixels}: must be from 1 to {MAX_SIDE} pixels")
 
 
 def parse_steps(text: str, *, repeats: bool = False) -> list[int]:

@@ -23,7 +23,7 @@ from launch.logs.startup import STARTUP
 from pipeline.errors import DetailedError, kind_and_line, one_line
 from pipeline.progress import Progress
 
-STOPPED = 75  # see above
+STOPPED, INTERRUPTED = 75, 130  # see above
 LONGEST_ERROR = 800
 SECONDS_BETWEEN_LINES = 5.0
 
@@ -79,6 +79,9 @@ class Console:
                 bars.update(stages[stage], completed=done, total=total, note=note, rate=f"{bar.speed:,.0f}/s" if bar.speed else "")
 
             yield report
+            for bar in bars.tasks:
+                if bar.total is None:  # its end was not known before: "40/40" instead of "40/?"
+                    bars.update(bar.id, total=bar.completed)
 
 
 @contextmanager
@@ -90,7 +93,7 @@ def session(*, as_json: bool, debug: bool) -> Iterator[Console]:
         try:
             yield console
         except KeyboardInterrupt:
-            code, message = 130, "interrupted"
+            code, message = INTERRUPTED, "interrupted"
         except Exception as error:
             if debug:
                 traceback.print_exc()

@@ -68,4 +68,5 @@ def sample(
     with session(as_json=as_json, debug=debug) as console:
         from launch.sampling.command import run
 
-        run(options.Typed.of(context.params, given=names_given(context)), arguments=typed_again(context), console=console)
+        typed = options.Typed.of({**context.params, "given": names_given(context)})
+        run(typed, arguments=typed_again(context), console=console)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from launch.arguments import (
     check_prompts,
@@ -25,17 +24,16 @@ from launch.sampling.files.image_files import read_settings
 from launch.sampling.files.layouts import layout
 from launch.sampling.files.settings import Settings
 from launch.sampling.job import Drawn, OutputOptions, draw
-from launch.sampling.loras import Lora, parse_loras
-from launch.sampling.model_source import ModelOptions, Replacements
+from launch.sampling.model_source import ModelOptions
 from launch.sampling.options import SampleOptions, Wanted, wanted_images
 from launch.sampling.processes import deliver, result_of_processes
-from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
+from launch.sampling.prompts.aspect import checked_size
 from launch.sampling.prompts.prompt_files import STANDARD_INPUT
 from launch.sampling.prompts.requests import Request
 from launch.sampling.prompts.rows import PromptRow
-from launch.sampling.recorded import Repeated, request_of
+from launch.sampling.recorded import Repeated, model_to_repeat, request_of
 from launch.sampling.typed_options import Typed
-from tim.model_kinds import Dtype
+from tim.model_kinds import MODEL_FORMS
 
 RECORDED = (  # options whose values --like takes from the image, or that it has no use for
     *("texts", "prompt", "prompts", "classes", "size", "aspect", "megapixels", "steps", "guidance", "seed", "count", "zipped", "negative"),
@@ -128,6 +126,7 @@ def _options(typed: Typed, edit: OpenedEdit | None) -> SampleOptions:
         prompts=() if typed.prompts is not None and not texts and not typed.classes else check_prompts(texts, classes=typed.classes or []),
         prompt_file=typed.prompts,
         sizes=_sizes(typed),
+        size_name="--size" if typed.aspect is None else f"--aspect {typed.aspect}:",
         steps=None if typed.steps is None else parse_steps(typed.steps, repeats=repeats),
         guidances=None if typed.guidance is None else parse_scales(typed.guidance, repeats=repeats),
         seeds=parse_seeds(typed.seed, repeats=repeats),
@@ -149,7 +148,7 @@ def _sizes(typed: Typed) -> list[tuple[int, int]]:
     if typed.aspect is not None:
         if typed.size is not None:
             raise ValueError(f"--size {typed.size} and --aspect {typed.aspect}: give one of them")
-        return [size_of_aspect(parse_aspect(typed.aspect), megapixels=1.0 if typed.megapixels is None else typed.megapixels)]
+        return [checked_size(typed.aspect, megapixels=1.0 if typed.megapixels is None else typed.megapixels)]
     if typed.megapixels is not None:
         raise ValueError(f"--megapixels {typed.megapixels:g}: give the aspect ratio as well, for example --aspect 16:9")
     return [] if typed.size is None else parse_sizes(typed.size, repeats=typed.zipped)
@@ -157,18 +156,11 @@ def _sizes(typed: Typed) -> list[tuple[int, int]]:
 
 def _model(typed: Typed, *, recorded: Settings | None = None) -> ModelOptions:
     """The model of the command line; what it leaves out is that of the image to repeat."""
-    path, loras, dtype = typed.model, parse_loras(typed.lora or []), typed.dtype
-    if recorded is not None:
-        path = path or (None if recorded.model is None else Path(recorded.model))
-        loras = loras or [Lora(Path(lora.name), lora.scale) for lora in recorded.loras]
-        dtype = dtype or next((known for known in get_args(Dtype) if known == recorded.dtype), None)
-    if path is None:
-        raise ValueError("expected MODEL: a model folder, a run folder or a weight file (see `tim sample --help`)")
-    replacements = Replacements(codec=typed.codec, text=typed.text, tokenizer=typed.tokenizer)
-    model = ModelOptions(path, typed.recipe, replacements, loras, typed.device, dtype=dtype, memory_gb=typed.memory_gb)
-    if recorded is not None and recorded.device == "cpu" and typed.device is None:
-        return replace(model, device="cpu", device_reason="as the image to repeat")
-    return model
+    model = typed.model or (None if recorded is None else recorded.model)
+    if model is None:
+        raise ValueError(f"expected MODEL: {MODEL_FORMS} (see `tim sample --help`)")
+    options = ModelOptions.typed(model, typed)
+    return options if recorded is None else model_to_repeat(options, recorded)
 
 
 def _settings_to_repeat(typed: Typed) -> Settings:

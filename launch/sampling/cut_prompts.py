@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tim.text.tokenizers import Tokenizer
+from tim.text.prompt_encoder import PromptEncoder
 
 
-def cut_prompts(prompts: Sequence[str], *, tokenizer: Tokenizer) -> list[str]:
-    """One warning per prompt that is truncated."""
-    lengths = zip(prompts, tokenizer.lengths(prompts), strict=True)
+def cut_prompts(prompts: Sequence[str], *, encoder: PromptEncoder) -> list[str]:
+    """One warning per prompt that is truncated. The tokenizer, which takes long to load, is used only if cached features do not tell."""
+    uncertain = [prompt for prompt in prompts if not encoder.is_known_to_fit(prompt)]
+    if not uncertain:
+        return []
+    tokenizer = encoder.tokenizer
+    lengths = zip(uncertain, tokenizer.lengths(uncertain), strict=True)
     return [
         f"prompt {prompt[:40]!r}{'…' * (len(prompt) > 40)} is truncated: its first {tokenizer.max_tokens} of {length} tokens are used"
         for prompt, length in lengths

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from launch.arguments import check_sides
 from pipeline.digests import bytes_digest
 from tim.sampling.edits import FEATHER, Edit, outpainting
 from tim.sampling.requests import MAX_PIXELS
@@ -68,6 +69,7 @@ def edit_of(
 
     Raises ValueError for a mask and borders together, a mask of another size, and a value out of its range.
     """
+    check_sides(image.height, image.width, named=f"{prefix}image")
     if mask is not None and extend is not None:
         raise ValueError(f"{prefix}mask and {prefix}extend exclude each other: extend first, and mask the result")
     if extend is not None:
@@ -78,6 +80,7 @@ def edit_of(
         left, top, right, bottom = extend
         if (image.width + left + right) * (image.height + top + bottom) > MAX_PIXELS:
             raise ValueError(f"{prefix}extend {','.join(map(str, extend))}: the image would exceed 4096x4096 pixels")
+        check_sides(image.height + top + bottom, image.width + left + right, named=f"{prefix}extend {','.join(map(str, extend))}")
         edit = outpainting(image, left=left, top=top, right=right, bottom=bottom, feather=feather)
     else:
         default = STRENGTH if mask is None else 1.0

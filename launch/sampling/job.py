@@ -21,6 +21,7 @@ from launch.sampling.model_source import ModelOptions, Say, open_generator, say_
 from launch.sampling.options import Wanted
 from launch.sampling.processes import of_all, team
 from launch.sampling.recorded import ModelFacts, Repeated, settings_of
+from launch.text_tables import count
 from tim import Generator
 from tim.sampling.generator import Step
 from tim.sampling.packs import share_of
@@ -80,7 +81,7 @@ def draw(
         mine = planned if state is None else _share(planned, state)
         todo = _missing(mine, output=output)
         if len(todo) < len(mine):
-            say(f"{len(mine) - len(todo)} of {len(mine)} images are in {folder} already")
+            say(f"already in {folder}: {len(mine) - len(todo)} of {count(len(mine), 'image')}")
         if is_main and output.layout is not None:
             output.layout.begin(folder, [each.request for each in images])
         _draw(todo, generator=generator, output=output, console=console)
@@ -133,10 +134,10 @@ def _draw(todo: Sequence[_Planned], *, generator: Generator, output: OutputOptio
     folder, drawn = output.folder, 0
     with console.progress() as report:
 
-        def count(step: Step) -> None:
+        def report_step(step: Step) -> None:
             report("draw", drawn, len(todo), note=f"step {step.step} of {step.steps}, {len(step.images)} at once")
 
-        for result in generator.draw([each.image for each in todo], callback=count):
+        for result in generator.draw([each.image for each in todo], callback=report_step):
             planned = todo[result.index]
             path = folder / planned.file
             path.parent.mkdir(parents=True, exist_ok=True)  # only here, so that a rejected argument leaves no folder
@@ -161,7 +162,7 @@ def _say_cut_prompts(generator: Generator, images: Sequence[ImageRequest], *, sa
     if generator.text is None:
         return
     texts = {prompt: None for image in images for prompt in image.prompts if isinstance(prompt, str)}
-    for remark in cut_prompts(list(texts), tokenizer=generator.text.tokenizer):
+    for remark in cut_prompts(list(texts), encoder=generator.text):
         say(remark)
 
 

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
-from launch.distributed.device import checked_device, choose_device
-from launch.sampling.loras import Lora, merge_loras
+from launch.model_place import locate_model
+from launch.sampling.loras import Lora, merge_loras, parse_loras
+from launch.sampling.typed_options import TypedModel
 from pipeline.digests import file_digest, json_digest
 from tim import Generator, TransitionTransformer, codecs, transports
 from tim.codecs.load import PARTS as CODEC_PARTS
 from tim.disk_cache import DiskCache
-from tim.model_folder.folder import ModelSpec, description_file, is_model_folder, load_model
+from tim.model_folder.folder import ModelSpec, description_file, load_model
 from tim.model_kinds import Dtype
 from tim.pretrained import weight_files
 from tim.pretrained.official import NETWORK_FILE, OURS, network_description
+from tim.sampling.sources import choose_device
 from tim.text import encoders, tokenizers
 
 if TYPE_CHECKING:
@@ -50,12 +52,12 @@ NO_REPLACEMENTS = Replacements()
 class ModelOptions:
     """The model and how it is run.
 
-    path: a model folder, a run folder (uses its `model/`, or exports its newest checkpoint), an official export, or a weight file for the
-    network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its weights.
-    device_reason: how the device was chosen.
+    path: as typed, what `launch.model_place.locate_model` takes; of a run, its `model/` or its newest checkpoint is used; a
+    weight file is of the network in `recipe`. replacements: other paths of its codec, text encoder and tokenizer; loras: merged into its
+    weights. device_reason: how the device was chosen.
     """
 
-    path: Path
+    path: str | Path
     recipe: str | None = None
     replacements: Replacements = NO_REPLACEMENTS
     loras: Sequence[Lora] = ()
@@ -63,6 +65,12 @@ class ModelOptions:
     dtype: Dtype | None = None
     memory_gb: float | None = None
     device_reason: str = "--device"
+
+    @classmethod
+    def typed(cls, path: str, typed: TypedModel) -> ModelOptions:
+        """Of the command line. Raises ValueError if the scale of a LoRA is not a number."""
+        replacements = Replacements(codec=typed.codec, text=typed.text, tokenizer=typed.tokenizer)
+        return cls(path, typed.recipe, replacements, parse_loras(typed.lora or []), typed.device, typed.dtype, typed.memory_gb)
 
 
 class OpenedModel(NamedTuple):
@@ -85,9 +93,9 @@ def open_generator(model: ModelOptions, *, state: PartialState | None, log: Say)
     with nullcontext() if state is None else state.main_process_first():
         opened = open_model(model.path, recipe=model.recipe, replacements=model.replacements, loras=model.loras, log=log)
     if model.device is not None:
-        device, why = checked_device(model.device), model.device_reason
+        device, why = choose_device(model.device, option="--device"), model.device_reason
     else:
-        device = choose_device(0 if state is None else state.local_process_index, keep_freed=False)
+        device = choose_device(None if state is None else state.device)
         why = f"{'a' if device.type == 'cuda' else 'no'} CUDA device is available"
     log(f"device: {device.type} ({why})")
     generator = make_generator(opened.network, opened.spec, device=device, dtype=model.dtype, memory_gb=model.memory_gb)
@@ -99,7 +107,7 @@ def say_nothing(line: str) -> None:
     """Drop the lines of processes other than the main one."""
 
 
-def open_model(path: Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Say) -> OpenedModel:
+def open_model(path: str | Path, *, recipe: str | None, replacements: Replacements, loras: Sequence[Lora] = (), log: Say) -> OpenedModel:
     """Load network and specification of a model, and merge `loras` into it; `make_generator` loads its codec and text encoder.
 
     `log` receives the choices made. Raises ValueError if there is no model, `recipe` is missing or not allowed, or a LoRA does not fit.
@@ -113,17 +121,18 @@ def open_model(path: Path, *, recipe: str | None, replacements: Replacements, lo
     return opened
 
 
-def _open_model(path: Path, *, recipe: str | None, replacements: Replacements, log: Say) -> OpenedModel:
-    if path.is_dir() and (is_model_folder(path) or (path / "config.yaml").is_file()):
+def _open_model(path: str | Path, *, recipe: str | None, replacements: Replacements, log: Say) -> OpenedModel:
+    place = locate_model(path)
+    if place.kind in ("folder", "run", "checkpoint"):
         if recipe is not None:
             raise ValueError(f"--recipe {recipe}: {path} already describes its network; leave it out")
-        folder = path if is_model_folder(path) else _folder_of_run(path, log=log)
+        folder = place.path if place.run is None else _folder_of_run(place.path, log=log)
         network, spec = load_model(folder, cache=DiskCache.default())
         return OpenedModel(network, apply_replacements(spec, replacements), file_digest(description_file(folder)))
     from launch.checkpoints.initial_weights import load_weights
 
-    found = load_weights(path)
-    spec = _spec_of_recipe(recipe, found=found) if recipe is not None else _spec_of_export(found, path=path, log=log)
+    found = load_weights(place.path)
+    spec = _spec_of_recipe(recipe, found=found) if recipe is not None else _spec_of_export(found, path=place.path, log=log)
     spec = apply_replacements(spec, replacements)
     network = TransitionTransformer.from_official(spec.network, rope=spec.rope)
     network.load_official(found.state)

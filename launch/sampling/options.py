@@ -18,13 +18,15 @@ from tim.sampling.requests import ImageRequest, PromptMix, Variation
 class SampleOptions:
     """Options that decide which images are drawn; None: the model's default.
 
-    prompt_file: `-` for standard input; sizes: (height, width) in pixels; between: number of images between two consecutive prompts;
-    variations: number of images near each seed, `share` away from it; edit: the image to start from.
+    prompt_file: `-` for standard input; sizes: (height, width) in pixels; size_name: what gave them, for messages; between: number of
+    images between two consecutive prompts; variations: number of images near each seed, `share` away from it; edit: the image to start
+    from.
     """
 
     prompts: Sequence[str | int] = ()
     prompt_file: str | None = None
     sizes: Sequence[tuple[int, int]] = ()
+    size_name: str = "--size"
     steps: Sequence[int] | None = None
     guidances: Sequence[float] | None = None
     seeds: Sequence[int] = (0,)
@@ -68,7 +70,20 @@ def wanted_images(options: SampleOptions, *, layout: Layout | None, log: Callabl
         count=count,
         zipped=options.zipped,
     )
+    if options.edit is not None:
+        _check_edited(requests, options)
     return [Wanted(each, _image(each, variation, options), options.edit) for each, variation in _varied(requests, options)]
+
+
+def _check_edited(requests: Sequence[Request], options: SampleOptions) -> None:
+    """Raise ValueError, which names where the size comes from, if a request has another size than the image to edit."""
+    assert options.edit is not None
+    own = options.edit.edit.image.size
+    for each in requests:
+        if (each.width, each.height) != own:
+            named = options.size_name if each.row.size is None else f"{each.row.place}: size"
+            was = f"the image to edit has {own[0]}x{own[1]}"
+            raise ValueError(f"{named} {each.width}x{each.height}: {was}; leave the size out, or resize the image")
 
 
 def _rows(options: SampleOptions, *, layout: Layout | None, log: Callable[[str], None]) -> list[PromptRow]:

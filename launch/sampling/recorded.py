@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 from launch.sampling.editing import OpenedEdit
 from launch.sampling.files.settings import LoraSettings, Settings
 from launch.sampling.loras import Lora
+from launch.sampling.model_source import ModelOptions
 from pipeline.digests import file_digest, json_digest
 from tim import Generator
+from tim.model_kinds import Dtype
+from tim.pretrained.hub import HUB
 from tim.sampling.requests import ImageRequest, PromptMix, Variation
 
 
@@ -26,10 +30,11 @@ class ModelFacts:
     device: str
 
     @classmethod
-    def of(cls, generator: Generator, *, path: Path, digest: str, loras: Sequence[Lora]) -> ModelFacts:
+    def of(cls, generator: Generator, *, path: str | Path, digest: str, loras: Sequence[Lora]) -> ModelFacts:
         """path, digest: of the model; the path as typed."""
         merged = tuple(LoraSettings(name=str(lora.path), scale=lora.scale, digest=_digest(lora.path)) for lora in loras)
-        return cls(str(path), digest, merged, generator.dtype, generator.device.type)
+        name = str(path) if str(path).startswith(HUB) else str(Path(path))
+        return cls(name, digest, merged, generator.dtype, generator.device.type)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +129,16 @@ def request_of(settings: Settings, *, source: Path, edit: OpenedEdit | None) -> 
         variation=None if settings.variation is None else Variation(*settings.variation),
         edit=None if edit is None else edit.edit,
     )
+
+
+def model_to_repeat(model: ModelOptions, settings: Settings) -> ModelOptions:
+    """The model of the command line, with the LoRAs, precision and CPU of an image to repeat where the command line names none."""
+    loras = model.loras or [Lora(Path(lora.name), lora.scale) for lora in settings.loras]
+    dtype = model.dtype or next((known for known in get_args(Dtype) if known == settings.dtype), None)
+    model = replace(model, loras=loras, dtype=dtype)
+    if settings.device == "cpu" and model.device is None:
+        return replace(model, device="cpu", device_reason="as the image to repeat")
+    return model
 
 
 def _digest(path: Path) -> str:

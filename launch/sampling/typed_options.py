@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-from tim.model_kinds import Dtype
+from tim.model_kinds import MODEL_FORMS, Dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FormatName: TypeAlias = Literal["png", "jpeg", "webp", "avif"]
 LayoutName: TypeAlias = Literal["geneval", "geneval2", "dpg", "mjhq"]
 
-Model = Annotated[
-    Path | None,
-    typer.Argument(help="A model folder, a run folder, an export of tim export --official, or a weight file. Default: that of --like."),
-]
-Texts = Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts.")]
-Prompt = Annotated[list[str] | None, typer.Option(help="A prompt; may be repeated.")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_FORMS}. Default: that of --like.")]
+Texts = Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts.")]
+Prompt = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="A prompt; may be repeated.")]
 Prompts = Annotated[
     str | None,
     typer.Option(metavar="FILE|-", help="Prompts of a txt, jsonl, csv or parquet file, with settings per row, or of standard input."),
@@ -34,7 +35,7 @@ Scales = Annotated[str | None, typer.Option(metavar="S[,S]...", help="Guidance s
 Seeds = Annotated[str, typer.Option(metavar="N[,N]...", help="Random seeds; equal seeds give equal images.")]
 Count = Annotated[int | None, typer.Option(min=1, help="Number of images per prompt, with seeds S, S + 1, and so on. Default: 1.")]
 Zipped = Annotated[bool, typer.Option("--zip", help="The n-th prompt with the n-th size, steps, guidance and seed.")]
-Negative = Annotated[str | None, typer.Option(help="Negative prompt. Default: the unconditional input.")]
+Negative = Annotated[str | None, typer.Option(metavar="TEXT", help="Negative prompt. Default: the unconditional input.")]
 Interval = Annotated[
     str | None, typer.Option(metavar="LOW,HIGH", help="Times at which guidance acts, as shares of the noisiest time, ends included.")
 ]
@@ -74,14 +75,33 @@ Processes = Annotated[int | None, typer.Option(min=1, help="Number of processes 
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class TypedModel:
+    """The values of the options that say what a model is made of and how it runs; of every command that draws."""
+
+    recipe: str | None
+    codec: str | None
+    text: str | None
+    tokenizer: str | None
+    lora: list[str] | None
+    device: str | None
+    dtype: Dtype | None
+    memory_gb: float | None
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> Self:
+        """From all parameters of the command."""
+        return cls(**{field.name: parameters[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True, slots=True)
+class Typed(TypedModel):
     """The values of a command line, by the names of the options above.
 
     given: names of those that are not defaults.
     """
 
     given: frozenset[str]
-    model: Path | None
+    model: str | None
     texts: list[str] | None
     prompt: list[str] | None
     prompts: str | None
@@ -114,20 +134,7 @@ class Typed:
     no_metadata: bool
     layout: LayoutName | None
     overwrite: bool
-    recipe: str | None
-    codec: str | None
-    text: str | None
-    tokenizer: str | None
-    lora: list[str] | None
-    device: str | None
-    dtype: Dtype | None
-    memory_gb: float | None
     processes: int | None
-
-    @classmethod
-    def of(cls, parameters: dict[str, Any], *, given: frozenset[str]) -> Typed:
-        """From all parameters of the command."""
-        return cls(**{field.name: parameters[field.name] for field in fields(cls) if field.name != "given"}, given=given)
 
     def option(self, name: str) -> str:
         """The option of a name, as it is typed."""

@@ -12,13 +12,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from launch.sampling.files.settings import MAX_SEED, Settings
 
 SAMPLER = "TiM"
 _PARAMETER = re.compile(r'\s*(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
+_SIZE = re.compile(r"([1-9]\d{0,4})x([1-9]\d{0,4})", re.ASCII)
+_REMARK = re.compile(r"hash|^(Version|Hashes)", re.ASCII | re.IGNORECASE)  # names of parameters that change no image
 _HASH_DIGITS = 10  # of a digest, as A1111 shows it
 _LONGEST_LINE = 1 << 14  # characters of a line of parameters that is parsed
 _LONGEST_VALUE = 200  # characters of a value that is written
@@ -36,8 +39,8 @@ def to_a1111(settings: Settings, *, longest: int | None = None) -> str:
 def from_a1111(text: str, *, width: int, height: int) -> Settings | None:
     """The settings in A1111's text, as far as it has them; None if its last line is none of parameters. Size: that of the image."""
     *lines, last = text.strip().split("\n")
-    found = dict(_PARAMETER.findall(last)) if len(last) <= _LONGEST_LINE else {}
-    if len(found) < 3 or "Steps" not in found:
+    found = parameters_of(last)
+    if not found:
         return None
     negative_line = next((index for index, line in enumerate(lines) if line.lstrip().startswith(_NEGATIVE)), len(lines))
     negative = "\n".join(lines[negative_line:]).strip().removeprefix(_NEGATIVE).strip()
@@ -49,8 +52,34 @@ def from_a1111(text: str, *, width: int, height: int) -> Settings | None:
         steps=_whole(found.get("Steps"), low=1, high=1 << 31),
         guidance=_scale(found.get("CFG scale")),
         seed=_whole(found.get("Seed"), low=0, high=MAX_SEED),
-        model=_unquoted(found.get("Model", "")) or None,
+        model=found.get("Model") or None,
     )
+
+
+def parameters_of(text: str) -> dict[str, str]:
+    """The parameters in the last line of A1111's text, by name; empty if it is none of parameters."""
+    last = text.strip().rpartition("\n")[2]
+    found = dict(_PARAMETER.findall(last)) if len(last) <= _LONGEST_LINE else {}
+    return {name: _unquoted(value) for name, value in found.items()} if len(found) >= 3 and "Steps" in found else {}
+
+
+def as_asked(settings: Settings, parameters: Mapping[str, str]) -> tuple[Settings, list[str]]:
+    """What A1111 was asked for in place of what it drew, and the parameters that this leaves out, such as "Sampler: Euler a".
+
+    Size is that of the request, unless the image was enlarged afterwards; strength that of image to image. settings: by `from_a1111`.
+    """
+    is_enlarged = any(name.startswith("Hires") for name in parameters)
+    size = _SIZE.fullmatch(parameters.get("Size", ""))
+    strength = _scale(parameters.get("Denoising strength"))
+    loaded = {"Steps": settings.steps, "CFG scale": settings.guidance, "Seed": settings.seed}
+    if size is not None and not is_enlarged:
+        settings = replace(settings, width=int(size[1]), height=int(size[2]))
+        loaded["Size"] = settings.width
+    if strength is not None and 0 < strength <= 1 and not is_enlarged:
+        settings = replace(settings, strength=strength)
+        loaded["Denoising strength"] = strength
+    left_out = {name: value for name, value in parameters.items() if loaded.get(name) is None and not _REMARK.search(name)}
+    return settings, [f"{name}: {value}" for name, value in left_out.items() if (name, value) != ("Sampler", SAMPLER)]
 
 
 def _parameters(settings: Settings) -> Iterator[tuple[str, str]]:

@@ -29,7 +29,8 @@ class ImageFormat:
         """Raise ValueError if a side, in pixels, is longer than the format can store."""
         limit = _MAX_SIDES.get(self.name)
         if limit is not None and max(width, height) > limit:
-            raise ValueError(f"size {width}x{height}: {self.name} stores at most {limit:,} pixels a side; use --format png")
+            stores = f"{self.name} stores at most {limit:,} pixels a side, not {width}x{height}"
+            raise ValueError(f"--format {self.name}: {stores}; use --format png")
 
     def save_options(self) -> dict[str, Any]:
         """The arguments of `PIL.Image.Image.save`. Colours are not subsampled in JPEG."""

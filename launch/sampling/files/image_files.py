@@ -9,14 +9,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from launch.sampling.files import xmp
-from launch.sampling.files.a1111 import from_a1111, to_a1111
+from launch.sampling.files.a1111 import from_a1111, parameters_of, to_a1111
 from launch.sampling.files.exif import EXIF_IFD, USER_COMMENT, comment_of, exif_with_comment
 from launch.sampling.files.formats import ImageFormat
 from launch.sampling.files.settings import Settings
@@ -34,6 +35,13 @@ _REMEDY = "give an image that tim or A1111 wrote with its metadata"
 
 class NoSettings(ValueError):
     """An image without settings that can be read."""
+
+
+class Recorded(NamedTuple):
+    """What an image file records. of_a1111: the parameters of A1111's text by name, empty if the file has our settings."""
+
+    settings: Settings
+    of_a1111: Mapping[str, str]
 
 
 def write_image(path: Path, image: Image.Image, settings: Settings, *, form: ImageFormat, metadata: bool = True) -> None:
@@ -82,15 +90,15 @@ def read_settings(path: Path) -> Settings:
     """
     try:
         with open(path, "rb") as stream:
-            return settings_in(stream, named=str(path))
+            return recorded_in(stream, named=str(path)).settings
     except FileNotFoundError as error:
         raise NoSettings(f"{path}: no such file; {_REMEDY}") from error
     except OSError as error:
         raise NoSettings(f"{path}: not an image that can be read ({one_line(error)}); {_REMEDY}") from error
 
 
-def settings_in(stream: BinaryIO, *, named: str) -> Settings:
-    """The settings in the bytes of an image file. named: in messages. Raises NoSettings, like `read_settings`."""
+def recorded_in(stream: BinaryIO, *, named: str) -> Recorded:
+    """What the bytes of an image file record. named: in messages. Raises NoSettings, like `read_settings`."""
     try:
         with Image.open(stream, formats=FORMATS_READ) as image:
             found = _read(image)
@@ -139,15 +147,15 @@ def _metadata(settings: Settings, *, form: ImageFormat) -> dict[str, Any]:
     return {"exif": exif_with_comment(to_a1111(settings)), "xmp": xmp.packet(source=source, tool=tool, settings=text)}
 
 
-def _read(image: Image.Image) -> Settings | None:
-    """The settings in the metadata of an opened image, None if it has none. Raises NoSettings if ours are damaged."""
+def _read(image: Image.Image) -> Recorded | None:
+    """What the metadata of an opened image record, None if they have no settings. Raises NoSettings if ours are damaged."""
     packet = image.info.get("xmp", b"")
     packet = packet.encode() if isinstance(packet, str) else packet
     segments = [body for name, body in getattr(image, "applist", []) if name == "APP1"]
     ours = image.info.get(_TIM) or xmp.settings_in(packet, segments=segments)
     if isinstance(ours, str):
         try:
-            return Settings.from_json(ours)
+            return Recorded(Settings.from_json(ours), {})
         except ValueError as error:
             raise NoSettings(str(error)) from error
     if xmp.lacks_settings(packet):
@@ -155,7 +163,8 @@ def _read(image: Image.Image) -> Settings | None:
     text = image.info.get(_PARAMETERS)
     if not isinstance(text, str):
         text = comment_of(image.getexif().get_ifd(EXIF_IFD).get(USER_COMMENT))
-    return from_a1111(text, width=image.width, height=image.height)
+    settings = from_a1111(text, width=image.width, height=image.height)
+    return None if settings is None else Recorded(settings, parameters_of(text))
 
 
 def _reason(error: Exception) -> str:

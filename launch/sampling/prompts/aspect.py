@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from launch.arguments import MAX_PIXELS
+from launch.arguments import MAX_PIXELS, check_sides
 
 MEGAPIXEL = 1024 * 1024  # pixels, as in ComfyUI: 1 is 1024 x 1024 at 1:1, 16 is the largest size
 _RATIO = re.compile(r"(\d+(?:\.\d+)?)\s*[:/]\s*(\d+(?:\.\d+)?)", re.ASCII)
@@ -47,4 +47,14 @@ def size_of_aspect(aspect: float, *, megapixels: float, option: str = "--megapix
     width, height = max(1, round(math.sqrt(pixels * aspect))), max(1, round(math.sqrt(pixels / aspect)))
     if width * height > MAX_PIXELS:
         width, height = (MAX_PIXELS // height, height) if width >= height else (width, MAX_PIXELS // width)
+    return height, width
+
+
+def checked_size(aspect: str, *, megapixels: float, names: tuple[str, str] = ("--aspect", "--megapixels")) -> tuple[int, int]:
+    """(height, width) as `size_of_aspect`, for an aspect ratio as typed. names: those of both options, for messages.
+
+    Raises ValueError naming the option also if a side of the image is too long.
+    """
+    height, width = size_of_aspect(parse_aspect(aspect, option=names[0]), megapixels=megapixels, option=names[1])
+    check_sides(height, width, named=f"{names[0]} {aspect} with {names[1]} {megapixels:g}")
     return height, width

@@ -119,7 +119,7 @@ def _settings(row: PromptRow, axes: _Axes) -> Iterator[tuple[int, int, float | N
     """(height, width, guidance, seed, steps) of the images of one prompt."""
     sizes = axes.sizes if row.size is None else [row.size]
     if not sizes:
-        raise ValueError(f"{row.place}: has no size, and there is no --size: give one of them")
+        raise ValueError(f"{row.place}: has no size, and there is no --size: give for example --size 512x512")
     guidances = axes.guidances if row.guidance is None else [row.guidance]
     steps = axes.steps if row.steps is None else [row.steps]
     count = axes.count if row.count is None else row.count

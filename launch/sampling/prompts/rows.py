@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.arguments import parse_sizes
 from launch.sampling.files.settings import MAX_SEED
-from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
+from launch.sampling.prompts.aspect import checked_size
 
 MAX_COUNT = 100_000  # images of one prompt
 PROMPT, ID = ("prompt", "text", "caption"), ("id", "item_id", "file_name")  # names of columns, the first one found counts
@@ -62,10 +62,10 @@ def prompt_row(record: Mapping[str, Any], *, place: str) -> PromptRow:
 
 
 def argument_rows(prompts: Sequence[str | int]) -> list[PromptRow]:
-    """The prompts of the options --prompt and --class. Raises ValueError for a text that is not UTF-8."""
+    """Prompts and classes of the command line. Raises ValueError for a text that is not UTF-8."""
     rows = []
     for number, prompt in enumerate(prompts, start=1):
-        place = f"{'--prompt' if isinstance(prompt, str) else '--class'} number {number}"
+        place = f"{'prompt' if isinstance(prompt, str) else 'class'} number {number}"
         rows.append(PromptRow(check_text(prompt, what=place) if isinstance(prompt, str) else prompt, place))
     return rows
 
@@ -155,10 +155,10 @@ class _Row:
         if keys == ("aspect", "megapixels"):
             megapixels = self.number("megapixels")
             assert megapixels is not None
-            return size_of_aspect(parse_aspect(str(self._record["aspect"]), option="aspect"), megapixels=megapixels, option="megapixels")
+            return checked_size(str(self._record["aspect"]), megapixels=megapixels, names=("aspect", "megapixels"))
         if keys == ("width", "height"):
             width, height = (self.whole(key, low=1, high=1 << 31) for key in keys)
-            return parse_sizes(f"{width}x{height}", option="size")[0]
+            return parse_sizes(f"{width}x{height}", option="width and height")[0]
         sizes = parse_sizes(str(self._record["size"]), option="size")
         if len(sizes) != 1:
             raise self._wrong("size", "expected one size, such as 512x128")

@@ -119,7 +119,7 @@ def test_what_is_there_stays_and_other_settings_get_other_names(run: Run, tmp_pa
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files(tmp_path / "out") if name.startswith("0")}
     again = run("a", "b", "--size", "8x8", "--steps", "1", "--seed", "0,1")
     assert again["drawn"] == 2
-    assert "2 of 4 images are in" in again["said"]
+    assert "out: 2 of 4 images" in again["said"]
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before} == before
     for setting in (["--negative", "x"], ["--interval", "0,0.5"], ["--times", "1,0"], ["--guidance", "2"], ["--stochasticity", "0.1"]):
         steps = [] if setting[0] == "--times" else ["--steps", "1"]
@@ -231,7 +231,7 @@ def test_two_processes_draw_the_same_as_one(model: Path, run: Run, tmp_path: Pat
 
 
 def test_a_list_that_was_killed_goes_on(model: Path, run: Run, tmp_path: Path) -> None:
-    arguments = ["a", "--size", "64x64", "--steps", "20", "--guidance", "2", "--count", "24", "--memory-gb", "0.01"]
+    arguments = ["a", "--size", "32x32", "--steps", "20", "--count", "24", "--memory-gb", "0.002"]
     command = [sys.executable, "-m", "launch.cli", "sample", str(model), *arguments, "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -251,7 +251,7 @@ def test_a_list_that_was_killed_goes_on(model: Path, run: Run, tmp_path: Path) -
 
 
 def test_a_full_disk_leaves_whole_files_only(model: Path, tmp_path: Path) -> None:
-    command = f"ulimit -f 8; exec {sys.executable} -m launch.cli sample {model} a --size 16x16,512x512 --steps 1 --out {tmp_path / 'out'}"
+    command = f"ulimit -f 8; exec {sys.executable} -m launch.cli sample {model} a --size 8x8,64x64 --steps 1 --out {tmp_path / 'out'}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 1
     assert re.search(r"error: .*(File too large|No space left).*\.png", done.stderr.splitlines()[-1]), done.stderr
@@ -272,7 +272,7 @@ WRONG = [
     (["a", "--size", "20000x1"], "width 20000: must be from 1 to 16384 pixels"),
     (["a", "--size", "8x8", "--seed", "x"], "--seed x: expected whole numbers"),
     (["a", "--size", "8x8", "--seed", str(2**64)], "exceeds the largest seed"),
-    (["a", "--size", "8x8", "--device", "tpu"], "--device tpu: not a device of this machine; give cpu, cuda or cuda:N"),
+    (["a", "--size", "8x8", "--device", "tpu"], "--device tpu: not a device of this machine; give cpu"),
     (["a", "--size", "8x8", "--mask", "m.png"], "--mask m.png: changes an image; give it with --image FILE"),
     (["a", "--image", "m.png"], "--image m.png: no such file"),
     (["a", "--size", "8x8", "--prompts", "p.txt"], "cannot be combined with other prompts; add them to the file"),

@@ -13,14 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from launch.checkpoints.export import export, spec_of
+from launch.checkpoints.export import export, model_folder, spec_of
 from launch.config.load import load_config
+from launch.finetune_job import read_base
 from launch.sampling.model_source import Replacements, make_generator, open_model
 from tests.launch.checkpoints.test_export import save_checkpoint
-from tests.launch.test_cli import Done, Tim, tim
+from tests.launch.test_cli import Done, Tim, refused, tim
 from tests.tim.models import autoencoder, bert
 from tim import Generator, TransitionTransformer
 from tim.model_folder.folder import read_spec
+from tim.model_folder.replacing import replaced_folder
 
 __all__ = ["tim"]
 
@@ -149,6 +151,41 @@ def test_a_run_with_models_inside_is_moved(tmp_path: Path) -> None:
     run.rename(tmp_path / "moved")
     assert read_spec(tmp_path / "moved" / "model").codec["path"] == str(tmp_path / "moved" / "vae")
     assert opened(tmp_path / "moved" / "model")("a", **SIZE)
+
+
+def test_a_checkpoint_is_a_model_too(tmp_path: Path, tim: Tim) -> None:
+    run = new_run(tmp_path / "run", PIXELS)
+    save_checkpoint(run, step=3)
+    older = run / "checkpoints" / "step-000002"
+    assert [float(opened(path).network.final_layer.linear.bias[0]) for path in (older, run)] == [2.0, 3.0]
+    assert sorted(path.name for path in (run / "exports").iterdir()) == ["step-000002", "step-000003"]
+    base = read_base(str(older))
+    assert (base.name, base.run and base.run.train.steps) == (str(older), 2)
+    done = tim("export", older, "--out", tmp_path / "model", "--json")
+    assert (done.code, done.data["step"]) == (0, 2)
+    assert tim("export", older, "--step", 2, "--out", tmp_path / "model").code == 0
+    refused(tim("export", older, "--step", 3, "--out", tmp_path / "model"), "--step 3: .* is another step; leave it out")
+    (run / "checkpoints" / "newest").mkdir()
+    refused(
+        tim("sample", run / "checkpoints" / "newest", "a", "--size", "8x8"), "newest: not a checkpoint; give RUN/checkpoints/step-000500"
+    )
+
+
+def test_two_processes_export_a_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one waits for the folder that the first one writes."""
+    run = new_run(tmp_path / "run", PIXELS)
+    folder, waited = run / "exports" / "step-000002", []
+    with replaced_folder(folder) as partial:
+
+        def other_process_ends(seconds: float) -> None:
+            waited.append(seconds)
+            export(run, out=tmp_path / "written")
+            (tmp_path / "written").rename(folder)
+
+        monkeypatch.setattr("launch.checkpoints.export.time.sleep", other_process_ends)
+        assert model_folder(run, log=print) == folder
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+    assert waited == [1]
 
 
 def test_models_in_other_places_are_named(latents: Path, tim: Tim, tmp_path: Path) -> None:

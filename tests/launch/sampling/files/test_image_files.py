@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from launch.sampling.files.a1111 import from_a1111, to_a1111
+from launch.sampling.files.a1111 import as_asked, from_a1111, parameters_of, to_a1111
 from launch.sampling.files.exif import comment_of
 from launch.sampling.files.formats import image_format
 from launch.sampling.files.image_files import NoSettings, is_complete, read_settings, write_image
@@ -164,7 +164,7 @@ def test_formats_by_name_and_suffix() -> None:
 
 
 def test_what_a_format_cannot_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="webp stores at most 16,383"):
+    with pytest.raises(ValueError, match=r"--format webp: webp stores at most 16,383 pixels a side, not 16384x1; use --format png"):
         write_image(tmp_path / "a.webp", Image.new("RGB", (16_384, 1)), FULL, form=image_format("webp"))
     with pytest.raises(ValueError, match=r"a\.jpg: jpeg has no transparency"):
         write_image(tmp_path / "a.jpg", Image.new("RGBA", (4, 4)), FULL, form=image_format("jpeg"))
@@ -230,6 +230,28 @@ def test_a_file_of_a1111_gives_what_it_has(tmp_path: Path) -> None:
 )
 def test_the_text_of_a1111(text: str, found: Settings | None) -> None:
     assert from_a1111(text, width=1, height=1) == found
+
+
+@pytest.mark.parametrize(
+    ("more", "size", "strength", "left_out"),
+    [
+        ("Size: 512x768", (512, 768), None, ["Sampler: Euler a"]),
+        ("Size: 512x768, Denoising strength: 0.6, Version: v1, Model hash: ab", (512, 768), 0.6, ["Sampler: Euler a"]),
+        (
+            "Size: 512x768, Denoising strength: 0.6, Hires upscale: 2",
+            (1, 1),
+            None,
+            ["Sampler: Euler a", "Size: 512x768", "Denoising strength: 0.6", "Hires upscale: 2"],
+        ),
+        ("Size: 0x9, Seed: -1", (1, 1), None, ["Sampler: Euler a", "Size: 0x9", "Seed: -1"]),
+    ],
+)
+def test_what_a1111_was_asked_for(more: str, size: tuple[int, int], strength: float | None, left_out: list[str]) -> None:
+    text = f"p\nSteps: 3, Sampler: Euler a, {more}"
+    drawn = from_a1111(text, width=1, height=1)
+    assert drawn is not None
+    asked, rest = as_asked(drawn, parameters_of(text))
+    assert ((asked.width, asked.height), asked.strength, rest) == (size, strength, left_out)
 
 
 def test_values_of_a1111_survive_its_own_parser() -> None:

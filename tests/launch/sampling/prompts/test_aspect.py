@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.arguments import MAX_PIXELS
-from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
+from launch.sampling.prompts.aspect import checked_size, parse_aspect, size_of_aspect
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,15 @@ def test_no_aspect(text: str) -> None:
         return
     with pytest.raises(ValueError, match="--aspect"):
         parse_aspect(text)
+
+
+def test_the_option_is_named_if_a_side_is_too_long() -> None:
+    assert checked_size("16:1", megapixels=16) == (1024, 16384)
+    for aspect, megapixels, side in (("4096:1", 16, "width 262144"), ("1:4096", 1, "height 65536"), ("17:1", 16, "width 16888")):
+        with pytest.raises(ValueError, match=rf"^--aspect {aspect} with --megapixels {megapixels}: {side}: must be"):
+            checked_size(aspect, megapixels=megapixels)
+    with pytest.raises(ValueError, match=r"^Aspect ratio x: expected WIDTH:HEIGHT"):
+        checked_size("x", megapixels=1, names=("Aspect ratio", "Megapixels"))
 
 
 @pytest.mark.parametrize("megapixels", [0, -1, 16.01, float("nan"), float("inf")])

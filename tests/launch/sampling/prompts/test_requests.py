@@ -74,7 +74,7 @@ def test_no_image_comes_twice() -> None:
         ({"sizes": [*SIZES, (8, 8)], "seeds": [1, 2], "zipped": True}, "--zip: 2 prompts, 3 sizes, 2 seeds: give lists of equal length"),
         ({"sizes": SIZES, "seeds": [1, 2], "count": 2}, "--count 2 and 2 seeds: give one of them"),
         ({"sizes": SIZES, "count": 0}, "--count 0"),
-        ({"sizes": []}, "--prompt number 1: has no size, and there is no --size"),
+        ({"sizes": []}, "prompt number 1: has no size, and there is no --size"),
         ({"sizes": SIZES, "seeds": [MAX_SEED], "count": 2}, "exceeds the largest seed"),
     ],
 )
@@ -84,6 +84,6 @@ def test_what_does_not_go_together_is_named(arguments: dict, message: str) -> No
 
 
 def test_rows_of_classes_and_texts_that_are_no_utf_8() -> None:
-    assert argument_rows([3]) == [PromptRow(3, "--class number 1")]
-    with pytest.raises(ValueError, match="--prompt number 2: is not UTF-8 at character 3"):
+    assert argument_rows([3]) == [PromptRow(3, "class number 1")]
+    with pytest.raises(ValueError, match=r"^prompt number 2: is not UTF-8 at character 3"):
         argument_rows(["a", "caf\udce9"])
