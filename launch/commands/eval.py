@@ -43,7 +43,7 @@ def eval(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the quality of a model by number of steps, size and aspect ratio.
+    """Measure image quality by steps, size and aspect ratio.
 
     Draws samples of a corpus with their captions, at their own sizes, and compares features with those of the real images. Writes a table,
     a plot, a grid and eval.json. The same command goes on with an evaluation that was cut short.

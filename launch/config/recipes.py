@@ -21,6 +21,12 @@ def recipe_path(name: str) -> Path:
     return _folder() / f"{name}.yaml"
 
 
+def recipe_summary(name: str) -> str:
+    """What a recipe is: the first sentence of its comment."""
+    first = recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+    return first.partition(". ")[0].rstrip(".")
+
+
 def config_path(source: str | Path | None) -> Path | None:
     """Resolve a path or a recipe's name to a configuration file. Raises ConfigError if neither exists."""
     if source is None:

@@ -194,7 +194,7 @@ class EvalConfig(Section):
 
     every: int = Field(ge=1)
     """Steps between evaluations, a multiple of `checkpoint.every`; another one of the last step."""
-    images: int = Field(default=512, ge=2)
+    images: int = Field(default=512, ge=8)
     """Images for each number of steps."""
     steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 4), min_length=1)
     """Numbers of sampling steps."""
@@ -202,6 +202,8 @@ class EvalConfig(Section):
     """Metrics, as `tim eval --metrics`; empty: all that the features and prompts allow."""
     features: tuple[str, ...] = ("pixels",)
     """Extractors of features, as `tim eval --features`: pixels, inception=FILE, open_clip=FOLDER, hf=FOLDER."""
+    clip: str | None = None
+    """Model of the CLIP score, as `tim eval --clip`."""
     corpus: str | None = None
     """Prepared corpus of the real images; null: that of `validation`, else the first of the run."""
     device: str | None = None

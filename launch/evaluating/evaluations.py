@@ -59,18 +59,29 @@ class Evaluations:
     def resume(self, step: int, *, logged: Collection[int]) -> None:
         """Go on after an earlier process. step: where the run resumes; logged: steps whose evaluations the metrics have.
 
-        Removes evaluations of later steps, takes up finished ones, and repeats that of the newest checkpoint if it was not finished.
+        Removes evaluations of later steps, takes up finished ones, and repeats that of the newest checkpoint if it was not finished. Logs
+        which others were not finished.
         """
+        lost = []
         for folder in sorted((self._run_dir / EVALUATIONS).glob("step-*")):
-            number = int(folder.name.removeprefix("step-"))
-            if number > step:
+            number = folder.name.removeprefix("step-")
+            if not number.isdecimal():  # a copy that somebody made
+                continue
+            if int(number) > step:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif (folder / RESULT).is_file() and number not in logged:
+            elif not (folder / RESULT).is_file():
+                lost.append(int(number))
+            elif int(number) not in logged:
                 self._finish(folder)
         due = [folder for folder in step_folders(self._run_dir) if self._is_due(step_of(folder)) and step_of(folder) <= step]
-        for folder in due[-1:]:
-            if not (evaluation_folder(self._run_dir, step_of(folder)) / RESULT).is_file():
-                self.add(folder)
+        lost += [number for each in due if not self._folder(number := step_of(each)).exists()]
+        newest = step_of(due[-1]) if due else None
+        if newest in lost:
+            self.add(due[-1])
+        others = sorted(set(lost) - {newest})
+        if others:
+            steps = f"step{'s' * (len(others) > 1)} {', '.join(map(str, others))}"
+            self._messages.put(f"{steps}: not evaluated, the run ended before; only the newest checkpoint's evaluation is repeated")
 
     def add(self, folder: Path) -> None:
         """Evaluate a published checkpoint, if it is due: now, or after the one in progress."""
@@ -90,7 +101,7 @@ class Evaluations:
     def uses(self, folder: Path) -> bool:
         """Whether a checkpoint is still needed: it waits, or is not exported yet."""
         with self._changed:
-            is_read = folder == self._running and not (evaluation_folder(self._run_dir, step_of(folder)) / MODEL).is_dir()
+            is_read = folder == self._running and not (self._folder(step_of(folder)) / MODEL).is_dir()
             return folder == self._waiting or is_read
 
     def finished(self) -> list[dict[str, Any]]:
@@ -147,7 +158,7 @@ class Evaluations:
 
     def _evaluate(self, checkpoint: Path) -> None:
         step, started = step_of(checkpoint), time.monotonic()
-        folder = evaluation_folder(self._run_dir, step)
+        folder = self._folder(step)
         shutil.rmtree(folder, ignore_errors=True)  # of a killed run, maybe with other settings
         folder.mkdir(parents=True)
         publish_text(folder / ROW, json.dumps({"step": step, **_position(read_trainer_state(checkpoint))}) + "\n")
@@ -191,11 +202,15 @@ class Evaluations:
         options = ["--corpus", self._corpus, "--steps", ",".join(map(str, section.steps)), "--images", str(section.images)]
         for features in section.features:
             options += ["--features", features]
-        metrics = ["--metrics", ",".join(section.metrics)] if section.metrics else []
-        return [*options, *metrics, "--device", self._device, "--processes", "1", "--out", str(folder), "--json"]
+        options += ["--metrics", ",".join(section.metrics)] if section.metrics else []
+        options += ["--clip", section.clip] if section.clip else []
+        return [*options, "--device", self._device, "--processes", "1", "--out", str(folder), "--json"]
+
+    def _folder(self, step: int) -> Path:
+        return evaluation_folder(self._run_dir, step)
 
     def _log_file(self, checkpoint: Path) -> Path:
-        return evaluation_folder(self._run_dir, step_of(checkpoint)) / LOG
+        return self._folder(step_of(checkpoint)) / LOG
 
 
 def _position(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from launch.arguments import parse_scales, parse_steps
@@ -17,12 +17,16 @@ from launch.evaluation.results.report import report
 from launch.evaluation.scorers import check_names
 from launch.evaluation.supplied import compare_features
 from launch.evaluation.typed_options import Typed
-from launch.sampling.loras import parse_loras
-from launch.sampling.model_source import ModelOptions, Replacements, say_nothing
+from launch.sampling.model_source import ModelOptions, say_nothing
 from launch.sampling.processes import deliver, result_of_processes, team
+from pipeline.corpus.corpus import Corpus
 
 Result = tuple[str, dict[str, Any]]  # text for the screen, JSON
 _TEXT = "text"  # key of the text in the result of several processes
+_OF_MODELS = (  # options that --real-features has no use for
+    *("compare", "corpus", "guidance", "images", "max_pixels", "features", "clip", "save_images"),
+    *("recipe", "codec", "text", "tokenizer", "lora", "device", "dtype", "memory_gb", "processes"),
+)
 
 
 def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
@@ -32,7 +36,7 @@ def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
     """
     metrics = _metrics(typed)
     if typed.real_features is not None or typed.generated_features is not None:
-        text, data = _of_files(typed, metrics)
+        text, data = _of_files(typed, metrics, console=console)
         console.result(text, data=data)
         return
     models, options = _models(typed), _options(typed, metrics)
@@ -51,12 +55,13 @@ def run(typed: Typed, *, arguments: Sequence[str], console: Console) -> None:
 
 def _evaluate(models: Sequence[ModelOptions], options: EvalOptions, *, console: Console) -> Result | None:
     """The result, on the main process; None on the others."""
-    with team() as state:
+    with team() as state, ExitStack() as locks:
         is_main = state is None or state.is_main_process
         log = console.line if is_main else say_nothing
+        corpus = Corpus.open(options.corpus)  # before models, which take longer
         opened = [open_for_evaluation(model, options, state=state, log=log) for model in models]
         folders = [options.out] if len(models) == 1 else [options.out / name for name in ("a", "b")]
-        evaluated = evaluate(opened, folders, options, state=state, console=console)
+        evaluated = evaluate(opened, folders, options, corpus=corpus, state=state, console=console, locks=locks)
         if not is_main:
             return None
         reports = [report(each, options, console=console) for each in evaluated]
@@ -66,14 +71,17 @@ def _evaluate(models: Sequence[ModelOptions], options: EvalOptions, *, console: 
         return "\n\n".join([*(each.text for each in reports), text]), {**data, "evaluations": [each.data for each in reports]}
 
 
-def _of_files(typed: Typed, metrics: Sequence[str]) -> Result:
+def _of_files(typed: Typed, metrics: Sequence[str], *, console: Console) -> Result:
     if typed.real_features is None or typed.generated_features is None:
         raise ValueError("--real-features and --generated-features: give both")
-    given = {"MODEL": typed.model, "--compare": typed.compare, "--corpus": typed.corpus, "--features": typed.features, "--clip": typed.clip}
-    for option, value in given.items():
-        if value:
-            raise ValueError(f"--real-features {typed.real_features}: needs no model and no corpus; leave out {option}")
-    return compare_features(typed.real_features, typed.generated_features, metrics=metrics, resamples=typed.resamples, out=typed.out)
+    if typed.model is not None:
+        raise ValueError(f"--real-features {typed.real_features}: needs no model; leave out MODEL")
+    for name in _OF_MODELS:
+        if getattr(typed, name):
+            raise ValueError(f"--real-features {typed.real_features}: needs no model and no corpus; leave out --{name.replace('_', '-')}")
+    with console.progress() as report:
+        files = typed.real_features, typed.generated_features
+        return compare_features(*files, metrics=metrics, resamples=typed.resamples, out=typed.out, report=report)
 
 
 def _metrics(typed: Typed) -> tuple[str, ...]:
@@ -87,12 +95,10 @@ def _models(typed: Typed) -> list[ModelOptions]:
     if (typed.model is None) == (typed.compare is None):
         given = "neither was given" if typed.model is None else "both were given"
         raise ValueError(f"expected MODEL, or --compare MODEL MODEL: {given} (see `tim eval --help`)")
-    paths: Sequence[Path] = [typed.model] if typed.model is not None else typed.compare or ()
+    paths: Sequence[str] = [typed.model] if typed.model is not None else typed.compare or ()
     if len(paths) > 1 and typed.lora:
         raise ValueError("--lora: would change both models of --compare; merge it into a model folder first, with tim export --merged")
-    replacements = Replacements(codec=typed.codec, text=typed.text, tokenizer=typed.tokenizer)
-    loras = parse_loras(typed.lora or [])
-    return [ModelOptions(path, typed.recipe, replacements, loras, typed.device, typed.dtype, typed.memory_gb) for path in paths]
+    return [ModelOptions.typed(path, typed) for path in paths]
 
 
 def _options(typed: Typed, metrics: tuple[str, ...]) -> EvalOptions:

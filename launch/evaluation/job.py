@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch import Tensor
+
 from launch.console import Console
 from launch.evaluation.options import LEAST_IMAGES, EvalOptions
-from launch.evaluation.samples import Sample, choose_samples, common_rule, real_images, samples_digest, size_rule
+from launch.evaluation.samples import Sample, choose_samples, common_rule, real_images, run_of, samples_digest, size_rule, sizes_line
 from launch.evaluation.scorers import Scorers, make_scorers
 from launch.evaluation.store import CHUNK, REAL, Measured, Setting, Store
 from launch.sampling.model_source import ModelOptions, Say, open_generator, say_nothing
@@ -33,11 +37,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model of an evaluation, and its limits of sizes."""
+    """A model of an evaluation, and its limits of sizes: those of its run, if `is_of_run`, or the sampler's."""
 
     generator: Generator
     facts: ModelFacts
     rule: SizeRule
+    is_of_run: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class Evaluated:
         return self.training[: self.store.count]
 
     def real(self) -> Measured:
-        """Features of the corpus's images, as many as `training`."""
+        """Features of the corpus's images, as many as `training`. Scores of those that were not drawn are NaN."""
         return self.store.read(REAL, count=len(self.training))
 
     def generated(self, setting: Setting) -> Measured:
@@ -66,33 +71,44 @@ class Evaluated:
 def open_for_evaluation(model: ModelOptions, options: EvalOptions, *, state: PartialState | None, log: Say) -> Opened:
     """Open a model. Raises ValueError as `open_generator` and `size_rule`."""
     generator, digest = open_generator(model, state=state, log=log)
-    rule = size_rule(model.path, stride=generator.stride, max_pixels=options.max_pixels)
-    return Opened(generator, ModelFacts.of(generator, path=model.path, digest=digest, loras=model.loras), rule)
+    run = run_of(model.path)
+    rule = size_rule(run, stride=generator.stride, max_pixels=options.max_pixels)
+    return Opened(generator, ModelFacts.of(generator, path=model.path, digest=digest, loras=model.loras), rule, run is not None)
 
 
 def evaluate(
-    models: Sequence[Opened], folders: Sequence[Path], options: EvalOptions, *, state: PartialState | None, console: Console
+    models: Sequence[Opened],
+    folders: Sequence[Path],
+    options: EvalOptions,
+    *,
+    corpus: Corpus,
+    state: PartialState | None,
+    console: Console,
+    locks: ExitStack,
 ) -> list[Evaluated]:
     """Draw the same samples with each of the models, into a folder each. Every process calls it with the same arguments and draws its
-    share; the result is complete when it returns.
+    share; the result is complete when it returns. locks: of the folders, until the result is written.
 
     Raises ValueError for a corpus that has too few samples or lacks captions, for metrics that cannot be computed, and for a folder with
-    another evaluation; OSError if a file cannot be written.
+    another evaluation; RuntimeError for a folder in use; OSError if a file cannot be written.
     """
     is_main = state is None or state.is_main_process
     log = console.line if is_main else say_nothing
-    corpus = Corpus.open(options.corpus)
     training = _choose(corpus, options, rule=common_rule([each.rule for each in models]), models=models)
     count = min(options.count, len(training))
     device = models[0].generator.device
     prompts = [sample.prompt for sample in training[:count]]
+    log(sizes_line(training[:count]))
+    if options.max_pixels is None and not any(each.is_of_run for each in models):
+        log(f"warning: {models[0].facts.name} does not say at which sizes it was trained: images are as large as the real ones; limit them "
+            "with --max-pixels")  # fmt: skip
     scorers = make_scorers(prompts, features=options.features, metrics=options.metrics, clip=options.clip, device=device)
     results = []
     for opened, folder in zip(models, folders, strict=True):
         store = Store(folder, count=count, save_images=options.save_images)
         settings = _settings(opened.generator, options, prompts=prompts)
         if is_main:
-            store.claim(_identity(opened, corpus, training, scorers, options))
+            locks.enter_context(store.claimed(_identity(opened, corpus, training, scorers, options)))
         of_all(0, state)  # no process writes before the folder is claimed
         log(f"{opened.facts.name}: {count} images in {', '.join(setting.name for setting in settings)}")
         results.append(Evaluated(store, opened.facts, corpus, training, settings, scorers))
@@ -108,6 +124,8 @@ def _choose(corpus: Corpus, options: EvalOptions, *, rule: SizeRule, models: Seq
         raise ValueError("--compare: one of the models draws captions, the other one classes")
     count = max(options.count, options.memorised)
     training = choose_samples(corpus, rule=rule, count=count, seed=options.seed, classes=classes.pop())
+    if not corpus.count:
+        raise ValueError(f"{options.corpus}: has no samples; give another corpus")
     if not training:
         raise ValueError(f"{options.corpus}: no sample has a size that the model draws; raise --max-pixels, or give another corpus")
     if len(training) < LEAST_IMAGES:
@@ -169,25 +187,44 @@ def _measure_real(evaluated: Evaluated, *, state: PartialState | None, report: P
     for done, chunk in enumerate(mine):
         report("real images", CHUNK * done, CHUNK * len(mine))
         if not store.has(REAL, chunk):
-            store.write(REAL, chunk, _real_features(evaluated, chunks[chunk], reader=reader))
+            store.write(REAL, chunk, _measure_real_chunk(evaluated, chunk, reader=reader))
+    report("real images", CHUNK * len(mine), CHUNK * len(mine))
     reader.close()
 
 
-def _real_features(evaluated: Evaluated, samples: Sequence[Sample], *, reader: ShardReader) -> Measured:
-    """Features of real images, computed once for a corpus and an extractor."""
+def _measure_real_chunk(evaluated: Evaluated, chunk: int, *, reader: ShardReader) -> Measured:
+    """Features of a chunk of the corpus's images, and scores of those whose samples are drawn."""
+    samples, scorers = _chunks(evaluated.training)[chunk], evaluated.scorers
+    scored = samples[: max(evaluated.store.count - chunk * CHUNK, 0)] if scorers.scores else []
+    scores = {name: torch.full((len(samples),), math.nan, dtype=torch.float64) for name in scorers.scores}
+    names = {each.name: f"reference-{key(evaluated.corpus.digest, each.digest, samples_digest(samples))}" for each in scorers.extractors}
+    features = _cached(names)
+    if features is not None and not scored:
+        return Measured(features, scores)
+    images = real_images(samples, reader=reader)
+    if features is None:
+        features = scorers.features(images)
+        _cache(names, features)
+    if scored:
+        of_scored = {name: each[: len(scored)] for name, each in features.items()}
+        for name, values in scorers.score(images[: len(scored)], [each.prompt for each in scored], features=of_scored).items():
+            scores[name][: len(scored)] = values
+    return Measured(features, scores)
+
+
+def _cached(names: Mapping[str, str]) -> dict[str, Tensor] | None:
+    """Features of real images by extractor, if those of all are in the cache. names: of its files, by extractor."""
     cache = DiskCache.default()
-    names = {
-        each.name: f"reference-{key(evaluated.corpus.digest, each.digest, samples_digest(samples))}"
-        for each in evaluated.scorers.extractors
-    }
-    cached = {name: None if cache is None else cache.read(file) for name, file in names.items()}
-    features = {name: found["features"] for name, found in cached.items() if found is not None}
-    if len(features) < len(names):
-        features = evaluated.scorers.features(real_images(samples, reader=reader))
-        if cache is not None:
-            for name, file in names.items():
-                cache.write(file, {"features": features[name]})
-    return Measured(features, {})
+    found = {name: None if cache is None else cache.read(file) for name, file in names.items()}
+    features = {name: each["features"] for name, each in found.items() if each is not None}
+    return features if len(features) == len(names) else None
+
+
+def _cache(names: Mapping[str, str], features: Mapping[str, Tensor]) -> None:
+    cache = DiskCache.default()
+    if cache is not None:
+        for name, file in names.items():
+            cache.write(file, {"features": features[name]})
 
 
 def _draw_chunk(generator: Generator, evaluated: Evaluated, *, setting: Setting, chunk: int) -> None:

@@ -21,6 +21,7 @@ from pipeline.size_rule import SizeRule
 from pipeline.storage.remote import is_remote
 from pipeline.storage.shard_reader import ByteRange, ShardReader
 from pipeline.streams.corpus_view import CorpusView
+from tim.pretrained.hub import HUB
 from tim.sampling.requests import MAX_PIXELS
 
 CANDIDATES = 16  # shards are read until they have so many times the samples that are needed
@@ -47,13 +48,25 @@ class Sample:
     image: ByteRange
 
 
-def size_rule(model: Path, *, stride: int, max_pixels: int | None) -> SizeRule:
-    """The sizes of a model: those of its run's plan at its end, if it lies in a run, or any up to the sampler's limit.
+def run_of(model: str | Path) -> Path | None:
+    """The run that a model is, or lies in, which says at which sizes it was trained. A config.yaml alone may be of something else.
+
+    model: a path, or an address of the hub.
+    """
+    if str(model).startswith(HUB):
+        return None
+    path = Path(model)
+    if (path / "config.yaml").is_file():
+        return path
+    above = path.resolve().parents[:_ABOVE]
+    return next((folder for folder in above if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()), None)
+
+
+def size_rule(run: Path | None, *, stride: int, max_pixels: int | None) -> SizeRule:
+    """The sizes of a model: those of its run's plan at its end, or without a run any up to the sampler's limit.
 
     max_pixels: a further limit. Raises ValueError if the run's configuration is damaged.
     """
-    folders = (model, *model.resolve().parents[:_ABOVE])
-    run = next((folder for folder in folders if (folder / "config.yaml").is_file()), None)
     rule = SizeRule(stride=stride, max_tokens=MAX_PIXELS // stride**2)
     if run is not None:
         from launch.config.load import load_config
@@ -83,9 +96,9 @@ def choose_samples(corpus: Corpus, *, rule: SizeRule, count: int, seed: int, cla
     """Up to `count` samples in an order by seed, the same for any larger `count` if it needs no further shards.
 
     All shards are equally likely. Of a large corpus, only as many are read as have `CANDIDATES` times the samples. Samples that the size
-    rule or a takedown leaves out are not chosen. classes: whether the model draws classes, not captions.
+    rule or a takedown leaves out are not chosen, nor those without a prompt. classes: whether the model draws classes, not captions.
 
-    Raises ValueError if a table cannot be read, or if a sample has no caption, or no class.
+    Raises ValueError if a table cannot be read, or if no sample has a caption, or a class.
     """
     view = CorpusView(corpus)
     shards = hash_ids([f"{corpus.name}/{number}" for number in range(len(corpus.shards))])
@@ -94,11 +107,11 @@ def choose_samples(corpus: Corpus, *, rule: SizeRule, count: int, seed: int, cla
         found += _of_shard(view, number, rule=rule, seed=seed, classes=classes)
         if len(found) >= CANDIDATES * count:
             break
-    samples = [sample for _, sample in sorted(found, key=lambda each: (each[0], each[1].id))[:count]]
-    lacking = next((sample for sample in samples if sample.prompt == ""), None)
-    if lacking is not None:
+    ordered = [sample for _, sample in sorted(found, key=lambda each: (each[0], each[1].id))]
+    samples = [sample for sample in ordered if sample.prompt != ""][:count]
+    if ordered and not samples:
         what, model = ("class", "classes") if classes else ("caption", "captions")
-        raise ValueError(f"{corpus.folder}: sample {lacking.id} has no {what}, but the model draws {model}: give a corpus with {model}")
+        raise ValueError(f"{corpus.folder}: sample {ordered[0].id} has no {what}, but the model draws {model}: give a corpus with {model}")
     return samples
 
 
@@ -121,6 +134,14 @@ def _of_shard(view: CorpusView, number: int, *, rule: SizeRule, seed: int, class
             (place, Sample(id, "" if prompt is None else prompt, (resize_height, resize_width), height, width, tokens, noise, data))
         )
     return found
+
+
+def sizes_line(samples: Sequence[Sample]) -> str:
+    """The sizes of the images in words."""
+    least, most = (choose(samples, key=lambda each: (each.height * each.width, each.width)) for choose in (min, max))
+    megapixels = sum(each.height * each.width for each in samples) / 1e6
+    between = "" if (least.height, least.width) == (most.height, most.width) else f" to {most.width}x{most.height}"
+    return f"sizes: {least.width}x{least.height}{between}, in all {megapixels:,.1f} megapixels for each number of steps"
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

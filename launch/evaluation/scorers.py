@@ -76,7 +76,8 @@ def make_scorers(
     extractors = tuple(make_extractor(text, device=device) for text in dict.fromkeys(features))
     names = [extractor.name for extractor in extractors]
     if len(set(names)) < len(names):
-        raise ValueError(f"--features {' and '.join(features)}: two are named {names[0]}; give them one after the other")
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"--features {' and '.join(features)}: two are named {twice}; give them one after the other, with another --out")
     check_names(metrics)
     scores = _scores(prompts, metrics=metrics, has_clip=clip is not None)
     distances = {extractor.name: distances_of(extractor.kind, metrics) for extractor in extractors}
@@ -117,7 +118,9 @@ def _scores(prompts: Sequence[str | int], *, metrics: Sequence[str], has_clip: b
         "accuracy": None if texts and all(text in _FIGURES for text in texts) else "needs the captions of tim demo's corpus",
         "clip_score": "needs prompts, not classes" if not texts else None if has_clip else f"needs a model: give --clip {_FORMS['clip']}",
     }
-    lacking["ocr"] = lacking["ocr_similarity"] = None if any(map(quoted, texts)) else "no prompt has quoted text"
+    quotes = sum(1 for text in texts if quoted(text))
+    problem = None if quotes > 1 else "only one prompt has quoted text, an interval needs two" if quotes else "no prompt has quoted text"
+    lacking["ocr"] = lacking["ocr_similarity"] = problem
     for name in metrics:
         if problem := lacking.get(name):
             raise ValueError(f"--metrics {name}: {problem}")

@@ -1,17 +1,20 @@
 """What an evaluation keeps of its images: features and scores, in chunks, and some of the images.
 
 OUT/evaluation.json                      what was asked for: a folder has one evaluation of one model
-OUT/features/real-00000.safetensors      features of 64 real images
+OUT/features/real-00000.safetensors      features and scores of 64 real images
 OUT/features/steps4-guidance1.25-00000.safetensors      features and scores of 64 generated ones
 OUT/images/steps4-guidance1.25/00000.png
 
 A chunk is drawn by one process in one call, so that its numbers depend neither on the number of processes nor on a restart.
+OUT/features/lock is held while an evaluation writes there.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from pipeline.storage.atomic import publish, publish_text, remove_temporary_files
+from pipeline.storage.atomic import LOCK, publish, publish_text, remove_temporary_files
 
-FORMAT = 1
+FORMAT = 2  # 1: without scores of real images
 CHUNK = 64  # images
 GRID_ROWS = 8  # images that are always kept, for the grid
 REAL = "real"
@@ -39,7 +42,8 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"steps{self.steps}-guidance{self.guidance:g}"
+        """Different for different settings: of file names."""
+        return f"steps{self.steps}-guidance{repr(self.guidance).removesuffix('.0')}"
 
 
 class Measured(NamedTuple):
@@ -57,23 +61,28 @@ class Store:
         self.count = count
         self._kept = count if save_images else min(count, GRID_ROWS)
 
-    def claim(self, identity: Mapping[str, Any]) -> None:
-        """Note what the folder is for, on the main process. Raises ValueError if it has another evaluation, or is a file."""
+    @contextmanager
+    def claimed(self, identity: Mapping[str, Any]) -> Iterator[None]:
+        """Note what the folder is for, on the main process, and lock it.
+
+        Raises ValueError if it has another evaluation, or is a file, and RuntimeError while another process has the lock.
+        """
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--out {self.folder}: is a file; give a folder")
-        path = self.folder / _IDENTITY
+        path, folders = self.folder / _IDENTITY, [self.folder / name for name in ("features", "images")]
+        wanted = {**identity, "format": FORMAT}
         if path.exists():
-            try:
-                found = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}): give another --out, or remove the folder") from error
-            differing = [name for name in {**identity, **found} if found.get(name) != identity.get(name)]
+            found = _read_identity(path)
+            differing = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
             if differing:
                 raise ValueError(f"--out {self.folder}: has an evaluation with another {differing[0]}; give another --out")
-        for name in ("features", "images"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-            remove_temporary_files([self.folder / name, *(self.folder / name).glob("*/")])
-        publish_text(path, json.dumps(identity, indent=2, ensure_ascii=False) + "\n")
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folders[0], place=f"--out {self.folder}"):
+            for folder in folders:
+                remove_temporary_files([folder, *folder.glob("*/")])
+            publish_text(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+            yield
 
     def has(self, name: str, chunk: int) -> bool:
         """Whether a chunk of a setting, or of the real images, is there with the images that are to be kept."""
@@ -121,3 +130,24 @@ class Store:
             return load(self._path(name, chunk).read_bytes())
         except (FileNotFoundError, SafetensorError):
             return None
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("not a JSON object")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): give another --out, or remove the folder") from error
+    return found
+
+
+@contextmanager
+def _locked(folder: Path, *, place: str) -> Iterator[None]:
+    """Lock a folder; the lock ends with the process. Raises RuntimeError if another process has it."""
+    with open(folder / LOCK, "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"{place}: another evaluation is writing there; wait for it, or give another --out") from error
+        yield

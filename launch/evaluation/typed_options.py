@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from tim.model_kinds import Dtype
+from launch.sampling.typed_options import TypedModel
+from tim.model_kinds import MODEL_FORMS
 
-Model = Annotated[Path | None, typer.Argument(help="A model folder, a run folder, an export of tim export --official, or a weight file.")]
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_FORMS}.")]
 Corpus = Annotated[str | None, typer.Option(metavar="CORPUS", help="The prepared corpus whose images are the real ones.")]
-Compare = Annotated[tuple[Path, Path] | None, typer.Option(metavar="MODEL MODEL", help="Two models, instead of MODEL: which is better?")]
+Compare = Annotated[tuple[str, str] | None, typer.Option(metavar="MODEL MODEL", help="Two models, instead of MODEL: which is better?")]
 Steps = Annotated[str, typer.Option(metavar="N[,N]...", help="Numbers of sampling steps.")]
 Images = Annotated[int | None, typer.Option(min=8, metavar="N", help="Images for each number of steps. Default: 512, or all samples.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the choice of samples and the noise.")]
@@ -38,12 +39,12 @@ Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class Typed(TypedModel):
     """The values of a command line, by the names of the options."""
 
-    model: Path | None
+    model: str | None
     corpus: str | None
-    compare: tuple[Path, Path] | None
+    compare: tuple[str, str] | None
     steps: str
     guidance: str | None
     images: int | None
@@ -58,17 +59,4 @@ class Typed:
     real_features: Path | None
     generated_features: Path | None
     out: Path
-    recipe: str | None
-    codec: str | None
-    text: str | None
-    tokenizer: str | None
-    lora: list[str] | None
-    device: str | None
-    dtype: Dtype | None
-    memory_gb: float | None
     processes: int | None
-
-    @classmethod
-    def of(cls, parameters: dict[str, Any]) -> Typed:
-        """From all parameters of the command."""
-        return cls(**{field.name: parameters[field.name] for field in fields(cls)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from launch.config.run_sections import EvalConfig
@@ -49,17 +50,30 @@ def check_models(config: Config) -> None:
 def _check_evaluations(section: EvalConfig) -> None:
     """Raise ConfigError for metrics and features that `tim eval` does not know: better now than at the first evaluation."""
     from launch.evaluation.scorers import check_names
+    from tim.metrics.distances import METRICS
     from tim.metrics.extractors.make import check_form
 
-    try:
+    with _as_config_error("eval.metrics"):
         check_names(section.metrics)
-    except ValueError as error:
-        raise ConfigError(f"eval.metrics: {str(error).removeprefix('--metrics ')}") from error
+    for key, texts in {"features": section.features, "clip": () if section.clip is None else (section.clip,)}.items():
+        with _as_config_error(f"eval.{key}"):
+            for text in texts:
+                check_form(text)
+    if "clip_score" in section.metrics and section.clip is None:
+        raise ConfigError("eval.clip: missing; eval.metrics: clip_score needs a model, such as open_clip=FOLDER")
+    has_inception = any(text.startswith("inception=") for text in section.features)
+    for name in section.metrics:
+        if name in METRICS and METRICS[name].features == "inception" and not has_inception:
+            raise ConfigError(f"eval.metrics: {name} needs features of inception: give eval.features: [inception=FILE]")
+
+
+@contextmanager
+def _as_config_error(key: str) -> Iterator[None]:
+    """Name a key in place of the option of a command."""
     try:
-        for text in section.features:
-            check_form(text)
+        yield
     except ValueError as error:
-        raise ConfigError(f"eval.features: {error}") from error
+        raise ConfigError(f"{key}: {str(error).removeprefix('--metrics ')}") from error
 
 
 def check_features(features: Features, config: Config) -> None:

@@ -12,6 +12,7 @@ from launch.checkpoints.history import History
 from launch.checkpoints.initial import context_differences
 from launch.config.schema import Config
 from launch.distributed.ranks import Ranks
+from launch.text_tables import count
 
 
 def start_report(
@@ -27,13 +28,14 @@ def start_report(
 ) -> Iterator[str]:
     """Lines to log before the first step. trained: number of `parameters` that are not frozen, if some are; found: checkpoint to resume
     from; changes: configuration keys that differ."""
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads each"
+    threads = f"CPU, {count(torch.get_num_threads(), 'thread')} each"
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else threads
     processes, packs = _processes(ranks.size), config.plan.at(step).packs_per_step
-    settings = f"ZeRO-{config.train.zero} · {config.train.precision} · {packs} packs of {config.plan.tokens_per_pack} tokens per step"
-    yield f"{parameters / 1e6:.2f}M parameters · {processes} on {device} · {settings}"
+    settings = f"ZeRO-{config.train.zero} · {config.train.precision} · {count(packs, 'pack')} of {config.plan.tokens_per_pack} tokens"
+    yield f"{parameters / 1e6:.2f}M parameters · {processes} on {device} · {settings} per step"
     if empty := -packs % ranks.size:
         idle = f"they may be idle for up to {empty / (packs + empty):.0%} of the time"
-        yield f"warning: {packs} packs per step are not a multiple of {processes}: {idle}; see `tim plan --ranks {ranks.size}`"
+        yield f"warning: plan.packs_per_step {packs} is not a multiple of {processes}: {idle}; see `tim plan --ranks {ranks.size}`"
     if trained is not None:
         yield f"training {trained:,} of {parameters:,} parameters: {_what_is_trained(config)}"
     if found is None and history.init is not None:

@@ -23,7 +23,7 @@ PATIENCE = 200.0  # seconds
 # What a training says of itself on standard error, and `tim launch` on standard output.
 _OWN_LINE = re.compile(
     r"starting: .*, \d+ s$|\d+\.\d+M parameters · \d+ process|step \d+/\d+ · (loss |the first one took )"
-    r"|saved \S+$|model: \S+$|\S+: trained for \d+ steps$"
+    r"|saved \S+$|model: \S+$|\S+: trained for \d+ steps?$"
 )
 
 

@@ -37,7 +37,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     ranks = jobs.start_ranks("launch.cli", "train", str(config), log=log)
     jobs.wait_for_row(broken, 5, ranks, log=log)
     ranks.kill()
-    assert "3 packs per step are not a multiple of 2 processes: they may be idle for up to 25% of the time" in log.read_text()
+    assert "plan.packs_per_step 3 is not a multiple of 2 processes: they may be idle for up to 25% of the time" in log.read_text()
 
     found = checkpoint.newest(broken)
     assert found is not None
@@ -50,7 +50,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(figures: Path, tmp_path: Path, c
     train(load_config(config, overrides=[f"train.steps={killed + 3}"]))
     said = capfd.readouterr().err
     assert f"continuing from {found.folder}, written by 2 processes: samples and random draws of each step stay the same" in said
-    assert "are not a multiple of" not in said
+    assert "is not a multiple of" not in said
 
     more = [f"train.steps={killed + 6}", "train.zero=3"]
     jobs.run_ranks("launch.cli", "train", str(config), *more, log=log)

@@ -51,11 +51,11 @@ def test_the_mean_of_all_images_of_a_prompt_has_the_colours_but_no_speckles() ->
     assert real["colours"] > 0.95
     assert real["speckled"] == 1
     assert abs(real["ground"]) < 0.02
-    assert abs(real["picture"]) < 0.02
+    assert abs(real["image"]) < 0.02
     assert mean["colours"] > 0.95
     assert mean["speckled"] == mean["both"] == 0
     assert mean["ground"] > 0.1
-    assert mean["picture"] > 0.04
+    assert mean["image"] > 0.04
 
 
 def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +64,7 @@ def test_every_objective_trains_and_is_scored(tmp_path: Path, capsys: pytest.Cap
 
     monkeypatch.setattr(objective, "train", in_this_process)  # the demo's, which starts two interpreters each time
     monkeypatch.setattr(objective, "STEPS", (1, 2))
-    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--pictures", "10", "--json"]) == 0
+    assert main(["bench", "objective", "--out", str(tmp_path / "proof"), "--steps", "2", "--images", "10", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["scores"]) == list(OBJECTIVES)
     for name in OBJECTIVES:

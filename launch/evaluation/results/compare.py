@@ -25,17 +25,18 @@ def compare(models: Sequence[Evaluated], reports: Sequence[Report], options: Eva
     """
     (first, second), out = models, options.out
     one, other = (each.measured[ALL] for each in reports)
+    settings = list(zip(first.settings, second.settings, strict=True))
     differences = [
-        difference_of(measure, before, one[measure][before], after, other[measure][after])
+        (before.guidance, difference_of(measure, before, one[measure][before], after, other[measure][after]))
         for measure in one
-        for before, after in zip(first.settings, second.settings, strict=True)
+        for before, after in settings
         if measure in other
     ]
-    lines = [_line(each) for each in differences]
+    lines = [_line(each, first_guidance=guidance) for guidance, each in differences]
     data = {
         "format": FORMAT,
         "models": [facts(each, options) for each in (first, second)],
-        "differences": [{**asdict(each), "steps": each.second} for each in differences],
+        "differences": [{**asdict(each), "steps": each.second, "first_guidance": guidance} for guidance, each in differences],
     }
     header = f"B ({second.facts.name}) minus A ({first.facts.name}), with 95 % intervals of the paired difference"
     table = [
@@ -49,7 +50,8 @@ def compare(models: Sequence[Evaluated], reports: Sequence[Report], options: Eva
     return "\n".join([header, *text, "", str(out / "compare.md")]), data
 
 
-def _line(difference: Difference) -> tuple[str, str, str, str, str]:
+def _line(difference: Difference, *, first_guidance: float) -> tuple[str, str, str, str, str]:
     better = {"better": "B is better", "worse": "A is better", "unclear": "no difference within the interval"}[difference.outcome]
     value = value_with_margin(difference.value, difference.low, difference.high)
-    return title_of(difference.metric, difference.features), str(difference.second), f"{difference.guidance:g}", value, better
+    guidance = " and ".join(f"{each:g}" for each in dict.fromkeys((first_guidance, difference.guidance)))
+    return title_of(difference.metric, difference.features), str(difference.second), guidance, value, better

@@ -1,20 +1,24 @@
-"""Plot of an evaluation: each metric by the number of steps with intervals, of all images, by size and by aspect ratio."""
+"""Plot of an evaluation: each metric by the number of steps with intervals, of all images, by size and by aspect ratio.
+
+Dotted lines are the numbers of real images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.evaluation.bins import ALL, ASPECT, SIZE
-from launch.evaluation.results.rows import Row, title_of
+from launch.evaluation.results.rows import Row, better_of, title_of
+from launch.evaluation.results.tables import ARROWS
 from pipeline.storage.atomic import publish
 
 _COLUMNS = (("all images", ALL), ("by size", SIZE), ("by aspect ratio", ASPECT))
 _LINES = ("-", "--", ":", "-.")  # of guidance scales
 
 
-def plot(rows: Sequence[Row], *, out: Path) -> None:
+def plot(rows: Sequence[Row], *, real: Sequence[Row] = (), out: Path) -> None:
     """Draw a row of panels for each metric, as PNG. Raises OSError if the file cannot be written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -26,9 +30,10 @@ def plot(rows: Sequence[Row], *, out: Path) -> None:
     panels = figure.subplots(len(measures), len(columns), squeeze=False, sharex=True, sharey="row")
     for line, measure in zip(panels, measures, strict=True):
         for panel, (title, start) in zip(line, columns, strict=True):
-            _draw_panel(panel, [row for row in rows if row.measured == measure and _belongs(row, start)], is_all=start == ALL)
+            own, reference = ([row for row in each if row.measured == measure and _belongs(row, start)] for each in (rows, real))
+            _draw_panel(panel, own, real={row.bin: row.value for row in reference}, is_all=start == ALL)
             panel.set_title(title if measure == measures[0] else "", fontsize="medium")
-        line[0].set_ylabel(title_of(*measure).replace(" (", "\n("))
+        line[0].set_ylabel(f"{title_of(*measure)} {ARROWS[better_of(measure[0])]}".replace(" (", "\n("))
     for panel in panels[-1]:
         panel.set_xlabel("steps")
     with publish(out) as stream:
@@ -39,8 +44,8 @@ def _belongs(row: Row, start: str) -> bool:
     return row.bin == start or row.bin.startswith(f"{start} ")
 
 
-def _draw_panel(panel: Any, rows: Sequence[Row], *, is_all: bool) -> None:
-    """A colour for each bin, a style of line for each guidance scale."""
+def _draw_panel(panel: Any, rows: Sequence[Row], *, real: Mapping[str, float], is_all: bool) -> None:
+    """A colour for each bin, a style of line for each guidance scale. real: values of real images by bin."""
     bins = list(dict.fromkeys(row.bin for row in rows))
     guidances = list(dict.fromkeys(row.guidance for row in rows))
     for colour, bin in enumerate(bins):
@@ -52,6 +57,9 @@ def _draw_panel(panel: Any, rows: Sequence[Row], *, is_all: bool) -> None:
                 steps, [row.low for row in points], [row.high for row in points], color=f"C{colour}", alpha=0.15, linewidth=0
             )
             panel.plot(steps, values, _LINES[style % len(_LINES)], color=f"C{colour}", marker="o", markersize=3, label=", ".join(names))
+        if bin in real:
+            label = f"{'other ' * bool(rows[0].features)}real images" if is_all else None
+            panel.axhline(real[bin], color="0.4" if is_all else f"C{colour}", linestyle=":", linewidth=1, label=label)
     shown = sorted({row.steps for row in rows if row.steps is not None})
     panel.set_xscale("log")
     panel.set_xticks(shown, [str(steps) for steps in shown])

@@ -26,8 +26,8 @@ Measurements: TypeAlias = dict[str, dict[Measure, dict[Setting, Measurement]]]  
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """features: name of the extractor, "" for a score of images; steps, guidance: None for features of unknown origin; images: number of
-    generated ones."""
+    """features: name of the extractor, "" for a score of images; steps, guidance: None for real images, and for features of unknown origin;
+    images: number of those that are compared with real ones."""
 
     metric: str
     features: str
@@ -100,13 +100,23 @@ def _row(metric: str, features: str, setting: Setting, bin: str, found: Estimate
     return Row(metric, features, *setting, bin, found.value, found.low, found.high, found.images, better_of(metric))
 
 
-def warnings_of(rows: Sequence[Row], *, bins: Mapping[str, Ints]) -> list[str]:
-    """Which metrics have too few images, in a line, and which bins were left out."""
-    few = {row.measured: row.images for row in rows if row.bin == ALL and row.metric in METRICS and row.images < METRICS[row.metric].least}
+def warnings_of(rows: Sequence[Row], *, bins: Mapping[str, Ints], real_images: int | None = None) -> list[str]:
+    """Which metrics have too few images, in a line, and which bins cannot be compared or were left out.
+
+    real_images: their number, None: as many as generated ones.
+    """
+    least = {row.measured: min(row.images, real_images or row.images) for row in rows if row.bin == ALL and row.metric in METRICS}
+    few = {measure: images for measure, images in least.items() if images < METRICS[measure[0]].least}
     lines = []
     if few:
         named = ", ".join(f"{title_of(*measure)} below {METRICS[measure[0]].least:,}" for measure in few)
         images = min(few.values())
         lines.append(f"{images} images are few ({named}): compare these numbers only with numbers of {images} images")
-    lines += [f"{name}: left out, it has only {len(positions)} images" for name, positions in bins.items() if len(positions) < LEAST_IN_BIN]
+    counts = {row.bin: row.images for row in rows if row.bin != ALL and row.metric in METRICS}
+    if len(set(counts.values())) > 1:
+        between = f"bins have {min(counts.values())} to {max(counts.values())} images"
+        lines.append(f"{between}: compare a bin with itself, over steps or models, and not with another bin or with all images")
+    small = [f"{name} ({len(positions)})" for name, positions in bins.items() if len(positions) < LEAST_IN_BIN]
+    if small:
+        lines.append(f"left out, with fewer than {LEAST_IN_BIN} images: {', '.join(small)}")
     return lines

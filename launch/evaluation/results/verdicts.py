@@ -59,47 +59,58 @@ def verdicts_of(measured: Mapping[Measure, Mapping[Setting, Measurement]]) -> li
     """A verdict for each metric and guidance scale; none for a single number of steps. measured: of all images."""
     verdicts = []
     for measure, by_setting in measured.items():
-        for guidance in dict.fromkeys(setting.guidance for setting in by_setting):
+        guidances = list(dict.fromkeys(setting.guidance for setting in by_setting))
+        for guidance in guidances:
             settings = sorted(setting for setting in by_setting if setting.guidance == guidance)
             pairs = [difference_of(measure, one, by_setting[one], other, by_setting[other]) for one, other in pairwise(settings)]
+            name = title_of(*measure) + (f" with guidance {guidance:g}" if len(guidances) > 1 else "")
             if pairs:
-                verdicts.append(_verdict(pairs))
+                verdicts.append(_verdict(pairs, name=name))
     return verdicts
 
 
-def _verdict(differences: Sequence[Difference]) -> Verdict:
+def _verdict(differences: Sequence[Difference], *, name: str) -> Verdict:
     """differences: of one metric and guidance, by steps."""
     one = differences[0]
-    metric = title_of(one.metric, one.features)
     worse, unclear = ([each for each in differences if each.outcome == outcome] for outcome in ("worse", "unclear"))
     whole = f"from {one.first} to {differences[-1].second}"
     if worse:
-        verb = "rises" if worse[0].value > 0 else "falls"
-        outcome, text = "worse somewhere", f"{metric} {verb} {_ranges(worse)} steps, which is worse"
+        verb, where = "rises" if worse[0].value > 0 else "falls", f"{_ranges(worse)} steps"
+        if len(worse) == len(differences) > 1:
+            where = f"with every step {whole}"
+        outcome, text = "worse somewhere", f"{name} {verb} {where}, which is worse"
     elif unclear:
-        same = "no difference within" if len(unclear) == len(differences) else "better with more steps, but no difference within"
-        outcome, text = "unclear", f"{metric}: {same} the {LEVEL:.0%} interval {_ranges(unclear)} steps"
+        some = "better with more steps, but " if len(unclear) < len(differences) else ""
+        outcome, text = "unclear", f"{name}: {some}no difference within the {LEVEL:.0%} interval {_ranges(unclear)} steps"
     else:
         verb = "rises" if one.value > 0 else "falls"
-        outcome, text = "better with every step", f"{metric} {verb} with every step {whole}, within {LEVEL:.0%} intervals"
+        outcome, text = "better with every step", f"{name} {verb} with every step {whole}, within {LEVEL:.0%} intervals"
     return Verdict(one.metric, one.features, one.guidance, text, outcome, tuple(differences))
 
 
 def _ranges(differences: Sequence[Difference]) -> str:
-    return " and ".join(f"from {each.first} to {each.second}" for each in differences)
+    """Such as "from 1 to 2, from 2 to 4 and from 4 to 8"."""
+    *others, last = [f"from {each.first} to {each.second}" for each in differences]
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def summary_of(verdicts: Sequence[Verdict]) -> str | None:
-    """Whether quality rises with every step, in one line; None without verdicts."""
+    """Whether quality rises with every step, in one line; None without verdicts. A metric counts once, whatever the guidance scales."""
     if not verdicts:
         return None
     steps = [each for verdict in verdicts for each in verdict.differences]
-    first, last = min(each.first for each in steps), max(each.second for each in steps)
-    worse = [verdict for verdict in verdicts if verdict.outcome == "worse somewhere"]
-    rising = [verdict for verdict in verdicts if verdict.outcome == "better with every step"]
+    whole = f"from {min(each.first for each in steps)} to {max(each.second for each in steps)}"
+    outcomes: dict[Measure, set[str]] = {}
+    for verdict in verdicts:
+        outcomes.setdefault((verdict.metric, verdict.features), set()).add(verdict.outcome)
+    worse = sum("worse somewhere" in each for each in outcomes.values())
+    rising = sum(each == {"better with every step"} for each in outcomes.values())
+    within, number = f"within {LEVEL:.0%} intervals", len(outcomes)
+    metrics = f"metric{'s' * (number != 1)}"
     if worse:
-        return f"Quality does not rise with every step from {first} to {last}: {len(worse)} of {len(verdicts)} metrics get worse somewhere."
-    if len(rising) == len(verdicts):
-        return f"Quality rises with every step from {first} to {last}, by every metric, within {LEVEL:.0%} intervals."
-    number = "no metric" if not rising else f"{len(rising)} of {len(verdicts)} metrics"
-    return f"Quality rises with every step from {first} to {last} by {number}; no metric gets worse, within {LEVEL:.0%} intervals."
+        return f"Quality does not rise with every step {whole}: {worse} of {number} {metrics} get{'s' * (worse == 1)} worse somewhere."
+    if rising == number:
+        return f"Quality rises with every step {whole}, by every metric, {within}."
+    if not rising:
+        return f"No metric gets worse {whole} steps, but none gets better with every step, {within}."
+    return f"Quality rises with every step {whole} by {rising} of {number} {metrics}; no metric gets worse, {within}."

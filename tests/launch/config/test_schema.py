@@ -291,6 +291,9 @@ def test_previews_are_checked_before_the_training(good: Path) -> None:
     [
         ({"metrics": ["fid", "frechett"]}, "eval.metrics: frechett: unknown; choose from fid, "),
         ({"features": ["pixels", "inception"]}, "eval.features: extractor 'inception': expected pixels, inception=FILE"),
+        ({"clip": "ViT-L-14"}, "eval.clip: extractor 'ViT-L-14': expected pixels, inception=FILE"),
+        ({"metrics": ["clip_score"]}, "eval.clip: missing; eval.metrics: clip_score needs a model"),
+        ({"metrics": ["kid"]}, "eval.metrics: kid needs features of inception: give eval.features: [inception=FILE]"),
     ],
 )
 def test_evaluations_that_cannot_be_made_are_found_at_the_start(section: dict[str, object], expected: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def test_rows_of_all_images_become_columns_and_a_table(tmp_path: Path) -> None:
     }
     assert columns([{**FOUR, "metric": "clip_score", "features": ""}]) == {"eval/clip_score/steps4": 12.345}
     assert table(rows) == [
-        "| metric | 1 steps | 4 steps |",
+        "| metric | 1 step | 4 steps |",
         "| --- | --- | --- |",
         "| frechet (pixels), lower is better | 20 [18, 22] | 12.35 [11, 13.5] |",
     ]
     (tmp_path / "broken").mkdir()
-    for text in ("", "[]", '{"rows": 3}', '{"rows": [3]}'):
+    lacking = json.dumps({"rows": [{**FOUR, "value": None}, {**FOUR, "low": float("nan")}, {**FOUR, "images": "8"}]})
+    for text in ("", "[]", '{"rows": 3}', '{"rows": [3]}', lacking):
         (tmp_path / "broken" / "eval.json").write_text(text)
         assert read_results(tmp_path / "broken") == []
 
@@ -71,6 +73,46 @@ def test_a_resumed_run_takes_up_what_is_finished_and_forgets_later_steps(tmp_pat
         assert found.in_progress is None
     assert row == {"step": 4, "images": 32, "seconds": 8.0, "restarts": 0, "eval/step": 4, "eval/frechet_pixels/steps4": 12.345}
     assert not evaluation_folder(tmp_path, 6).exists()
+
+
+def test_columns_have_names_that_all_trackers_take() -> None:
+    for features in ("Inception v3 (weights-inception-2015-12-05-6726825d.pth)", "open_clip ViT-L/14", "dinov2 (größe: 1)"):
+        (name,) = columns([{**FOUR, "features": features}])
+        assert re.fullmatch(r"[A-Za-z0-9_.\-/]+", name), "MLflow refuses others"
+        assert name.count("/") == 2
+    assert list(columns([{**FOUR, "metric": "fid", "features": "Inception v3 (a.pth)"}])) == ["eval/fid_Inception-v3-a.pth/steps4"]
+
+
+def test_evaluations_that_a_run_has_lost_are_said(tmp_path: Path) -> None:
+    evaluated(tmp_path, 2, FOUR)
+    (evaluation_folder(tmp_path, 4)).mkdir()  # killed
+    for step in (2, 4, 6, 8):
+        checkpoint(tmp_path, step)
+    evaluated(tmp_path, 8, FOUR)
+    (tmp_path / "evaluations" / "step-000002 copy").mkdir()
+    said: list[str] = []
+    with evaluations(tmp_path, said) as found:
+        found.resume(8, logged={2, 8})
+        assert found.in_progress is None
+        found.finished()
+    assert said == ["steps 4, 6: not evaluated, the run ended before; only the newest checkpoint's evaluation is repeated"]
+
+
+def test_the_model_of_the_clip_score_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+
+    def start(command: list[str], **_: Any) -> None:
+        started.append(command)
+        raise OSError("not started")
+
+    monkeypatch.setattr("launch.evaluating.evaluations.subprocess.Popen", start)
+    section = EvalConfig(every=2, clip="open_clip=c", metrics=("clip_score",))
+    with Evaluations(tmp_path, section, corpus="corpus", device="cpu", steps=5, log=print) as found:
+        found.add(checkpoint(tmp_path, 2))
+        assert found.wait(60)
+    (command,) = started
+    assert command[command.index("--clip") + 1] == "open_clip=c"
+    assert command[command.index("--metrics") + 1] == "clip_score"
 
 
 def test_a_failed_evaluation_is_one_line_and_the_next_one_runs(tmp_path: Path) -> None:
