@@ -11,14 +11,16 @@ import typer
 from launch.command_options import Debug, Json
 from launch.console import session
 from launch.sampling import typed_options as options
+from tim.model_kinds import MODEL_FORMS
 
-Model = Annotated[Path, typer.Argument(help="A model folder, a run folder, an export of tim export --official, or a weight file.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=f"The model: {MODEL_FORMS}.")]
 Host = Annotated[str, typer.Option(help="Address to listen at. Others than those of this machine alone need a password.")]
 Port = Annotated[int, typer.Option(min=0, max=65_535, help="Port to listen at; 0: any free one.")]
 Password = Annotated[str | None, typer.Option(help="Password of page and API. Default: that of the variable TIM_PASSWORD, or none.")]
 PasswordFile = Annotated[Path | None, typer.Option(metavar="FILE", help="File whose first line is the password.")]
 NoPassword = Annotated[bool, typer.Option("--no-password", help="Let other machines in without a password.")]
 AllowHost = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Further host name of this server; may be repeated.")]
+Proxy = Annotated[list[str] | None, typer.Option(metavar="ADDRESS", help="Proxy whose X-Forwarded headers count; may be repeated.")]
 MaxSide = Annotated[int, typer.Option(min=16, max=65_536, help="Limit of a side of an image, in pixels.")]
 MaxMegapixels = Annotated[float, typer.Option(min=0.001, max=16, help="Limit of the area; 1 is 1024 x 1024 pixels.")]
 MaxSteps = Annotated[int, typer.Option(min=1, max=10_000, help="Limit of the sampling steps.")]
@@ -31,6 +33,7 @@ PerMinute = Annotated[int, typer.Option("--requests-per-minute", min=1, max=100_
 
 
 def serve(
+    context: typer.Context,
     model: Model,
     host: Host = "127.0.0.1",
     port: Port = 7860,
@@ -38,6 +41,7 @@ def serve(
     password_file: PasswordFile = None,
     no_password: NoPassword = False,
     allow_host: AllowHost = None,
+    proxy: Proxy = None,
     max_side: MaxSide = 4096,
     max_megapixels: MaxMegapixels = 16.0,
     max_steps: MaxSteps = 128,
@@ -58,7 +62,7 @@ def serve(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Draw images in the browser, and from other programs over a JSON API.
+    """Draw images in the browser and over a JSON API.
 
     The page is at the address that is printed, the API at /api, its reference at /docs. Only this machine can connect unless --host says
     otherwise. Nothing is sent anywhere.
@@ -66,8 +70,7 @@ def serve(
     Example: tim serve runs/first --port 7860
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.sampling.loras import parse_loras
-        from launch.sampling.model_source import ModelOptions, Replacements
+        from launch.sampling.model_source import ModelOptions
         from launch.serving.command import ServeOptions, run
         from launch.serving.limits import Limits
 
@@ -84,9 +87,5 @@ def serve(
             max_per_client=max_per_client,
             requests_per_minute=per_minute,
         )
-        replacements = Replacements(codec=codec, text=text, tokenizer=tokenizer)
-        run(
-            ServeOptions(host, port, password, password_file, allow_host or (), no_password, limits),
-            model=ModelOptions(model, recipe, replacements, parse_loras(lora or []), device, dtype, memory_gb),
-            console=console,
-        )
+        served = ServeOptions(host, port, password, password_file, allow_host or (), no_password, proxy or (), limits)
+        run(served, model=ModelOptions.typed(model, options.TypedModel.of(context.params)), console=console)

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from launch.text_tables import count
 from tim.attention.dispatch import AttentionRequirements, choose_backend, obstacles
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -97,9 +98,10 @@ def _unmet() -> Iterator[tuple[Requirement, str]]:
 
 def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
+        cores = f"{count(os.cpu_count() or 1, 'core')}, {count(torch.get_num_threads(), 'thread')}"
         why = "torch was built without CUDA" if torch.version.cuda is None else "no CUDA device is visible to torch"
         remedy = "install torch for CUDA, check nvidia-smi and CUDA_VISIBLE_DEVICES; on a CPU only small networks can be trained"
-        yield Finding("devices", "warning", f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads: {why}", remedy)
+        yield Finding("devices", "warning", f"CPU, {cores}: {why}", remedy)
         return
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
@@ -112,14 +114,14 @@ def _devices() -> Iterator[Finding]:
 
 def _interconnect() -> Iterator[Finding]:
     """Links between the GPUs of this machine, and to other machines."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    pairs = [(a, b) for a in range(count) for b in range(a + 1, count)]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    pairs = [(a, b) for a in range(gpus) for b in range(a + 1, gpus)]
     apart = [pair for pair in pairs if not torch.cuda.can_device_access_peer(*pair)]
     if apart:
         remedy = "collectives go through host memory; in virtual machines enable peer-to-peer access, and see nvidia-smi topo -m"
         yield Finding("peer access", "warning", f"{len(apart)} of {len(pairs)} pairs of GPUs have none", remedy)
     elif pairs:
-        yield Finding("peer access", "ok", f"between all {count} GPUs")
+        yield Finding("peer access", "ok", f"between all {gpus} GPUs")
     states = [path.read_text().strip() for path in Path("/sys/class/infiniband").glob("*/ports/*/state")]
     active = sum("ACTIVE" in state for state in states)
     fabric = [f"{active} of {len(states)} InfiniBand or RoCE ports are active"] if states else []

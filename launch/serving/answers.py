@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
@@ -21,7 +22,7 @@ class ImageAnswer(BaseModel):
     """A drawn image."""
 
     id: str
-    url: Annotated[str, Field(description="Of the PNG file; .jpeg, .webp and .avif are there too.")]
+    url: Annotated[str, Field(description="Path of the PNG file on this server; .jpeg, .webp and .avif are there too.")]
     width: int
     height: int
     settings: Annotated[dict[str, Any], Field(description="The parameters that its file records; `tim sample --like FILE` repeats it.")]
@@ -32,11 +33,11 @@ class ImageAnswer(BaseModel):
     data: Annotated[str | None, Field(description="The PNG file in base64, with embed=true.")] = None
 
     @classmethod
-    def of(cls, result: Result, *, data: str | None) -> ImageAnswer:
-        """data: the file in base64, if it is wanted."""
+    def of(cls, result: Result, *, base: str, data: str | None) -> ImageAnswer:
+        """base: path of a proxy in front of this server; data: the file in base64, if it is wanted."""
         return cls(
             id=result.image_id,
-            url=f"/api/images/{result.image_id}.png",
+            url=f"{base}/api/images/{result.image_id}.png",
             width=result.settings.width,
             height=result.settings.height,
             settings=result.settings.as_dict(),
@@ -74,6 +75,28 @@ class ParametersAnswer(BaseModel):
     """What an image file records."""
 
     settings: dict[str, Any]
+
+
+class HealthAnswer(BaseModel):
+    """The state of the server, with numbers since it started."""
+
+    status: Annotated[Literal["ok", "stopping or failed"], Field(description="ok: it draws. Else the answer has status 503.")]
+    version: Annotated[str, Field(description="Of tim.")]
+    waiting: Annotated[int, Field(description="Number of requests in the queue.")]
+    clients: Annotated[int, Field(description="Number of clients whose requests they are.")]
+    is_drawing: Annotated[bool, Field(description="Whether a request is being drawn.")]
+    finished: Annotated[int, Field(description="Number of requests that were drawn.")]
+    cancelled: Annotated[int, Field(description="Number of requests that were cancelled while they were drawn.")]
+    failed: Annotated[int, Field(description="Number of requests that could not be drawn.")]
+    images: Annotated[int, Field(description="Number of images that were drawn.")]
+    uptime_seconds: float
+
+    @classmethod
+    def of(cls, studio: Studio) -> HealthAnswer:
+        """The state of a studio."""
+        state = studio.status()._asdict()
+        is_working, seconds = state.pop("is_working"), state.pop("seconds")
+        return cls(status="ok" if is_working else "stopping or failed", version=version("tim"), uptime_seconds=round(seconds, 1), **state)
 
 
 class ModelAnswer(BaseModel):

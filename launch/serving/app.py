@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,32 +15,65 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp
 
 from launch.serving.api import api
-from launch.serving.drawing import sentence_of
-from launch.serving.guard import Guard
-from launch.serving.password import Password
+from launch.serving.http.bodies import BodyLimits
+from launch.serving.http.clients import Clients
+from launch.serving.http.guard import Guard
+from launch.serving.http.page_routes import PageRoutes
+from launch.serving.http.password import Password
 from launch.serving.reference import reference_page
+from launch.serving.requests import schema_of_body, sentence_of
 from launch.serving.studio import Studio
 
+_METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"]
 _DESCRIPTION = "Draws images of any size with a Transition Model."
 
 
-def application(studio: Studio, *, hosts: Collection[str], password: Password | None) -> ASGIApp:
-    """The whole server. hosts: names by which clients may call it, besides addresses and those of this machine."""
+def application(studio: Studio, *, hosts: Collection[str], password: Password | None, proxies: Collection[str] = ()) -> ASGIApp:
+    """The whole server. hosts: names by which clients may call it, besides addresses and those of this machine; proxies: addresses whose
+    headers X-Forwarded-* count."""
+    limits = BodyLimits(max_bytes=studio.limits.max_body, max_values=studio.limits.max_values)
+    return Clients(Guard(PageRoutes(unguarded(studio)), hosts=hosts, password=password, limits=limits), proxies=proxies)
+
+
+def unguarded(studio: Studio) -> FastAPI:
+    """The API, its reference, and the page with all addresses that gradio has."""
     app = FastAPI(title="tim", version=version("tim"), description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.include_router(api(studio))
+    _describe_body(app, studio)
 
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
         return HTMLResponse(reference_page(app.openapi(), base=str(request.base_url)))
 
-    @app.api_route("/api/{path:path}", include_in_schema=False, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-    def unknown(path: str) -> None:
+    @app.api_route("/api/{path:path}", include_in_schema=False, methods=_METHODS)
+    def unknown(request: Request, path: str) -> None:
+        if allowed := _methods_of(f"/api/{path}", schema=app.openapi()):
+            raise HTTPException(405, f"{request.method}: this address takes {allowed}", headers={"Allow": allowed})
         raise HTTPException(404, "no such address: see /docs")
 
     _mount_page(app, studio)
-    return Guard(app, hosts=hosts, password=password, max_body=studio.limits.max_body)
+    return app
+
+
+def _methods_of(path: str, *, schema: Mapping[str, Any]) -> str:
+    """The methods that an address takes, as in the header Allow; empty for an unknown one."""
+    patterns = {template: re.sub(r"\\\{.*?\\\}", "[^/]+", re.escape(template)) for template in schema["paths"]}
+    found = [template for template, pattern in patterns.items() if re.fullmatch(pattern, path)]
+    return ", ".join(method.upper() for template in found for method in schema["paths"][template])
+
+
+def _describe_body(app: FastAPI, studio: Studio) -> None:
+    """Add the body of POST /api/draw, with the limits of this server, to the schema. The API reads it itself: see there."""
+    described = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = described()
+        schema["components"]["schemas"].setdefault("DrawRequest", schema_of_body(studio.limits))
+        return schema
+
+    app.openapi = openapi
 
 
 def _mount_page(app: FastAPI, studio: Studio) -> None:
@@ -51,17 +85,10 @@ def _mount_page(app: FastAPI, studio: Studio) -> None:
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    """A body that is not JSON, or does not fit the schema."""
+    """A parameter of a path or query that does not fit."""
     assert isinstance(error, RequestValidationError)
-    mistakes: Any = error.errors()
-    first = mistakes[0]
-    if first["type"] == "json_invalid":
-        return JSONResponse({"error": "the body is not JSON"}, status_code=400)
-    if len(first["loc"]) == 1:
-        return JSONResponse({"error": "the body is not an object of JSON: send one, as application/json"}, status_code=422)
-    of_key = [each for each in mistakes if each["loc"][:2] == first["loc"][:2]]
-    deepest = max(of_key, key=lambda each: len(each["loc"]))  # in a list, its item
-    return JSONResponse({"error": sentence_of(deepest)}, status_code=422)
+    located = [{**each, "loc": each["loc"][1:]} for each in error.errors()]  # after "query" or "path"
+    return JSONResponse({"error": sentence_of(located)}, status_code=422)
 
 
 async def _refused(request: Request, error: Exception) -> JSONResponse:

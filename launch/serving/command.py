@@ -13,19 +13,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.console import Console
 from launch.sampling.model_source import ModelOptions, open_generator
 from launch.sampling.recorded import ModelFacts
-from launch.serving.guard import LOOPBACK_NAMES
+from launch.serving.http.clients import is_address
+from launch.serving.http.guard import LOOPBACK_NAMES
+from launch.serving.http.password import Password
 from launch.serving.limits import Limits
-from launch.serving.password import Password
 from pipeline.errors import one_line
+from tim.pretrained import hub
+from tim.pretrained.hub import HUB
 
 if TYPE_CHECKING:
     from launch.serving.studio import Studio
@@ -35,7 +40,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CLOSE_SECONDS = 3  # for answers in progress, and for the step in hand
 _POLL_SECONDS = 0.1
 _PORTS_TRIED = 100
-_MAX_CONNECTIONS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class ServeOptions:
     password_file: Path | None
     names: Sequence[str]
     is_open: bool
+    proxies: Sequence[str]
     limits: Limits
 
     @property
@@ -67,6 +72,7 @@ def run(options: ServeOptions, *, model: ModelOptions, console: Console) -> None
     """Serve until SIGINT, SIGTERM or SIGHUP. Raises ValueError for options that cannot be used, before the model is loaded."""
     if find_spec("gradio") is None:
         raise ValueError('tim serve needs gradio: pip install "tim[serve]"')
+    _check_proxies(options.proxies)
     password = _password(options, console=console)
     with _listening(options) as listener:
         generator, digest = open_generator(model, state=None, log=console.line)
@@ -75,7 +81,7 @@ def run(options: ServeOptions, *, model: ModelOptions, console: Console) -> None
             os.environ["GRADIO_TEMP_DIR"] = folder
             from launch.serving.studio import Studio
 
-            studio = Studio(generator, facts, limits=options.limits)
+            studio = Studio(generator, facts, limits=options.limits, say=partial(_say, console))
             has_ended = _serve(options, studio=studio, password=password, listener=listener, stopped=stopped, console=console)
         if not has_ended:
             _leave()
@@ -94,15 +100,18 @@ def _serve(
     import uvicorn
 
     from launch.serving.app import application
+    from launch.serving.http.connections import MOST, OF_A_CLIENT, Connection
 
+    protocol: Any = partial(Connection, most_of_a_client=MOST if options.proxies else OF_A_CLIENT)
     hosts = [*options.names, *(() if options.is_local else (options.host, socket.gethostname()))]
     settings = uvicorn.Config(
-        application(studio, hosts=hosts, password=password),
-        log_level="warning",
+        application(studio, hosts=hosts, password=password, proxies=options.proxies),
+        http=protocol,
+        ws="none",
+        log_level="error",
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
     )
     server = uvicorn.Server(settings)
@@ -116,12 +125,15 @@ def _serve(
         url = _url(options, listener)
         data = {"url": url, "model": studio.facts.name, "pid": os.getpid()}
         console.result(f"serving {studio.facts.name} at {url} (Ctrl-C stops it)", data=data)
-        while thread.is_alive() and not stopped.wait(timeout=_POLL_SECONDS):
+        while thread.is_alive() and studio.status().is_working and not stopped.wait(timeout=_POLL_SECONDS):
             pass
+    has_failed = has_started and not stopped.is_set()
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it would name every page that is still open
     server.should_exit = True
     has_ended = studio.close(seconds=_CLOSE_SECONDS)
     thread.join(timeout=2 * _CLOSE_SECONDS)
+    if has_failed:
+        raise RuntimeError("the server cannot draw any more: see the lines above, and start it again")
     if not has_started and not stopped.is_set():
         raise RuntimeError("the server did not start: see the lines above")
     return has_ended and not thread.is_alive()
@@ -139,6 +151,12 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _say(console: Console, line: str) -> None:
+    """Print a line of the log. The server goes on where nobody reads it."""
+    with suppress(OSError):
+        console.line(f"{datetime.now():%Y-%m-%d %H:%M:%S} {line}")
+
+
 def _leave() -> None:
     """End this process, while a thread is still in a step."""
     sys.stdout.flush()
@@ -150,7 +168,8 @@ def _password(options: ServeOptions, *, console: Console) -> Password | None:
     """The password of the options or the environment. Raises ValueError for an empty one, and if one is needed."""
     if options.password is not None and options.password_file is not None:
         raise ValueError("--password and --password-file: give one of them")
-    typed = options.password if options.password is not None else os.environ.get(PASSWORD)
+    in_environment = os.environ.pop(PASSWORD, None)  # processes that decode uploads do not need it
+    typed = options.password if options.password is not None else in_environment
     if options.password_file is not None:
         typed = _first_line(options.password_file)
     if typed is not None and not typed:
@@ -160,9 +179,17 @@ def _password(options: ServeOptions, *, console: Console) -> Password | None:
             f"--host {options.host}: other machines could draw without a password; set {PASSWORD} or give --password-file FILE "
             "(--no-password allows it)"
         )
+    if typed is None and not options.is_local:
+        console.line(f"--no-password: whoever can reach {options.host} can draw")
     if options.password is not None:
         console.line(f"the command line shows the password to users of this machine: {PASSWORD} and --password-file do not")
     return None if typed is None else Password(typed)
+
+
+def _check_proxies(proxies: Sequence[str]) -> None:
+    for proxy in proxies:
+        if not is_address(proxy):
+            raise ValueError(f"--proxy {proxy}: is no address; give that of the proxy, for example --proxy 127.0.0.1")
 
 
 def _first_line(path: Path) -> str:
@@ -213,7 +240,10 @@ def _url(options: ServeOptions, listener: socket.socket) -> str:
 
 def _without_paths(facts: ModelFacts, *, model: ModelOptions) -> ModelFacts:
     """What the files of images may say to others: names of files, not their folders."""
-    path = model.path.resolve()
-    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    if str(model.path).startswith(HUB):
+        name = hub.parse(str(model.path)).repository
+    else:
+        path = Path(model.path).resolve()
+        name = path.parent.name if path.name == "model" and path.parent.name else path.name
     loras = tuple(replace(merged, name=Path(merged.name).name) for merged in facts.loras)
     return replace(facts, name=name, loras=loras)

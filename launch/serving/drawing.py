@@ -1,75 +1,30 @@
-"""A request as clients write it, and the images that it asks for."""
+"""The images that a request asks for, within the limits of the server."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import math
+import re
 import secrets
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
-
-from annotated_types import Len
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Sequence
+from typing import TypeVar
 
 from launch.sampling.editing import OpenedEdit, edit_of
 from launch.sampling.files.settings import MAX_SEED
 from launch.sampling.options import SampleOptions, Wanted, wanted_images
-from launch.sampling.prompts.aspect import parse_aspect, size_of_aspect
+from launch.sampling.prompts.aspect import checked_size
 from launch.serving.limits import Limits
+from launch.serving.requests import DrawRequest
 from launch.serving.uploads import Uploads
 from pipeline.digests import bytes_digest
 from tim import Generator
-from tim.sampling.edits import FEATHER
 
 MAX_DRAWN_SEED = 2**32 - 1  # every client's numbers hold it
-MAX_FEATHER = 256  # pixels
-MAX_GUIDANCE = 1000.0
-_LONGEST_LIST = 1000  # the product of all lists is limited by `Limits`
+_SHARE = 0.2  # of variations, as in `tim sample`
+_OPTION = re.compile(r"--([a-z]+)(?:-([a-z]+))?")  # the command's name of a key, in messages
 
 T = TypeVar("T")
-Prompt = str | Annotated[int, Field(ge=0)]
-Steps = Annotated[int, Field(ge=1)]
-Guidance = Annotated[float, Field(ge=0, le=MAX_GUIDANCE)]
-Pixels = Annotated[int, Field(ge=1)]
-Border = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Several = Annotated[list[T], Len(1, _LONGEST_LIST)]
-
-
-class DrawRequest(BaseModel):
-    """The images to draw: the product of prompts, sizes, steps, guidance scales and `count` seeds."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-    prompt: Annotated[Prompt | Several[Prompt], Field(description="Text, or the class of a class model; a list draws each.")]
-    negative: Annotated[str | None, Field(description="What guidance leads away from. Default: the unconditional input.")] = None
-    width: Annotated[Pixels | None, Field(description="Pixels, drawn exactly.")] = None
-    height: Annotated[Pixels | None, Field(description="Pixels, drawn exactly.")] = None
-    aspect: Annotated[str | None, Field(max_length=40, description='Instead of width and height: the aspect ratio, such as "21:9".')] = None
-    megapixels: Annotated[float | None, Field(gt=0, le=16, description="With aspect: the area; 1 is 1024 x 1024. Default: 1.")] = None
-    sizes: Annotated[
-        Several[Annotated[list[Pixels], Len(2, 2)]] | None, Field(description="Instead of width and height: pairs [width, height].")
-    ] = None
-    steps: Annotated[Steps | Several[Steps] | None, Field(description="Number of sampling steps. Default: the model's.")] = None
-    guidance: Annotated[Guidance | Several[Guidance] | None, Field(description="Guidance scale; 1: no guidance. Default: the model's.")] = (
-        None
-    )
-    interval: Annotated[
-        Annotated[list[Share], Len(2, 2)] | None,
-        Field(description="Times at which guidance acts, as shares of the noisiest time. Default: the model's."),
-    ] = None
-    count: Annotated[int, Field(ge=1, description="Number of images of each kind, with seeds S, S + 1, and so on.")] = 1
-    seed: Annotated[int | None, Field(ge=0, le=MAX_SEED, description="Random seed S. null: drawn, and returned.")] = None
-    image: Annotated[str | None, Field(description="Image to start from: a file in base64 (PNG, JPEG, WebP, AVIF).")] = None
-    mask: Annotated[str | None, Field(description="With image: a file in base64; white is drawn anew, black stays.")] = None
-    extend: Annotated[
-        Annotated[list[Border], Len(4, 4)] | None, Field(description="With image: pixels to add at the left, top, right and bottom.")
-    ] = None
-    strength: Annotated[
-        float | None, Field(gt=0, le=1, description="With image: share of noise to start from. Default: 0.6; with mask 1.")
-    ] = None
-    feather: Annotated[int, Field(ge=0, le=MAX_FEATHER, description="Pixels of the soft transition inside the mask.")] = FEATHER
 
 
 def images_of(request: DrawRequest, *, generator: Generator, limits: Limits, uploads: Uploads) -> list[Wanted]:
@@ -78,39 +33,47 @@ def images_of(request: DrawRequest, *, generator: Generator, limits: Limits, upl
     _check_texts([*prompts, *_listed(request.negative)], limits=limits)
     sizes = _sizes(request)
     steps, guidances = _listed(request.steps), _listed(request.guidance)
-    _check_counts(request, [len(each) for each in (prompts, sizes, steps, guidances)], limits=limits)
-    for count in steps:
-        if count > limits.max_steps:
-            raise ValueError(f"steps {count}: the limit is {limits.max_steps}")
+    _check_counts(request, [len(each) for each in (sizes, steps, guidances, _listed(request.seed))], limits=limits)
+    _check_steps(request, limits=limits)
+    key = "sizes" if request.sizes is not None else "width and height" if request.aspect is None else f"aspect {request.aspect}: size"
     for width, height in sizes:
-        _check_size(width, height, named="size", limits=limits)
+        check_size(width, height, named=key, limits=limits)
     edit = _edit(request, limits=limits, uploads=uploads)
     if edit is not None:
-        _check_size(*edit.edit.image.size, named="image with its borders", limits=limits)
+        check_size(*edit.edit.image.size, named="image with its borders", limits=limits)
     elif not sizes:
         raise ValueError("width and height: give both, or sizes, or aspect, or an image to start from")
     options = SampleOptions(
         prompts=prompts,
         sizes=[(height, width) for width, height in sizes],
+        size_name=key,
         steps=steps or None,
         guidances=guidances or None,
-        seeds=(secrets.randbelow(MAX_DRAWN_SEED - request.count) if request.seed is None else _seed(request),),
+        seeds=_seeds(request),
         count=request.count,
+        zipped=request.zip,
         negative=request.negative,
+        times=request.times,
         interval=_interval(request),
+        stochasticity=request.stochasticity,
+        between=request.interpolate,
+        variations=request.variations,
+        share=_SHARE if request.variation_share is None else request.variation_share,
         edit=edit,
     )
-    wanted = wanted_images(options, layout=None, log=lambda _: None)
+    try:
+        wanted = wanted_images(options, layout=None, log=lambda _: None)
+    except ValueError as error:
+        raise ValueError(_OPTION.sub(lambda found: "_".join(filter(None, found.groups())), str(error))) from error
     return [Wanted(each.request, generator.check(each.image), each.edit) for each in wanted]
 
 
-def sentence_of(mistake: Mapping[str, Any]) -> str:
-    """A mistake that pydantic found, as a sentence that names the key. mistake: one of `ValidationError.errors()`, located in its body."""
-    key = str(mistake["loc"][1]) if len(mistake["loc"]) > 1 else "request"  # after "body", "query" or "path"
-    given = mistake.get("input")
-    shown = f", not {given!r:.60}" if isinstance(given, (str, int, float)) and mistake["type"] not in ("extra_forbidden", "missing") else ""
-    message = mistake["msg"][:200]
-    return f"{key!r:.80}: {message[:1].lower()}{message[1:]}{shown}".encode("ascii", "replace").decode()
+def check_size(width: int, height: int, *, named: str, limits: Limits) -> None:
+    """Raises ValueError for a size above the limits. named: in the message."""
+    if max(width, height) > limits.max_side:
+        raise ValueError(f"{named} {width}x{height}: the limit is {limits.max_side} pixels a side")
+    if width * height > limits.max_pixels:
+        raise ValueError(f"{named} {width}x{height}: has {width * height:,} pixels, the limit is {limits.max_pixels:,}")
 
 
 def _listed(value: T | list[T] | None) -> list[T]:
@@ -126,16 +89,25 @@ def _check_texts(prompts: Sequence[str | int], *, limits: Limits) -> None:
 
 
 def _check_counts(request: DrawRequest, lengths: Sequence[int], *, limits: Limits) -> None:
-    images = request.count * math.prod(max(1, length) for length in lengths)
+    """lengths: of the lists besides the prompts."""
+    prompts = len(_listed(request.prompt))
+    prompts += (prompts - 1) * request.interpolate
+    images = max(prompts, *lengths) if request.zip else prompts * math.prod(max(1, length) for length in lengths)
+    images *= request.count * max(1, request.variations)
     if images > limits.max_count:
         raise ValueError(f"count: the request asks for {images:,} images, the limit is {limits.max_count}")
 
 
-def _check_size(width: int, height: int, *, named: str, limits: Limits) -> None:
-    if max(width, height) > limits.max_side:
-        raise ValueError(f"{named} {width}x{height}: the limit is {limits.max_side} pixels a side")
-    if width * height > limits.max_pixels:
-        raise ValueError(f"{named} {width}x{height}: has {width * height:,} pixels, the limit is {limits.max_pixels:,}")
+def _check_steps(request: DrawRequest, *, limits: Limits) -> None:
+    if request.steps is not None and request.times is not None:
+        raise ValueError("steps and times: give one of them")
+    for count in _listed(request.steps):
+        if count > limits.max_steps:
+            raise ValueError(f"steps {count}: the limit is {limits.max_steps}")
+    if request.times is not None and len(request.times) - 1 > limits.max_steps:
+        raise ValueError(f"times: has {len(request.times) - 1} steps, the limit is {limits.max_steps}")
+    if request.variation_share is not None and not request.variations:
+        raise ValueError(f"variation_share {request.variation_share:g}: give the number of variations as well")
 
 
 def _sizes(request: DrawRequest) -> list[tuple[int, int]]:
@@ -147,8 +119,7 @@ def _sizes(request: DrawRequest) -> list[tuple[int, int]]:
     if request.megapixels is not None and request.aspect is None:
         raise ValueError(f"megapixels {request.megapixels:g}: give the aspect ratio as well, for example 16:9")
     if request.aspect is not None:
-        aspect = parse_aspect(request.aspect, option="aspect")
-        height, width = size_of_aspect(aspect, megapixels=request.megapixels or 1.0, option="megapixels")
+        height, width = checked_size(request.aspect, megapixels=request.megapixels or 1.0, names=("aspect", "megapixels"))
         return [(width, height)]
     if request.sizes is not None:
         return [(width, height) for width, height in request.sizes]
@@ -159,11 +130,13 @@ def _sizes(request: DrawRequest) -> list[tuple[int, int]]:
     return [(request.width, request.height)]
 
 
-def _seed(request: DrawRequest) -> int:
-    assert request.seed is not None
-    if request.seed + request.count - 1 > MAX_SEED:
-        raise ValueError(f"seed {request.seed}: with a count of {request.count} it exceeds the largest seed, {MAX_SEED}")
-    return request.seed
+def _seeds(request: DrawRequest) -> list[int]:
+    if request.seed is None:
+        return [secrets.randbelow(MAX_DRAWN_SEED - request.count)]
+    seeds = _listed(request.seed)
+    if len(seeds) == 1 and seeds[0] + request.count - 1 > MAX_SEED:
+        raise ValueError(f"seed {seeds[0]}: with a count of {request.count} it exceeds the largest seed, {MAX_SEED}")
+    return seeds
 
 
 def _interval(request: DrawRequest) -> tuple[float, float] | None:

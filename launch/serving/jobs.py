@@ -17,6 +17,7 @@ from launch.sampling.options import Wanted
 
 State: TypeAlias = Literal["waiting", "drawing", "finished", "failed", "cancelled"]
 CANCELLED = "the request was cancelled"
+STOPPING = "the server is stopping; ask again later"
 
 
 class Result(NamedTuple):
@@ -83,11 +84,13 @@ Event: TypeAlias = Waiting | Progress | Finished | Failed
 class Job:
     """A request of a client. The newest event replaces older ones, so that a slow client costs no memory.
 
-    wanted: the images to draw; remarks: for people, for example about a prompt that is cut. All methods may be called from any thread.
+    wanted: the images to draw; upload_bytes: of their image and mask, as they came and decoded; remarks: for people, for example about a
+    prompt that is cut. All methods may be called from any thread.
     """
 
     client: str
     wanted: Sequence[Wanted]
+    upload_bytes: int = 0
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     remarks: tuple[str, ...] = ()
     state: State = "waiting"
@@ -105,6 +108,13 @@ class Job:
                 self.is_cancelled = True
             if self.state == "waiting":
                 self._tell(Failed(CANCELLED), "cancelled")
+
+    def stop(self) -> None:
+        """End it because the server stops: its client is told at once, also while a step is being computed."""
+        with self._changed:
+            if self.state in ("waiting", "drawing"):
+                self.is_cancelled = True
+                self._tell(Failed(STOPPING), "failed")
 
     @property
     def position(self) -> int:

@@ -40,7 +40,17 @@ class Limits:
     @property
     def max_body(self) -> int:
         """Bytes of a request: an image and a mask in base64, and texts."""
-        return 2 * (self.max_upload * 4 // 3 + 4) + 16 * self.max_prompt * self.max_count + 100_000
+        return 2 * (self.max_upload * 4 // 3 + 4) + self._max_text
+
+    @property
+    def max_values(self) -> int:
+        """Values in the JSON of a request; a comma within a text counts as one."""
+        return self._max_text
+
+    @property
+    def _max_text(self) -> int:
+        """Bytes of a request without its files; a character may take twelve, as two escapes."""
+        return 16 * self.max_prompt * self.max_count + 100_000
 
 
 class Busy(ValueError):

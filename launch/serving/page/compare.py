@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import gradio as gr
 from gradio.components import Component
@@ -23,8 +22,7 @@ _OPTION = re.compile(r"--[a-z]+")  # the command's name of a list, in messages
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Compare:
+class Compare(NamedTuple):
     """The controls of the section."""
 
     steps: Component
@@ -37,12 +35,12 @@ class Compare:
         return [self.steps, self.guidance, self.sizes]
 
 
-def build_compare(limits: Limits) -> Compare:
-    """The section, within the column in hand."""
+def build_compare(limits: Limits, *, prompt: str) -> Compare:
+    """The section, within the column in hand. prompt: how the page calls it."""
     text = (
-        f"Every combination is drawn with the prompt and the seed above, up to {limits.max_count} images. An empty list: the value above."
+        f"Every combination is drawn with the {prompt} and the seed above, up to {limits.max_count} images. An empty list: the value above."
     )
-    gr.HTML(f'<p class="tim-hint">{text}</p>', apply_default_css=False)
+    gr.HTML(f'<p class="tim-hint">{text}</p>', apply_default_css=False, elem_classes="tim-plain")
     steps = gr.Textbox("1, 2, 4, 8", label="Steps", info="columns", max_lines=1)
     guidance = gr.Textbox("1, 2", label="Guidance", info="rows", max_lines=1)
     sizes = gr.Textbox("", label="Sizes", info="rows, such as 64x48, 48x64", max_lines=1)

@@ -1,14 +1,18 @@
-// The editor of an image: a mask painted at the image's own size, whatever size the browser shows it at. Files stay in the browser
-// until they are sent with a request.
+// The editor of an image: the mask over it, whatever size the browser shows it at, and the borders to add. The file stays in the browser
+// until it is sent with a request, and survives that gradio builds the section anew.
 const timEditor = (() => {
-  let root = null; // the element of the page's editor
+  const canvas = timMask.canvas;
+  let root = null; // the element of the page's editor, once it was shown
   let file = null; // Blob of the image
-  let strokes = []; // {erase, radius, points}: drawn again after an undo
-  let stroke = null; // the one that is being painted
+  let url = null; // of the file, for the browser
+  let key = null; // tells the server whether it has the file already
+  let borders = [0, 0, 0, 0]; // pixels to add: left, top, right, bottom
+  let painting = false;
   let cursor = { x: 0, y: 0 };
-  let waiting = null; // a file that was given before the editor was opened
+  let message = null; // [text, isError] in place of the description
 
   const find = (name) => root.querySelector(`[data-part=${name}]`);
+  const isShown = () => root !== null && root.isConnected;
   const dataURL = (blob) =>
     new Promise((resolve, reject) => {
       const reader = new FileReader();
@@ -18,205 +22,253 @@ const timEditor = (() => {
     });
 
   function say(text, isError = false) {
+    if (!isShown()) return;
     const note = find("note");
-    note.textContent = text;
+    if (note.textContent !== text) note.textContent = text;
     note.classList.toggle("tim-error", isError);
   }
 
+  const limits = () => ({ side: Number(root.dataset.maxSide), pixels: Number(root.dataset.maxPixels) });
+
+  // What exceeds a limit, "" if nothing does.
+  function excess(width, height) {
+    if (!isShown()) return "";
+    const { side, pixels } = limits();
+    if (Math.max(width, height) > side) return `${width} × ${height}: the limit is ${side} pixels a side`;
+    if (width * height > pixels) return `${width} × ${height}: has ${width * height} pixels, the limit is ${pixels}`;
+    return "";
+  }
+
+  function resultSize() {
+    const [left, top, right, bottom] = borders;
+    return [canvas.width + left + right, canvas.height + top + bottom];
+  }
+
   function describe() {
-    const mask = find("mask");
-    const painted = strokes.some((each) => !each.erase);
-    const effect = painted ? "Painted parts are drawn anew." : "Nothing is painted: all of it changes.";
-    say(`${mask.width} × ${mask.height} pixels, and so is the result. ${effect}`);
+    if (!isShown()) return;
+    if (message) return say(...message);
+    if (!file) return say("Without an image, everything is drawn from the prompt.");
+    const [width, height] = resultSize();
+    const isExtended = borders.some((each) => each > 0);
+    const share = timMask.share();
+    const percent = share < 0.01 ? "Less than 1 %" : `${Math.round(100 * share)} %`;
+    const size = `${canvas.width} × ${canvas.height} pixels, and so is the result.`;
+    const extended = `${canvas.width} × ${canvas.height} pixels; the result has ${width} × ${height}.`;
+    if (excess(width, height)) say(`With its borders ${excess(width, height)}`, true);
+    else if (isExtended && share) say("A mask and borders exclude each other: clear the mask, or set the borders to 0.", true);
+    else if (isExtended) say(`${extended} The added pixels are drawn anew.`);
+    else if (share) say(`${size} ${percent} is painted and drawn anew, the rest stays.`);
+    else say(`${size} Nothing is painted: all of it changes.`);
   }
 
   async function open(blob, name) {
-    const maximum = Number(root.dataset.maxBytes);
-    if (blob.size > maximum) return say(`${name}: the limit of a file is ${Math.floor(maximum / 1e6)} MB`, true);
-    const image = find("image");
-    const url = URL.createObjectURL(blob);
+    const refuse = (text) => {
+      message = [`${name}: ${text}`, true];
+      describe();
+      return false;
+    };
+    if (isShown() && blob.size > Number(root.dataset.maxBytes)) {
+      return refuse(`the limit of a file is ${Math.floor(Number(root.dataset.maxBytes) / 1e6)} MB`);
+    }
     const probe = new Image();
-    probe.src = url;
+    let held = null;
     try {
+      held = new Blob([await blob.arrayBuffer()], { type: blob.type }); // the file may change on the disk
+      probe.src = URL.createObjectURL(held);
       await probe.decode();
     } catch {
-      URL.revokeObjectURL(url);
-      return say(`${name}: cannot be read as an image; give a PNG, JPEG, WebP or AVIF file`, true);
+      URL.revokeObjectURL(probe.src);
+      return refuse("cannot be read as an image; give a PNG, JPEG, WebP or AVIF file");
     }
-    if (probe.naturalWidth * probe.naturalHeight > Number(root.dataset.maxPixels)) {
-      URL.revokeObjectURL(url);
-      return say(`${name}: has ${probe.naturalWidth}x${probe.naturalHeight} pixels, the limit is ${root.dataset.maxPixels} pixels`, true);
+    const wrong = excess(probe.naturalWidth, probe.naturalHeight);
+    if (wrong) {
+      URL.revokeObjectURL(probe.src);
+      return refuse(wrong);
     }
-    if (image.src.startsWith("blob:")) URL.revokeObjectURL(image.src);
-    image.src = url;
-    file = blob;
-    const mask = find("mask");
-    mask.width = probe.naturalWidth;
-    mask.height = probe.naturalHeight;
-    cursor = { x: mask.width / 2, y: mask.height / 2 };
-    const size = find("size");
-    size.max = Math.max(8, Math.ceil(Math.max(mask.width, mask.height) / 2));
-    size.value = Math.max(32, Math.round(Math.max(mask.width, mask.height) / 10));
-    strokes = [];
-    find("work").hidden = false;
-    describe();
+    if (url) URL.revokeObjectURL(url);
+    url = probe.src;
+    file = held;
+    key = `${Date.now()}-${Math.random()}`;
+    message = null;
+    timMask.reset(probe.naturalWidth, probe.naturalHeight);
+    cursor = { x: canvas.width / 2, y: canvas.height / 2 };
+    show();
+    return true;
   }
 
   function close() {
-    file = null;
-    strokes = [];
-    find("work").hidden = true;
-    find("image").removeAttribute("src");
-    find("file").value = "";
-    say("Without an image, the whole image is drawn from the prompt.");
+    if (url) URL.revokeObjectURL(url);
+    file = url = key = message = null;
+    timMask.reset(1, 1);
+    show();
+    if (isShown()) find("file").focus();
   }
 
-  // One segment of a stroke, or its first point, in pixels of the image.
-  function paint({ erase, radius }, from, to) {
-    const context = find("mask").getContext("2d");
-    context.globalCompositeOperation = erase ? "destination-out" : "source-over";
-    context.strokeStyle = context.fillStyle = "#e5265f";
-    context.lineCap = "round";
-    context.lineWidth = 2 * radius;
-    context.beginPath();
-    if (from.x === to.x && from.y === to.y) {
-      context.arc(to.x, to.y, radius, 0, 2 * Math.PI);
-      context.fill();
+  // Show the state in the element, which may be a new one.
+  function show() {
+    document.documentElement.classList.toggle("tim-has-image", file !== null);
+    if (!isShown()) return;
+    find("work").hidden = !file;
+    if (file) {
+      const longer = Math.max(canvas.width, canvas.height);
+      const image = find("image");
+      if (image.src !== url) image.src = url;
+      image.classList.toggle("tim-pixels", longer < 512);
+      const size = find("size");
+      size.max = Math.max(8, Math.ceil(longer / 2));
+      size.value = Math.max(32, Math.round(longer / 10));
+      arrange();
+      showCursor();
     } else {
-      context.moveTo(from.x, from.y);
-      context.lineTo(to.x, to.y);
-      context.stroke();
+      find("image").removeAttribute("src");
     }
+    update();
   }
 
-  function begin(point) {
-    stroke = { erase: find("erase").checked, radius: Number(find("size").value) / 2, points: [point] };
-    strokes.push(stroke);
-    paint(stroke, point, point);
+  // The image within its borders.
+  function arrange() {
+    if (!isShown() || !file) return;
+    const [width, height] = resultSize();
+    const sheet = find("sheet");
+    const art = find("art");
+    sheet.style.aspectRatio = `${width} / ${height}`;
+    sheet.style.width = find("native").checked ? `${width}px` : `min(100%, ${(70 * width) / height}vh)`;
+    art.style.left = `${(100 * borders[0]) / width}%`;
+    art.style.top = `${(100 * borders[1]) / height}%`;
+    art.style.width = `${(100 * canvas.width) / width}%`;
+    art.style.height = `${(100 * canvas.height) / height}%`;
   }
 
-  function extend(point) {
-    paint(stroke, stroke.points.at(-1), point);
-    stroke.points.push(point);
-  }
-
-  function repaint() {
-    const mask = find("mask");
-    mask.getContext("2d").clearRect(0, 0, mask.width, mask.height);
-    for (const each of strokes) each.points.forEach((point, k) => paint(each, each.points[Math.max(0, k - 1)], point));
+  function update() {
+    find("undo").setAttribute("aria-disabled", String(!timMask.canUndo));
+    find("redo").setAttribute("aria-disabled", String(!timMask.canRedo));
+    find("brush").textContent = `${find("size").value} pixels`;
     describe();
   }
 
   function pointOf(event) {
-    const mask = find("mask");
-    const box = mask.getBoundingClientRect();
-    return { x: ((event.clientX - box.left) * mask.width) / box.width, y: ((event.clientY - box.top) * mask.height) / box.height };
+    const box = canvas.getBoundingClientRect();
+    return { x: ((event.clientX - box.left) * canvas.width) / box.width, y: ((event.clientY - box.top) * canvas.height) / box.height };
   }
 
   function showCursor() {
-    const mask = find("mask");
     const ring = find("ring");
     const size = Number(find("size").value);
-    ring.style.left = `${(100 * (cursor.x - size / 2)) / mask.width}%`;
-    ring.style.top = `${(100 * (cursor.y - size / 2)) / mask.height}%`;
-    ring.style.width = `${(100 * size) / mask.width}%`;
-    ring.style.height = `${(100 * size) / mask.height}%`;
+    ring.style.left = `${(100 * (cursor.x - size / 2)) / canvas.width}%`;
+    ring.style.top = `${(100 * (cursor.y - size / 2)) / canvas.height}%`;
+    ring.style.width = `${(100 * size) / canvas.width}%`;
+    ring.style.height = `${(100 * size) / canvas.height}%`;
+  }
+
+  function begin() {
+    message = null;
+    timMask.begin({ ...cursor }, { erase: find("erase").checked, radius: Number(find("size").value) / 2 });
   }
 
   function onKey(event) {
-    const mask = find("mask");
     const moves = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+    const letter = event.ctrlKey || event.metaKey ? event.key.toLowerCase() : "";
     if (event.key in moves) {
       const length = event.shiftKey ? 1 : Math.max(1, Number(find("size").value) / 2);
       const [dx, dy] = moves[event.key];
       const within = (value, limit) => Math.min(limit, Math.max(0, value));
-      cursor = { x: within(cursor.x + dx * length, mask.width), y: within(cursor.y + dy * length, mask.height) };
+      cursor = { x: within(cursor.x + dx * length, canvas.width), y: within(cursor.y + dy * length, canvas.height) };
     } else if (event.key === " ") {
-      begin({ ...cursor });
-      describe();
+      begin();
+    } else if (letter === "y" || (letter === "z" && event.shiftKey)) {
+      timMask.redo();
+    } else if (letter === "z") {
+      timMask.undo();
     } else {
       return;
     }
     event.preventDefault();
     showCursor();
+    update();
+  }
+
+  function listenToCanvas() {
+    canvas.tabIndex = 0;
+    canvas.setAttribute("role", "application"); // keys go to it, not to the screen reader
+    canvas.setAttribute("aria-label", "Mask: arrow keys move the brush, with Shift by one pixel; Space paints");
+    canvas.addEventListener("pointerdown", (event) => {
+      if (!event.isPrimary || event.button !== 0) return;
+      canvas.setPointerCapture(event.pointerId);
+      cursor = pointOf(event);
+      painting = true;
+      begin();
+      showCursor();
+    });
+    canvas.addEventListener("pointermove", (event) => {
+      if (!event.isPrimary) return;
+      cursor = pointOf(event);
+      showCursor();
+      if (painting) timMask.extend(cursor);
+    });
+    canvas.addEventListener("pointerup", (event) => {
+      if (!event.isPrimary || !painting) return;
+      painting = false;
+      update();
+    });
+    canvas.addEventListener("pointercancel", () => {
+      if (painting) timMask.forget();
+      painting = false;
+      update();
+    });
+    canvas.addEventListener("keydown", onKey);
+    canvas.addEventListener("focus", () => showCursor());
   }
 
   function listen() {
-    const mask = find("mask");
-    mask.addEventListener("pointerdown", (event) => {
-      mask.setPointerCapture(event.pointerId);
-      cursor = pointOf(event);
-      begin(cursor);
-      showCursor();
-    });
-    mask.addEventListener("pointermove", (event) => {
-      cursor = pointOf(event);
-      showCursor();
-      if (stroke && event.buttons) extend(cursor);
-    });
-    for (const end of ["pointerup", "pointercancel"]) {
-      mask.addEventListener(end, () => {
-        stroke = null;
-        describe();
+    const actions = {
+      undo: () => timMask.undo(),
+      redo: () => timMask.redo(),
+      clear: () => timMask.change("clear"),
+      invert: () => timMask.change("invert"),
+    };
+    for (const [name, action] of Object.entries(actions)) {
+      find(name).addEventListener("click", () => {
+        message = null;
+        action();
+        update();
       });
     }
-    mask.addEventListener("keydown", onKey);
-    mask.addEventListener("focus", showCursor);
-    find("size").addEventListener("input", showCursor);
-    find("undo").addEventListener("click", () => {
-      strokes.pop();
-      repaint();
-    });
-    find("clear").addEventListener("click", () => {
-      strokes = [];
-      repaint();
+    find("size").addEventListener("input", () => {
+      showCursor();
+      update();
     });
     find("remove").addEventListener("click", close);
-    find("native").addEventListener("change", (event) => find("frame").classList.toggle("tim-native", event.target.checked));
+    find("native").addEventListener("change", arrange);
     timFiles.listen(root, (given) => open(given, given.name));
   }
 
-  // The painted pixels as a PNG of the image's size: white where they are, black elsewhere.
-  function maskURL() {
-    const mask = find("mask");
-    const pixels = mask.getContext("2d").getImageData(0, 0, mask.width, mask.height);
-    const data = pixels.data;
-    let painted = false;
-    for (let k = 0; k < data.length; k += 4) {
-      const value = data[k + 3] >= 128 ? 255 : 0;
-      painted ||= value > 0;
-      data[k] = data[k + 1] = data[k + 2] = value;
-      data[k + 3] = 255;
-    }
-    if (!painted) return null;
-    const copy = document.createElement("canvas");
-    copy.width = mask.width;
-    copy.height = mask.height;
-    copy.getContext("2d").putImageData(pixels, 0, 0);
-    return copy.toDataURL("image/png");
-  }
-
+  listenToCanvas();
   return {
+    // gradio has built the section, perhaps again.
     start(element) {
       root = element.querySelector(".tim-editor");
-      file = null;
+      find("ring").before(canvas);
       listen();
-      close();
-      if (waiting) open(waiting, "image");
-      waiting = null;
+      show();
     },
-    // Start from one of the server's images.
-    async use(url) {
-      const answer = await fetch(url);
-      if (!answer.ok) return;
-      const blob = await answer.blob();
-      if (root && root.isConnected) await open(blob, "image");
-      else waiting = blob;
+    // Start from one of the server's images. Returns whether it is there.
+    async use(address) {
+      const answer = await fetch(address).catch(() => null);
+      const isOpen = answer !== null && answer.ok && (await open(await answer.blob(), "image"));
+      if (isOpen) document.getElementById("tim-change").scrollIntoView({ block: "nearest" });
+      return isOpen;
     },
-    // [image, mask] as data URLs, null for none.
-    async content() {
-      if (!file || !root || !root.isConnected) return [waiting ? await dataURL(waiting) : null, null];
-      return [await dataURL(file), strokes.length ? maskURL() : null];
+    // Pixels to add: left, top, right, bottom.
+    border(pixels) {
+      borders = pixels.map((each) => Math.max(0, Math.round(Number(each) || 0)));
+      message = null;
+      arrange();
+      describe();
+    },
+    // [image, mask, key]: image and mask as data URLs, null for none. The image is null also if `sent` is its key.
+    async content(sent) {
+      if (!file) return [null, null, null];
+      return [key === sent ? null : await dataURL(file), timMask.url(), key];
     },
   };
 })();

@@ -7,8 +7,7 @@ WebGL, encodes the image anew, and cannot be used by keyboard.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.components import Component
@@ -18,7 +17,7 @@ from launch.serving.limits import Limits
 from launch.serving.page.form import whole
 from tim.sampling.edits import FEATHER
 
-_TEMPLATE = """<div class="tim-editor" data-max-bytes="{max_bytes}" data-max-pixels="{max_pixels}">
+_TEMPLATE = """<div class="tim-editor" data-max-bytes="{max_bytes}" data-max-pixels="{max_pixels}" data-max-side="{max_side}">
 <label class="tim-drop"><span>Drop an image here, or choose a file</span>
 <input type="file" data-part="file" accept="image/png,image/jpeg,image/webp,image/avif" aria-label="Image to change"></label>
 <p class="tim-hint" data-part="note" role="status"></p>
@@ -26,26 +25,35 @@ _TEMPLATE = """<div class="tim-editor" data-max-bytes="{max_bytes}" data-max-pix
 <div class="tim-tools" role="group" aria-label="Painting">
 <label><input type="radio" name="tim-tool" checked> Paint</label>
 <label><input type="radio" name="tim-tool" data-part="erase"> Erase</label>
-<label class="tim-brush">Brush <input type="range" min="1" max="256" value="32" data-part="size" aria-label="Brush size in pixels"></label>
+<label class="tim-brush">Brush <input type="range" min="1" max="256" value="32" data-part="size" aria-label="Brush size in pixels">
+<output data-part="brush"></output></label>
+</div>
+<div class="tim-tools" role="group" aria-label="Mask">
 <button type="button" class="tim-button" data-part="undo">Undo</button>
+<button type="button" class="tim-button" data-part="redo">Redo</button>
+<button type="button" class="tim-button" data-part="invert">Invert mask</button>
 <button type="button" class="tim-button" data-part="clear">Clear mask</button>
+</div>
+<div class="tim-frame"><div class="tim-sheet" data-part="sheet"><div class="tim-art" data-part="art"><img data-part="image"
+alt="The image to change"><div class="tim-ring" data-part="ring"></div></div></div></div>
+<div class="tim-tools">
 <label><input type="checkbox" data-part="native"> Show at 100 %</label>
 <button type="button" class="tim-button" data-part="remove">Remove image</button>
 </div>
-<div class="tim-frame" data-part="frame"><div class="tim-sheet"><img data-part="image" alt="The image to change">
-<canvas data-part="mask" tabindex="0" aria-label="Mask: arrow keys move the brush, with Shift by one pixel; Space paints"></canvas>
-<div class="tim-ring" data-part="ring"></div></div></div>
-<p class="tim-hint">Paint what is to be drawn anew. By keyboard: arrow keys move
-the brush, with Shift by one pixel; Space paints.</p>
+<p class="tim-hint">Paint what is to be drawn anew. By keyboard: arrow keys move the brush, with Shift by one pixel; Space paints,
+Ctrl+Z and Ctrl+Y undo and redo.</p>
 </div></div>"""
 
 
-@dataclass(frozen=True, slots=True)
-class Editor:
-    """The controls of the section. image and mask are filled by the browser when a request is sent."""
+class Editor(NamedTuple):
+    """The controls of the section. image, mask and key are filled by the browser when a request is sent.
+
+    key: names the image, which is sent once. The server answers with the key of the image that it has.
+    """
 
     image: Component
     mask: Component
+    key: Component
     left: Component
     top: Component
     right: Component
@@ -53,24 +61,24 @@ class Editor:
     strength: Component
     feather: Component
 
-    def controls(self) -> list[Component]:
-        """All of them, in order; image and mask first."""
-        return [getattr(self, field.name) for field in fields(self)]
+
+HIDDEN = 3  # controls of an editor that only the browser fills
 
 
 def build_editor(limits: Limits) -> Editor:
     """The section, within the column in hand."""
-    template = _TEMPLATE.format(max_bytes=limits.max_upload, max_pixels=limits.max_pixels)
+    template = _TEMPLATE.format(max_bytes=limits.max_upload, max_pixels=limits.max_pixels, max_side=limits.max_side)
     gr.HTML(html_template=template, js_on_load="timEditor.start(element)", apply_default_css=False, elem_id="tim-editor")
     hint = "Outpainting: pixels to add at each side, drawn anew. Not together with a mask."
-    gr.HTML(f'<p class="tim-hint">{hint}</p>', apply_default_css=False)
+    gr.HTML(f'<p class="tim-hint">{hint}</p>', apply_default_css=False, elem_classes="tim-plain")
     with gr.Row(elem_classes="tim-quarters", equal_height=True):
-        left, top, right, bottom = (gr.Number(0, label=side, min_width=60) for side in ("Left", "Top", "Right", "Bottom"))
+        left, top, right, bottom = borders = [gr.Number(0, label=side, min_width=60) for side in ("Left", "Top", "Right", "Bottom")]
     with gr.Row(elem_classes="tim-pair"):
         strength = gr.Textbox("", label="Strength", info="up to 1; empty: 0.6, with a mask 1", max_lines=1, min_width=80)
         feather = gr.Number(FEATHER, label="Feather", info="soft pixels inside the mask", min_width=80)
-    image, mask = gr.Textbox(visible=False), gr.Textbox(visible=False)
-    return Editor(image, mask, left, top, right, bottom, strength, feather)
+    image, mask, key = (gr.Textbox(visible=False) for _ in range(HIDDEN))
+    gr.on([each.change for each in borders], None, borders, js="(...pixels) => timEditor.border(pixels)")
+    return Editor(image, mask, key, left, top, right, bottom, strength, feather)
 
 
 def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,7 +96,7 @@ def request_fields(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def updates_of(settings: Settings) -> list[Any]:
-    """New values of the controls after image and mask, which are files of the user's."""
+    """New values of the controls after the hidden ones, which are files of the user's."""
     feather = FEATHER if settings.feather is None else settings.feather
     strength = "" if settings.strength is None else f"{settings.strength:g}"
     return [*(settings.extend or (0, 0, 0, 0)), strength, feather]

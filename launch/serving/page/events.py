@@ -1,153 +1,85 @@
-"""What happens on the page: drawing, stopping, and loading parameters."""
+"""Drawing on the page: Draw, Draw the grid, Stop, and the seed of the last image."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import gradio as gr
-from gradio.components import Component
 from pydantic import ValidationError
 
-from launch.sampling.files.settings import Settings
-from launch.serving.drawing import DrawRequest, sentence_of
 from launch.serving.jobs import Event, Finished, Job, Progress
 from launch.serving.page import compare, editor, form, history, results
+from launch.serving.page.controls import FAILED, QUIET, Controls, View, client_of
+from launch.serving.page.kept import Forgotten, KeptImages
 from launch.serving.page.running import Tabs
-from launch.serving.page.texts import prompt_of, status
+from launch.serving.page.texts import status
+from launch.serving.requests import DrawRequest, sentence_of
 from launch.serving.studio import Studio
 from pipeline.errors import kind_and_line
 
 log = logging.getLogger(__name__)
 
-_FAILED = "the server failed; its log has the reason"
-_QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _SEND = "(...values) => timRequest(values)"
-_WITHOUT_CONTROL = ("times", "second_prompt", "variation", "stochasticity", "loras", "init_image", "mask")
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """The part of the page that shows results. seed: of the last request, as text; past: the history of the tab."""
-
-    status: gr.HTML
-    stage: gr.HTML
-    seed: gr.State
-    past: gr.State
-    listing: gr.HTML
-
-    def outputs(self) -> list[Component]:
-        """All of them, in order."""
-        return [getattr(self, field.name) for field in fields(self)]
-
-
-@dataclass(frozen=True, slots=True)
-class Controls:
-    """The part of the page that says what is drawn."""
-
-    form: form.Form
-    buttons: form.Buttons
-    editor: editor.Editor
-    change: gr.Accordion
-    compare: compare.Compare
-
-    def inputs(self) -> list[Component]:
-        """Those that a request is made of; the image and its mask come first."""
-        return [*self.editor.controls(), *self.form.controls(), *self.compare.lists()]
-
-    def split(self, values: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """The values of the inputs by name: of the editor, the form and the comparison."""
-        rest = iter(values)
-        in_editor = {field.name: next(rest) for field in fields(self.editor)}
-        in_form = {field.name: next(rest) for field in fields(self.form)}
-        return in_editor, in_form, dict(zip(("steps", "guidance", "sizes"), rest, strict=True))
-
-
-def connect_drawing(studio: Studio, tabs: Tabs, controls: Controls, view: View) -> None:
+def connect_drawing(studio: Studio, tabs: Tabs, images: KeptImages, controls: Controls, view: View) -> None:
     """Draw, draw a grid, Stop, and the seed of the last image."""
-    inputs = [*controls.inputs(), view.past]
+    inputs, outputs = controls.inputs(), [view.status, view.stage, view.seed, view.new, controls.editor.key]
     buttons = controls.buttons
-    draw = _drawing(studio, tabs, controls, is_grid=False)
-    gr.on([buttons.draw.click, controls.form.prompt.submit], draw, inputs, view.outputs(), js=_SEND, **_QUIET)  # pyright: ignore
-    draw_grid = _drawing(studio, tabs, controls, is_grid=True)
-    controls.compare.draw.click(draw_grid, inputs, view.outputs(), js=_SEND, **_QUIET)
+    draw = _drawing(studio, tabs, images, controls, is_grid=False)
+    draw_grid = _drawing(studio, tabs, images, controls, is_grid=True)
+    drawn = [
+        gr.on([buttons.draw.click, controls.form.prompt.submit], draw, inputs, outputs, js=_SEND, **QUIET),  # pyright: ignore
+        controls.compare.draw.click(draw_grid, inputs, outputs, js=_SEND, **QUIET),
+    ]
+
+    def add(new: list[history.Entry], past: list[history.Entry]) -> list[Any]:
+        entries = history.added(past, new)
+        return [[], entries, history.listing(entries)] if new else [gr.skip()] * 3
+
+    for event in drawn:  # the history as it is then: images may be deleted meanwhile
+        event.then(add, [view.new, view.past], [view.new, view.past, view.listing], queue=False, **QUIET)
 
     def stop(request: gr.Request) -> None:
         tabs.stop(_session(request))
 
-    buttons.stop.click(stop, None, None, queue=False, **_QUIET)
-    buttons.reuse.click(lambda seed: seed or "", view.seed, controls.form.seed, queue=False, **_QUIET)
+    buttons.stop.click(stop, None, None, queue=False, **QUIET)
+    buttons.reuse.click(lambda seed: seed or "", view.seed, controls.form.seed, queue=False, **QUIET)
 
 
-def connect_loading(studio: Studio, controls: Controls, view: View, drop: gr.HTML) -> None:
-    """Load the parameters of an image of the history or of a dropped file, and open the editor for one that becomes its input."""
-    loaded = [view.status, controls.change, *controls.form.controls(), *controls.editor.controls()[2:]]
-    nothing = [gr.skip()] * (len(loaded) - 1)
-
-    def load(settings: Settings, named: str) -> list[Any]:
-        line = status(_loaded(settings, named))
-        return [line, gr.skip(), *form.updates_of(controls.form, settings), *editor.updates_of(settings)]
-
-    def act(past: list[history.Entry], event: gr.EventData) -> list[Any]:
-        if event.action == "input":
-            return [status("The image is the input now: see Change an image."), gr.update(open=True), *nothing[1:]]
-        settings = history.settings_of(past, str(event.id))
-        if settings is None:
-            return [status("That image is not in the history of this tab any more.", is_error=True), *nothing]
-        return load(settings, "the image")
-
-    async def give(event: gr.EventData) -> list[Any]:
-        name = str(event.name)[:80]
-        try:
-            data = base64.b64decode(str(event.content).partition(",")[2], validate=True)
-            settings = await asyncio.to_thread(studio.uploads.settings, data, named=name)
-        except binascii.Error:
-            return [status(f"{name}: cannot be read", is_error=True), *nothing]
-        except ValueError as error:
-            return [status(str(error), is_error=True), *nothing]
-        except Exception as error:
-            log.warning("an image of the page failed: %s", kind_and_line(error), exc_info=log.isEnabledFor(logging.DEBUG))
-            return [status(_FAILED, is_error=True), *nothing]
-        return load(settings, name)
-
-    def refuse(event: gr.EventData) -> str:
-        return status(f"{str(event.name)[:80]}: the limit of a file is {studio.limits.max_upload_mb} MB", is_error=True)
-
-    for place in (view.stage, view.listing):
-        place.act(act, view.past, loaded, queue=False, **_QUIET)
-    drop.give(give, None, loaded, **_QUIET)
-    drop.refuse(refuse, None, view.status, queue=False, **_QUIET)
-
-
-def stop_on_close(tabs: Tabs) -> Callable[..., None]:
-    """A listener of `Blocks.unload`: it cancels the request of the tab that is closed."""
+def stop_on_close(tabs: Tabs, images: KeptImages) -> Callable[..., None]:
+    """A listener of `Blocks.unload`: it cancels the request of the tab that is closed, and forgets its image."""
 
     def unload(request: gr.Request) -> None:
         tabs.stop(_session(request))
+        images.drop(_session(request))
 
     return unload
 
 
-def _drawing(studio: Studio, tabs: Tabs, controls: Controls, *, is_grid: bool) -> Callable[..., AsyncIterator[list[Any]]]:
-    """A listener that draws what the controls ask for and yields the view's new values."""
+def _drawing(
+    studio: Studio, tabs: Tabs, images: KeptImages, controls: Controls, *, is_grid: bool
+) -> Callable[..., AsyncIterator[list[Any]]]:
+    """A listener that draws what the controls ask for and yields the view's new values, and the key of the image that is kept."""
 
     async def draw(request: gr.Request, *values: Any) -> AsyncIterator[list[Any]]:
-        *given, past = values
+        in_editor, in_form, in_compare = controls.split(values)
+        session, key = _session(request), in_editor["key"] or ""
         try:
-            asked = _asked(*controls.split(given), is_grid=is_grid)
-            client = request.client.host if request.client else ""
-            async for job, event, seconds in tabs.follow(studio, asked, session=_session(request), client=client):
-                yield await asyncio.to_thread(_shown, job, event, seconds, past, is_grid=is_grid)
+            in_editor["image"] = images.image(session, key=key, sent=in_editor["image"])
+            asked = _asked(in_editor, in_form, in_compare, is_grid=is_grid)
+            async for job, event, seconds in tabs.follow(studio, asked, session=session, client=client_of(request)):
+                yield [*await asyncio.to_thread(_shown, job, event, seconds, is_grid=is_grid), key]
+        except Forgotten as error:
+            yield [status(str(error), is_error=True), *[gr.skip()] * 3, ""]
         except ValueError as error:
-            yield [status(_sentence(error), is_error=True), *[gr.skip()] * 4]
+            yield [status(_sentence(error), is_error=True), *[gr.skip()] * 3, key]
         except Exception as error:  # its message may name files of the server
             log.warning("a request of the page failed: %s", kind_and_line(error), exc_info=log.isEnabledFor(logging.DEBUG))
-            yield [status(_FAILED, is_error=True), *[gr.skip()] * 4]
+            yield [status(FAILED, is_error=True), *[gr.skip()] * 3, key]
 
     return draw
 
@@ -161,30 +93,22 @@ def _asked(in_editor: dict[str, Any], in_form: dict[str, Any], in_compare: dict[
     return DrawRequest.model_validate(asked)
 
 
-def _shown(job: Job, event: Event, seconds: float, past: list[history.Entry], *, is_grid: bool) -> list[Any]:
-    """The view's values after an event."""
+def _shown(job: Job, event: Event, seconds: float, *, is_grid: bool) -> list[Any]:
+    """Status line, images, seed and entries of the history after an event."""
     line = results.status_of(event, seconds=seconds, remarks=job.remarks)
     if isinstance(event, Finished):
         shown = compare.grid_of(event.results) if is_grid else results.cards(event.results)
-        past = history.added(past, event.results)
-        return [line, shown, str(event.results[0].settings.seed), past, history.listing(past)]
-    shown = results.previews(event) if isinstance(event, Progress) and (event.previews or event.results) else gr.skip()
-    return [line, shown, *[gr.skip()] * 3]
+        entries = [history.Entry(result.image_id, result.settings) for result in event.results]
+        return [line, shown, str(event.results[0].settings.seed), entries]
+    if not isinstance(event, Progress) or not (event.previews or event.results):
+        return [line, *[gr.skip()] * 3]
+    wanted = [] if is_grid else job.wanted
+    return [line, results.previews(event, size=wanted[0].image.size if wanted else None), *[gr.skip()] * 2]
 
 
 def _sentence(error: ValueError) -> str:
-    """What is wrong with a request; of several mistakes the first."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    mistake = error.errors(include_url=False, include_context=False)[0]
-    return sentence_of({**mistake, "loc": ("body", *mistake["loc"])})
-
-
-def _loaded(settings: Settings, named: str) -> str:
-    """What was loaded, and what of it the page has no control for."""
-    left_out = [name.replace("_", " ") for name in _WITHOUT_CONTROL if getattr(settings, name)]
-    rest = f" Not taken over: {', '.join(left_out)}." if left_out else ""
-    return f"Loaded the parameters of {named}: {prompt_of(settings) or 'an empty prompt'}.{rest}"
+    """What is wrong with a request."""
+    return sentence_of(error.errors(include_url=False, include_context=False)) if isinstance(error, ValidationError) else str(error)
 
 
 def _session(request: gr.Request) -> str:

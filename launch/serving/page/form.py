@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 from gradio.components import Component
 
 from launch.sampling.files.settings import Settings
-from launch.sampling.prompts.aspect import MEGAPIXEL, parse_aspect, size_of_aspect
+from launch.sampling.prompts.aspect import MEGAPIXEL, checked_size
+from launch.serving.drawing import check_size
+from launch.serving.limits import Limits
 from launch.serving.page.texts import hint
 from launch.serving.studio import Studio
 
 BY_PIXELS, BY_ASPECT = "Width × height", "Aspect ratio"
 ASPECTS = ["1:1", "4:3", "3:2", "16:9", "21:9", "3:4", "2:3", "9:16"]
+_OF_IMAGE = "There is an image to change: it gives the size. Remove it to draw from the prompt alone."
+_LIVE = "element.setAttribute('aria-live', 'polite')"
 _SIDE = 512  # pixels at the start, if the server allows as many
 
 
-@dataclass(frozen=True, slots=True)
-class Form:
+class Form(NamedTuple):
     """The controls that say what is drawn. `values` of the callbacks are in the order of the fields."""
 
     prompt: Component
@@ -32,16 +35,11 @@ class Form:
     megapixels: Component
     steps: Component
     guidance: Component
-    count: Component
+    images: Component
     seed: Component
 
-    def controls(self) -> list[Component]:
-        """All of them, in order."""
-        return [getattr(self, field.name) for field in fields(self)]
 
-
-@dataclass(frozen=True, slots=True)
-class Buttons:
+class Buttons(NamedTuple):
     """The form's buttons that need more than the form."""
 
     draw: gr.Button
@@ -53,13 +51,13 @@ def build_form(studio: Studio) -> tuple[Form, Buttons]:
     """The controls, within the column in hand."""
     defaults = studio.generator.spec.sampling
     prompt, negative = _prompts(studio)
-    size_by, width, height, aspect, megapixels = _size(min(_SIDE, studio.limits.max_side))
+    size_by, width, height, aspect, megapixels = _size(studio.limits)
     with gr.Row(elem_classes="tim-pair"):
         steps = gr.Number(int(defaults["steps"]), label="Steps", info=f"1 to {studio.limits.max_steps}", min_width=80)
-        guidance = gr.Number(float(defaults["guidance"]), label="Guidance", info="1: none", min_width=80)
+        guidance = gr.Number(float(defaults["guidance"]), label="Guidance", info="1: none", min_width=80, step=0.5)
     with gr.Row(elem_classes="tim-pair"):
         count = gr.Number(1, label="Count", info=f"images, up to {studio.limits.max_count}", min_width=80)
-        seed = gr.Textbox("", label="Seed", info="empty: a new one", max_lines=1, min_width=120)
+        seed = gr.Textbox("", label="Seed", info="empty or -1: a new one", max_lines=1, min_width=120)
     with gr.Row(elem_classes="tim-pair"):
         random = gr.Button("Random seed", size="sm", min_width=80)
         reuse = gr.Button("Reuse last seed", size="sm", min_width=80)
@@ -79,12 +77,12 @@ def request_fields(values: Mapping[str, Any], *, is_edit: bool) -> dict[str, Any
     elif not is_edit:
         size = {"width": whole(values["width"]), "height": whole(values["height"])}
     return {
-        "prompt": values["prompt"] if isinstance(values["prompt"], str) else whole(values["prompt"]),
+        "prompt": _prompt(values["prompt"]),
         "negative": values["negative"] or None,
         **size,
         "steps": whole(values["steps"]),
         "guidance": values["guidance"],
-        "count": 1 if values["count"] is None else whole(values["count"]),
+        "count": 1 if values["images"] is None else whole(values["images"]),
         "seed": _seed(values["seed"]),
     }
 
@@ -102,10 +100,10 @@ def updates_of(form: Form, settings: Settings) -> list[Any]:
         "height": settings.height,
         "steps": steps,
         "guidance": settings.guidance,
-        "count": 1,
+        "images": 1,
         "seed": None if settings.seed is None else str(settings.seed),
     }
-    return [gr.skip() if values.get(field.name) is None else values[field.name] for field in fields(form)]
+    return [gr.skip() if values.get(name) is None else values[name] for name in form._fields]
 
 
 def whole(value: float | None) -> float | int | None:
@@ -126,24 +124,29 @@ def _prompts(studio: Studio) -> tuple[Component, Component]:
             info="Enter draws, Shift+Enter starts a new line",
         )
     else:
-        prompt = gr.Number(0, label="Class", info=f"0 to {classes - 1}", elem_id="tim-prompt")
+        null = studio.generator.network.null_class
+        info = f"a number from 0 to {classes - 1}{'' if null is None else f', {null} for none'}; Enter draws"
+        prompt = gr.Number(0, label="Class", info=info, elem_id="tim-prompt")
     with gr.Accordion("Negative prompt", open=False, visible=classes is None):
         negative = gr.Textbox(label="Negative prompt", show_label=False, lines=1, max_lines=4, placeholder="What guidance leads away from")
     return prompt, negative
 
 
-def _size(side: int) -> tuple[Component, Component, Component, Component, Component]:
-    """The controls of the size. side: pixels at the start."""
+def _size(limits: Limits) -> tuple[Component, Component, Component, Component, Component]:
+    """The controls of the size, with a line that says at once what exceeds the limits."""
+    side = min(_SIDE, limits.max_side, math.isqrt(limits.max_pixels))
     with gr.Group():
+        gr.HTML(hint(_OF_IMAGE), apply_default_css=False, elem_classes="tim-if-image")
         size_by = gr.Radio([BY_PIXELS, BY_ASPECT], value=BY_PIXELS, label="Size", elem_classes="tim-size-by")
         with gr.Row(elem_classes="tim-pair") as by_pixels:
             width = gr.Number(side, label="Width", info="pixels", min_width=80, elem_id="tim-width")
             height = gr.Number(side, label="Height", info="pixels", min_width=80, elem_id="tim-height")
         with gr.Row(visible=False, elem_classes="tim-pair") as by_aspect:
             aspect = gr.Dropdown(ASPECTS, value="3:2", allow_custom_value=True, label="Aspect ratio", info="or your own W:H", min_width=80)
-            megapixels = gr.Number(side * side / MEGAPIXEL, label="Megapixels", info="1 is 1024 × 1024", min_width=80)
+            area = side * side / MEGAPIXEL
+            megapixels = gr.Number(area, label="Megapixels", info="1 is 1024 × 1024", min_width=80, step=0.25)
         with gr.Row(elem_classes="tim-pair tim-size-note"):
-            note = gr.HTML(_size_note(side, side), min_width=120, apply_default_css=False)
+            note = gr.HTML(_size_note(side, side, limits), min_width=120, apply_default_css=False, js_on_load=_LIVE)
             swap = gr.Button("⇄ Swap sides", size="sm", min_width=80)
     sized = [size_by, width, height, aspect, megapixels]
     quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -151,27 +154,44 @@ def _size(side: int) -> tuple[Component, Component, Component, Component, Compon
         lambda by: (gr.update(visible=by == BY_PIXELS), gr.update(visible=by == BY_ASPECT)), size_by, [by_pixels, by_aspect], **quiet
     )
     swap.click(lambda width, height, aspect: (height, width, ":".join(reversed(str(aspect).split(":")))), sized[1:4], sized[1:4], **quiet)
-    gr.on([control.change for control in sized], _note, sized, note, **quiet)
+
+    def say(size_by: str, width: float | None, height: float | None, aspect: str | None, megapixels: float | None) -> str:
+        return _size_note(whole(width), whole(height), limits) if size_by == BY_PIXELS else _aspect_note(aspect, megapixels, limits)
+
+    gr.on([control.change for control in sized], say, sized, note, **quiet)
     return size_by, width, height, aspect, megapixels
 
 
-def _note(size_by: str, width: float | None, height: float | None, aspect: str | None, megapixels: float | None) -> str:
+def _aspect_note(aspect: str | None, megapixels: float | None, limits: Limits) -> str:
     """The size in pixels, or what is wrong with it."""
-    if size_by == BY_PIXELS:
-        return _size_note(whole(width), whole(height))
     try:
-        drawn = size_of_aspect(parse_aspect(str(aspect or ""), option="Aspect ratio"), megapixels=megapixels or 0.0, option="Megapixels")
+        height, width = checked_size(str(aspect or ""), megapixels=megapixels or 0.0, names=("Aspect ratio", "Megapixels"))
     except ValueError as error:
         return hint(str(error), is_error=True)
-    return _size_note(drawn[1], drawn[0])
+    return _size_note(width, height, limits)
 
 
-def _size_note(width: float | None, height: float | None) -> str:
-    return hint("Give width and height" if not width or not height else f"{width:g} × {height:g} pixels, exactly")
+def _size_note(width: float | None, height: float | None, limits: Limits) -> str:
+    if not width or not height:
+        return hint("Give width and height")
+    if not isinstance(width, int) or not isinstance(height, int) or min(width, height) < 1:
+        return hint("Width and height are whole numbers of pixels, 1 or more", is_error=True)
+    try:
+        check_size(width, height, named="Size", limits=limits)
+    except ValueError as error:
+        return hint(str(error), is_error=True)
+    return hint(f"{width} × {height} pixels, exactly")
+
+
+def _prompt(value: str | float | None) -> str | float | None:
+    """A text, or the number of a class."""
+    if value is None:
+        raise ValueError("class: give its number")
+    return value if isinstance(value, str) else whole(value)
 
 
 def _seed(text: str | None) -> int | None:
-    if not (text or "").strip():
+    if (text or "").strip() in ("", "-1"):
         return None
     try:
         return int(str(text))

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
-from launch.serving.drawing import DrawRequest
 from launch.serving.jobs import Event, Failed, Finished, Job, Progress
+from launch.serving.requests import DrawRequest
 from launch.serving.studio import Studio
 
 _POLL = 0.1  # seconds between two looks at a request

@@ -19,9 +19,12 @@ def hint(text: str, *, is_error: bool = False) -> str:
     return f'<p class="tim-hint{" tim-error" if is_error else ""}">{escape(text)}</p>'
 
 
-def status(text: str, *, is_error: bool = False) -> str:
-    """The status line."""
-    return f'<p class="tim-status{" tim-error" if is_error else ""}">{escape(text)}</p>'
+def status(text: str, *, is_error: bool = False, is_busy: bool = False, share: float | None = None) -> str:
+    """The status line. is_busy: a request waits or is drawn, or the server is stopping: the page looks whether it
+    is there; share: of it that is drawn, from 0 to 1, None if it waits."""
+    bar = "" if share is None else f'<progress max="1" value="{share:.4f}" aria-label="Progress"></progress>'
+    state = "" if not is_busy else ' data-busy="waiting"' if share is None else ' data-busy="drawing"'
+    return f'<p class="tim-status{" tim-error" if is_error else ""}"{state}>{escape(text)}{bar}</p>'
 
 
 def summary(settings: Settings) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Server:
 
     process: subprocess.Popen[str]
     url: str
+    log: Path
+
+    def said(self) -> str:
+        """Its standard error so far."""
+        return self.log.read_text(encoding="utf-8")
 
     def connection(self) -> HTTPConnection:
         return HTTPConnection(urlsplit(self.url).netloc, timeout=120)
@@ -62,16 +68,18 @@ class Server:
 
 
 @contextmanager
-def started(model: Path, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def started(model: Path | str, *options: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
     command = [sys.executable, "-m", "launch.cli", "serve", str(model), "--port", "0", "--device", "cpu", "--json", *options]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables) as process:
+    with (
+        tempfile.NamedTemporaryFile("w", suffix=".log") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=variables) as process,
+    ):
         assert process.stdout is not None
-        assert process.stderr is not None
         try:
             line = process.stdout.readline()
-            assert line, process.stderr.read()
-            yield Server(process, json.loads(line)["url"])
+            assert line, Path(log.name).read_text(encoding="utf-8")
+            yield Server(process, json.loads(line)["url"], Path(log.name))
         finally:
             process.terminate()
             process.wait(timeout=60)

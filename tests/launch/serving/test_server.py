@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import signal
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 
 from launch.cli import main
 from launch.sampling.files.image_files import read_settings
-from tests.launch.serving.server import Server, base64_of, noise, pixels_of, png_of, started
+from tests.launch.serving.server import SMALL, Server, base64_of, noise, pixels_of, png_of, started
 from tests.processes import is_running
 
 LONG = {"width": 200, "height": 200, "steps": 128}
@@ -42,6 +44,44 @@ def test_images_of_exact_sizes_that_tim_sample_repeats(server: Server, model: Pa
     main(["sample", str(model), "--like", str(tmp_path / "drawn.png"), "--out", str(tmp_path / "out"), "--json"])
     repeated = json.loads(capsys.readouterr().out)["images"][0]["path"]
     assert np.abs(pixels_of(Path(repeated).read_bytes()) - pixels_of(png.body)).max() <= 1
+
+
+def arguments_of(request: dict[str, Any]) -> list[str]:
+    """A request as options of `tim sample`."""
+    options: list[str] = []
+    for key, value in {"prompt": ["a fox"], "size": "9x7", **request}.items():
+        if key == "prompt":
+            options += [part for prompt in value for part in ("--prompt", prompt)]
+        elif value is True:
+            options.append(f"--{key}")
+        else:
+            options += [f"--{key.replace('_', '-')}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+    return options
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"times": [1, 0.7, 0.2, 0], "stochasticity": 0.4, "seed": 3},
+    {"prompt": ["a fox", "a lake"], "interpolate": 2, "steps": 2, "guidance": 2, "seed": 1},
+    {"variations": 3, "variation_share": 0.3, "steps": [1, 3], "seed": 7},
+    {"prompt": ["a", "b"], "zip": True, "steps": [1, 3], "guidance": [1, 2.5], "seed": [4, 2]},
+    {"negative": "a dog", "interval": [0.1, 0.8], "guidance": 3, "steps": 3, "count": 3, "seed": 2**64 - 3},
+]
+
+
+@pytest.mark.parametrize("request_", SAMPLED, ids=[", ".join(each) for each in SAMPLED])
+def test_images_are_those_of_tim_sample_bit_by_bit(
+    server: Server, model: Path, tmp_path: Path, capsys: Any, request_: dict[str, Any]
+) -> None:
+    steps = {} if "times" in request_ else {"steps": 1}
+    body = json.dumps({"prompt": "a fox", "width": 9, "height": 7, **steps, **request_}).encode()
+    drawn = server.ask("POST", "/api/draw?embed=true", body, {"Content-Type": "application/json"}).json["images"]
+    main(["sample", str(model), *arguments_of(request_), "--device", "cpu", "--out", str(tmp_path / "out"), "--json"])
+    sampled = json.loads(capsys.readouterr().out)["images"]
+    assert len(drawn) == len(sampled)
+    for ours, theirs in zip(drawn, sampled, strict=True):
+        assert np.array_equal(pixels_of(base64.b64decode(ours["data"])), pixels_of(Path(theirs["path"]).read_bytes()))
+        same = ("prompt", "second_prompt", "second_share", "times", "steps", "seed", "variation", "stochasticity", "guidance")
+        assert [ours["settings"].get(key) for key in same] == [theirs.get(key) for key in same]
 
 
 @pytest.mark.parametrize("form", ["jpeg", "webp", "avif"])
@@ -70,7 +110,7 @@ def test_edits_keep_what_is_not_masked(server: Server) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"width": 301, "height": 1}, "size 301x1: the limit is 300 pixels a side"),
+    ({"width": 301, "height": 1}, "width and height 301x1: the limit is 300 pixels a side"),
     ({"width": 8}, "width and height: give both"),
     ({"width": 8, "height": 8, "aspect": "1:1"}, "width and height and aspect: give one of them"),
     ({"aspect": "1:1", "megapixels": 1}, "the limit is 300 pixels a side"),
@@ -95,6 +135,21 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"image": base64_of(noise(200, 4)), "extend": [150, 0, 0, 0]}, "350x4: the limit is 300 pixels a side"),
     ({"image": base64_of(bytes(1_000_001))}, "image: has 1,000,001 bytes, the limit is 1 MB"),
     ({"heigth": 5}, "'heigth': extra inputs are not permitted"),
+    ({"steps": 1, "times": [1, 0]}, "steps and times: give one of them"),
+    ({"steps": None, "times": [0, 1]}, "times [0.0, 1.0]: a grid needs at least two times, each smaller than the one before"),
+    ({"steps": None, "times": [2, 0]}, "this transport's times run from 1 to 0"),
+    ({"steps": None, "times": [k / 300 for k in range(300, -1, -1)]}, "times: has 300 steps, the limit is 200"),
+    ({"stochasticity": -0.1}, "'stochasticity': input should be greater than or equal to 0"),
+    ({"interpolate": 2}, "interpolate 2: give two prompts or more"),
+    ({"prompt": ["a", "b"], "interpolate": 15}, "the request asks for 17 images, the limit is 16"),
+    ({"variations": 17}, "the request asks for 17 images, the limit is 16"),
+    ({"variation_share": 0.1}, "variation_share 0.1: give the number of variations as well"),
+    ({"variations": 10**30}, "images, the limit is 16"),
+    ({"count": 10**30}, "images, the limit is 16"),
+    ({"zip": True, "prompt": ["a", "b"], "steps": [1, 2, 3]}, "zip: 2 prompts, 3 steps: give lists of equal length"),
+    ({"seed": [1, 2], "count": 2}, "count 2 and 2 seeds: give one of them"),
+    ({"seed": [1, -1]}, "'seed': input should be greater than or equal to 0, not -1"),
+    ({"image": base64_of(noise(4, 4)), "mask": base64_of(noise(4, 4)), "extend": [1, 0, 0, 0]}, "mask and extend exclude each other"),
 ]
 
 
@@ -126,6 +181,37 @@ def test_bodies_have_a_limit_before_they_are_read(server: Server) -> None:
     answer = connection.getresponse()
     assert (answer.status, list(json.loads(answer.read()))) == (413, ["error"])
     connection.close()
+
+
+def test_what_is_not_json_is_a_sentence(server: Server) -> None:
+    json_header = {"Content-Type": "application/json; charset=utf-8"}
+    for body, message in {
+        b"{": "the body is not JSON",
+        b"": "the body is not JSON",
+        b"\xff": "the body is not JSON",
+        b"[" * 5000: "not JSON",
+    }.items():
+        answer = server.ask("POST", "/api/draw", body, json_header)
+        assert (answer.status, message in answer.json["error"]) == (400, True), body
+    for body in (b"[]", b"1", b"null", b'"a"'):
+        answer = server.ask("POST", "/api/draw", body, json_header)
+        assert (answer.status, answer.json["error"]) == (422, "the body is not an object of JSON: send one, with the keys of /docs")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        answer = server.ask("POST", "/api/draw", b'{"prompt": "a"}', {"Content-Type": kind})
+        assert (answer.status, list(answer.json)) == (415, ["error"]), kind
+    many = server.ask("POST", "/api/draw", b'{"prompt": "a", "sizes": [' + b"[8,8]," * 500_000 + b"[8,8]]}", json_header)
+    assert many.status == 413
+    assert re.fullmatch(r"the body of a request has at most [\d,]+ values", many.json["error"])
+
+
+def test_methods(server: Server) -> None:
+    for method in ("PUT", "PATCH", "TRACE", "OPTIONS", "GET"):
+        answer = server.ask(method, "/api/draw")
+        assert (answer.status, answer.json["error"]) == (405, f"{method}: this address takes POST")
+        assert answer.headers["allow"] == "POST"
+    drawn = server.draw().json["images"][0]["url"]
+    head, whole = server.ask("HEAD", drawn), server.get(drawn)
+    assert (head.status, head.body, head.headers["content-length"]) == (200, b"", str(len(whole.body)))
 
 
 def test_two_clients_at_once(server: Server) -> None:
@@ -228,6 +314,51 @@ def test_unknown_addresses_are_sentences(server: Server) -> None:
         assert list(answer.json) == ["error"]
 
 
+def test_health(server: Server) -> None:
+    before = server.get("/api/health").json
+    server.draw(count=2)
+    after = server.get("/api/health").json
+    assert (after["status"], after["version"]) == ("ok", version("tim"))
+    assert (after["finished"], after["images"]) == (before["finished"] + 1, before["images"] + 2)
+    assert (after["waiting"], after["clients"]) == (0, 0)
+    assert after["uptime_seconds"] > before["uptime_seconds"]
+
+
+def test_the_log_has_requests_without_prompts(server: Server) -> None:
+    server.draw(prompt="unspeakable", count=2)
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d finished: 2 images for 127\.0\.0\.1 in \d+\.\d s$", server.said(), re.MULTILINE)
+    assert "unspeakable" not in server.said()
+
+
+def test_many_clients_at_once(server: Server) -> None:
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda seed=seed: statuses.append(server.draw(seed=seed).status)) for seed in range(200)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(statuses) == 200
+    assert set(statuses) <= {200, 429}
+    assert server.draw().status == 200
+
+
+def test_behind_a_proxy(model: Path) -> None:
+    with started(model, "--proxy", "127.0.0.1", "--allow-host", "draws.example", "--max-per-client", "1") as server:
+        forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-Host": "draws.example", "X-Forwarded-Prefix": "/tim"}
+        body = json.dumps({"prompt": "a", "steps": 1, **SMALL}).encode()
+        headers = {"Content-Type": "application/json", "Origin": "https://draws.example", **forwarded}
+        url = server.ask("POST", "/api/draw", body, headers).json["images"][0]["url"]
+        assert url.startswith("/tim/api/images/")
+        assert server.ask("GET", url, headers=forwarded).status == 200
+        assert "https://draws.example/tim/api/draw" in server.get("/docs", **forwarded).body.decode()
+        assert '"root":"https://draws.example/tim"' in server.get("/", **forwarded).body.decode()
+        assert server.get("/api/model", **{**forwarded, "X-Forwarded-Host": "evil.example"}).status == 403
+        for client in ("198.51.100.1", "198.51.100.2"):
+            headers = {"Content-Type": "application/json", "X-Forwarded-For": client}
+            long = json.dumps({"prompt": "a", **LONG}).encode()
+            assert [server.ask("POST", "/api/draw?wait=false", long, headers).status for _ in range(3)][-1] == 429
+
+
 def test_the_password_is_needed_everywhere(model: Path) -> None:
     with started(model, environment={"TIM_PASSWORD": "geheim🔑"}) as server:
         right = {"Authorization": "Basic " + base64_of("anyone:geheim🔑".encode())}
@@ -258,10 +389,17 @@ def test_a_signal_ends_it_while_it_draws(model: Path, number: int) -> None:
         job = server.draw("?wait=false", width=256, height=256, steps=128, count=16).json["id"]
         while server.get(f"/api/jobs/{job}").json["state"] == "waiting":
             pass
+        answers: list[Any] = []
+        waiting = threading.Thread(target=lambda: answers.append(server.draw()))
+        waiting.start()
+        while server.get("/api/health").json["waiting"] == 0:
+            pass
         server.process.send_signal(number)
+        waiting.join()
+        assert (answers[0].status, answers[0].json) == (503, {"error": "the server is stopping; ask again later"})
+        server.process.send_signal(number)  # twice
         assert server.process.wait(timeout=60) == 0
-        assert server.process.stderr is not None
-        assert "Traceback" not in server.process.stderr.read()
+        assert "Traceback" not in server.said()
         assert not is_running(server.process.pid)
 
 
@@ -270,6 +408,7 @@ WRONG = [
     (["--password", ""], "the password is empty"),
     (["--password", "a", "--password-file", "b"], "--password and --password-file: give one of them"),
     (["--password-file", "nowhere"], "--password-file nowhere: cannot be read"),
+    (["--proxy", "nginx"], "--proxy nginx: is no address; give that of the proxy"),
     (["--host", "nowhere.invalid", "--no-password"], "--host nowhere.invalid: unknown"),
     (["--host", "203.0.113.1", "--no-password"], "--host 203.0.113.1: cannot listen there"),
 ]

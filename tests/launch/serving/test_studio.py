@@ -12,9 +12,9 @@ import pytest
 
 from launch.sampling.recorded import ModelFacts
 from launch.serving import studio as studio_module
-from launch.serving.drawing import DrawRequest
 from launch.serving.jobs import Failed, Finished, Job, Progress, Waiting
 from launch.serving.limits import Busy, Limits
+from launch.serving.requests import DrawRequest
 from launch.serving.studio import Studio
 from tests.launch.serving.server import noise
 from tim import Generator
@@ -99,7 +99,7 @@ def test_the_queue_and_the_share_of_a_client_have_limits(studio: Studio) -> None
 
 
 def test_large_uploads_wait_in_limited_number(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studio_module, "_WAITING_PIXELS", 700)
+    monkeypatch.setattr(studio_module, "_WAITING_BYTES", 6000)
     image = base64.b64encode(noise(20, 20)).decode()
     edit = DrawRequest(prompt="a", image=image, steps=1)
     begun(studio.submit(request("a"), client="a"))
@@ -172,6 +172,26 @@ def test_a_failure_is_a_sentence_and_the_next_request_is_drawn(studio: Studio, g
     assert isinstance(ended(studio.submit(request("b"), client="a")), Finished)
 
 
+def test_a_limit_of_all_pixels(studio: Studio) -> None:
+    studio.submit(request("a", count=2), client="a", max_pixels=128)
+    with pytest.raises(ValueError, match="embed: the images have 128 pixels, the limit is 127"):
+        studio.submit(request("a", count=2), client="a", max_pixels=127)
+
+
+def test_a_gpu_that_is_lost_is_no_silent_queue(studio: Studio, generator: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(studio, "_forget", lost)
+    generator.may_step.release(100)
+    jobs = [studio.submit(request(prompt), client="a") for prompt in "ab"]
+    assert {type(ended(job)) for job in jobs} == {Finished, Failed}
+    while studio.status().is_working:
+        pass
+    with pytest.raises(Busy, match="the server is stopping"):
+        studio.submit(request("c"), client="a")
+
+
 def test_old_images_make_room(studio: Studio, generator: Stepped, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studio_module, "KEPT_JOBS", 2)
     generator.may_step.release(100)
@@ -189,6 +209,7 @@ def test_closing_ends_all_requests(studio: Studio, generator: Stepped) -> None:
     begun(jobs[0])
     threading.Timer(0.1, generator.may_step.release).start()
     assert studio.close(seconds=60)
-    assert all(ended(job) == Failed("the request was cancelled") for job in jobs)
+    assert all(ended(job) == Failed("the server is stopping; ask again later") for job in jobs)
+    assert not studio.status().is_working
     with pytest.raises(Busy, match="the server is stopping"):
         studio.submit(request("a"), client="a")

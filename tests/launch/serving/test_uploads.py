@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.serving import uploads as uploads_module
-from launch.serving.limits import Limits
+from launch.serving.limits import Busy, Limits
 from launch.serving.uploads import Upload, Uploads, read_upload
 from pipeline.workers.process import Report
 from tests.launch.serving.server import noise
@@ -55,6 +55,17 @@ def test_a_process_that_does_not_begin_is_replaced(monkeypatch: pytest.MonkeyPat
         uploads.close()
 
 
+def test_places_are_limited_for_all_and_for_each_client(uploads: Uploads, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads_module, "_WAITING", 3)
+    with uploads.place("a"), uploads.place("a"):
+        with pytest.raises(Busy, match="the server reads other uploads; try again"), uploads.place("a"):
+            pass
+        with uploads.place("b"), pytest.raises(Busy), uploads.place("c"):
+            pass
+    with uploads.place("c"):
+        pass
+
+
 def test_limits_of_a_file(uploads: Uploads, shared: Path) -> None:
     with pytest.raises(ValueError, match=r"image: has 1,000,001 bytes, the limit is 1 MB"):
         uploads.image(bytes(1_000_001), named="image")
@@ -63,4 +74,4 @@ def test_limits_of_a_file(uploads: Uploads, shared: Path) -> None:
     with pytest.raises(ValueError, match="image: has more than 16,777,216 pixels"):
         uploads.image((shared / "corpora" / "hostile" / "bomb.png").read_bytes(), named="image")
     with pytest.raises(ValueError, match="image: has no settings of its drawing"):
-        uploads.settings(noise(5, 4), named="image")
+        uploads.recorded(noise(5, 4), named="image")

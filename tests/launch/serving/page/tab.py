@@ -11,6 +11,8 @@ from PIL import Image
 from playwright.sync_api import Locator, Page
 
 ERROR = "#tim-status .tim-error"
+CLOSED = "BodyStreamBuffer was aborted|Connection errored out"  # in the console of a page that is left while it draws
+PROMPT = "#tim-prompt :is(textarea, input)"
 
 
 class Tab:
@@ -21,7 +23,7 @@ class Tab:
 
     def fill(self, prompt: str, *, width: int, height: int, **controls: object) -> None:
         """Type a prompt, a size, and values of controls by their label."""
-        self.page.fill("#tim-prompt textarea", prompt)
+        self.page.fill(PROMPT, prompt)
         self.page.fill("#tim-width input", str(width))
         self.page.fill("#tim-height input", str(height))
         for label, value in controls.items():
@@ -56,6 +58,10 @@ class Tab:
         script = "([where, before]) => ![before, undefined].includes(document.querySelector(where)?.innerText)"
         self.page.wait_for_function(script, arg=[ERROR, before])
         return self.status
+
+    def says(self, text: str) -> None:
+        """Wait until the page shows a text."""
+        self.page.get_by_text(text, exact=False).first.wait_for()
 
     def downloads(self, folder: Path) -> list[Path]:
         """The files of all finished images, as the browser saves them."""

@@ -50,7 +50,7 @@ def test_by_keyboard_alone(tab: Tab) -> None:
     page.keyboard.press("Enter")
     page.get_by_text("Drawing", exact=False).first.wait_for()
     page.keyboard.press("Escape")
-    page.get_by_text("Stopped.").wait_for()
+    page.get_by_text("Stopped.").first.wait_for()
 
 
 def test_on_a_phone(open_tab: Callable[..., Tab]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from launch.sampling.files.image_files import read_settings
-from tests.launch.serving.page.tab import Tab, pixels, put
+from tests.launch.serving.page.tab import CLOSED, Tab, pixels, put
 
 OpenTab = Callable[..., Tab]
 
@@ -40,7 +40,7 @@ def test_a_size_by_aspect_ratio(tab: Tab, tmp_path: Path) -> None:
 
 def test_what_is_wrong_is_said_in_a_sentence(tab: Tab) -> None:
     wrong = [
-        ({"width": 99999, "height": 8}, "size 99999x8: the limit is 300 pixels a side"),
+        ({"width": 99999, "height": 8}, "width and height 99999x8: the limit is 300 pixels a side"),
         ({"width": 0, "height": 8}, "'width': input should be greater than or equal to 1, not 0"),
         ({"width": 8, "height": 8, "Steps": 1000}, "steps 1000: the limit is 200"),
         ({"width": 8, "height": 8, "Steps": 1.5}, "'steps': input should be a valid integer, not 1.5"),
@@ -61,7 +61,7 @@ def test_stop_and_a_second_drawing(tab: Tab) -> None:
     tab.page.wait_for_selector(".tim-previews img")
     assert re.fullmatch(r"Drawing image, step \d+ of 128 …", tab.status)
     tab.page.click("#tim-stop")
-    tab.page.get_by_text("Stopped.").wait_for()
+    tab.page.get_by_text("Stopped.").first.wait_for()
     tab.fill("a", width=8, height=8, Steps=1)
     tab.draw()
     assert tab.page.locator(".tim-card").count() == 1
@@ -82,7 +82,7 @@ def test_two_tabs_do_not_mix(open_tab: OpenTab, tmp_path: Path) -> None:
 
 
 def test_closing_a_tab_cancels_its_request(open_tab: OpenTab) -> None:
-    closed, other = open_tab(), open_tab()
+    closed, other = open_tab(expected=CLOSED), open_tab()
     closed.fill("a", width=256, height=256, Steps=128)
     closed.page.click("#tim-draw")
     closed.page.wait_for_selector(".tim-previews img")
@@ -120,7 +120,7 @@ def test_parameters_are_loaded(tab: Tab, tmp_path: Path, source: str) -> None:
         tab.page.locator(".tim-history button").first.click()
     else:
         tab.page.set_input_files("#tim-drop input[type=file]", file)
-    tab.page.get_by_text("Loaded the parameters").wait_for()
+    tab.says("Loaded the parameters")
     tab.page.wait_for_function("document.querySelector('#tim-prompt textarea').value == 'a red fox'")
     assert tab.seed == str(read_settings(file).seed)
     before = pixels(file)

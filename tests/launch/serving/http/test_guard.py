@@ -8,10 +8,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
-from launch.serving.guard import Guard
+from launch.serving.http.bodies import BodyLimits
+from launch.serving.http.guard import Guard
+from launch.serving.http.password import WRONG_PER_MINUTE, Password
 from launch.serving.limits import Busy, Rate
-from launch.serving.password import WRONG_PER_MINUTE, Password
 from tests.launch.serving.server import base64_of
 
 
@@ -25,7 +27,9 @@ async def _fails(request: Request) -> PlainTextResponse:
 
 def client(password: Password | None = None) -> TestClient:
     app = Starlette(routes=[Route("/", _length, methods=["GET", "POST"]), Route("/fails", _fails)])
-    return TestClient(Guard(app, hosts=["Draws.Example"], password=password, max_body=1000), base_url="http://localhost:7860")
+    return TestClient(
+        Guard(app, hosts=["Draws.Example"], password=password, limits=BodyLimits(1000, 1000)), base_url="http://localhost:7860"
+    )
 
 
 HOSTS = {
@@ -57,6 +61,7 @@ ORIGINS = {
     "null": False,
     "": False,
     "http://localhost:7860.evil.example": False,
+    "http://[": False,
 }
 
 
@@ -77,9 +82,18 @@ def test_every_answer_has_the_headers() -> None:
         assert "http" not in headers["content-security-policy"]
 
 
+def test_no_websocket_is_opened() -> None:
+    with pytest.raises(WebSocketDisconnect), client().websocket_connect("/", headers={"Host": "localhost:7860"}):
+        pass
+
+
+def test_head_is_get_without_a_body() -> None:
+    assert client().head("/").status_code == 200
+
+
 def test_an_exception_is_a_sentence_without_its_message() -> None:
     answer = client().get("/fails")
-    assert (answer.status_code, answer.json()) == (503, {"error": "the server failed; its log has the reason"})
+    assert (answer.status_code, answer.json()) == (500, {"error": "the server failed; its log has the reason"})
 
 
 def test_bodies_have_a_limit_whatever_their_header_says() -> None:

@@ -1,0 +1,1 @@
+"""What stands between a connection and the application: limits of time and number, host, origin, password, bodies."""
