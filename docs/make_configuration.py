@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from dataprep.features.encoders import EncodeConfig
 from dataprep.job import PrepareConfig
 from dataprep.sidecars.score import ScoreConfig
-from launch.config.recipes import recipe_names, recipe_path
+from launch.config.recipes import recipe_names, recipe_summary
 from launch.config.schema import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -61,8 +61,7 @@ def _part(title: str, use: str, model: type[BaseModel]) -> Iterator[str]:
     if model is Config:
         yield from ("A recipe's name stands for its file (`tim recipes`):", "", "| recipe | what it is |", "| --- | --- |")
         for name in recipe_names():
-            comment = recipe_path(name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            yield f"| [`{name}`](../configs/{name}.yaml) | {_cell(comment.partition('. ')[0].rstrip('.'))} |"
+            yield f"| [`{name}`](../configs/{name}.yaml) | {_cell(recipe_summary(name))} |"
         yield ""
     yield from _section(model, prefix="", shown={})
 

@@ -6,12 +6,14 @@ own libraries.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Sequence
 from typing import cast
 
 import typer
 
+from launch.command_options import copyable_examples
 from launch.commands.bench import bench
 from launch.commands.corpus import annotate, encode, index, prepare, report, score, verify
 from launch.commands.doctor import doctor
@@ -56,12 +58,15 @@ USAGE_ERROR = cast(type[Exception], typer.BadParameter.__bases__[0])  # typer do
 
 app = typer.Typer(
     help="Text-to-image Transition Models at native resolution: prepare a corpus, plan its packs, train, sample, evaluate.",
+    epilog="Begin with `tim demo`; `tim COMMAND --help` shows options and an example.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 for command in COMMANDS:
     app.command()(command)
+for registered in (*app.registered_commands, *bench.registered_commands):
+    registered.help = copyable_examples(inspect.getdoc(registered.callback) or "")
 app.add_typer(bench, name="bench")
 
 

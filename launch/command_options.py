@@ -20,6 +20,12 @@ Replan = Annotated[
 ]
 
 
+def copyable_examples(help: str) -> str:
+    """A docstring whose examples are one line each on a terminal of any width, so that they can be copied."""
+    paragraphs = help.split("\n\n")
+    return "\n\n".join(f"\b\n{' '.join(each.split())}" if each.startswith("Example: ") else each for each in paragraphs)
+
+
 def typed_again(command: typer.Context) -> list[str]:
     """The arguments of a command, as a command line that means the same, without defaults."""
     typed, positional, given = [], [], names_given(command)

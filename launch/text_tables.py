@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any
 
 BAR_WIDTH = 32
+_PIPED = 100_000  # columns where the output is not a terminal: nothing is wrapped
 
 
 def describe_input_counts(out: str | Path, facts: Mapping[str, Any]) -> str:
@@ -55,10 +58,9 @@ def describe_annotation(corpus: str, table: Path, facts: Mapping[str, Any], *, o
     return "\n".join(lines)
 
 
-def describe_recipes(texts: Mapping[str, str]) -> str:
-    """Name of each recipe and the first line of its comment."""
-    about = {name: text.splitlines()[0].lstrip("# ") if text.startswith("#") else "" for name, text in texts.items()}
-    return "\n".join(_columns(about))
+def describe_recipes(summaries: Mapping[str, str]) -> str:
+    """Name of each recipe, and what it is."""
+    return "\n".join([*_columns(summaries), "", "Print one: tim recipes show NAME"])
 
 
 def describe_plan(summary: Mapping[str, Any]) -> str:
@@ -67,13 +69,13 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     steps, ranks = len(summary["steps"]), summary["ranks"]
     left_out = sum(input_counts["left_out"].values())
     facts = {
-        "fill": f"{summary['fill']:.1%} of {summary['packs_per_step']} packs of {summary['tokens_per_pack']} tokens per step",
+        "fill": f"{summary['fill']:.1%} of {count(summary['packs_per_step'], 'pack')} of {summary['tokens_per_pack']} tokens per step",
         "utilisation": f"{summary['utilisation']:.1%} of {count(ranks, 'rank')}"
         + (f" ({summary['utilisation_lockstep']:.1%} if they synchronise in every pack: ZeRO-2 and 3)" if ranks > 1 else ""),
         "cost": f"(n + {summary['gamma']:g} · n²/6·{summary['width']}) · "
         + ", ".join(f"{factor:.3g} ({kind})" for kind, factor in summary["cost_factors"].items()),
         "images per step": f"{summary['samples_per_step']:.1f}",
-        "planned": f"{summary['samples']} images in {count(steps, 'step')} from step {summary['steps'][0]['index']}, "
+        "planned": f"{count(summary['samples'], 'image')} in {count(steps, 'step')} from step {summary['steps'][0]['index']}, "
         f"{summary['epochs']:.2f} epochs",
         "samples": f"{input_counts['samples']} of {input_counts['rows']} in the corpus",
         "left out": ", ".join([str(left_out), *(f"{reason} {number}" for reason, number in input_counts["left_out"].items())]),
@@ -88,7 +90,7 @@ def describe_plan(summary: Mapping[str, Any]) -> str:
     lines = _columns(facts)
     if summary["added_packs"]:
         added = count(summary["added_packs"], "empty pack")
-        lines.append(f"note: {summary['packs_per_step']} packs are not a multiple of {ranks} ranks: {added} added per step")
+        lines.append(f"note: plan.packs_per_step {summary['packs_per_step']} is not a multiple of {ranks} ranks: {added} added per step")
     if summary["smaller_than_a_step"]:
         lines.append("note: the corpus is smaller than a step, so samples repeat within a step")
     if len(summary["corpora"]) > 1:
@@ -163,5 +165,11 @@ def _figure(value: Any) -> str:
 
 
 def _columns(facts: Mapping[str, str]) -> list[str]:
+    """A line for each fact; on a terminal, long ones are wrapped beside their names."""
     width = max((len(name) for name in facts), default=0)
-    return [f"  {name:<{width}}  {text}" for name, text in facts.items()]
+    room = max(40, get_terminal_size((_PIPED, 0)).columns - width - 4)
+    lines = []
+    for name, text in facts.items():
+        first, *rest = wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"  {name:<{width}}  {first}", *(f"  {'':<{width}}  {line}" for line in rest)]
+    return lines

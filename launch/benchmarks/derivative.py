@@ -21,7 +21,7 @@ from dataprep.synthetic import figures, random_view
 from launch.benchmarks.network import grids_of
 from launch.config.load import load_config
 from launch.demo import RECIPE
-from launch.distributed.device import choose_device
+from launch.distributed.device import training_device
 from launch.sampling.model_source import NO_REPLACEMENTS, make_generator, open_model
 from pipeline.progress import Progress
 from tim import Generator, PackedText, PackedTokens, TransitionObjective, TransitionTransformer, codecs, text, transports
@@ -71,7 +71,7 @@ def bench_derivative(
         networks.append({"weights": case.weights, "depth": case.network.params["depth"], "errors": errors, "repeated": repeated})
         progress("measuring", number + 1, cases)
     return {
-        "device": choose_device().type,
+        "device": training_device().type,
         "images": len(grids),
         "largest": max(height * width for height, width in grids),
         "defaults": EPSILONS,
@@ -115,13 +115,13 @@ def _cases(
         yield _random_case(depth, grids)
     if model is not None:
         opened = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
-        yield _trained_case(make_generator(opened.network, opened.spec, device=choose_device(), dtype="fp32"), prompts, grids)
+        yield _trained_case(make_generator(opened.network, opened.spec, device=training_device(), dtype="fp32"), prompts, grids)
 
 
 def _random_case(depth: int, grids: Sequence[tuple[int, int]]) -> Case:
     """The demo's network with random weights. Layers that it initialises to zero are random too, so that every block counts."""
     config = load_config(RECIPE, overrides=[f"network.params.depth={depth}"])
-    device = choose_device()
+    device = training_device()
     torch.manual_seed(0)
     params = config.network.params.model_dump(exclude_none=True)
     network = TransitionTransformer.from_official(params, rope=config.network.rope)

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from launch.benchmarks.padded_network import DenseNetwork, Padding, dense_attention
-from launch.distributed.device import choose_device
+from launch.distributed.device import training_device
 from pipeline.corpus.corpus import Corpus
 from pipeline.cost import DIFFUSION, TRANSITION
 from pipeline.images import exif_orientation
@@ -112,7 +112,7 @@ def bench_step(grids: list[Grid], *, width: int, depth: int, batch: int, batches
 
 def bench_attention(grids: list[Grid], *, width: int, batch: int, repeats: int, progress: Progress) -> Data:
     """Benchmark self-attention of one pack, forward and backward, with every supported backend. Head width is 64."""
-    device = choose_device()
+    device = training_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     lengths = [height * wide for height, wide in grids[:batch]]
     segments = Segments.from_lengths(lengths, device)
@@ -182,7 +182,7 @@ class Bench:
     def __init__(self, *, width: int, depth: int) -> None:
         if width % 64:
             raise ValueError(f"--width {width}: must be a multiple of 64")
-        self.device = choose_device()
+        self.device = training_device()
         self.precision: Precision = "fp32" if self.device.type == "cpu" else "bf16"
         torch.manual_seed(0)
         params = {"patch_size": STRIDE, "in_channels": 3, "depth": depth, "hidden_size": width, "num_heads": width // 64}

@@ -45,7 +45,7 @@ SCORES = {
     "colours": "correct colours",
     "speckled": "ground with speckles of the corpus's strength",
     "ground": "energy distance between squares of the ground and those of real images of the same prompts",
-    "picture": "energy distance between patches of the whole image and those of real images",
+    "image": "energy distance between patches of the whole image and those of real images",
 }
 SHARES = ("both", "colours", "speckled")  # of `SCORES`; the others are distances
 BASELINE = "transition, fp32 difference"  # of `OBJECTIVES`: the one whose images the others are compared with, prompt by prompt
@@ -58,7 +58,7 @@ def compare_objectives(out: Path, *, steps: int, drawn: int, console: Console) -
     Scores for each objective and number of sampling steps, over `drawn` prompts without guidance: `colours`, share of images with figure
     and ground in the requested colours; `speckled`, share with speckles of the corpus's strength; `both`; and the energy distance to a
     real image of the same prompt (0 for equal distributions) between squares of the grounds (`ground`: not determined by the prompt) and
-    between patches of the whole images (`picture`: dominated by the figure's outline). `real` has the scores of other real images.
+    between patches of the whole images (`image`: dominated by the figure's outline). `real` has the scores of other real images.
     `differences` has, for each other objective, the mean difference of each score from `BASELINE`'s for the same prompt and noise, and half
     its 95 % interval. The interval covers the choice of prompts and noise, not that of the training's seed.
 
@@ -136,10 +136,9 @@ def _real_images(requested: Sequence[Figure], sizes: Sequence[tuple[int, int]], 
 
 
 def _draw(model: Path, requested: Sequence[Figure], sizes: Sequence[tuple[int, int]], *, steps: int) -> list[Image.Image]:
-    from launch.distributed.device import choose_device
     from tim import Generator
 
-    return Generator.from_pretrained(model, device=choose_device())(
+    return Generator.from_pretrained(model)(
         [figure.caption for figure in requested],
         height=[height for height, _ in sizes],
         width=[width for _, width in sizes],
@@ -165,8 +164,8 @@ def _values(images: Sequence[Image.Image], *, real: Sequence[Image.Image], reque
     speckled = (STRENGTH[0] < strength) & (strength < STRENGTH[1])
     pairs = list(zip(images, real, strict=True))
     ground = [energy_distance(_squares(image), _squares(other)) for image, other in pairs]
-    picture = [energy_distance(_patches(image), _patches(other)) for image, other in pairs]
-    values = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "picture": picture}
+    whole = [energy_distance(_patches(image), _patches(other)) for image, other in pairs]
+    values = {"both": colours & speckled, "colours": colours, "speckled": speckled, "ground": ground, "image": whole}
     return {key: np.asarray(value, dtype=np.float64) for key, value in values.items()}
 
 

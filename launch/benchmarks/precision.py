@@ -10,7 +10,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from launch.distributed.device import choose_device
+from launch.distributed.device import training_device
 from launch.sampling.model_source import NO_REPLACEMENTS, make_generator, open_model
 from pipeline.progress import Progress
 from tim import Generator
@@ -31,7 +31,7 @@ def bench_precision(
 ) -> dict[str, Any]:
     """Sample every prompt at every size (height, width) in each dtype. `model` is one that `tim sample` accepts."""
     opened = open_model(model, recipe=None, replacements=NO_REPLACEMENTS, log=log)
-    device = choose_device()
+    device = training_device()
     generator = make_generator(opened.network, opened.spec, device=device)
     requests = list(product(prompts, sizes))
     levels: dict[str, dict[str, dict[str, float]]] = {dtype: {} for dtype in HALF}

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from launch.checkpoints.model_spec import spec_of
 from launch.config.load import load_config
-from launch.distributed.device import choose_device
 from pipeline.progress import Progress
 from tim import Generator, ModelSpec, PackedTokens, TransitionTransformer, sample
 from tim.model_folder.folder import save_model
@@ -93,7 +92,7 @@ def bench_memory(*, counts: tuple[int, ...], steps: int, progress: Progress) -> 
 
 def _demo_generator() -> Generator:
     spec = spec_of(load_config(RECIPE))
-    return Generator(_random_network(spec), spec, device=choose_device())
+    return Generator(_random_network(spec), spec)
 
 
 def _random_network(spec: ModelSpec) -> TransitionTransformer:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.benchmarks.network import Data, Grid
 
 bench = typer.Typer(
-    help="Benchmarks: speed compared with padding and equal-size buckets, and the objective compared with flow matching.",
+    help="Benchmarks on this machine, each beside alternatives.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     no_args_is_help=True,
@@ -35,7 +35,7 @@ MaxTokens = Annotated[int, typer.Option(min=1, help="Maximum number of tokens pe
 Width = Annotated[int, typer.Option(min=64, help="Width of the network, a multiple of 64.")]
 Depth = Annotated[int, typer.Option(min=1, help="Number of blocks of the network.")]
 Batch = Annotated[int, typer.Option(min=1, help="Images per batch.")]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="Prompt for the model; may be repeated.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Prompt for the model; may be repeated.")]
 Classes = Annotated[
     list[int] | None, typer.Option("--class", min=0, metavar="ID", help="Class to sample, for a class model; may be repeated.")
 ]
@@ -195,9 +195,10 @@ def data(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Benchmark loading: from shards to image arrays of their target sizes.
+    """Benchmark loading: shards to image arrays.
 
-    Compares the loader with others on the same shards, and with processes that only decode. Also measures reading alone.
+    Images are scaled to their target sizes. Compares the loader with others on the same shards, and with processes that only decode. Also
+    measures reading alone.
 
     Example: tim bench data photos --out bench --install
     """
@@ -254,10 +255,10 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Benchmark the planner: utilisation of many ranks, and planning speed.
+    """Benchmark the planner: utilisation and speed.
 
-    A simulation for several mixes of image sizes up to 16,384 tokens, compared with next fit, best fit decreasing and padded buckets. Also
-    measures planning and resuming. Given images are an additional mix.
+    A simulation of many ranks for several mixes of image sizes up to 16,384 tokens, compared with next fit, best fit decreasing and padded
+    buckets. Also measures planning and resuming. Given images are an additional mix.
 
     Example: tim bench plan photos --ranks 64
     """
@@ -274,11 +275,13 @@ def plan(
 def objective(
     out: Annotated[Path, typer.Option(help="Folder for the corpus and the runs; finished runs are reused.")] = Path("objective"),
     steps: Annotated[int, typer.Option(min=1, help="Number of training steps of each objective.")] = 600,
-    drawn: Annotated[int, typer.Option("--pictures", min=10, help="Number of images per objective and number of sampling steps.")] = 200,
+    drawn: Annotated[int, typer.Option("--images", min=10, help="Number of images per objective and number of sampling steps.")] = 200,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare forms of the transition objective with flow matching: same network, data and number of updates.
+    """Compare the objective with flow matching.
+
+    Forms of the transition objective: same network, data and number of updates.
 
     Example: tim bench objective --out objective
     """
@@ -310,9 +313,10 @@ def derivative(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Benchmark the accuracy of the objective's derivative by finite differences.
+    """Benchmark the accuracy of the derivative.
 
-    Relative error against the exact derivative in float64, over precision, epsilon, time and depth, at random weights and at trained ones.
+    Relative error of the objective's finite difference against the exact derivative in float64, over precision, epsilon, time and depth, at
+    random weights and at trained ones.
 
     Example: tim bench derivative --model demo/run --prompt "a white cross on red"
     """
@@ -340,7 +344,7 @@ def derivative(
 
 @bench.command()
 def precision(
-    model: Annotated[Path, typer.Argument(help="A model folder or the run_dir of a training run.")],
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder or the run_dir of a training run.")],
     size: Annotated[str, typer.Option(metavar="WxH[,WxH]...", help="Widths and heights in pixels.")],
     prompt: Prompts = None,
     classes: Classes = None,

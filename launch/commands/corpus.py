@@ -135,7 +135,7 @@ def index(
 def encode(
     corpus: Annotated[
         list[str],
-        typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="A corpus (folder or URL) and settings (dataprep/features/encoders.py)."),
+        typer.Argument(metavar="CORPUS [KEY=VALUE]...", help="A corpus (folder or URL) and settings (docs/configuration.md, Encoding)."),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the features: new, or started by an earlier run of the same command.")],
     run: Annotated[
@@ -187,7 +187,7 @@ def encode(
 
 
 def verify(
-    corpus: Annotated[Path, typer.Argument(help="Corpus folder, written by `tim prepare` or `tim index`.")],
+    corpus: Annotated[Path, typer.Argument(metavar="CORPUS", help="Corpus folder, written by `tim prepare` or `tim index`.")],
     repair: Annotated[
         bool,
         typer.Option("--repair", help="First rebuild tables, index, lists, report and manifest where possible, and report what is lost."),
@@ -290,7 +290,7 @@ def score(
 
 
 def annotate(
-    corpus: Annotated[str, typer.Argument(help="Folder or URL of a corpus, written by `tim prepare` or `tim index`.")],
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder or URL of a corpus, written by `tim prepare` or `tim index`.")],
     table: Annotated[
         Path | None,
         typer.Option(

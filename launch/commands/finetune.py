@@ -13,6 +13,8 @@ from launch.arguments import split_overrides
 from launch.command_options import Debug, Json
 from launch.console import session
 from launch.logs.startup import STARTUP
+from launch.text_tables import count
+from tim.model_kinds import MODEL_FORMS
 
 
 def finetune(
@@ -23,7 +25,7 @@ def finetune(
             help="Image folders, lists or shards as for tim prepare, or a prepared corpus; and overrides of the training config.",
         ),
     ],
-    base: Annotated[str, typer.Option("--from", metavar="MODEL", help="The model: a model folder, a run, or hf://OWNER/NAME.")],
+    base: Annotated[str, typer.Option("--from", metavar="MODEL", help=f"The model, which describes itself: {MODEL_FORMS}.")],
     out: Annotated[Path, typer.Option(help="Run folder: new, or of an earlier call, which is continued. The new model is OUT/model.")],
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters (LoRA) instead of all weights, which needs less memory.")] = False,
     as_json: Json = False,
@@ -48,6 +50,6 @@ def finetune(
         following = shlex.join(["tim", "sample", str(done.run_dir), "--prompt", "PROMPT", "--size", "WIDTHxHEIGHT"])
         data = {"run": done.run_dir, **{name: value for name, value in asdict(done).items() if name not in ("run_dir", "last_row")}}
         console.result(
-            f"{done.model}: fine-tuned for {done.steps} steps on {done.images} images\nNext: {following}",
+            f"{done.model}: fine-tuned for {count(done.steps, 'step')} on {count(done.images, 'image')}\nNext: {following}",
             data={**data, "last": done.last_row},
         )

@@ -15,6 +15,7 @@ from launch.arguments import one_config
 from launch.command_options import ConfigArgument, Debug, Json, Replan
 from launch.console import STOPPED, Console, session
 from launch.logs.startup import STARTUP
+from launch.text_tables import count
 
 if TYPE_CHECKING:
     from launch.clusters.hosts import Host
@@ -196,4 +197,4 @@ def print_result(console: Console, run_dir: Path, *, steps: int) -> None:
 
     model = run_dir / "model"
     data = {"run": run_dir, "model": model, "steps": steps, "last": last_row(run_dir / "metrics.jsonl")}
-    console.result(f"{model}: trained for {steps} steps", data=data)
+    console.result(f"{model}: trained for {count(steps, 'step')}", data=data)

@@ -70,7 +70,7 @@ def recipes(
     Example: tim recipes show photos > mine.yaml
     """
     with session(as_json=as_json, debug=debug) as console:
-        from launch.config.recipes import recipe_names, recipe_path
+        from launch.config.recipes import recipe_names, recipe_path, recipe_summary
 
         if action == "show" and name is not None:
             text = recipe_path(name).read_text(encoding="utf-8")
@@ -78,8 +78,8 @@ def recipes(
             return
         if action != "list" or name is not None:
             raise ValueError(f"tim recipes {action}{f' {name}' if name else ''}: expected `tim recipes list` or `tim recipes show NAME`")
-        texts = {recipe: recipe_path(recipe).read_text(encoding="utf-8") for recipe in recipe_names()}
-        console.result(describe_recipes(texts), data={"recipes": list(texts)})
+        summaries = {recipe: recipe_summary(recipe) for recipe in recipe_names()}
+        console.result(describe_recipes(summaries), data={"recipes": list(summaries)})
 
 
 def plan(
@@ -204,7 +204,7 @@ def train(
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The run_dir of a training run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run folder of a training run, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     step: Annotated[int | None, typer.Option(min=1, help="Step of the checkpoint. Default: the newest.")] = None,
     ema: Annotated[float | None, typer.Option(metavar="DECAY", help="Export the average of this decay. Default: the first.")] = None,
@@ -236,17 +236,18 @@ def export(
     """
     with session(as_json=as_json, debug=debug) as console:
         from launch.checkpoints.export import export as export_run
-        from launch.checkpoints.export import export_adapter
+        from launch.checkpoints.export import export_adapter, run_of
 
         if official and layout == "diffusers":
             raise ValueError("--official and --layout diffusers exclude each other: give one of them")
         if ema is not None and no_ema:
             raise ValueError("--ema and --no-ema exclude each other: give one of them")
+        folder, step = run_of(run, step=step)
         chosen: dict[str, Any] = {"out": out, "ema": not no_ema if ema is None else ema, "step": step, "dtype": dtype}
         if adapter and (official or with_models or layout != "own"):
             raise ValueError("--adapter has its own layout: leave out --official, --layout and --with-models")
         settings = {"official": official, "with_models": with_models, "layout": layout}
-        done = export_adapter(run, **chosen) if adapter else export_run(run, **chosen, **settings)
+        done = export_adapter(folder, **chosen) if adapter else export_run(folder, **chosen, **settings)
         for note in done.notes:
             console.line(note)
         weights = "averaged weights" if done.ema else "weights"
@@ -282,6 +283,7 @@ def pull(
     Example: tim pull t2i-xl-1 --network t2i_model.bin --codec weights/dc-ae --out models/t2i
     """
     with session(as_json=as_json, debug=debug) as console:
+        from launch.config.recipes import config_path
         from launch.pulling.published import PUBLISHED, listing
 
         if list_all or recipe is None:
@@ -289,6 +291,7 @@ def pull(
                 raise ValueError(f"--out {out}: give a RECIPE too (`tim pull --list` shows them)")
             console.result(listing(), data={"recipes": {name: asdict(found) for name, found in PUBLISHED.items()}})
             return
+        config_path(recipe)  # first of all, whether there is such a recipe
         if out is None:
             raise ValueError(f"tim pull {recipe}: give --out FOLDER, the model folder to write")
         from launch.pulling.pull import Given, pull

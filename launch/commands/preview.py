@@ -13,9 +13,11 @@ from launch.console import session
 
 
 def preview(
-    run: Annotated[Path, typer.Argument(help="The run_dir of a training run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run_dir of a training run.")],
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="A .webp or .gif file. Default: RUN/previews/time-lapse.webp.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="Draw other prompts from the checkpoints; may be repeated.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Draw other prompts from the checkpoints; may be repeated.")
+    ] = None,
     classes: Annotated[list[int] | None, typer.Option("--class", min=0, metavar="ID", help="The same for a class model.")] = None,
     size: Annotated[str | None, typer.Option(metavar="WxH[,WxH]...", help="Draw other sizes from the checkpoints.")] = None,
     steps: Annotated[str | None, typer.Option(metavar="N[,N]...", help="Draw other numbers of sampling steps.")] = None,

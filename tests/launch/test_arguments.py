@@ -47,6 +47,13 @@ def test_malformed_sizes_are_named(text: str) -> None:
         parse_sizes(text)
 
 
+@pytest.mark.parametrize("text", ["20000x1", "1x16385", "8x8,1x20000"])
+def test_sides_that_are_too_long_are_named(text: str) -> None:
+    with pytest.raises(ValueError, match=rf"^--size {text}: (width|height) \d+: must be from 1 to 16384 pixels$"):
+        parse_sizes(text)
+    assert parse_sizes("16384x1024") == [(1024, 16384)]
+
+
 def test_steps() -> None:
     assert parse_steps("1,2, 4,8,8") == [1, 2, 4, 8]
     for text in ("0", "-1", "1,0", "", "a", "1.5", "1;2"):

@@ -12,7 +12,10 @@ from launch.config.load import load_config
 from launch.sampling.cut_prompts import cut_prompts
 from launch.training.planning import make_planner
 from tests.pipeline.conftest import Sample, write_corpus
+from tests.tim.models import bert
+from tim.disk_cache import DiskCache
 from tim.text import encoders
+from tim.text.prompt_encoder import PromptEncoder
 
 CONFIG = """\
 plan: {max_tokens: 16, tokens_per_pack: 64, packs_per_step: 1}
@@ -48,12 +51,28 @@ def test_a_run_knows_how_many_captions_it_cuts(corpus: Path, tmp_path: Path) -> 
 
 
 def test_prompts_that_are_cut_are_named() -> None:
-    tokenizer = encoders.tokenizer("lookup", max_tokens=8)
-    assert cut_prompts(["a fox", "red " * 6], tokenizer=tokenizer) == []
-    assert cut_prompts(["a fox", "red " * 20], tokenizer=tokenizer) == [
+    encoder = PromptEncoder({"kind": "lookup", "max_tokens": 8}, width=16)
+    assert cut_prompts(["a fox", "red " * 6], encoder=encoder) == []
+    assert cut_prompts(["a fox", "red " * 20], encoder=encoder) == [
         "prompt 'red red red red red red red red red red '… is truncated: its first 8 of 22 tokens are used"
     ]
-    assert measure([], tokenizer=tokenizer).sampled == 0
+    assert measure([], tokenizer=encoder.tokenizer).sampled == 0
+
+
+def test_the_tokenizer_is_not_loaded_for_prompts_whose_cached_features_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = DiskCache(tmp_path / "cache")
+    text = {"kind": "hf", "path": str(bert(tmp_path / "bert")), "max_tokens": 8}
+    PromptEncoder(text, cache=cache).encode(["a red image", "red " * 6, "red " * 7])
+    loaded = []
+    monkeypatch.setattr(encoders, "tokenizer", lambda *_, original=encoders.tokenizer, **given: loaded.append(1) or original(*_, **given))
+    assert cut_prompts(["a red image"], encoder=PromptEncoder(text, cache=cache)) == []
+    assert not loaded
+    assert cut_prompts(["a red image", "red " * 6], encoder=PromptEncoder(text, cache=cache)) == []  # 8 tokens: all, or cut to them
+    assert len(loaded) == 1
+    (cut,) = cut_prompts(["red " * 7], encoder=PromptEncoder(text, cache=cache))
+    assert cut.endswith("is truncated: its first 8 of 9 tokens are used")
+    (unknown,) = cut_prompts(["small " * 7], encoder=PromptEncoder(text, cache=cache))
+    assert unknown.endswith("its first 8 of 9 tokens are used")
 
 
 def test_the_usual_length_is_counted_in_tokens_not_characters() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,13 @@ import pytest
 from PIL import Image
 
 from launch.checkpoints.export import spec_of
+from launch.cli import COMMANDS as FUNCTIONS
 from launch.cli import main
 from launch.sampling.files.image_files import read_settings
 from tim import TransitionTransformer
 from tim.model_folder.folder import ModelSpec, save_model
 
-COMMANDS = (
-    "demo",
-    "prepare",
-    "index",
-    "encode",
-    "verify",
-    "report",
-    "recipes",
-    "plan",
-    "train",
-    "launch",
-    "sample",
-    "export",
-    "pull",
-    "estimate",
-    "doctor",
-)
+COMMANDS = {function.__name__: function for function in FUNCTIONS}
 PATCH = 8
 CONFIG = f"""\
 plan: {{max_tokens: 64, tokens_per_pack: 256, packs_per_step: 4}}
@@ -142,12 +128,23 @@ def test_help_answers_without_the_heavy_libraries() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example_json_and_debug(command: str, tim: Tim) -> None:
+def test_every_command_has_help_with_an_example_json_and_debug(command: str, tim: Tim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
     done = tim(command, "--help")
     assert done.code == 0
-    assert f"Example: tim {command}" in done.out
+    examples = [" ".join(each.split()) for each in (getdoc(COMMANDS[command]) or "").split("\n\n") if each.startswith("Example: ")]
+    assert examples[0].startswith(f"Example: tim {command}")
+    assert set(examples) <= {line.strip() for line in done.out.splitlines()}, "an example is one line, to be copied"
     assert "--json" in done.out
     assert "--debug" in done.out
+
+
+def test_lists_of_commands_are_whole_on_80_columns(tim: Tim, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for group in ([], ["bench"]):
+        commands = tim(*group, "--help").out.partition("Commands:\n")[2]
+        assert commands
+        assert "..." not in commands
 
 
 @pytest.mark.parametrize(
@@ -416,7 +413,7 @@ def test_a_model_that_is_damaged_is_named(model: Path, tmp_path: Path, tim: Tim)
 def test_export_refuses_what_is_no_run(model: Path, config: Path, tmp_path: Path, tim: Tim) -> None:
     out = tmp_path / "m"
     refused(tim("export", tmp_path / "nowhere", "--out", out), "no such folder")
-    refused(tim("export", tmp_path, "--out", out), "not a run folder")
+    refused(tim("export", tmp_path, "--out", out), "give a run folder")
     run = tmp_path / "run"
     (run / "checkpoints" / "step-000005").mkdir(parents=True)
     (run / "config.yaml").write_text(CONFIG)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -83,3 +84,15 @@ def test_progress_in_a_log_is_few_lines_with_the_final_count_of_each_stage(capsy
         for done in range(51):
             report("write", done, 50)
     assert capsys.readouterr().err.splitlines() == ["examine 100", "write 50/50"]
+
+
+def test_a_bar_whose_end_was_not_known_is_full_when_the_work_is_done() -> None:
+    program = "from launch.console import session\nwith session(as_json=False, debug=False) as c, c.progress() as p: p('examine', 7, None)"
+    reader, terminal = os.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", program], stderr=terminal, env={**os.environ, "COLUMNS": "80", "TERM": "xterm"}, check=True)
+        shown = os.read(reader, 1 << 16).decode()
+    finally:
+        os.close(terminal)
+        os.close(reader)
+    assert shown.rindex("7/7") > shown.rfind("7/?")

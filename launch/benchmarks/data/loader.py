@@ -67,7 +67,7 @@ def bench_data(
             runs[name] = partial(peer_rates, python, name, {**options, "seconds": seconds})
     best = run_interleaved(runs, repeats=repeats, missing=missing, progress=progress)
     data: Data = {
-        "pictures": corpus.count,
+        "images": corpus.count,
         "max_side": max_side,
         "workers": workers,
         **best,

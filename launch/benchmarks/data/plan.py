@@ -46,7 +46,7 @@ def bench_plan(paths: Sequence[Path], *, ranks: int, steps: int, rows: int, prog
         sides = np.array([size for path in paths for size in image_sizes(path)])
         if not len(sides):
             raise ValueError(f"{', '.join(map(str, paths))}: no images: give a corpus or a folder of images")
-        mixes = {"pictures": lambda random, count: tuple(sides[random.integers(0, len(sides), count)].T), **mixes}
+        mixes = {"images": lambda random, count: tuple(sides[random.integers(0, len(sides), count)].T), **mixes}
     data: Data = {"ranks": ranks, "steps": steps, "packs_per_step": PLAN.packs_per_step, "tokens_per_pack": PLAN.tokens_per_pack}
     for done, (name, draw) in enumerate(mixes.items()):
         progress("planning", done, len(mixes) + 1)

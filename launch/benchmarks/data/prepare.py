@@ -70,7 +70,7 @@ def bench_prepare(
     best = run_interleaved({name: partial(measured, name) for name in runs}, repeats=repeats, missing=missing, progress=progress)
     shutil.rmtree(work / "out", ignore_errors=True)
     ratios = relative_rates(best, others=prepare_peers.TOOLS)
-    data: Data = {"pictures": len(files), "workers": workers, **best, "kept": kept, **ratios}
+    data: Data = {"images": len(files), "workers": workers, **best, "kept": kept, **ratios}
     return {**data, "not_measured": missing} if missing else data
 
 

@@ -26,7 +26,7 @@ def test_the_loader_is_measured_and_others_are_named(
     options = ["--max-side", "64", "--workers", "1", "--seconds", "0.2", "--repeats", "1"]
     assert main(["bench", "data", str(images), "--out", str(tmp_path / "out"), *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["pictures"], found["max_side"], found["workers"]) == (8, 64, 1)
+    assert (found["images"], found["max_side"], found["workers"]) == (8, 64, 1)
     for what in ("images_per_second", "images_per_cpu_second"):
         assert set(found[what]) == {"tim", "bare decoder"}
         assert min(found[what].values()) > 0

@@ -16,7 +16,7 @@ def test_everybody_keeps_the_same_images(tmp_path: Path, capsys: pytest.CaptureF
     folder = write_folder(tmp_path / "pictures", {**files, "note.txt": b"no image"})
     assert main(["bench", "prepare", str(folder), "--out", str(tmp_path / "out"), "--copies", "2", "--workers", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["pictures"], found["workers"]) == (10, 1)
+    assert (found["images"], found["workers"]) == (10, 1)
     assert found["kept"] == {"tim": 8, "bare decoder": 10, "datasets map": 8}
     for what in ("images_per_second", "images_per_cpu_second"):
         assert set(found[what]) == set(found["kept"])
