@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import get_terminal_size
@@ -167,7 +168,8 @@ def _figure(value: Any) -> str:
 def _columns(facts: Mapping[str, str]) -> list[str]:
     """A line for each fact; on a terminal, long ones are wrapped beside their names."""
     width = max((len(name) for name in facts), default=0)
-    room = max(40, get_terminal_size((_PIPED, 0)).columns - width - 4)
+    columns = get_terminal_size().columns if sys.stdout.isatty() else _PIPED
+    room = max(40, columns - width - 4)
     lines = []
     for name, text in facts.items():
         first, *rest = wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]

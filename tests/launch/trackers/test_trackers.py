@@ -49,12 +49,23 @@ def wandb_records(folder: Path) -> list[Any]:
             position += left
             continue
         _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            break  # it is being written
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last part
             records.append(Record.FromString(parts))
             parts = b""
     return records
+
+
+def records_to_the_end(folder: Path) -> list[Any]:
+    """The records of an offline run that has ended. W&B's own process may still be writing them."""
+    deadline, found = time.monotonic() + 60, wandb_records(folder)
+    while not any(record.HasField("exit") for record in found) and time.monotonic() < deadline:
+        time.sleep(0.1)
+        found = wandb_records(folder)
+    return found
 
 
 def test_two_resumes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +89,7 @@ def test_two_resumes_are_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     folders = sorted((run / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_ctime_ns)
     assert len(folders) == 3
-    records = [record for folder in folders for record in wandb_records(folder)]
+    records = [record for folder in folders for record in records_to_the_end(folder)]
     runs = [record.run for record in records if record.HasField("run")]
     assert len({each.run_id for each in runs}) == 1
     assert {(each.project, each.display_name) for each in runs} == {("tests", "first")}
