@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tim.pretrained.official import unnested, unreadable
-from tim.pretrained.safetensors_files import INDEX, SUFFIX, ShardsError, check_shard, read_index
+from tim.pretrained.safetensors_files import INDEX, SUFFIX, ShardsError, read_shards
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
@@ -31,19 +31,9 @@ def read_header(path: Path) -> dict[str, Tensor]:
 
 def _content(path: Path) -> Any:
     if path.name.endswith(INDEX):
-        return _shards(path)
+        return read_shards(path, read=_content)
     if path.suffix == SUFFIX:
         with safe_open(path, framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     return torch.load(path, map_location="meta", mmap=True, weights_only=True)
-
-
-def _shards(index: Path) -> dict[str, Tensor]:
-    weight_map = read_index(index)
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        found = _content(shard)
-        check_shard(shard, found, weight_map=weight_map, index=index)
-        tensors.update(found)
-    return {name: tensors[name] for name in weight_map}
