@@ -17,6 +17,7 @@ from PIL import Image
 from launch.sampling.files.formats import image_format
 from launch.sampling.files.names import file_name
 from launch.serving.answers import ErrorAnswer, HealthAnswer, ImageAnswer, JobAnswer, ModelAnswer, ParametersAnswer, StepAnswer
+from launch.serving.http.clients import client_of
 from launch.serving.jobs import CANCELLED, STOPPING, Event, Failed, Finished, Job, Progress, Waiting
 from launch.serving.limits import Busy
 from launch.serving.requests import NotJson, parsed
@@ -153,11 +154,6 @@ async def _submitted(studio: Studio, request: Request, *, is_embedded: bool) -> 
 async def _received(request: Request) -> bytes:
     """The body of a request, of which the framework keeps no copy."""
     return b"".join([part async for part in request.stream()])
-
-
-def client_of(request: Request) -> str:
-    """Whose share of the queue a request takes: its address."""
-    return request.client.host if request.client else ""
 
 
 def _refusing(action: Callable[[], Any]) -> Any:

@@ -8,9 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import Message, Receive, Scope
 
-from launch.serving.http.clients import path_of
+from launch.serving.http.clients import client_of, path_of
 from launch.serving.http.refusals import Refusal, busy
 
 SECONDS = 30.0  # that a body may take, plus one for each of these many bytes
@@ -51,8 +52,7 @@ class Bodies:
 
     def receiver(self, scope: Scope, receive: Receive) -> Body:
         """Receives the body of one request. To be closed."""
-        client = (scope.get("client") or ("", 0))[0]
-        return Body(self, receive, client=client, is_json=path_of(scope) not in _FILES)
+        return Body(self, receive, client=client_of(HTTPConnection(scope)), is_json=path_of(scope) not in _FILES)
 
     def check(self, body: Body) -> None:
         """Raises Refused for a body that exceeds a limit."""

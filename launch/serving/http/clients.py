@@ -8,6 +8,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Collection
+from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -52,6 +53,11 @@ class Clients:
         """The last address that is no proxy of ours: those before it are only what the client says."""
         names = [client_name(each.strip()) for line in forwarded for each in line.split(",")]
         return next((name for name in reversed(names) if name not in self._proxies), "")[:64]
+
+
+def client_of(request: Any) -> str:
+    """Whose limits a request counts for: the address of its client, "" if it has none. request: of starlette or gradio."""
+    return request.client.host if request.client else ""
 
 
 def client_name(address: str) -> str:

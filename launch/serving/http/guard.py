@@ -11,11 +11,11 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.serving.http.bodies import Bodies, Body, BodyLimits, Refused
-from launch.serving.http.clients import is_address, path_of
+from launch.serving.http.clients import client_of, is_address, path_of
 from launch.serving.http.password import Password
 from launch.serving.http.refusals import FAILED, Refusal, Sender, busy, refuse
 from launch.serving.limits import Busy
@@ -52,7 +52,7 @@ class Guard:
         if origin is not None and _split(origin) != host.lower():
             return Refusal(403, "requests from pages of other sites are refused")
         if self._password is not None:
-            client = (scope.get("client") or ("", 0))[0]
+            client = client_of(HTTPConnection(scope))
             try:
                 if not self._password.accepts(headers.get("authorization"), client=client):
                     return Refusal(401, "a password is needed", (("WWW-Authenticate", 'Basic realm="tim", charset="UTF-8"'),))

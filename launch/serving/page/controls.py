@@ -49,8 +49,3 @@ class Controls(NamedTuple):
         in_editor = {name: next(rest) for name in self.editor._fields}
         in_form = {name: next(rest) for name in self.form._fields}
         return in_editor, in_form, dict(zip(("steps", "guidance", "sizes"), rest, strict=True))
-
-
-def client_of(request: gr.Request) -> str:
-    """The address of the client, for the limits of requests."""
-    return request.client.host if request.client else ""

@@ -10,9 +10,10 @@ from typing import Any
 import gradio as gr
 from pydantic import ValidationError
 
+from launch.serving.http.clients import client_of
 from launch.serving.jobs import Event, Finished, Job, Progress
 from launch.serving.page import compare, editor, form, history, results
-from launch.serving.page.controls import FAILED, QUIET, Controls, View, client_of
+from launch.serving.page.controls import FAILED, QUIET, Controls, View
 from launch.serving.page.kept import Forgotten, KeptImages
 from launch.serving.page.running import Tabs
 from launch.serving.page.texts import status

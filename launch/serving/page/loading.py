@@ -13,8 +13,9 @@ import gradio as gr
 from launch.sampling.files.a1111 import as_asked
 from launch.sampling.files.image_files import Recorded
 from launch.sampling.files.settings import Settings
+from launch.serving.http.clients import client_of
 from launch.serving.page import editor, form, history
-from launch.serving.page.controls import FAILED, QUIET, Controls, View, client_of
+from launch.serving.page.controls import FAILED, QUIET, Controls, View
 from launch.serving.page.texts import prompt_of, status
 from launch.serving.studio import Studio
 from pipeline.errors import kind_and_line
