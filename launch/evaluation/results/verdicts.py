@@ -14,6 +14,7 @@ from typing import Literal
 from launch.evaluation.results.resampling import Measurement
 from launch.evaluation.results.rows import Measure, better_of, title_of
 from launch.evaluation.store import Setting
+from launch.text_tables import count
 from tim.metrics.intervals import LEVEL
 
 Outcome = Literal["better", "worse", "unclear"]
@@ -106,11 +107,11 @@ def summary_of(verdicts: Sequence[Verdict]) -> str | None:
     worse = sum("worse somewhere" in each for each in outcomes.values())
     rising = sum(each == {"better with every step"} for each in outcomes.values())
     within, number = f"within {LEVEL:.0%} intervals", len(outcomes)
-    metrics = f"metric{'s' * (number != 1)}"
+    metrics = count(number, "metric")
     if worse:
-        return f"Quality does not rise with every step {whole}: {worse} of {number} {metrics} get{'s' * (worse == 1)} worse somewhere."
+        return f"Quality does not rise with every step {whole}: {worse} of {metrics} get{'s' * (worse == 1)} worse somewhere."
     if rising == number:
         return f"Quality rises with every step {whole}, by every metric, {within}."
     if not rising:
         return f"No metric gets worse {whole} steps, but none gets better with every step, {within}."
-    return f"Quality rises with every step {whole} by {rising} of {number} {metrics}; no metric gets worse, {within}."
+    return f"Quality rises with every step {whole} by {rising} of {metrics}; no metric gets worse, {within}."
